@@ -1,0 +1,56 @@
+"""Console output of the commands: one logger, and the mapping from errors to exit codes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from collections.abc import Callable
+
+from megatron_itt.errors import IttError
+
+LOGGER_NAME = "megatron_itt"
+
+
+def get_logger() -> logging.Logger:
+    """The package's logger; entry points decide where it writes with `configure_logging`."""
+    return logging.getLogger(LOGGER_NAME)
+
+
+def configure_logging(*, rank: int = 0, log_file: str | None = None) -> logging.Logger:
+    """Send messages to standard output on rank 0 (warnings only elsewhere) and, if given, to `log_file` as well."""
+    logger = get_logger()
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if log_file is not None and rank == 0:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+        logger.addHandler(handler)
+    return logger
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Run a command's `main` and turn its errors into exit codes.
+
+    Returns what `main` returns; 2 after a one-line message for bad input (`IttError`), 1 for a full disk, and
+    130 for an interrupt from the keyboard. Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        return main()
+    except IttError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: no space left on device while writing {error.filename or 'output'}; free space and run the same "
+              "command again", file=sys.stderr)
+        return 1
