@@ -51,6 +51,9 @@ def run_command(main: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: no space left on device while writing {error.filename or 'output'}; free space and run the same "
-              "command again", file=sys.stderr)
+        print(
+            f"error: no space left on device while writing {error.filename or 'output'}; free space and run the same "
+            "command again",
+            file=sys.stderr,
+        )
         return 1

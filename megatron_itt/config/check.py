@@ -1,0 +1,188 @@
+"""Rules between sections of a recipe. Each finder returns problems as text; nothing is raised or changed here.
+
+`find_problems` needs the recipe alone; `find_layout_problems` also the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_itt.config.model import ModelConfig, ThinkingConfig
+from megatron_itt.config.run import ParallelConfig, RunConfig
+
+
+def find_problems(config: RunConfig) -> list[str]:
+    """Every broken rule of a recipe, one line each: key, value, rule, way out."""
+    return [
+        *_model_problems(config.model),
+        *_thinking_problems(config.thinking, config.model),
+        *_parallel_problems(config.parallel, config.model),
+        *_sequence_problems(config),
+        *_run_problems(config),
+    ]
+
+
+def find_layout_problems(config: RunConfig, world_size: int) -> list[str]:
+    """Problems of running this recipe on `world_size` processes."""
+    parallel = config.parallel
+    degree = parallel.tensor * parallel.pipeline
+    if world_size % degree:
+        return [
+            f"the world size is {world_size}, which parallel.tensor * parallel.pipeline = {parallel.tensor} * "
+            f"{parallel.pipeline} = {degree} does not divide; start a multiple of {degree} processes"
+        ]
+    samples = config.data_parallel_size(world_size) * config.batch.micro
+    if config.batch.global_size % samples:
+        return [
+            f"batch.global is {config.batch.global_size}, not a multiple of batch.micro * data-parallel size = "
+            f"{config.batch.micro} * {samples // config.batch.micro} = {samples}; choose a multiple of {samples}"
+        ]
+    num_microbatches = config.batch.global_size // samples
+    if parallel.virtual_pipeline > 1 and num_microbatches % parallel.pipeline:
+        return [
+            f"the interleaved schedule needs the {num_microbatches} micro-batches of a step to be a multiple of "
+            f"parallel.pipeline = {parallel.pipeline}; change batch.global or batch.micro"
+        ]
+    return []
+
+
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    if model.hidden_size % model.num_attention_heads:
+        yield (
+            f"model.num_attention_heads is {model.num_attention_heads}, which does not divide model.hidden_size = "
+            f"{model.hidden_size}"
+        )
+    elif model.head_size % 2:
+        yield (
+            f"model.hidden_size / model.num_attention_heads is {model.head_size}; rotary positions need an even head "
+            "size"
+        )
+    if model.num_attention_heads % model.num_key_value_heads:
+        yield (
+            f"model.num_query_groups is {model.num_query_groups}, which does not divide model.num_attention_heads = "
+            f"{model.num_attention_heads}"
+        )
+
+
+def _thinking_problems(thinking: ThinkingConfig, model: ModelConfig) -> Iterator[str]:
+    if thinking.kind == "none":
+        if thinking.capacity:
+            yield f"thinking.capacity is {list(thinking.capacity)} but thinking.kind is none; set it to [] or kind to itt"
+        return
+    if isinstance(thinking.layers, tuple):
+        yield from _layer_list_problems(thinking.layers, model.num_layers)
+    if thinking.kind == "loop" and any(share != 1.0 for share in thinking.capacity):
+        yield (
+            f"thinking.capacity is {list(thinking.capacity)} but thinking.kind is loop, where every token takes every "
+            "step; use 1.0 for each"
+        )
+    for key in ("alpha", "step_init"):
+        value = getattr(thinking, key)
+        if isinstance(value, tuple) and len(value) != len(thinking.capacity):
+            yield (
+                f"thinking.{key} has {len(value)} values but thinking.capacity has {len(thinking.capacity)} routed "
+                "steps; give one number, or one per routed step"
+            )
+    if thinking.kind == "itt":
+        yield from _switch_problems(thinking)
+
+
+def _layer_list_problems(layers: tuple[int, ...], num_layers: int) -> Iterator[str]:
+    if not layers:
+        yield "thinking.layers is []; name at least one layer, or set thinking.kind to none"
+    for layer_idx in sorted(set(layers)):
+        if layer_idx >= num_layers:
+            yield (
+                f"thinking.layers contains {layer_idx}, but model.num_layers is {num_layers}: layers count from 0 to "
+                f"{num_layers - 1}"
+            )
+        if layers.count(layer_idx) > 1:
+            yield f"thinking.layers contains {layer_idx} twice; name each layer once"
+
+
+def _switch_problems(thinking: ThinkingConfig) -> Iterator[str]:
+    if thinking.skip == "literal" and thinking.reweight == "symmetric":
+        yield (
+            "thinking.skip is literal and thinking.reweight is symmetric: both say what happens to tokens that are "
+            "not picked; choose one"
+        )
+    if thinking.routing == "none":
+        for key, default in (("reweight", "selected"), ("skip", "keep"), ("attend", "all")):
+            value = getattr(thinking, key)
+            if value != default:
+                yield (
+                    f"thinking.{key} is {value} but thinking.routing is none, where no token is skipped; set it to "
+                    f"{default}"
+                )
+    if thinking.residual == "replace" and thinking.update == "delta":
+        yield (
+            "thinking.update is delta but thinking.residual is replace, which has no update to take apart; set "
+            "thinking.update to full"
+        )
+
+
+def _parallel_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    for key, value in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", model.num_key_value_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+        ("vocab_size", model.vocab_size),
+    ):
+        if value % parallel.tensor:
+            yield (
+                f"parallel.tensor is {parallel.tensor}, which does not divide model.{key} = {value}; choose a common "
+                "divisor"
+            )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline is {parallel.virtual_pipeline} but parallel.pipeline is 1; interleaving needs "
+            "at least 2 stages"
+        )
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if model.num_layers % chunks:
+        yield (
+            f"model.num_layers is {model.num_layers}, which parallel.pipeline * parallel.virtual_pipeline = {chunks} "
+            "does not divide; every stage needs the same number of layers"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence is true but parallel.tensor is 1; sequence parallelism splits within a tensor group"
+
+
+def _sequence_problems(config: RunConfig) -> Iterator[str]:
+    tensor, seq_length = config.parallel.tensor, config.model.seq_length
+    if config.parallel.sequence and seq_length % tensor:
+        yield (
+            f"model.seq_length is {seq_length}, which parallel.tensor = {tensor} does not divide; sequence parallelism "
+            "splits the sequence evenly"
+        )
+    budgets = {"thinking.capacity": config.thinking.capacity} if config.thinking.kind == "itt" else {}
+    for position, budget in enumerate(config.validation.budgets):
+        budgets[f"validation.budgets[{position}]"] = budget
+        if config.thinking.kind != "itt":
+            yield (
+                f"validation.budgets[{position}] is {list(budget)} but thinking.kind is {config.thinking.kind}, which "
+                "has no budget; remove it"
+            )
+        elif len(budget) != config.thinking.num_routed_steps:
+            yield (
+                f"validation.budgets[{position}] has {len(budget)} shares but thinking.capacity has "
+                f"{config.thinking.num_routed_steps} routed steps; give one share per routed step"
+            )
+    for key, budget in budgets.items():
+        for share in budget:
+            if share * seq_length < 0.5:
+                yield (
+                    f"{key} contains {share}, which rounds to zero of model.seq_length = {seq_length} tokens; use at "
+                    f"least {1 / seq_length:.2g}"
+                )
+
+
+def _run_problems(config: RunConfig) -> Iterator[str]:
+    schedule, batch = config.schedule, config.batch
+    if schedule.warmup_steps >= schedule.steps:
+        yield (
+            f"schedule.warmup_steps is {schedule.warmup_steps}, but the run has schedule.steps = {schedule.steps}; the "
+            "warm-up must end before the run does"
+        )
+    if batch.global_size % batch.micro:
+        yield f"batch.global is {batch.global_size}, not a multiple of batch.micro = {batch.micro}"

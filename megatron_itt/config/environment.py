@@ -1,0 +1,73 @@
+"""Every environment variable that the project reads or sets, and nothing else does.
+
+Sources of truth are recipes and command lines; the environment only says where a process stands in a job (torchrun,
+Slurm) and switches third-party libraries that offer no other handle.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessPlace:
+    """Where this process stands in its job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    master_address: str
+    master_port: int
+
+
+def process_place() -> ProcessPlace:
+    """Read torchrun's variables, else Slurm's, else a job of one process."""
+    env = os.environ
+    if "RANK" in env:
+        rank, world_size, local_rank = env["RANK"], env.get("WORLD_SIZE", "1"), env.get("LOCAL_RANK", "0")
+    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env and "SLURM_STEP_ID" in env:
+        rank, world_size, local_rank = env["SLURM_PROCID"], env["SLURM_NTASKS"], env.get("SLURM_LOCALID", "0")
+    else:
+        rank, world_size, local_rank = "0", "1", "0"
+    return ProcessPlace(
+        rank=int(rank),
+        world_size=int(world_size),
+        local_rank=int(local_rank),
+        master_address=env.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=int(env.get("MASTER_PORT", "0")),
+    )
+
+
+def set_offline(enabled: bool) -> None:
+    """Tell the Hugging Face libraries to use local files only (or lift that). Effective before they are imported."""
+    for name in _OFFLINE_VARIABLES:
+        if enabled:
+            os.environ[name] = "1"
+        else:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def working_directory(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Run a block in another folder: lm-eval's stock tasks look for local data sets there."""
+    previous = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(previous)
+
+
+def disable_tokenizer_threads() -> None:
+    """Keep `tokenizers` single-threaded in this process: parallelism comes from worker processes."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def set_cuda_determinism() -> None:
+    """Ask cuBLAS for reproducible reductions; needed before the first CUDA call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

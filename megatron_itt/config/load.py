@@ -1,0 +1,154 @@
+"""From a YAML recipe and `section.key=value` overrides to a checked `RunConfig`, and back to YAML.
+
+A recipe may name one parent with `base:`; the parent names none. Sections merge key by key, lists are replaced.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_itt.config.check import find_problems
+from megatron_itt.config.run import RunConfig
+from megatron_itt.errors import ConfigError
+
+_RUN_CONFIG = TypeAdapter(RunConfig)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where 3e-4 is a string; recipes read it as the number it looks like."""
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a recipe, apply its `base:` and the overrides, and check every rule that needs no world size.
+
+    Raises ConfigError naming all problems at once.
+    """
+    data = _read_with_base(Path(path))
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data, source=str(path))
+
+
+def parse_config(data: dict[str, Any], *, source: str = "recipe") -> RunConfig:
+    """Turn plain data (for example the recipe stored in a checkpoint) into a checked `RunConfig`."""
+    try:
+        config = _RUN_CONFIG.validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_describe(item) for item in error.errors())) from None
+    problems = find_problems(config)
+    if problems:
+        raise ConfigError(f"{source}: " + "; ".join(problems))
+    return config
+
+
+def dump_config(config: RunConfig) -> dict[str, Any]:
+    """Plain data of a config: JSON types only, every key present, accepted by `parse_config`."""
+    return json.loads(_RUN_CONFIG.dump_json(config, by_alias=True))
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The resolved recipe as YAML text."""
+    return yaml.safe_dump(dump_config(config), sort_keys=False)
+
+
+def _read_with_base(path: Path) -> dict[str, Any]:
+    data = _read_yaml(path)
+    base_name = data.pop("base", None)
+    if base_name is None:
+        return data
+    base_path = (path.parent / str(base_name)).resolve()
+    base = _read_yaml(base_path)
+    if "base" in base:
+        raise ConfigError(f"{base_path}: base is {base['base']!r}, but a base recipe cannot have a base; merge the two")
+    return _merge(base, data)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist; see recipes/README.md for those that do") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from None
+    try:
+        data = yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a SafeLoader with one more number format
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of sections, not {type(data).__name__}")
+    for section, value in data.items():
+        if section != "base" and not isinstance(value, dict):
+            raise ConfigError(f"recipe {path}: {section} is {value!r}; a section must be a mapping of keys to values")
+    return data
+
+
+def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in child.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value`; the value is YAML. Unknown keys are found by the check of the whole."""
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"override {override!r} must look like section.key=value, for example schedule.steps=100")
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)  # noqa: S506
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it if it holds : or [") from None
+    target = data
+    for key in keys[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+    target[keys[-1]] = value
+
+
+def _describe(item: Any) -> str:
+    """One pydantic error as `key: value, rule, way out`."""
+    location = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part)) or "recipe"
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        parent, _, key = location.rpartition(".")
+        return f"unknown key {location}{_near_miss(parent, key)}"
+    if item["type"] in ("missing", "missing_argument"):
+        return f"{location} is missing; set it in the recipe or on the command line"
+    rule = item["msg"][0].lower() + item["msg"][1:]
+    value = json.dumps(item["input"], default=str)
+    return f"{location} is {value[:60]}: {rule}"
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """pydantic puts names of union branches, such as tuple[...], into an error's location."""
+    return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "none", "RunConfig"))
+
+
+def _near_miss(parent: str, key: str) -> str:
+    schema = _RUN_CONFIG.json_schema()
+    known = list(schema["properties"])
+    if parent:
+        section = schema["properties"].get(parent.split(".")[0], {})
+        reference = section.get("$ref") or section.get("allOf", [{}])[0].get("$ref", "")
+        known = list(schema["$defs"].get(reference.rpartition("/")[2], {}).get("properties", {}))
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {parent + '.' if parent else ''}{close[0]}?" if close else f"; known: {', '.join(known)}"
