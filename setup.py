@@ -1,0 +1,90 @@
+"""Packaging of megatron-itt: what must be there, what is optional, and what ships with the package.
+
+Exact versions live in `requirements/constraints.txt`. `make quickstart` and `make test` use both files through
+`tools/install.sh`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+# Where a bound is stated, the other side of it is known not to work (megatron-core 0.17 moves the layer interfaces;
+# transformers 4 and datasets 5 exclude each other).
+REQUIRED = [
+    "torch>=2.6",
+    "megatron-core>=0.16,<0.17",
+    "numpy>=2.1,<3",
+    "pyyaml>=6",
+    "pydantic>=2",
+    "tokenizers>=0.22",
+    "transformers>=5.20,<6",
+    "safetensors>=0.5",
+    "zstandard>=0.25",
+    "orjson>=3.11",
+    "psutil>=5.9",  # megatron-core needs it to save a checkpoint and does not declare it
+    "tqdm>=4.66",
+    "jinja2>=3.1",
+    "tensorboard>=2.17",
+]
+
+# apex is deliberately in no list: the package of that name on PyPI is not NVIDIA's.
+EXTRAS = {
+    "data": ["datasets>=5.2,<6", "pyarrow>=20"],
+    "eval": ["lm-eval[hf]==0.4.13", "datasets>=5.2,<6"],
+    "analysis": ["matplotlib>=3.9"],
+    "dali": ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"],
+    "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12; platform_system == 'Linux'"],
+    "dev": [
+        "mypy>=2.4,<3",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.17,<0.18",
+        "types-psutil",
+        "types-PyYAML",
+        "types-tqdm",
+    ],
+}
+
+
+def read_version() -> str:
+    """Read `__version__` from the package's source, so that packaging needs none of the package's dependencies."""
+    source = (ROOT / "megatron_itt" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', source, flags=re.MULTILINE)
+    assert found is not None, 'megatron_itt/__init__.py has no line __version__ = "..."'
+    return found.group(1)
+
+
+def read_long_description() -> str:
+    """The README, if this source tree has one."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="megatron-itt",
+    version=read_version(),
+    description="Inner Thinking Transformers on megatron-core: data, training, conversion and evaluation",
+    long_description=read_long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_itt", "megatron_itt.*"]),
+    # hf/remote_code is copied as source files into every export, also where it is not importable as a package.
+    package_data={"megatron_itt": ["py.typed", "hf/remote_code/*.py", "**/*.html", "**/*.jinja", "**/*.yaml"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    zip_safe=False,
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

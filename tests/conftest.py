@@ -1,0 +1,33 @@
+"""What all tests share: markers that skip themselves, with the reason, where their machine is missing."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = {marker: [item for item in items if item.get_closest_marker(marker)] for marker in ("gpu", "multi_gpu")}
+    num_gpus = _count_gpus() if any(marked.values()) else 0  # torch is imported only where it decides something
+    missing = {
+        "slow": (not config.getoption("--slow"), "slow: run with --slow"),
+        "gpu": (num_gpus < 1, "needs an NVIDIA GPU"),
+        "multi_gpu": (num_gpus < 2, f"needs at least 2 NVIDIA GPUs, found {num_gpus}"),
+        "slurm": (shutil.which("sbatch") is None, "needs Slurm (sbatch is not on the PATH)"),
+    }
+    for marker, (is_missing, reason) in missing.items():
+        if is_missing:
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=reason))
