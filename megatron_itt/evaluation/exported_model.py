@@ -1,0 +1,178 @@
+"""An exported Hugging Face folder in memory: loading it safely, and setting its thinking budget.
+
+A thinking budget is one share of tokens in (0, 1] for every routed thinking step; None is the model's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_itt.errors import EvaluationError
+
+Budget = tuple[float, ...]
+
+_PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """A loaded export: the model in eval mode, its tokenizer, and the budget it was trained with (None: no routing)."""
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    trained_budget: Budget | None
+
+    @property
+    def max_length(self) -> int:
+        """Longest input in tokens that the model was trained for."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before every document: the begin token, or the end-of-document token without one."""
+        for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token_id is not None:
+                return int(token_id)
+        raise EvaluationError(
+            f"tokenizer in {self.folder} has neither a begin nor an end token; set bos_token or eos_token in "
+            "tokenizer_config.json"
+        )
+
+
+def read_export_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json` of an export folder; checks that the folder, its weights and its tokenizer are there."""
+    if not folder.is_dir():
+        raise EvaluationError(
+            f"model folder {folder} does not exist; export a checkpoint with tools/export_hf.py first"
+        )
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise EvaluationError(
+            f"{folder} has no config.json, so it is not a Hugging Face export; use tools/export_hf.py"
+        )
+    _check_weights(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise EvaluationError(
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); copy the one of the training data there"
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvaluationError(f"{config_file} is not valid JSON ({error}); export the model again") from error
+    if not isinstance(config, dict):
+        raise EvaluationError(f"{config_file} must hold a JSON object; export the model again")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED_ENDINGS)
+    if pickled:
+        raise EvaluationError(
+            f"{folder / pickled[0]} is a pickled file, which can run code when loaded; convert it to safetensors"
+        )
+    raise EvaluationError(f"{folder} has no *.safetensors weights; export the model again with tools/export_hf.py")
+
+
+def load_export(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> ExportedModel:
+    """Load an export folder for inference.
+
+    `device`: "auto" is the GPU if there is one. `dtype`: "auto" is the saved one on a GPU and float32 on the CPU.
+    """
+    folder = Path(folder).resolve()
+    config = read_export_config(folder)
+    place = _resolve_device(device)
+    kind = "float32" if dtype == "auto" and place == "cpu" else dtype
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), trust_remote_code=True, use_safetensors=True, dtype=kind
+        )
+    except Exception as error:  # transformers raises many kinds for a damaged folder: all of them are about this folder
+        reason = " ".join(str(error).split())[:300]
+        raise EvaluationError(f"cannot load {folder}: {type(error).__name__}: {reason}; export it again") from error
+    model = model.to(place).eval()
+    if len(tokenizer) > model.config.vocab_size:
+        raise EvaluationError(
+            f"tokenizer in {folder} has {len(tokenizer)} entries but the model {model.config.vocab_size}; use the "
+            "tokenizer that the model was trained with"
+        )
+    return ExportedModel(folder=folder, model=model, tokenizer=tokenizer, trained_budget=trained_budget(config))
+
+
+def _resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EvaluationError(f"device is {device} but this machine has no usable GPU; use --device cpu")
+    return device
+
+
+def trained_budget(config: dict[str, Any]) -> Budget | None:
+    """The shares that an export was trained with; None for a model without routing (LLaMA, Loop)."""
+    thinking = config.get("thinking")
+    if not isinstance(thinking, dict) or thinking.get("kind", "itt") != "itt":
+        return None
+    shares = thinking.get("capacity") or []
+    if isinstance(shares, int | float):
+        shares = [shares]
+    return tuple(float(share) for share in shares) or None
+
+
+def parse_budget(text: str) -> Budget:
+    """Read "0.5,0.5,0.5" (or "50%,50%,50%") as a thinking budget."""
+    shares = []
+    for part in text.split(","):
+        number = part.strip()
+        try:
+            share = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+        except ValueError:
+            raise EvaluationError(
+                f"budget {text!r} is not a list of shares; write one number per thinking step, as in 0.5,0.5,0.5"
+            ) from None
+        shares.append(share)
+    return tuple(shares)
+
+
+def check_budget(budget: Sequence[float], trained: Budget | None) -> Budget:
+    """Return `budget` if the model can think with it: one share in (0, 1] per routed step."""
+    shown = format_budget(budget)
+    if trained is None:
+        raise EvaluationError(f"budget {shown} is given but the model has no routed thinking steps; leave --budget out")
+    if len(budget) != len(trained):
+        raise EvaluationError(
+            f"budget {shown} has {len(budget)} shares but the model has {len(trained)} routed thinking steps; give "
+            f"{len(trained)}, as in {format_budget(trained)}"
+        )
+    if any(not 0 < share <= 1 for share in budget):
+        raise EvaluationError(f"budget {shown} has a share outside (0, 1]; use 0.5 for half of the tokens")
+    return tuple(float(share) for share in budget)
+
+
+def format_budget(budget: Sequence[float] | None) -> str:
+    """Write a budget as "0.5,0.5,0.5"; None, the budget of a model without routing, as "none"."""
+    return "none" if budget is None else ",".join(f"{share:g}" for share in budget)
+
+
+@contextmanager
+def thinking_at(model: Any, budget: Sequence[float] | None) -> Iterator[Any]:
+    """Within the block every forward pass of `model` thinks with `budget`, whoever calls it; None changes nothing."""
+    if budget is None:
+        yield model
+        return
+    model.forward = functools.partial(type(model).forward.__get__(model), thinking_budget=list(budget))
+    try:
+        yield model
+    finally:
+        del model.forward

@@ -1,0 +1,201 @@
+"""Two small lm-eval tasks made from held-out text, and the files that lm-eval reads them from.
+
+`heldout_last_word`     like LAMBADA: a passage, and its last word, which occurs in the passage before; greedy accuracy
+                        and perplexity of the word.
+`heldout_continuation`  a passage and four continuations: the true next span against spans of other documents of the
+                        same domain; accuracy, and accuracy by length-normalised likelihood.
+
+Both depend only on the documents and the seed. The paper's own tasks are in `paper_tasks.py`; running is `harness.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_itt.errors import EvaluationError
+
+LAST_WORD_TASK = "heldout_last_word"
+CONTINUATION_TASK = "heldout_continuation"
+HELDOUT_TASKS = (LAST_WORD_TASK, CONTINUATION_TASK)
+NUM_CHOICES = 4
+
+# A word after exactly one space: byte-level tokenizers then see " word" as a piece of its own.
+_SPACED_WORD = re.compile(r"(?<=[^\s]) ([A-Za-z_]{4,})(?![A-Za-z_0-9])")
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
+_DRAWS_PER_RECORD = 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldoutSettings:
+    """Sizes of the two tasks. Lengths are in characters (about four to a token)."""
+
+    seed: int = 1234
+    num_last_word: int = 200
+    num_continuation: int = 200
+    num_context_characters: int = 400
+    num_continuation_characters: int = 60
+
+
+def make_last_word_records(documents: Mapping[str, Sequence[str]], settings: HeldoutSettings) -> list[dict[str, Any]]:
+    """Draw passages that end in a word of four or more letters which occurs earlier in the same passage."""
+    generator = random.Random(f"{settings.seed}/{LAST_WORD_TASK}")
+    pool = _long_documents(documents, settings)
+    records: list[dict[str, Any]] = []
+    seen: set[tuple[str, int, int]] = set()
+    for _ in range(settings.num_last_word * _DRAWS_PER_RECORD):
+        if len(records) == settings.num_last_word:
+            break
+        domain = generator.choice(sorted(pool))
+        document_idx, text = generator.choice(pool[domain])
+        words = [m for m in _SPACED_WORD.finditer(text) if m.start() >= settings.num_context_characters // 2]
+        if not words:
+            continue
+        word = generator.choice(words)
+        start = max(0, word.start() - settings.num_context_characters)
+        context, key = text[start : word.start()], (domain, document_idx, word.start())
+        if key in seen or not re.search(rf"\b{re.escape(word[1])}\b", context):
+            continue
+        seen.add(key)
+        records.append({"domain": domain, "context": context, "word": word[1]})
+    return records
+
+
+def make_continuation_records(
+    documents: Mapping[str, Sequence[str]], settings: HeldoutSettings
+) -> list[dict[str, Any]]:
+    """Draw passages with four continuations of equal length; the wrong ones come from other documents of the domain."""
+    generator = random.Random(f"{settings.seed}/{CONTINUATION_TASK}")
+    pool = {domain: rows for domain, rows in _long_documents(documents, settings).items() if len(rows) >= NUM_CHOICES}
+    if not pool:
+        raise EvaluationError(
+            f"{CONTINUATION_TASK} needs {NUM_CHOICES} documents of at least {_min_length(settings)} characters in one "
+            "domain; give more held-out text or smaller lengths"
+        )
+    records: list[dict[str, Any]] = []
+    for _ in range(settings.num_continuation * _DRAWS_PER_RECORD):
+        if len(records) == settings.num_continuation:
+            break
+        domain = generator.choice(sorted(pool))
+        chosen = generator.sample(pool[domain], NUM_CHOICES)
+        spans = [_draw_span(text, settings, generator) for _, text in chosen]
+        continuations = [span[1] for span in spans if span is not None]
+        if len(continuations) < NUM_CHOICES or len(set(continuations)) < NUM_CHOICES:
+            continue
+        assert spans[0] is not None, "the first span is the true one"
+        order = generator.sample(range(NUM_CHOICES), NUM_CHOICES)
+        choices = [continuations[idx] for idx in order]
+        records.append({"domain": domain, "context": spans[0][0], "choices": choices, "answer": order.index(0)})
+    return records
+
+
+def write_heldout_tasks(
+    documents: Mapping[str, Sequence[str]], output_dir: Path, settings: HeldoutSettings | None = None
+) -> list[str]:
+    """Write both tasks (YAML and jsonl) into `output_dir`, replacing a former set, and return their names.
+
+    `documents` maps a domain to its held-out texts. The same documents and settings give the same bytes, apart from
+    the absolute path of the data in the YAML (lm-eval has no path relative to a task file).
+    """
+    settings = settings or HeldoutSettings()
+    records = {
+        LAST_WORD_TASK: make_last_word_records(documents, settings),
+        CONTINUATION_TASK: make_continuation_records(documents, settings),
+    }
+    for name, rows in records.items():
+        if not rows:
+            raise EvaluationError(f"{name} got no record from the held-out text; give longer documents")
+    output_dir = output_dir.resolve()
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, rows in records.items():
+        lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
+        (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        settings_yaml = _task_yaml(name, output_dir / f"{name}.jsonl")
+        (partial / f"{name}.yaml").write_text(yaml.safe_dump(settings_yaml, sort_keys=False), encoding="utf-8")
+    if output_dir.exists():
+        _remove_task_dir(output_dir)
+    partial.rename(output_dir)
+    return list(records)
+
+
+def _remove_task_dir(folder: Path) -> None:
+    known = {f"{name}.{ending}" for name in HELDOUT_TASKS for ending in ("yaml", "jsonl")}
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if foreign:
+        raise EvaluationError(
+            f"task folder {folder} holds other files ({foreign[0]}); the held-out tasks replace their whole folder: "
+            "give one of their own"
+        )
+    shutil.rmtree(folder)
+
+
+def _min_length(settings: HeldoutSettings) -> int:
+    return settings.num_context_characters + 2 * settings.num_continuation_characters
+
+
+def _long_documents(
+    documents: Mapping[str, Sequence[str]], settings: HeldoutSettings
+) -> dict[str, list[tuple[int, str]]]:
+    """Documents long enough for one record, as (index, text) per domain."""
+    pool = {
+        domain: [(idx, text) for idx, text in enumerate(texts) if len(text) >= _min_length(settings)]
+        for domain, texts in documents.items()
+    }
+    pool = {domain: rows for domain, rows in pool.items() if rows}
+    if not pool:
+        raise EvaluationError(
+            f"no held-out document has {_min_length(settings)} characters; give longer documents or smaller lengths"
+        )
+    return pool
+
+
+def _draw_span(text: str, settings: HeldoutSettings, generator: random.Random) -> tuple[str, str] | None:
+    """A context and the span after it; both cut at single spaces, the span starting with its space."""
+    first = settings.num_context_characters // 2
+    last = len(text) - settings.num_continuation_characters - 1
+    starts = [match.start() for match in _SPACE.finditer(text, first, last)]
+    if not starts:
+        return None
+    start = generator.choice(starts)
+    end = start + settings.num_continuation_characters
+    while end < len(text) and not text[end].isspace():
+        end += 1
+    return text[max(0, start - settings.num_context_characters) : start], text[start:end]
+
+
+def _task_yaml(name: str, data_file: Path) -> dict[str, Any]:
+    common = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data_file)}},
+        "test_split": "test",
+        "doc_to_text": "{{context}}",
+        "num_fewshot": 0,
+    }
+    accuracy = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    if name == LAST_WORD_TASK:
+        perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+        special: dict[str, Any] = {
+            "output_type": "loglikelihood",
+            "doc_to_target": "{{' ' + word}}",
+            "metric_list": [perplexity, accuracy],
+        }
+    else:
+        special = {
+            "output_type": "multiple_choice",
+            "doc_to_target": "answer",
+            "doc_to_choice": "choices",
+            "target_delimiter": "",  # the choices begin with their own space
+            "metric_list": [accuracy, {**accuracy, "metric": "acc_norm"}],
+        }
+    return {**common, **special, "metadata": {"version": 1.0}}
