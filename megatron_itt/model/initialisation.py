@@ -1,0 +1,76 @@
+"""Initial weights that depend on the seed and the tensor's name alone, not on the layout or the order of building.
+
+Every rank draws a whole tensor from a generator of its own name and keeps its shard, so that 1 rank and 64 ranks start
+from the same model, and the baselines start from the same base weights as the thinking model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_itt.config.model import ModelConfig, ThinkingConfig
+
+_RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingConfig, *, seed: int) -> None:
+    """Fill a model chunk's parameters in place.
+
+    Matrices: N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 * num_layers)); norms 1;
+    router N(0, router_init_std); step encoding 1 for the full pass and `step_init` for the routed steps.
+    """
+    rank, degree = model.pg_collection.tp.rank(), model.pg_collection.tp.size()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole_name = global_name(name, model)
+            if name.endswith("thinking.step_encoding"):
+                _fill_step_encoding(parameter, thinking)
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                std = _std_of(whole_name, config, thinking)
+                _fill_normal(parameter, whole_name, std=std, seed=seed, rank=rank, degree=degree)
+
+
+def global_name(name: str, model: GPTModel) -> str:
+    """A parameter's name with the layer's index in the whole model instead of that in its pipeline stage."""
+    match = re.match(r"(decoder\.layers\.)(\d+)(\..*)", name)
+    if match is None:
+        return name
+    layer = model.decoder.layers[int(match.group(2))]
+    return f"{match.group(1)}{layer.layer_number - 1}{match.group(3)}"
+
+
+def _std_of(name: str, config: ModelConfig, thinking: ThinkingConfig) -> float:
+    if name.endswith("thinking.router"):
+        return thinking.router_init_std
+    if name.endswith(_RESIDUAL_OUTPUTS):
+        return config.init_std / math.sqrt(2.0 * config.num_layers)
+    return config.init_std
+
+
+def _fill_step_encoding(parameter: Tensor, thinking: ThinkingConfig) -> None:
+    parameter[0] = 1.0
+    for step, value in enumerate(thinking.step_init_per_step, start=1):
+        parameter[step] = value
+
+
+def _fill_normal(parameter: Tensor, name: str, *, std: float, seed: int, rank: int, degree: int) -> None:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    dim = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
+    shape = list(parameter.shape)
+    if dim >= 0:
+        shape[dim] *= degree
+    whole = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    if dim >= 0:
+        # A rank's part of the fused gate and up projection is a part of each, not one contiguous block.
+        blocks = whole.chunk(2, dim=dim) if name.endswith("linear_fc1.weight") else (whole,)
+        whole = torch.cat([block.chunk(degree, dim=dim)[rank] for block in blocks], dim=dim)
+    parameter.copy_(whole)

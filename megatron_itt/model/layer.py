@@ -1,0 +1,207 @@
+"""`ThinkingLayer`: a megatron-core transformer layer that thinks again about the tokens its router picks.
+
+Shapes: s whole sequence, p = s / tensor-parallel degree under sequence parallelism (else p = s), b micro-batch,
+h hidden, k tokens picked per sequence, q = k / degree under sequence parallelism (else q = k), t routed step.
+
+How it is parallel. Heads and MLP columns are split over tensor-parallel ranks as in any megatron-core layer. Under
+sequence parallelism a layer's input lies in parts of the sequence, but the choice of tokens is one choice over the
+whole. So the base pass runs as ever; then one all-gather gives every rank all token states, every rank makes the same
+choice, and the k picked rows are divided evenly: rank r carries rows r*q .. (r+1)*q through the residual path, the
+norms and the MLP. Shapes are static, and a routed step costs four exchanges of k rows, where a full pass costs four of
+s rows. Every use of the gathered states is a partial one (own rows, own heads), so its gradient is summed over ranks
+by the gather's reduce-scatter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_itt.config.model import ThinkingConfig
+from megatron_itt.model import routed_attention, routing, thinking
+from megatron_itt.model.router import ThinkingParameters
+from megatron_itt.model.trace import RoutingControl, StepRecord
+
+
+class ThinkingLayer(TransformerLayer):
+    """One full pass over all tokens, then T-1 routed steps. Source: paper, sections 3.2 and 3.3.
+
+    Parameters are those of `TransformerLayer` under their own names, and `thinking.*` (see `ThinkingParameters`).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *,
+        thinking: ThinkingConfig,
+        layer_idx: int,
+        control: RoutingControl,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config, submodules=submodules, **kwargs)
+        self.switches = thinking
+        self.layer_idx = layer_idx
+        self.control = control
+        self.thinking = ThinkingParameters(config, thinking)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [p, b, h] -> the same shape, and megatron-core's cross-attention context (always None)."""
+        hidden, context = super().forward(hidden_states, *args, **kwargs)
+        gain = self.thinking.gain(0)
+        if gain is not None:
+            hidden = gain.to(hidden.dtype) * hidden
+        shares = self.switches.capacity if self.control.budget is None else self.control.budget
+        if any(share > 0 for share in shares):
+            rule = self.control.routing or self.switches.routing
+            if rule == "topk":
+                hidden = self._think_in_rows(hidden, shares, kwargs["rotary_pos_emb"])
+            else:
+                for step, share in enumerate(shares, start=1):
+                    if share > 0:
+                        hidden = self._think_masked(hidden, step, share, rule, kwargs)
+        return self._touch_parameters(hidden), context
+
+    def _think_in_rows(self, hidden: Tensor, shares: tuple[float, ...], rotary: Tensor) -> Tensor:
+        """Routed steps with a fixed number of tokens: only the picked rows are computed. [p, b, h] -> [p, b, h]."""
+        states = self._gather_sequence(hidden)  # [p, b, h] -> [s, b, h]
+        keys_values: routed_attention.KeysValues | None = None
+        changed: Tensor | None = None  # positions whose keys and values are out of date
+        for step, share in enumerate(shares, start=1):
+            if share == 0:
+                continue
+            logits = self.thinking.logits(states, step)
+            count = routing.count_picked(share, states.shape[0], multiple=self._num_parts)
+            positions = routing.pick_topk(logits.detach(), count)
+            self._record(step, logits, positions)
+            if self.switches.attend == "all":
+                keys_values = routed_attention.refresh_keys_values(self, keys_values, states, changed, rotary)
+                context = routed_attention.attend_all(self, states, positions, keys_values, rotary)
+            else:
+                context = routed_attention.attend_selected(self, states, positions, rotary)
+            states = self._update_rows(states, context, logits, positions, step)
+            changed = positions
+        return self._own_part(states)
+
+    def _update_rows(self, states: Tensor, context: Tensor, logits: Tensor, positions: Tensor, step: int) -> Tensor:
+        """Carry the attention output [k, b, a*d] through the layer and write the result into the states [s, b, h]."""
+        own = self._own_part(positions)  # [k, b] -> [q, b]
+        rows = thinking.take_rows(states, own)
+        attended = self.self_attention.linear_proj(context)
+        result = self._finish_pass(attended, rows)
+        if self.switches.residual == "replace":
+            return thinking.put_rows(states, positions, self._gather_sequence(result))
+        if self.switches.update == "delta":
+            result = result - rows
+        weights = thinking.gate_scores(logits, self.switches.gate)
+        gain = self.thinking.gain(step)
+        increment = thinking.step_increment(
+            result, weights.gather(0, own), self.switches.alpha_per_step[step - 1], gain
+        )
+        if self._changes_skipped:
+            skipped = ~routing.positions_to_mask(positions, states.shape[0])
+            states = self._rescale_skipped(states, skipped, weights, gain)
+        return thinking.add_rows(states, positions, self._gather_sequence(increment))
+
+    def _finish_pass(self, attended: tuple[Tensor, Tensor | None], rows: Tensor) -> Tensor:
+        """The part of a transformer layer after attention: residual, norm, MLP, residual. [q, b, h] -> [q, b, h]."""
+        with self.bias_dropout_add_exec_handler():
+            add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+            rows = add(attended, rows, self.hidden_dropout)
+        return self._forward_mlp(rows)
+
+    def _think_masked(self, hidden: Tensor, step: int, share: float, rule: str, kwargs: dict[str, Any]) -> Tensor:
+        """A routed step whose number of tokens depends on the data: all rows are computed, the picked ones kept.
+
+        Shapes stay static, so pipelines and overlapped communication work; the price is a full pass per step.
+        hidden [p, b, h] -> [p, b, h].
+        """
+        logits = self.thinking.logits(hidden, step)  # [p, b]
+        if rule == "none":
+            return self._apply_masked(hidden, step, None, logits, kwargs)
+        whole = self._gather_values(logits.detach())  # [s, b]
+        if rule == "topp":
+            picked = routing.pick_topp(whole, share)
+        else:
+            tau = routing.threshold_for(share, self.thinking.logit_quantiles[step - 1])
+            picked = routing.pick_above(whole, tau.to(whole.dtype))
+        if self.control.recorder is not None:
+            self.control.recorder.record(self.layer_idx, step, StepRecord(logits=whole.float(), picked=picked))
+        if self.switches.attend == "selected":
+            kwargs = {**kwargs, "attention_mask": routed_attention.forbid_skipped_keys(picked)}
+        return self._apply_masked(hidden, step, self._own_part(picked), logits, kwargs)
+
+    def _apply_masked(
+        self, hidden: Tensor, step: int, picked: Tensor | None, logits: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        result, _ = super().forward(hidden, **kwargs)
+        if self.switches.residual == "replace":
+            return result if picked is None else torch.where(picked.unsqueeze(-1), result, hidden)
+        if self.switches.update == "delta":
+            result = result - hidden
+        weights = None if picked is None else thinking.gate_scores(logits, self.switches.gate)
+        gain = self.thinking.gain(step)
+        increment = thinking.step_increment(result, weights, self.switches.alpha_per_step[step - 1], gain)
+        if picked is None or weights is None:
+            return hidden + increment
+        if self._changes_skipped:
+            hidden = self._rescale_skipped(hidden, ~picked, weights, gain)
+        return torch.where(picked.unsqueeze(-1), hidden + increment, hidden)
+
+    @property
+    def _changes_skipped(self) -> bool:
+        return self.switches.reweight == "symmetric" or self.switches.skip == "literal"
+
+    def _rescale_skipped(self, hidden: Tensor, skipped: Tensor, weights: Tensor, gain: Tensor | None) -> Tensor:
+        return thinking.rescale_skipped(
+            hidden,
+            skipped,
+            reweight=self.switches.reweight,
+            skip=self.switches.skip,
+            weights=weights,
+            step_encoding=gain,
+        )
+
+    def _touch_parameters(self, hidden: Tensor) -> Tensor:
+        """Give unused thinking parameters a zero gradient: overlapped gradient reduction waits for every parameter."""
+        used = self.thinking.uses_step_encoding and self.switches.routing != "none" and self.control.budget is None
+        if used or not (torch.is_grad_enabled() and hidden.requires_grad):
+            return hidden
+        unused = 0.0 * (self.thinking.router.sum() + self.thinking.step_encoding.sum())
+        return hidden + unused.to(hidden.dtype)
+
+    def _record(self, step: int, logits: Tensor, positions: Tensor) -> None:
+        if self.control.recorder is not None:
+            picked = routing.positions_to_mask(positions, logits.shape[0])
+            entry = StepRecord(logits=logits.detach().float(), picked=picked)
+            self.control.recorder.record(self.layer_idx, step, entry)
+
+    @property
+    def _num_parts(self) -> int:
+        """Into how many parts the sequence is divided."""
+        return self.tp_group.size() if self.config.sequence_parallel else 1
+
+    def _gather_sequence(self, part: Tensor) -> Tensor:
+        """[p, b, h] -> [s, b, h]; backward sums the ranks' partial gradients."""
+        if self._num_parts == 1:
+            return part
+        return tensor_parallel.gather_from_sequence_parallel_region(part.contiguous(), group=self.tp_group)
+
+    def _gather_values(self, part: Tensor) -> Tensor:
+        """[p, b] -> [s, b], for values without gradient."""
+        if self._num_parts == 1:
+            return part
+        whole = part.new_empty(part.shape[0] * self._num_parts, *part.shape[1:])
+        torch.distributed.all_gather_into_tensor(whole, part.contiguous(), group=self.tp_group)
+        return whole
+
+    def _own_part(self, whole: Tensor) -> Tensor:
+        """This rank's part along the first dimension."""
+        if self._num_parts == 1:
+            return whole
+        return whole.chunk(self._num_parts, dim=0)[self.tp_group.rank()]

@@ -1,0 +1,117 @@
+"""Attention of the picked tokens: their queries, over the keys of all tokens or of the picked ones.
+
+Works on megatron-core's fused QKV weight, grouped per key/value head (that group's query heads, then key, then value),
+by slices of it, so that no projection is computed for rows that do not need it. Positions are always the original ones.
+
+Shapes: s whole sequence, b batch, h hidden, k picked, a attention heads and g key/value heads on this rank, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_itt.model.thinking import put_rows, take_rows
+
+
+@dataclass(frozen=True, slots=True)
+class KeysValues:
+    """Rotated keys and values of every token, each [s, b, g, d]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def refresh_keys_values(
+    layer: Any, previous: KeysValues | None, states: Tensor, changed: Tensor | None, rotary: Tensor
+) -> KeysValues:
+    """Keys and values of `states` [s, b, h]: all of them at first, later only those of the `changed` rows [k, b].
+
+    Exact: a token's keys and values depend on its own state only.
+    """
+    if previous is None or changed is None:
+        return _project_keys_values(layer, states, rotary)
+    fresh = _project_keys_values(layer, take_rows(states, changed), rotary_at(rotary, changed))
+    return KeysValues(put_rows(previous.keys, changed, fresh.keys), put_rows(previous.values, changed, fresh.values))
+
+
+def attend_all(layer: Any, states: Tensor, positions: Tensor, keys_values: KeysValues, rotary: Tensor) -> Tensor:
+    """Picked queries over all keys at or before them. states [s, b, h], positions [k, b] -> context [k, b, a*d]."""
+    weight = _grouped_weight(layer)[:, :-2]  # [g, a/g, d, h]
+    normalised = _enter_heads(layer, layer.input_layernorm(take_rows(states, positions)))
+    query = functional.linear(normalised, weight.reshape(-1, weight.shape[-1]))
+    query = query.view(*positions.shape, -1, weight.shape[2])  # [k, b, a, d]
+    query = _rotate(layer, query, rotary_at(rotary, positions))
+    forbidden = forbid_later_keys(positions, states.shape[0])
+    return layer.self_attention.core_attention(query, keys_values.keys, keys_values.values, forbidden)
+
+
+def attend_selected(layer: Any, states: Tensor, positions: Tensor, rotary: Tensor) -> Tensor:
+    """Picked queries over picked keys, causal. states [s, b, h], positions [k, b] -> context [k, b, a*d]."""
+    grouped = _grouped_weight(layer)
+    normalised = _enter_heads(layer, layer.input_layernorm(take_rows(states, positions)))
+    mixed = functional.linear(normalised, grouped.reshape(-1, grouped.shape[-1]))
+    mixed = mixed.view(*positions.shape, *grouped.shape[:3])  # [k, b, g, a/g + 2, d]
+    query = mixed[..., :-2, :].flatten(2, 3)
+    angles = rotary_at(rotary, positions)
+    query, key = _rotate(layer, query, angles), _rotate(layer, mixed[..., -2, :], angles)
+    return layer.self_attention.core_attention(query, key, mixed[..., -1, :], None)
+
+
+def rotary_at(rotary: Tensor, positions: Tensor) -> Tensor:
+    """Rotary angles of the picked tokens' original positions. rotary [s, 1, 1, d], positions [k, b] -> [k, b, 1, d]."""
+    return rotary[:, 0, 0][positions].unsqueeze(2)
+
+
+def forbid_later_keys(positions: Tensor, num_keys: int) -> Tensor:
+    """Causal mask by position for picked queries. positions [k, b] -> bool [b, 1, k, s], true where forbidden."""
+    keys = torch.arange(num_keys, device=positions.device)
+    return (keys > positions.t().unsqueeze(-1)).unsqueeze(1)
+
+
+def forbid_skipped_keys(picked: Tensor) -> Tensor:
+    """Causal mask over picked keys only. picked bool [s, b] -> bool [b, 1, s, s], true where forbidden.
+
+    A token always sees itself, so that rows of skipped tokens (computed, then dropped) stay finite.
+    """
+    steps = torch.arange(picked.shape[0], device=picked.device)
+    later = steps > steps.unsqueeze(-1)
+    hidden = ~picked.t().unsqueeze(1) & (steps != steps.unsqueeze(-1))
+    return (later | hidden).unsqueeze(1)
+
+
+def _project_keys_values(layer: Any, states: Tensor, rotary: Tensor) -> KeysValues:
+    weight = _grouped_weight(layer)[:, -2:]  # [g, 2, d, h]
+    normalised = _enter_heads(layer, layer.input_layernorm(states))
+    mixed = functional.linear(normalised, weight.reshape(-1, weight.shape[-1]))
+    mixed = mixed.view(*states.shape[:2], *weight.shape[:3])  # [rows, b, g, 2, d]
+    return KeysValues(_rotate(layer, mixed[..., 0, :], rotary), mixed[..., 1, :])
+
+
+def _grouped_weight(layer: Any) -> Tensor:
+    """The fused QKV weight as [g, a/g + 2, d, h]."""
+    attention = layer.self_attention
+    head_size = attention.hidden_size_per_attention_head
+    weight = attention.linear_qkv.weight
+    return weight.view(attention.num_query_groups_per_partition, -1, head_size, weight.shape[-1])
+
+
+def _enter_heads(layer: Any, normalised: Tensor) -> Tensor:
+    """Before a projection to this rank's heads: backward must add the ranks' gradients.
+
+    Under sequence parallelism the gather of the states does that; without it, this identity does.
+    """
+    if layer.config.sequence_parallel:
+        return normalised
+    return tensor_parallel.copy_to_tensor_model_parallel_region(normalised, group=layer.tp_group)
+
+
+def _rotate(layer: Any, heads: Tensor, angles: Tensor) -> Tensor:
+    attention = layer.self_attention
+    return apply_rotary_pos_emb(heads, angles, config=layer.config, cp_group=attention.pg_collection.cp)

@@ -1,0 +1,72 @@
+"""Who thinks: from router logits to token positions. Pure functions, no weights, no communication.
+
+Shapes: s sequence, b batch, k tokens that think again. Scores are compared in float32 and in logit space, because
+sigmoid scores in bfloat16 tie for a few percent of the tokens and a tie would let the kernel choose.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NUM_QUANTILES = 1025
+
+
+def count_picked(share: float, seq_length: int, *, multiple: int = 1) -> int:
+    """How many of `seq_length` tokens a share stands for: rounded half up, then to a multiple of `multiple`.
+
+    At least one token (one `multiple`), at most all. Source: paper, section 3.3.
+    Ours: `multiple` is the tensor-parallel degree under sequence parallelism, so that every rank gets equal shapes.
+    """
+    count = max(1, math.floor(share * seq_length + 0.5))
+    if multiple > 1:
+        count = max(1, math.floor(count / multiple + 0.5)) * multiple
+    return min(count, seq_length)
+
+
+def pick_topk(logits: Tensor, count: int) -> Tensor:
+    """Positions of the `count` highest logits of each sequence. logits [s, b] float32 -> positions [k, b], ascending.
+
+    Ties go to the earlier token. Ascending positions keep attention among picked tokens causal.
+    """
+    order = torch.sort(logits, dim=0, descending=True, stable=True).indices
+    return torch.sort(order[:count], dim=0).values
+
+
+def pick_topp(logits: Tensor, share: float) -> Tensor:
+    """Tokens whose softmax probabilities, taken from the largest down, first reach `share`. [s, b] -> bool [s, b].
+
+    At least one token per sequence; ties go to the earlier token. Source: paper, Table 3 (Router Sampling, Top-P).
+    """
+    probabilities = torch.softmax(logits, dim=0)
+    ranked, order = torch.sort(probabilities, dim=0, descending=True, stable=True)
+    before = torch.cumsum(ranked, dim=0) - ranked
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before < share)
+
+
+def pick_above(logits: Tensor, threshold: Tensor) -> Tensor:
+    """Tokens above a threshold [] or [b]: a rule that looks at one token only. [s, b] -> bool [s, b]."""
+    return logits > threshold
+
+
+def threshold_for(share: float, logit_quantiles: Tensor) -> Tensor:
+    """The logit above which a `share` of all tokens lies, from one step's quantile table [1025].
+
+    Linear interpolation at 1 - share; a share of 1 gives minus infinity, 0 gives infinity.
+    """
+    if share >= 1.0:
+        return logit_quantiles.new_tensor(-math.inf)
+    if share <= 0.0:
+        return logit_quantiles.new_tensor(math.inf)
+    place = (1.0 - share) * (NUM_QUANTILES - 1)
+    low = math.floor(place)
+    high = min(low + 1, NUM_QUANTILES - 1)
+    return torch.lerp(logit_quantiles[low], logit_quantiles[high], place - low)
+
+
+def positions_to_mask(positions: Tensor, seq_length: int) -> Tensor:
+    """positions [k, b] -> bool [s, b], true where a token was picked."""
+    mask = torch.zeros(seq_length, positions.shape[1], dtype=torch.bool, device=positions.device)
+    return mask.scatter(0, positions, True)

@@ -1,0 +1,1 @@
+"""Process groups, seeding, and megatron-core on machines without a GPU."""

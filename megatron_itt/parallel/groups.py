@@ -1,0 +1,101 @@
+"""From "one process of a job" to megatron-core's process groups, on GPUs (NCCL) or on CPUs (gloo)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_itt.config.check import find_layout_problems
+from megatron_itt.config.environment import ProcessPlace, process_place
+from megatron_itt.config.run import RunConfig
+from megatron_itt.errors import ConfigError
+from megatron_itt.parallel.host_device import install_host_device
+from megatron_itt.parallel.seeding import seed_everything
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelPlace:
+    """Where this process stands in the layout of a run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process does what is done once per job (rank 0)."""
+        return self.rank == 0
+
+
+def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> ParallelPlace:
+    """Join the job, build tensor, pipeline and data-parallel groups, and seed the random states.
+
+    Raises ConfigError, before any process group exists, when the layout does not fit the number of processes.
+    """
+    place = place or process_place()
+    problems = find_layout_problems(config, place.world_size)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    device = choose_device(config.runtime.device, place.local_rank)
+    if device.type == "cpu":
+        install_host_device()
+    else:
+        torch.cuda.set_device(device)
+    _join_job(place, device, timeout_minutes=config.runtime.timeout_minutes)
+    from megatron.core import parallel_state
+
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+    )
+    seed_everything(config.runtime.seed, deterministic=config.runtime.deterministic)
+    return ParallelPlace(
+        rank=place.rank,
+        world_size=place.world_size,
+        device=device,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def stop_parallel() -> None:
+    """Leave the job: destroy every process group, so that the process may start another layout or exit cleanly."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """`auto` takes a GPU where there is one; `cuda` insists."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError("runtime.device is cuda but torch sees no GPU; use auto or cpu, or check the driver")
+    if wanted == "cpu" or not has_gpu:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def _join_job(place: ProcessPlace, device: torch.device, *, timeout_minutes: float) -> None:
+    if dist.is_initialized():
+        return
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    timeout = timedelta(minutes=timeout_minutes)
+    if place.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if place.master_port == 0:
+        raise ConfigError(
+            f"the job has {place.world_size} processes but MASTER_PORT is not set; start it with torchrun or the "
+            "launcher in slurm/"
+        )
+    address = f"tcp://{place.master_address}:{place.master_port}"
+    dist.init_process_group(backend, init_method=address, rank=place.rank, world_size=place.world_size, timeout=timeout)
