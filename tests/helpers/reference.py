@@ -1,0 +1,242 @@
+"""The method, token by token, in float64: the oracle that every implementation and export is compared with.
+
+Written from the equations, slow on purpose: Python loops over tokens, no batching, no code shared with the package. It
+reads weights by their megatron-core names and the plain fields of the recipe's `model` and `thinking` sections (any
+object with those attributes will do); everything derived from them is derived here again.
+
+    result = reference_forward(weights, config.model, config.thinking, tokens)
+    result["logits"]    # [s, V]
+    result["picks"]     # {(layer_idx, step): sorted positions}, step = 1 .. T-1
+    result["scores"]    # {(layer_idx, step): router logits [s]}, before any pick
+    result["hidden"]    # one [s, h] per layer, after all its steps
+
+Angles and norms are float64 throughout: an implementation that keeps its rotary frequencies in float32 differs by
+some 1e-7 from this, so give it float64 frequencies before comparing more closely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+Rows = dict[int, Array]  # position in the sequence -> vector
+
+
+def reference_forward(
+    weights: Mapping[str, Any],
+    shape: Any,
+    thinking: Any,
+    tokens: Sequence[int],
+    *,
+    budget: Sequence[float] | None = None,
+    routing: str | None = None,
+) -> dict[str, Any]:
+    """Run one sequence through the whole model.
+
+    `budget` replaces `thinking.capacity` (shares per routed step), `routing` replaces `thinking.routing`.
+    """
+    matrices = {name: _as_array(value) for name, value in weights.items()}
+    shares = list(thinking.capacity if budget is None else budget)
+    rule = thinking.routing if routing is None else routing
+    rows: Rows = {
+        position: matrices["embedding.word_embeddings.weight"][int(token)] for position, token in enumerate(tokens)
+    }
+    picks: dict[tuple[int, int], list[int]] = {}
+    scores: dict[tuple[int, int], Array] = {}
+    hidden: list[Array] = []
+    for layer_idx in range(shape.num_layers):
+        layer = BaseLayer(matrices, layer_idx, shape)
+        if not _thinks(layer_idx, thinking, shape.num_layers):
+            rows = layer.apply(rows, rows)
+        elif thinking.kind == "loop":
+            for _ in range(len(thinking.capacity) + 1):
+                rows = layer.apply(rows, rows)
+        else:
+            rows, layer_picks, layer_scores = _think(layer, rows, thinking, shares, rule)
+            picks |= {(layer_idx, step): picked for step, picked in layer_picks.items()}
+            scores |= {(layer_idx, step): values for step, values in layer_scores.items()}
+        hidden.append(np.stack([rows[position] for position in range(len(tokens))]))
+    head = matrices.get("output_layer.weight", matrices["embedding.word_embeddings.weight"])
+    final = matrices["decoder.final_layernorm.weight"]
+    logits = np.stack([head @ _rms_norm(row, final, shape.norm_eps) for row in hidden[-1]])
+    return {"logits": logits, "picks": picks, "scores": scores, "hidden": hidden}
+
+
+def pick(scores: Sequence[float], share: float, rule: str, quantiles: Sequence[float] | None = None) -> list[int]:
+    """Positions that think: `scores` are one sequence's router logits, `share` is rho of the step.
+
+    topk: the k = max(1, floor(rho s + 1/2)) largest. topp: the largest ones until their softmax adds up to rho.
+    threshold: all above the quantile 1 - rho of the table. none: all. Ties go to the earlier token.
+    """
+    positions = list(range(len(scores)))
+    best_first = sorted(positions, key=lambda position: (-scores[position], position))
+    if rule == "none":
+        return positions
+    if rule == "topk":
+        return sorted(best_first[: max(1, math.floor(share * len(scores) + 0.5))])
+    if rule == "threshold":
+        assert quantiles is not None, "threshold routing needs the quantile table of the step"
+        threshold = _threshold(quantiles, share)
+        return [position for position in positions if scores[position] > threshold]
+    assert rule == "topp", f"unknown routing {rule}"
+    largest = scores[best_first[0]]
+    total = math.fsum(math.exp(score - largest) for score in scores)
+    chosen: list[int] = []
+    for position in best_first:
+        chosen.append(position)
+        if math.fsum(math.exp(scores[other] - largest) for other in chosen) / total >= share:
+            break
+    return sorted(chosen)
+
+
+def _threshold(quantiles: Sequence[float], share: float) -> float:
+    """tau(rho): the table, linearly interpolated at 1 - rho. At the ends everyone thinks, or nobody."""
+    if share >= 1:
+        return -math.inf
+    if share <= 0:
+        return math.inf
+    place = (1 - share) * (len(quantiles) - 1)
+    below = min(math.floor(place), len(quantiles) - 2)
+    fraction = place - below
+    return float(quantiles[below] * (1 - fraction) + quantiles[below + 1] * fraction)
+
+
+def _think(
+    layer: BaseLayer, rows: Rows, thinking: Any, shares: Sequence[float], rule: str
+) -> tuple[Rows, dict[int, list[int]], dict[int, Array]]:
+    """All thinking steps of one layer: the full pass over every token, then one routed step per share."""
+    num_tokens = len(rows)
+    y = {position: layer.phi(0, thinking) * row for position, row in layer.apply(rows, rows).items()}
+    picks: dict[int, list[int]] = {}
+    scores: dict[int, Array] = {}
+    for step, share in enumerate(shares, start=1):
+        logits = np.array([float(layer.router[step - 1] @ y[position]) for position in range(num_tokens)])
+        quantiles = layer.quantiles[step - 1] if rule == "threshold" else None
+        picked = pick(logits.tolist(), share, rule, quantiles)
+        gates = [1.0 if rule == "none" else _gate(logit, thinking.gate) for logit in logits]
+        again = {position: y[position] for position in picked}
+        refined = layer.apply(again, y if thinking.attend == "all" else again)  # y as it stood before this step
+        updated = {}
+        for position in range(num_tokens):
+            phi = layer.phi(step, thinking)
+            if position not in refined:
+                updated[position] = _skip(y[position], gates[position], phi, thinking)
+            elif thinking.residual == "replace":
+                updated[position] = refined[position]
+            else:
+                increment = refined[position] - (y[position] if thinking.update == "delta" else 0.0)
+                gain = _alpha(thinking.alpha, step) * gates[position] * phi
+                updated[position] = y[position] + gain * increment
+        y, picks[step], scores[step] = updated, picked, logits
+    return y, picks, scores
+
+
+def _skip(row: Array, gate: float, phi: Array, thinking: Any) -> Array:
+    """What becomes of a token that does not think at this step."""
+    if thinking.reweight == "symmetric":
+        row = row * gate
+    if thinking.skip == "literal":
+        row = row + phi * row
+    return row
+
+
+def _gate(logit: float, kind: str) -> float:
+    return math.tanh(logit) if kind == "tanh" else 1 / (1 + math.exp(-logit))
+
+
+def _alpha(alpha: float | Sequence[float], step: int) -> float:
+    return float(alpha[step - 1] if isinstance(alpha, Sequence) else alpha)
+
+
+def _thinks(layer_idx: int, thinking: Any, num_layers: int) -> bool:
+    assert num_layers > layer_idx
+    if thinking.kind == "none":
+        return False
+    return layer_idx % 2 == 1 if thinking.layers == "every_other" else layer_idx in thinking.layers
+
+
+class BaseLayer:
+    """One base layer f(Q; C) with the extra weights of thinking, if it has any."""
+
+    def __init__(self, matrices: Mapping[str, Array], layer_idx: int, shape: Any) -> None:
+        prefix = f"decoder.layers.{layer_idx}."
+        own = {name.removeprefix(prefix): value for name, value in matrices.items() if name.startswith(prefix)}
+        self.num_heads = shape.num_attention_heads
+        self.num_groups = shape.num_query_groups or shape.num_attention_heads
+        self.head_size = shape.hidden_size // shape.num_attention_heads
+        self.eps, self.rope_base = shape.norm_eps, shape.rope_base
+        self.input_norm, self.mlp_norm = own["input_layernorm.weight"], own["pre_mlp_layernorm.weight"]
+        self.qkv, self.projection = own["self_attention.linear_qkv.weight"], own["self_attention.linear_proj.weight"]
+        self.fc1, self.fc2 = own["mlp.linear_fc1.weight"], own["mlp.linear_fc2.weight"]
+        self.router = own.get("thinking.router")
+        self.step_encoding = own.get("thinking.step_encoding")
+        self.quantiles = own.get("thinking.logit_quantiles")
+
+    def phi(self, step: int, thinking: Any) -> Array:
+        """Gain of a step, per channel; 1 without step encoding, and for the full pass where steps replace."""
+        if not thinking.step_encoding or (step == 0 and thinking.residual == "replace"):
+            return np.ones_like(self.input_norm)
+        assert self.step_encoding is not None, "a thinking layer with step encoding needs thinking.step_encoding"
+        return self.step_encoding[step]
+
+    def apply(self, queries: Rows, context: Rows) -> Rows:
+        """f(Q; C): attention of the rows Q over the rows C at or before them, MLP, both inner residuals."""
+        memory = {position: self._project(row, position) for position, row in context.items()}
+        outputs = {}
+        for position, row in queries.items():
+            attended = row + self.projection @ self._attend(self._project(row, position)[0], position, memory)
+            gate, up = np.split(self.fc1 @ _rms_norm(attended, self.mlp_norm, self.eps), 2)
+            outputs[position] = attended + self.fc2 @ (gate / (1 + np.exp(-gate)) * up)
+        return outputs
+
+    def _project(self, row: Array, position: int) -> tuple[list[Array], list[Array], list[Array]]:
+        """Rotated queries (one per head), rotated keys and values (one per group) of one token.
+
+        The fused weight holds, group after group, the query heads of the group, then its key, then its value.
+        """
+        heads = (self.qkv @ _rms_norm(row, self.input_norm, self.eps)).reshape(-1, self.head_size)
+        per_group = self.num_heads // self.num_groups
+        queries, keys, values = [], [], []
+        for group in range(self.num_groups):
+            start = group * (per_group + 2)
+            queries += [self._rotate(heads[start + head], position) for head in range(per_group)]
+            keys.append(self._rotate(heads[start + per_group], position))
+            values.append(heads[start + per_group + 1])
+        return queries, keys, values
+
+    def _attend(self, queries: list[Array], position: int, memory: Mapping[int, Any]) -> Array:
+        visible = [other for other in sorted(memory) if other <= position]
+        outputs = []
+        for head, query in enumerate(queries):
+            group = head // (self.num_heads // self.num_groups)
+            logits = [float(query @ memory[other][1][group]) / math.sqrt(self.head_size) for other in visible]
+            exponentials = [math.exp(logit - max(logits)) for logit in logits]
+            total = math.fsum(exponentials)
+            outputs.append(
+                sum(value / total * memory[other][2][group] for value, other in zip(exponentials, visible, strict=True))
+            )
+        return np.concatenate(outputs)
+
+    def _rotate(self, head: Array, position: int) -> Array:
+        """RoPE by the token's position in the whole sequence; channel j pairs with j + d/2."""
+        half = self.head_size // 2
+        rotated = np.empty_like(head)
+        for channel in range(half):
+            angle = position * self.rope_base ** (-2 * channel / self.head_size)
+            first, second = head[channel], head[channel + half]
+            rotated[channel] = first * math.cos(angle) - second * math.sin(angle)
+            rotated[channel + half] = second * math.cos(angle) + first * math.sin(angle)
+        return rotated
+
+
+def _rms_norm(row: Array, weight: Array, eps: float) -> Array:
+    return row / math.sqrt(float(np.mean(row * row)) + eps) * weight
+
+
+def _as_array(value: Any) -> Array:
+    """A float64 copy of a numpy array or a torch tensor."""
+    return np.asarray(value.detach().cpu().double() if hasattr(value, "detach") else value, dtype=np.float64)
