@@ -1,0 +1,290 @@
+"""One layer of the Inner Thinking Transformer: attention, MLP, and the thinking steps around them.
+
+Who thinks is decided in thinking_itt.py, what attention sees in cache_itt.py. Imports torch and transformers only;
+this file is copied into every export and works there alone.
+
+What a thinking layer computes (f is the whole layer; keys and values from the context C, original positions, causal):
+
+    y = phi_0 * f(x; x)
+    for t in 1 .. T-1:
+        logit = <r_t, y>                 # at least float32
+        M = pick(logit, share_t)         # padding is never picked and does not count
+        y[M] = y[M] + gain * (phi_t * f(y[M]; C))        # gain = (alpha_t * w).to(dtype), w = gate(logit)
+
+| key of config.thinking | value | meaning |
+|---|---|---|
+| residual | accumulate / replace | as above / y[M] <- f(y[M]; C): no w, alpha or phi, phi_0 = 1 too |
+| routing | topk, topp, threshold / none | rule of training (inference: threshold) / all tokens are picked with w = 1 |
+| step_encoding | true / false | learned phi / phi = 1 |
+| gate | sigmoid / tanh | w |
+| reweight | selected / symmetric | as above / also y[not M] <- y[not M] * w[not M] |
+| attend | all / selected | C = y, all tokens / C = y[M] |
+| update | full / delta | as above / f(y[M]; C) - y[M] in place of f(y[M]; C) |
+| skip | keep / literal | tokens not in M stay / y[not M] <- y[not M] + phi_t * y[not M] |
+| kind | itt / loop / none | as above / x <- f(x; x), T times, no weights of its own / LLaMA |
+
+Paper: silent on padding and on C. Ours: see above. Source: paper, Eq 1 to 7.
+
+Shape legend: b rows, c tokens of this call, n selected tokens, h hidden, H heads, g key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .cache_itt import CachedMemory, DenseMemory, ITTCache, Keys
+from .configuration_itt import ITTConfig
+from .thinking_itt import (
+    NUM_QUANTILE_INTERVALS,
+    Selection,
+    add_thought,
+    gate,
+    pick_threshold,
+    pick_topk,
+    pick_topp,
+    router_logits,
+    thresholds,
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every layer of one forward call shares.
+
+    cos, sin [b, c, d]; real [b, c] (false = padding) or None without padding; columns [b, c]; shares [b, T-1].
+    """
+
+    cos: Tensor
+    sin: Tensor
+    real: Tensor | None
+    columns: Tensor
+    everyone: Selection
+    everyone_real: Selection
+    shares: Tensor
+    routing: str
+
+
+class ITTRMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in at least float32."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(hidden.dtype)
+
+
+def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of rows [n, heads, d] with cos, sin [n, d], halves paired as in LLaMA."""
+    first, second = rows.chunk(2, dim=-1)
+    return rows * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+class ITTAttention(nn.Module):
+    """Attention whose queries and keys may come from different sets of tokens."""
+
+    def __init__(self, config: ITTConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_groups = config.num_attention_heads // config.num_key_value_heads
+        query_size, key_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def keys_values(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """normed [n, h] -> k, v [n, g, d], k rotated."""
+        k = self.k_proj(normed).unflatten(-1, (-1, self.head_dim))
+        return rotate(k, cos, sin), self.v_proj(normed).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, normed: Tensor, cos: Tensor, sin: Tensor, queries: Selection, keys: Keys) -> Tensor:
+        """normed [n, h] of `queries` -> [n, h], attending to `keys`."""
+        q = rotate(self.q_proj(normed).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        q, k, v = queries.pad(q).transpose(1, 2), keys.k, keys.v
+        grouped = self.num_groups > 1
+        if grouped and keys.mask is not None:
+            k, v = (t.repeat_interleave(self.num_groups, dim=1) for t in (k, v))
+            grouped = False
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=keys.mask, is_causal=keys.causal, scale=self.head_dim**-0.5, enable_gqa=grouped
+        )
+        return self.o_proj(queries.unpad(out.transpose(1, 2).flatten(2)))
+
+
+class ITTMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ITTConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(normed)) * self.up_proj(normed))
+
+
+class ITTThinking(nn.Module):
+    """Weights of a thinking layer: router [T-1, h], step_encoding [T, h], logit_quantiles [T-1, 1025] (float32)."""
+
+    logit_quantiles: Tensor
+
+    def __init__(self, config: ITTConfig) -> None:
+        super().__init__()
+        num_routed_steps = config.num_routed_steps
+        self.router = nn.Parameter(torch.empty(num_routed_steps, config.hidden_size))
+        self.step_encoding = nn.Parameter(torch.empty(num_routed_steps + 1, config.hidden_size))
+        self.register_buffer("logit_quantiles", torch.zeros(num_routed_steps, NUM_QUANTILE_INTERVALS + 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ITTThinking:
+        # bf16 thresholds would move the realised share by percents, so a cast of the model leaves them in float32.
+        before = self.logit_quantiles
+        super()._apply(fn, recurse)
+        if self.logit_quantiles.dtype != torch.float32 and not self.logit_quantiles.is_meta:
+            self.logit_quantiles = before.to(self.logit_quantiles.device, torch.float32)
+        return self
+
+    def choose(self, hidden: Tensor, step: int, call: Call) -> tuple[Selection, Tensor]:
+        """Who thinks at routed step `step` in 1 .. T-1: hidden [b, c, h] -> selection, logits [b, c]."""
+        logits = router_logits(hidden, self.router[step - 1])
+        share = call.shares[:, step - 1]
+        real = call.everyone_real.mask
+        if call.routing == "threshold":
+            mask = pick_threshold(logits, thresholds(self.logit_quantiles[step - 1], share), real)
+        else:
+            mask = (pick_topk if call.routing == "topk" else pick_topp)(logits, share, real)
+        return Selection.from_mask(mask), logits
+
+
+class ITTDecoderLayer(GradientCheckpointingLayer):
+    """One layer: plain LLaMA, looped, or thinking."""
+
+    def __init__(self, config: ITTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        thinks = layer_idx in config.thinking["layers"]
+        self.kind = config.thinking["kind"] if thinks else "none"
+        self.switches = config.thinking
+        self.num_steps = config.num_routed_steps + 1 if thinks else 1
+        self.self_attn = ITTAttention(config)
+        self.mlp = ITTMLP(config)
+        self.input_layernorm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.kind == "itt":
+            self.thinking = ITTThinking(config)
+        changes_all = self.switches["skip"] == "literal" or self.switches["reweight"] == "symmetric"
+        picks_all = self.kind == "loop" or self.switches["routing"] == "none"
+        self.keeps_keys = self.switches["attend"] == "all" and not changes_all and not picks_all
+
+    def forward(
+        self, hidden: Tensor, call: Call, past_key_values: ITTCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [b, c, h] -> the layer's result [b, c, h] and, if it thinks, who was picked [b, T-1, c]."""
+        memory: DenseMemory | CachedMemory = DenseMemory(call.real, call.columns)
+        if past_key_values is not None:
+            layer_cache = past_key_values.layers[self.layer_idx]
+            memory = CachedMemory(layer_cache, call.columns, self.num_steps, call.everyone_real)
+        everyone = call.everyone
+        keys = memory.exchange(0, everyone, *self._keys_values(hidden, everyone, call), everyone)
+        state = everyone.put(hidden, self._f(everyone.take(hidden), everyone, call, keys))
+        if self.kind == "none":
+            return state, None
+        if self.kind == "loop":
+            return self._loop(state, call, memory), None
+        return self._think(state, call, memory)
+
+    def _keys_values(self, hidden: Tensor, tokens: Selection, call: Call) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, g, d] of `tokens` of hidden [b, c, h]."""
+        normed = self.input_layernorm(tokens.take(hidden))
+        return self.self_attn.keys_values(normed, tokens.take(call.cos), tokens.take(call.sin))
+
+    def _f(self, rows: Tensor, tokens: Selection, call: Call, keys: Keys) -> Tensor:
+        """The base layer, inner residuals included, on rows [n, h] of `tokens`."""
+        cos, sin = tokens.take(call.cos), tokens.take(call.sin)
+        rows = rows + self.self_attn(self.input_layernorm(rows), cos, sin, tokens, keys)
+        return rows + self.mlp(self.post_attention_layernorm(rows))
+
+    def _loop(self, state: Tensor, call: Call, memory: DenseMemory | CachedMemory) -> Tensor:
+        """x <- f(x) for the steps after the first. Source: Ng and Wang 2024."""
+        everyone = call.everyone
+        for step in range(1, self.num_steps):
+            keys = memory.exchange(step, everyone, *self._keys_values(state, everyone, call), everyone)
+            state = everyone.put(state, self._f(everyone.take(state), everyone, call, keys))
+        return state
+
+    def _phi(self, step: int) -> Tensor | None:
+        """Gain [h] of a step, None for 1."""
+        unused = self.switches["residual"] == "replace" or not self.switches["step_encoding"]
+        return None if unused else self.thinking.step_encoding[step]
+
+    def _think(self, state: Tensor, call: Call, memory: DenseMemory | CachedMemory) -> tuple[Tensor, Tensor]:
+        """The routed steps on state [b, c, h] = f(x; x). Source: paper, Eq 4 to 7."""
+        phi = self._phi(0)
+        state = state if phi is None else state * phi.to(state.dtype)
+        if self.keeps_keys and self.num_steps > 1:
+            memory.begin_states(call.everyone, *self._keys_values(state, call.everyone, call))
+        picks: list[Tensor] = []
+        for step in range(1, self.num_steps):
+            state, picked = self._think_once(state, step, call, memory)
+            picks.append(picked.mask & call.everyone_real.mask)
+        if not picks:
+            return state, call.everyone.mask.new_zeros((state.shape[0], 0, state.shape[1]))
+        return state, torch.stack(picks, dim=1)
+
+    def _think_once(
+        self, state: Tensor, step: int, call: Call, memory: DenseMemory | CachedMemory
+    ) -> tuple[Tensor, Selection]:
+        """One routed step: the new state [b, c, h] and who was picked."""
+        weight: Tensor | None = None
+        picked = call.everyone
+        if self.switches["routing"] != "none":
+            picked, logits = self.thinking.choose(state, step, call)
+            weight = gate(logits, self.switches["gate"])
+        context = picked if self.switches["attend"] == "selected" else call.everyone
+        if self.keeps_keys:
+            keys = memory.read_states(step, picked) if picked.num_tokens else None
+        elif context.num_tokens:
+            keys = memory.exchange(step, context, *self._keys_values(state, context, call), picked)
+        before = self._treat_skipped(state, step, picked, weight)
+        if picked.num_tokens == 0:
+            return before, picked
+        assert keys is not None, "there is a query"
+        rows = picked.take(state)
+        new_rows = self._update(rows, self._f(rows, picked, call, keys), step, picked, weight)
+        state = picked.put(before, new_rows)
+        if self.keeps_keys and step + 1 < self.num_steps:
+            memory.change_states(step, picked, *self._keys_values(state, picked, call))
+        return state, picked
+
+    def _update(self, rows: Tensor, thought: Tensor, step: int, picked: Selection, weight: Tensor | None) -> Tensor:
+        """Combine rows [n, h] with their thought [n, h]."""
+        if self.switches["residual"] == "replace":
+            return thought
+        if self.switches["update"] == "delta":
+            thought = thought - rows
+        alpha = self.switches["alpha"][step - 1]
+        gain = None if weight is None and alpha == 1.0 else rows.new_tensor(alpha).expand(rows.shape[0])
+        if weight is not None:
+            gain = alpha * picked.take(weight)
+        return add_thought(rows, thought, gain=gain, phi=self._phi(step))
+
+    def _treat_skipped(self, state: Tensor, step: int, picked: Selection, weight: Tensor | None) -> Tensor:
+        """What tokens that are not picked become; state [b, c, h]."""
+        if self.switches["skip"] == "literal":
+            phi = self._phi(step)
+            skipped = state + (state if phi is None else phi.to(state.dtype) * state)
+        elif self.switches["reweight"] == "symmetric" and weight is not None:
+            skipped = state * weight.to(state.dtype)[..., None]
+        else:
+            return state
+        return torch.where(picked.mask[..., None], state, skipped)

@@ -1,0 +1,137 @@
+"""Who thinks and how the steps combine: pure functions of tensors, and the `Selection` of tokens they produce.
+
+No weights and no attention here. Imports torch only; this file is copied into every export.
+
+Shape legend: b rows of the batch, c tokens of this call, n picked tokens of the whole batch, k most picked tokens of a
+row, h hidden, T thinking steps; a routed step t is in 1 .. T-1 and step tensors of length T-1 are indexed t-1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_QUANTILE_INTERVALS = 1024
+NO_COLUMN = -1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some tokens of a [b, c] block: flat for products with weights, padded per row for attention.
+
+    row, col, rank [n]: batch row, column in the block, and how many selected tokens precede it in its row.
+    width: most tokens selected in one row. even: every row selects `width` tokens, so padding is only a view.
+    """
+
+    mask: Tensor
+    row: Tensor
+    col: Tensor
+    rank: Tensor
+    width: int
+    even: bool
+
+    @staticmethod
+    def from_mask(mask: Tensor) -> Selection:
+        """Select where mask [b, c] is true."""
+        row, col = mask.nonzero(as_tuple=True)
+        rank = (mask.cumsum(dim=1) - 1)[row, col]
+        counts = mask.sum(dim=1).tolist()
+        return Selection(mask, row, col, rank, max(counts), min(counts) == max(counts))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.row.shape[0]
+
+    def pad(self, flat: Tensor, fill: float = 0) -> Tensor:
+        """flat [n, ...] -> [b, width, ...]; unused places hold `fill`."""
+        batch = self.mask.shape[0]
+        if self.even:
+            return flat.reshape(batch, self.width, *flat.shape[1:])
+        padded = flat.new_full((batch, self.width, *flat.shape[1:]), fill)
+        return padded.index_put((self.row, self.rank), flat)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """padded [b, width, ...] -> [n, ...]."""
+        return padded.flatten(0, 1) if self.even else padded[self.row, self.rank]
+
+    def take(self, block: Tensor) -> Tensor:
+        """block [b, c, ...] -> [n, ...] of the selected tokens."""
+        if self.even and self.width == self.mask.shape[1]:
+            return block.flatten(0, 1)
+        return block[self.row, self.col]
+
+    def put(self, block: Tensor, flat: Tensor) -> Tensor:
+        """A copy of block [b, c, ...] whose selected tokens are flat [n, ...]."""
+        if self.even and self.width == self.mask.shape[1]:
+            return flat.reshape(block.shape)
+        return block.index_put((self.row, self.col), flat)
+
+
+def router_logits(hidden: Tensor, router: Tensor) -> Tensor:
+    """hidden [..., h], router [h] of one step -> logits [...], in float32 (float64 for a float64 model).
+
+    bf16 scores tie often, and a tie would let the kernel choose who thinks. Source: paper, Eq 5.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.to(dtype) @ router.to(dtype)
+
+
+def gate(logits: Tensor, kind: str) -> Tensor:
+    """Weight of a picked token; kind "sigmoid" or "tanh"."""
+    return torch.sigmoid(logits) if kind == "sigmoid" else torch.tanh(logits)
+
+
+def count_from_share(share: Tensor, length: Tensor) -> Tensor:
+    """k = max(1, floor(share * length + 0.5)), and 0 for a share of 0. share [b], length [b] -> [b] int64."""
+    count = torch.floor(share.double() * length + 0.5).long().clamp(min=1)
+    return torch.where(share > 0, torch.minimum(count, length), torch.zeros_like(count))
+
+
+def pick_topk(logits: Tensor, share: Tensor, real: Tensor) -> Tensor:
+    """The `share` [b] of highest logits [b, c] in each row, ties to the earlier token -> mask [b, c].
+
+    Paper: silent on padding. Ours: padding (`real` false) is never picked and does not count towards k.
+    Source: paper, adaptive token routing.
+    """
+    ordered = logits.masked_fill(~real, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+    count = count_from_share(share, real.sum(dim=1))
+    first = torch.arange(logits.shape[1], device=logits.device) < count[:, None]
+    return torch.zeros_like(real).scatter(1, ordered, first) & real
+
+
+def pick_topp(logits: Tensor, share: Tensor, real: Tensor) -> Tensor:
+    """The smallest set of highest logits whose softmax over the row's tokens reaches `share`; ties to the earlier."""
+    probability = logits.masked_fill(~real, float("-inf")).softmax(dim=1)
+    ordered, index = probability.sort(dim=1, descending=True, stable=True)
+    before = torch.nn.functional.pad(ordered.cumsum(dim=1)[:, :-1], (1, 0))
+    first = (before < share[:, None]) & (share > 0)[:, None]
+    return torch.zeros_like(real).scatter(1, index, first) & real
+
+
+def thresholds(logit_quantiles: Tensor, share: Tensor) -> Tensor:
+    """tau(rho): linear interpolation of the quantiles at 1 - rho. logit_quantiles [1025], share [b] -> [b].
+
+    A share of 1 gives -inf (all think), a share of 0 +inf (nobody does).
+    """
+    place = (1.0 - share.double()) * NUM_QUANTILE_INTERVALS
+    low = place.floor().long().clamp(0, NUM_QUANTILE_INTERVALS - 1)
+    quantiles = logit_quantiles.double()
+    tau = torch.lerp(quantiles[low], quantiles[low + 1], place - low)
+    tau = tau.masked_fill(share >= 1, float("-inf"))
+    return tau.masked_fill(share <= 0, float("inf"))
+
+
+def pick_threshold(logits: Tensor, tau: Tensor, real: Tensor) -> Tensor:
+    """Tokens whose logit [b, c] exceeds tau [b]: looks at one token only, hence causal."""
+    return (logits > tau[:, None].to(logits.dtype)) & real
+
+
+def add_thought(rows: Tensor, thought: Tensor, *, gain: Tensor | None, phi: Tensor | None) -> Tensor:
+    """rows + gain * (phi * thought): rows, thought [n, h]; gain [n], phi [h]; None stands for 1.
+
+    Source: paper, Eq 1, 4, 6 and 7.
+    """
+    increment = thought if phi is None else phi.to(rows.dtype) * thought
+    return rows + (increment if gain is None else gain.to(rows.dtype)[:, None] * increment)
