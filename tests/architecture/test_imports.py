@@ -37,7 +37,6 @@ BANS = [
     ("accounting is free of torch", f"{PACKAGE}/accounting/", {"torch", "megatron", "transformers", "numpy"}),
     ("evaluation works on exports", f"{PACKAGE}/evaluation/", {"megatron"}),
     ("analysis works on exports", f"{PACKAGE}/analysis/", {"megatron"}),
-    ("remote code stands alone", REMOTE_CODE, {"megatron", PACKAGE}),
 ]
 
 
