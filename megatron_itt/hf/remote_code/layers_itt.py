@@ -56,7 +56,8 @@ from .thinking_itt import (
 class Call:
     """What every layer of one forward call shares.
 
-    cos, sin [b, c, d]; real [b, c] (false = padding) or None without padding; columns [b, c]; shares [b, T-1].
+    cos, sin [b, c, d]; real [b, c] (false = padding) or None without padding; columns [b, c]; shares [b, T-1];
+    granule: see `Selection`.
     """
 
     cos: Tensor
@@ -67,6 +68,7 @@ class Call:
     everyone_real: Selection
     shares: Tensor
     routing: str
+    granule: int
 
 
 class ITTRMSNorm(nn.Module):
@@ -103,13 +105,15 @@ class ITTAttention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
     def keys_values(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """normed [n, h] -> k, v [n, g, d], k rotated."""
-        k = self.k_proj(normed).unflatten(-1, (-1, self.head_dim))
-        return rotate(k, cos, sin), self.v_proj(normed).unflatten(-1, (-1, self.head_dim))
+        """normed [m, h] whose first n rows count, cos, sin [n, d] -> k, v [n, g, d], k rotated."""
+        num_tokens = cos.shape[0]
+        k = self.k_proj(normed)[:num_tokens].unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(normed)[:num_tokens].unflatten(-1, (-1, self.head_dim))
+        return rotate(k, cos, sin), v
 
     def forward(self, normed: Tensor, cos: Tensor, sin: Tensor, queries: Selection, keys: Keys) -> Tensor:
-        """normed [n, h] of `queries` -> [n, h], attending to `keys`."""
-        q = rotate(self.q_proj(normed).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        """normed [m, h] whose first n rows are `queries`, cos, sin [n, d] -> [m, h], attending to `keys`."""
+        q = rotate(self.q_proj(normed)[: cos.shape[0]].unflatten(-1, (-1, self.head_dim)), cos, sin)
         q, k, v = queries.pad(q).transpose(1, 2), keys.k, keys.v
         grouped = self.num_groups > 1
         if grouped and keys.mask is not None:
@@ -118,7 +122,7 @@ class ITTAttention(nn.Module):
         out = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=keys.mask, is_causal=keys.causal, scale=self.head_dim**-0.5, enable_gqa=grouped
         )
-        return self.o_proj(queries.unpad(out.transpose(1, 2).flatten(2)))
+        return self.o_proj(queries.fill_up(queries.unpad(out.transpose(1, 2).flatten(2))))
 
 
 class ITTMLP(nn.Module):
@@ -163,7 +167,7 @@ class ITTThinking(nn.Module):
             mask = pick_threshold(logits, thresholds(self.logit_quantiles[step - 1], share), real)
         else:
             mask = (pick_topk if call.routing == "topk" else pick_topp)(logits, share, real)
-        return Selection.from_mask(mask), logits
+        return Selection.from_mask(mask, call.granule), logits
 
 
 class ITTDecoderLayer(GradientCheckpointingLayer):
@@ -205,14 +209,15 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
 
     def _keys_values(self, hidden: Tensor, tokens: Selection, call: Call) -> tuple[Tensor, Tensor]:
         """Keys and values [n, g, d] of `tokens` of hidden [b, c, h]."""
-        normed = self.input_layernorm(tokens.take(hidden))
+        normed = self.input_layernorm(tokens.fill_up(tokens.take(hidden)))
         return self.self_attn.keys_values(normed, tokens.take(call.cos), tokens.take(call.sin))
 
     def _f(self, rows: Tensor, tokens: Selection, call: Call, keys: Keys) -> Tensor:
         """The base layer, inner residuals included, on rows [n, h] of `tokens`."""
+        num_tokens, rows = rows.shape[0], tokens.fill_up(rows)
         cos, sin = tokens.take(call.cos), tokens.take(call.sin)
         rows = rows + self.self_attn(self.input_layernorm(rows), cos, sin, tokens, keys)
-        return rows + self.mlp(self.post_attention_layernorm(rows))
+        return (rows + self.mlp(self.post_attention_layernorm(rows)))[:num_tokens]
 
     def _loop(self, state: Tensor, call: Call, memory: DenseMemory | CachedMemory) -> Tensor:
         """x <- f(x) for the steps after the first. Source: Ng and Wang 2024."""

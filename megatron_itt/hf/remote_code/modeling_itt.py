@@ -24,6 +24,7 @@ from .layers_itt import Call, ITTDecoderLayer, ITTRMSNorm, ITTThinking
 from .thinking_itt import Selection
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+STEADY_GRANULE = 32
 CALL_ROUTINGS = ("threshold", "topk", "topp")
 
 
@@ -129,14 +130,13 @@ class ITTModel(ITTPreTrainedModel):
         )
 
     def _resolve_cache(self, past_key_values: ITTCache | None, use_cache: bool | None) -> ITTCache | None:
-        """The cache to read and extend. None asked for nothing: then only where no gradient can be wanted."""
+        """The cache to read and extend: made when use_cache is true, kept when one is given."""
         if past_key_values is not None and not isinstance(past_key_values, ITTCache):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}; this model needs its own ITTCache, which "
                 "generate() and use_cache=True make by themselves."
             )
-        if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not torch.is_grad_enabled())
+        use_cache = past_key_values is not None if use_cache is None else use_cache
         if not use_cache or (self.gradient_checkpointing and self.training):
             return None
         return ITTCache(len(self.layers)) if past_key_values is None else past_key_values
@@ -222,6 +222,7 @@ class ITTModel(ITTPreTrainedModel):
             everyone_real=everyone if real is None else Selection.from_mask(real),
             shares=shares,
             routing=routing,
+            granule=1 if self.training or cache is not None else STEADY_GRANULE,
         )
 
     @staticmethod

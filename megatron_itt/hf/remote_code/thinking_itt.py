@@ -17,12 +17,19 @@ NUM_QUANTILE_INTERVALS = 1024
 NO_COLUMN = -1
 
 
+def round_up(count: int, granule: int) -> int:
+    """The smallest multiple of `granule` that is at least `count`."""
+    return -(-count // granule) * granule
+
+
 @dataclass(frozen=True)
 class Selection:
     """Some tokens of a [b, c] block: flat for products with weights, padded per row for attention.
 
     row, col, rank [n]: batch row, column in the block, and how many selected tokens precede it in its row.
-    width: most tokens selected in one row. even: every row selects `width` tokens, so padding is only a view.
+    width: places per row after padding. even: every row selects `width` tokens, so padding is only a view.
+    granule: sizes are rounded up to multiples of it. BLAS and attention kernels treat a handful of left-over rows
+    differently, so without rounding a token's last bits would depend on how many others are picked after it.
     """
 
     mask: Tensor
@@ -31,14 +38,16 @@ class Selection:
     rank: Tensor
     width: int
     even: bool
+    granule: int = 1
 
     @staticmethod
-    def from_mask(mask: Tensor) -> Selection:
+    def from_mask(mask: Tensor, granule: int = 1) -> Selection:
         """Select where mask [b, c] is true."""
         row, col = mask.nonzero(as_tuple=True)
         rank = (mask.cumsum(dim=1) - 1)[row, col]
         counts = mask.sum(dim=1).tolist()
-        return Selection(mask, row, col, rank, max(counts), min(counts) == max(counts))
+        width = round_up(max(counts), granule)
+        return Selection(mask, row, col, rank, width, min(counts) == width, granule)
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +60,11 @@ class Selection:
             return flat.reshape(batch, self.width, *flat.shape[1:])
         padded = flat.new_full((batch, self.width, *flat.shape[1:]), fill)
         return padded.index_put((self.row, self.rank), flat)
+
+    def fill_up(self, flat: Tensor) -> Tensor:
+        """flat [n, ...] with zero rows appended up to a multiple of the granule."""
+        missing = round_up(flat.shape[0], self.granule) - flat.shape[0]
+        return torch.cat((flat, flat.new_zeros((missing, *flat.shape[1:])))) if missing else flat
 
     def unpad(self, padded: Tensor) -> Tensor:
         """padded [b, width, ...] -> [n, ...]."""
