@@ -1,0 +1,229 @@
+"""Documents out of one segment of input: JSON Lines (plain, zstd, gzip), parquet, or a hub data set.
+
+Memory is bounded by the longest line. A bad line becomes a `Rejection`, a damaged file a `DataError`. Which files
+there are, and of what kind, is decided in `sources.py`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import orjson
+import zstandard
+
+from megatron_itt.data.frames import HashedFile, open_zstd
+from megatron_itt.data.sources import GZIP, HUB, HUB_PREFIX, JSONL, PARQUET, ZSTD, Segment
+from megatron_itt.errors import DataError
+
+MAX_LINE_BYTES = 1 << 30
+_BUFFER_BYTES = 1 << 20
+_PARQUET_ROWS = 64
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_DAMAGE = (zstandard.ZstdError, EOFError, gzip.BadGzipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A line (1-based, within its segment) that gives no document, and why."""
+
+    line: int
+    reason: str
+
+
+class DocumentReader:
+    """Iterate over one segment once: texts as `str`, bad lines as `Rejection`.
+
+    `lines` and `position` (bytes of input taken) are current while iterating; `sha256` (of the segment's bytes, or of
+    the texts of a hub data set) is final when the iteration has ended.
+    """
+
+    def __init__(self, segment: Segment, *, text_key: str = "text", max_line_bytes: int = MAX_LINE_BYTES) -> None:
+        self.segment = segment
+        self.text_key = text_key
+        self.max_line_bytes = max_line_bytes
+        self.lines = 0
+        self.sha256 = ""
+        self._raw: HashedFile | None = None
+        self._taken = 0
+
+    @property
+    def position(self) -> int:
+        """Bytes of the segment taken so far (of text, for a hub data set)."""
+        return self._raw.position if self._raw is not None else self._taken
+
+    def __iter__(self) -> Iterator[str | Rejection]:
+        readers: dict[str, Callable[[], Iterator[str | Rejection]]] = {
+            JSONL: self._json_lines,
+            ZSTD: self._json_lines,
+            GZIP: self._json_lines,
+            PARQUET: self._parquet_rows,
+            HUB: self._hub_rows,
+        }
+        return readers[self.segment.kind]()
+
+    def _json_lines(self) -> Iterator[str | Rejection]:
+        segment = self.segment
+        end = segment.offset + segment.length
+        with HashedFile(segment.path, start=segment.offset, end=end, track_zstd=segment.kind == ZSTD) as raw:
+            self._raw = raw
+            stream = self._open(raw)
+            try:
+                for line in self._lines_of(stream):
+                    self.lines += 1
+                    yield self._document_of(line)
+            except _DAMAGE as error:
+                raise self._damaged(str(error)) from error
+            if raw.tracker is not None and not raw.tracker.complete:
+                raise self._damaged("it ends inside a zstd frame")
+            self.sha256 = raw.sha256
+
+    def _open(self, raw: HashedFile) -> io.BufferedReader[Any]:
+        if self.segment.kind == ZSTD:
+            return io.BufferedReader(open_zstd(raw), _BUFFER_BYTES)
+        buffered: io.BufferedReader[Any] = io.BufferedReader(raw, _BUFFER_BYTES)
+        if self.segment.kind == GZIP:
+            return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=buffered)), _BUFFER_BYTES)
+        return buffered
+
+    def _lines_of(self, stream: io.BufferedReader[Any]) -> Iterator[bytes | None]:
+        """Lines that begin inside the segment; None for a line beyond the size limit."""
+        limit = self.max_line_bytes
+        # Only a plain file is cut into ranges; decompressed bytes have no position in the file.
+        left = self.segment.length if self.segment.kind == JSONL else None
+        if self.segment.offset:
+            assert left is not None, "only a plain file can be read from the middle"
+            if not _begins_line(self.segment):
+                left -= _skip_line(stream)  # it belongs to the segment before
+        while left is None or left > 0:
+            line = stream.readline(limit + 1)
+            if not line:
+                return
+            size = len(line)
+            if size > limit:
+                size += 0 if line.endswith(b"\n") else _skip_line(stream)
+                yield None
+            else:
+                yield line
+            if left is not None:
+                left -= size
+
+    def _document_of(self, line: bytes | None) -> str | Rejection:
+        if line is None:
+            return Rejection(self.lines, f"longer than {self.max_line_bytes:,} bytes")
+        if self.lines == 1 and self.segment.offset == 0:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            return Rejection(self.lines, _why_not_json(line, error))
+        if not isinstance(row, dict):
+            return Rejection(self.lines, f"not a JSON object but {_json_type(row)}")
+        if self.text_key not in row:
+            return Rejection(self.lines, f"no key {self.text_key!r}")
+        return self._check_text(row[self.text_key])
+
+    def _check_text(self, text: Any) -> str | Rejection:
+        if not isinstance(text, str):
+            return Rejection(self.lines, f"{self.text_key!r} is {_json_type(text)}, not a string")
+        return text if text else Rejection(self.lines, f"{self.text_key!r} is empty")
+
+    def _parquet_rows(self) -> Iterator[str | Rejection]:
+        path = self.segment.path
+        try:
+            import pyarrow as pa
+            from pyarrow import parquet
+        except ImportError as error:
+            raise DataError(f"{path} is parquet, which needs pyarrow; pip install pyarrow") from error
+        try:
+            with parquet.ParquetFile(path) as file:
+                if self.text_key not in file.schema_arrow.names:
+                    raise DataError(
+                        f"{path} has no column {self.text_key!r} but {file.schema_arrow.names}; set --text-key"
+                    )
+                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.text_key]):
+                    for value in batch.column(0):
+                        self.lines += 1
+                        document = self._parquet_text(value)
+                        self._taken = self.segment.length * self.lines // max(1, file.metadata.num_rows)
+                        yield document
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(str(error).splitlines()[0] if str(error) else "unreadable") from error
+        self.sha256 = file_sha256(path)
+
+    def _parquet_text(self, value: Any) -> str | Rejection:
+        try:
+            return self._check_text(value.as_py())
+        except UnicodeDecodeError:
+            return Rejection(self.lines, "invalid UTF-8")
+
+    def _hub_rows(self) -> Iterator[str | Rejection]:
+        name, _, config = self.segment.path[len(HUB_PREFIX) :].partition(":")
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise DataError(f"{self.segment.path} needs the datasets library; pip install datasets") from error
+        digest = hashlib.sha256()
+        try:
+            for row in load_dataset(name, config or None, split="train", streaming=True):
+                self.lines += 1
+                text = self._check_text(row[self.text_key]) if self.text_key in row else None
+                if isinstance(text, str):
+                    data = text.encode(errors="surrogatepass")
+                    self._taken += len(data)
+                    digest.update(len(data).to_bytes(8, "little") + data)
+                yield Rejection(self.lines, f"no key {self.text_key!r}") if text is None else text
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(f"{self.segment.path} cannot be read through datasets: {reason}") from error
+        self.sha256 = digest.hexdigest()
+
+    def _damaged(self, reason: str) -> DataError:
+        kind = self.segment.kind
+        return DataError(f"{self.segment.path} is a truncated or corrupt {kind} file ({reason}); download it again")
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a whole file."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(_BUFFER_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _begins_line(segment: Segment) -> bool:
+    with Path(segment.path).open("rb") as stream:
+        stream.seek(segment.offset - 1)
+        return stream.read(1) == b"\n"
+
+
+def _skip_line(stream: io.BufferedReader[Any]) -> int:
+    """Read past the end of the current line without holding it; return the bytes skipped."""
+    skipped = 0
+    while part := stream.readline(_BUFFER_BYTES):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
+    if not line.strip():
+        return "blank line"
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as decode_error:
+        return f"invalid UTF-8 at byte {decode_error.start}"
+    return f"malformed JSON: {error.msg} at character {error.pos}"
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -1,0 +1,152 @@
+"""Megatron's indexed dataset format on disk: `PREFIX.bin` (token ids) and `PREFIX.idx` (where each sequence lies).
+
+`.idx`: magic, version, dtype code, counts, then sequence lengths (int32), byte pointers (int64), and the sequence index
+at which each document begins plus a last entry (int64). Read and written here with numpy alone, chunk by chunk, so that
+verifying, planning and merging need neither torch nor memory; training reads the same files through megatron-core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_itt.errors import DataError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER_BYTES = 34
+_DTYPE_CODES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+_TOKEN_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Index:
+    """An opened `.idx`: memory-mapped arrays."""
+
+    prefix: str
+    dtype: np.dtype
+    lengths: np.ndarray  # int32 [sequences], tokens
+    pointers: np.ndarray  # int64 [sequences], bytes into .bin
+    documents: np.ndarray  # int64 [documents + 1], sequence indices
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def tokens(self) -> np.ndarray:
+        """All token ids [tokens], memory-mapped."""
+        if self.num_tokens == 0:
+            return np.empty(0, dtype=self.dtype)
+        return np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r")
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """Where the token ids lie."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """Where the index lies."""
+    return Path(f"{prefix}.idx")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 for vocabularies below 65,500, else int32: megatron-core's rule."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def read_index(prefix: str | Path) -> Index:
+    """Open `PREFIX.idx` after checking that it and `PREFIX.bin` exist and have the sizes that the header implies.
+
+    Raises `DataError` naming the file. Costs no more for a large dataset than for a small one.
+    """
+    path = idx_path(prefix)
+    for needed in (path, bin_path(prefix)):
+        if not needed.is_file():
+            raise DataError(f"{needed} does not exist; write it with tools/preprocess.py --output-prefix {prefix}")
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER_BYTES)
+    if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
+        raise DataError(f"{path} is not a Megatron index (bad or truncated header); write it again with preprocess.py")
+    version, code, num_sequences, num_entries = struct.unpack("<QBQQ", header[len(_MAGIC) :])
+    if version != _VERSION or code not in _DTYPE_CODES:
+        raise DataError(f"{path} has version {version} and dtype code {code}; known are version 1 and codes 1 to 8")
+    size = path.stat().st_size
+    expected = _HEADER_BYTES + 12 * num_sequences + 8 * num_entries
+    if size != expected or num_entries < 1:
+        raise DataError(f"{path} is truncated or damaged: {size} bytes, its header implies {expected}; write it again")
+    data = np.memmap(path, mode="r", dtype=np.uint8)
+    edges = np.cumsum([_HEADER_BYTES, 4 * num_sequences, 8 * num_sequences, 8 * num_entries])
+    lengths, pointers, documents = (
+        np.frombuffer(data, dtype=dtype, count=count, offset=int(offset))
+        for dtype, count, offset in zip(
+            (np.int32, np.int64, np.int64), (num_sequences, num_sequences, num_entries), edges[:3], strict=True
+        )
+    )
+    index = Index(str(prefix), np.dtype(_DTYPE_CODES[code]), lengths, pointers, documents)
+    _check_ends(index, path)
+    return index
+
+
+def _check_ends(index: Index, path: Path) -> None:
+    """Agreement of the first and last entries with each other and with the size of `.bin`."""
+    num_sequences = len(index.lengths)
+    if index.documents[0] != 0 or index.documents[-1] != num_sequences:
+        raise DataError(f"{path} is damaged: its documents do not span its {num_sequences} sequences; write it again")
+    end = int(index.pointers[-1]) + int(index.lengths[-1]) * index.dtype.itemsize if num_sequences else 0
+    size = bin_path(index.prefix).stat().st_size
+    if size != end:
+        raise DataError(
+            f"{bin_path(index.prefix)} is truncated or foreign: {size} bytes, {path} describes {end}; write both again"
+        )
+
+
+def write_index(
+    path: Path, dtype: np.dtype, num_sequences: int, length_chunks: Callable[[], Iterable[np.ndarray]]
+) -> str:
+    """Write an `.idx` with one sequence per document and return its SHA-256.
+
+    `length_chunks` is called twice and yields the int32 sequence lengths in order, in pieces; nothing is held whole.
+    Source: the layout, and the bytes, of megatron-core's IndexedDatasetBuilder with one add_document per document.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+
+        def emit(data: bytes) -> None:
+            digest.update(data)
+            stream.write(data)
+
+        emit(_MAGIC + struct.pack("<QBQQ", _VERSION, _TOKEN_CODES[dtype], num_sequences, num_sequences + 1))
+        written = 0
+        for lengths in length_chunks():
+            emit(lengths.astype(np.int32).tobytes())
+            written += len(lengths)
+        assert written == num_sequences, f"{written} lengths given, {num_sequences} announced"
+        pointer = 0
+        for lengths in length_chunks():
+            ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize + pointer
+            emit(np.concatenate([[pointer], ends[:-1]]).astype(np.int64).tobytes() if len(ends) else b"")
+            pointer = int(ends[-1]) if len(ends) else pointer
+        for start in range(0, num_sequences + 1, _CHUNK):
+            emit(np.arange(start, min(start + _CHUNK, num_sequences + 1), dtype=np.int64).tobytes())
+        stream.flush()
+    return digest.hexdigest()

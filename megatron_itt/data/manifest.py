@@ -1,0 +1,98 @@
+"""The manifest `PREFIX.json` of an indexed dataset: what it was made from, with which tokenizer and options.
+
+Its presence says that `PREFIX.bin` and `PREFIX.idx` are complete: it is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_itt.data.indexed import bin_path, idx_path
+from megatron_itt.errors import DataError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Contents of `PREFIX.json`. `sources` holds per file: path, size, modified_ns, lines, sha256 (of each part)."""
+
+    version: str  # of this package
+    tokenizer: dict[str, Any]  # path, sha256, vocab_size, eod, engine, engine_version
+    options: dict[str, Any]
+    sources: list[dict[str, Any]]
+    documents: int
+    tokens: int
+    rejected: int
+    too_short: int
+    text_bytes: int
+    dtype: str
+    bin_bytes: int
+    idx_bytes: int
+    idx_sha256: str
+    wall_seconds: float = 0.0
+    format: int = FORMAT
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Hash of the dataset's content, the same wherever it lies and whenever it was made."""
+        sources = [[source["size"], source["sha256"]] for source in self.sources]
+        options = {key: value for key, value in self.options.items() if key != "engine"}
+        content = [self.tokenizer["sha256"], options, sources, self.documents, self.tokens, self.idx_sha256]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """Where the manifest of a dataset lies."""
+    return Path(f"{prefix}.json")
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """The manifest of a dataset, or None where there is none. Raises `DataError` for an unreadable one."""
+    path = manifest_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {item.name for item in fields(Manifest)}
+        unknown = set(content) - known
+        if unknown or content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, unknown keys {sorted(unknown)}")
+        manifest = Manifest(**content)
+        _check_types(manifest)
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a manifest of this project ({error}); write the dataset again") from error
+
+
+def _check_types(manifest: Manifest) -> None:
+    for name in ("documents", "tokens", "rejected", "bin_bytes", "idx_bytes"):
+        value = getattr(manifest, name)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} is {value!r}")
+    if not isinstance(manifest.tokenizer["sha256"], str) or not isinstance(manifest.sources, list):
+        raise ValueError("tokenizer or sources of a wrong type")
+    if not all({"path", "size", "sha256"} <= set(source) for source in manifest.sources):
+        raise ValueError("a source without path, size or sha256")
+
+
+def manifest_content(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as it is written to disk."""
+    return asdict(manifest)
+
+
+def check_sizes(prefix: str | Path, manifest: Manifest) -> None:
+    """Raise `DataError` when `.bin` or `.idx` is missing or has another size than the manifest says."""
+    for path, expected in ((bin_path(prefix), manifest.bin_bytes), (idx_path(prefix), manifest.idx_bytes)):
+        if not path.is_file():
+            raise DataError(f"{path} does not exist although {manifest_path(prefix)} describes it; write it again")
+        size = path.stat().st_size
+        if size != expected:
+            raise DataError(
+                f"{path} is truncated or foreign: {size} bytes, its manifest says {expected}; write it again"
+            )

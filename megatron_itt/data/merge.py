@@ -1,0 +1,102 @@
+"""Finished shards to one `PREFIX.bin` and `PREFIX.idx`: copied in parallel, published at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from megatron_itt.data.indexed import bin_path, idx_path, write_index
+from megatron_itt.data.shards import ShardRecord, ShardTask, naming_file
+
+_COPY_BYTES = 1 << 26
+_COPY_THREADS = 4
+
+Shard = tuple[ShardTask, ShardRecord]
+
+
+def rejected_path(prefix: str | Path) -> Path:
+    """Where the rejected lines of a dataset are listed."""
+    return Path(f"{prefix}.rejected.jsonl")
+
+
+def merge_shards(prefix: str, folder: Path, shards: Sequence[Shard], dtype: np.dtype) -> str:
+    """Concatenate shards, in order, into `PREFIX.bin` and `PREFIX.idx`; return the SHA-256 of the index.
+
+    Both are built in `folder` (on the same disk) and renamed when complete. Memory does not grow with the data.
+    """
+    merged_bin, merged_idx = folder / "merged.bin", folder / "merged.idx"
+    _concatenate(merged_bin, [(task.file("tokens"), record.tokens * dtype.itemsize) for task, record in shards])
+
+    def length_chunks() -> Iterator[np.ndarray]:
+        for task, record in shards:
+            if record.documents:
+                yield np.memmap(task.file("lengths"), dtype=np.int32, mode="r")
+
+    with naming_file(merged_idx):
+        idx_sha256 = write_index(merged_idx, dtype, sum(record.documents for _, record in shards), length_chunks)
+    for built, final in ((merged_bin, bin_path(prefix)), (merged_idx, idx_path(prefix))):
+        _make_durable(built)
+        built.replace(final)
+    return idx_sha256
+
+
+def write_rejected(prefix: str, folder: Path, shards: Sequence[Shard]) -> None:
+    """Write `PREFIX.rejected.jsonl` with line numbers of whole files; no file when nothing was rejected."""
+    final = rejected_path(prefix)
+    if not any(record.rejected for _, record in shards):
+        final.unlink(missing_ok=True)
+        return
+    lines_before: dict[str, int] = {}
+    building = folder / "rejected.jsonl"
+    with naming_file(final), building.open("w", encoding="utf-8") as output:
+        for task, record in shards:
+            bases = []
+            for segment in record.segments:
+                base = lines_before.get(segment["path"], 0)
+                bases.append(base)
+                lines_before[segment["path"]] = base + segment["lines"]
+            with task.file("rejected.jsonl").open(encoding="utf-8") as rows:
+                for row in map(json.loads, rows):
+                    row["line"] += bases[row.pop("segment")]
+                    output.write(json.dumps(row) + "\n")
+    building.replace(final)
+
+
+def _concatenate(target: Path, parts: Sequence[tuple[Path, int]]) -> None:
+    """Copy files side by side into one: every part knows its place, so threads need no order."""
+    total = sum(size for _, size in parts)
+    with naming_file(target):
+        descriptor = os.open(target, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+        try:
+            if total:
+                os.posix_fallocate(descriptor, 0, total)  # a full disk shows here, not after an hour
+            offsets = np.cumsum([0, *(size for _, size in parts)])[:-1].tolist()
+            with ThreadPoolExecutor(_COPY_THREADS) as pool:
+                jobs = zip(parts, offsets, strict=True)
+                for _ in pool.map(lambda job: _copy(descriptor, job[0][0], job[0][1], job[1]), jobs):
+                    pass
+        finally:
+            os.close(descriptor)
+
+
+def _copy(target: int, source_path: Path, size: int, offset: int) -> None:
+    with source_path.open("rb") as source:
+        copied = 0
+        while copied < size:
+            chunk = os.pread(source.fileno(), min(_COPY_BYTES, size - copied), copied)
+            assert chunk, f"{source_path} became shorter while it was merged"
+            view = memoryview(chunk)
+            while view:
+                written = os.pwrite(target, view, offset + copied)
+                view = view[written:]
+                copied += written
+
+
+def _make_durable(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())

@@ -1,0 +1,292 @@
+"""One shard of tokenised text: made in a worker from some segments of the input, and trusted again after a restart.
+
+A shard is `NAME.tokens` (ids), `NAME.lengths` (int32 per document), `NAME.rejected.jsonl` and, written last, its record
+`NAME.json`. Only counts travel between processes. Planning and merging shards is done in `preprocess.py`, `merge.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_itt.config.environment import disable_tokenizer_threads
+from megatron_itt.data.documents import DocumentReader, Rejection
+from megatron_itt.data.engine import Engine, choose_engine, find_difference
+from megatron_itt.data.indexed import token_dtype
+from megatron_itt.data.sources import Segment
+from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_itt.errors import DataError
+
+_BATCH_CHARS = 1 << 19
+_BATCH_DOCUMENTS = 1024
+_CRC_CHUNK = 1 << 22
+_CHECK_INTERVAL_BATCHES = 4
+_CHECK_MAX_CHARS = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """Everything besides the input that decides the bytes of a dataset."""
+
+    tokenizer: str
+    tokenizer_sha256: str
+    engine: str = "hf"
+    text_key: str = "text"
+    append_eod: bool = True
+    append_bos: bool = False
+    min_length: int = 1  # characters; shorter documents are dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """A shard to be made: its files' common path without suffix, and its segments in order."""
+
+    path: str
+    segments: tuple[Segment, ...]
+    options: EncodingOptions
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the shard's content depends on; a shard with another one is not reused."""
+        options = {key: value for key, value in asdict(self.options).items() if key != "tokenizer"}
+        content = {"format": 1, "options": options, "segments": [asdict(segment) for segment in self.segments]}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def file(self, suffix: str) -> Path:
+        """One of the shard's files."""
+        return Path(f"{self.path}.{suffix}")
+
+
+@dataclass(kw_only=True)
+class ShardRecord:
+    """What a finished shard holds."""
+
+    fingerprint: str
+    documents: int = 0
+    tokens: int = 0
+    rejected: int = 0
+    too_short: int = 0
+    text_bytes: int = 0
+    tokens_crc32: int = 0
+    lengths_crc32: int = 0
+    rejected_crc32: int = 0
+    segments: list[dict[str, Any]] = field(default_factory=list)  # path, offset, length, lines, sha256
+
+
+def make_shard(task: ShardTask, report: Callable[[tuple[int, ...]], None]) -> ShardRecord:
+    """Make a shard, or recognise that it is there; `report` gets (input bytes, text bytes, tokens) as they advance.
+
+    Raises `DataError` for damaged input; the shard's files then do not appear.
+    """
+    record = finished_shard(task)
+    if record is not None:
+        report((sum(segment.length for segment in task.segments), 0, 0))
+        return record
+    tokenizer, engine = _tools(task.options.tokenizer, task.options.tokenizer_sha256, task.options.engine)
+    writer = _ShardWriter(task, tokenizer, engine)
+    try:
+        for segment in task.segments:
+            writer.read_segment(segment, report)
+        return writer.publish()
+    finally:
+        writer.close()
+
+
+def finished_shard(task: ShardTask) -> ShardRecord | None:
+    """The record of a shard that is complete, undamaged and made from the same input and options; else None."""
+    try:
+        record = ShardRecord(**json.loads(task.file("json").read_text(encoding="utf-8")))
+        checksums = [_crc32_of(task.file(suffix)) for suffix in ("tokens", "lengths", "rejected.jsonl")]
+    except (OSError, ValueError, TypeError):
+        return None
+    valid = record.fingerprint == task.fingerprint and checksums == [
+        record.tokens_crc32,
+        record.lengths_crc32,
+        record.rejected_crc32,
+    ]
+    return record if valid else None
+
+
+@lru_cache(maxsize=1)
+def _tools(path: str, sha256: str, engine: str) -> tuple[Tokenizer, Engine]:
+    """The tokenizer and engine of this process, loaded once."""
+    disable_tokenizer_threads()
+    tokenizer = load_tokenizer(path)
+    if tokenizer.sha256 != sha256:
+        raise DataError(f"tokenizer {path} changed while its data was being written; run the command again")
+    return tokenizer, choose_engine(tokenizer, engine)
+
+
+class _ShardWriter:
+    """Temporary files of one shard while it is being made."""
+
+    def __init__(self, task: ShardTask, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.record = ShardRecord(fingerprint=task.fingerprint)
+        self._num_batches = 0
+        self._files: dict[str, BinaryIO] = {}
+        for suffix in ("tokens", "lengths", "rejected.jsonl"):
+            self._files[suffix] = self._temporary(suffix).open("wb")
+
+    def _temporary(self, suffix: str) -> Path:
+        return self.task.file(f"{suffix}.{os.getpid()}.tmp")
+
+    def read_segment(self, segment: Segment, report: Callable[[tuple[int, ...]], None]) -> None:
+        reader = DocumentReader(segment, text_key=self.task.options.text_key)
+        reported = 0
+        for texts in self._batches(reader):
+            text_bytes, tokens = self._write(texts, reader)
+            position = min(reader.position, segment.length or reader.position)
+            report((position - reported, text_bytes, tokens))
+            reported = position
+        report((max(0, segment.length - reported), 0, 0))
+        entry = {**asdict(segment), "lines": reader.lines, "sha256": reader.sha256}
+        self.record.segments.append(entry)
+
+    def _batches(self, reader: DocumentReader) -> Iterator[list[tuple[int, str]]]:
+        """(line, text) pairs in batches of bounded size; rejected lines are written as they come."""
+        batch: list[tuple[int, str]] = []
+        chars = 0
+        for item in reader:
+            if isinstance(item, Rejection):
+                self._reject(reader.segment, item.line, item.reason)
+            elif len(item) < self.task.options.min_length:
+                self.record.too_short += 1
+            else:
+                batch.append((reader.lines, item))
+                chars += len(item)
+            if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
+                yield batch
+                batch, chars = [], 0
+        if batch:
+            yield batch
+
+    def _write(self, batch: list[tuple[int, str]], reader: DocumentReader) -> tuple[int, int]:
+        """Encode a batch and append it; return its bytes of text and its tokens."""
+        texts = [text for _, text in batch]
+        flat, lengths = self.engine.encode(texts)
+        self._check_engine(texts)
+        if not lengths.all():
+            for (line, _), length in zip(batch, lengths, strict=True):
+                if length == 0:
+                    self._reject(reader.segment, line, "its text encodes to no token")
+            lengths = lengths[lengths > 0]
+        flat, lengths = self._add_marks(flat, lengths)
+        self.record.tokens_crc32 = self._append("tokens", flat.astype(self.dtype).tobytes(), self.record.tokens_crc32)
+        data = lengths.astype(np.int32).tobytes()
+        self.record.lengths_crc32 = self._append("lengths", data, self.record.lengths_crc32)
+        text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        self.record.documents += len(lengths)
+        self.record.tokens += len(flat)
+        self.record.text_bytes += text_bytes
+        return text_bytes, len(flat)
+
+    def _check_engine(self, texts: list[str]) -> None:
+        """Re-encode a few documents with the reference tokenizer; a difference stops the run."""
+        self._num_batches += 1
+        if self.engine.name == "hf" or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
+            return
+        sample = [text for text in texts[:4] if len(text) <= _CHECK_MAX_CHARS]
+        different = find_difference(self.engine, choose_engine(self.tokenizer, "hf"), sample)
+        if different is not None:
+            raise DataError(
+                f"tokenizer engine {self.engine.name} {self.engine.version} encodes the document {different!r} unlike "
+                "the reference; run again with --tokenizer-engine hf"
+            )
+
+    def _add_marks(self, flat: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Put the begin and end marks around each document."""
+        options = self.task.options
+        longer = lengths + int(options.append_bos) + int(options.append_eod)
+        if len(longer) == 0 or not (options.append_bos or options.append_eod):
+            return flat, longer
+        ends = np.cumsum(longer)
+        marked = np.empty(int(ends[-1]), dtype=flat.dtype)
+        is_text = np.ones(len(marked), dtype=bool)
+        if options.append_eod:
+            is_text[ends - 1] = False
+            marked[ends - 1] = self.tokenizer.eod
+        if options.append_bos:
+            starts = ends - longer
+            is_text[starts] = False
+            marked[starts] = self.tokenizer.bos
+        marked[is_text] = flat
+        return marked, longer
+
+    def _reject(self, segment: Segment, line: int, reason: str) -> None:
+        row = {"file": segment.path, "segment": len(self.record.segments), "line": line, "reason": reason}
+        data = json.dumps(row).encode() + b"\n"
+        self.record.rejected_crc32 = self._append("rejected.jsonl", data, self.record.rejected_crc32)
+        self.record.rejected += 1
+
+    def _append(self, suffix: str, data: bytes, crc32: int) -> int:
+        with naming_file(self.task.file(suffix)):
+            self._files[suffix].write(data)
+        return zlib.crc32(data, crc32)
+
+    def publish(self) -> ShardRecord:
+        """Make the files durable and give them their names, the record last."""
+        for suffix, stream in self._files.items():
+            with naming_file(self.task.file(suffix)):
+                stream.flush()
+                os.fsync(stream.fileno())
+                stream.close()
+            self._temporary(suffix).replace(self.task.file(suffix))
+        write_json_atomically(self.task.file("json"), asdict(self.record))
+        return self.record
+
+    def close(self) -> None:
+        """Drop what was not published."""
+        for suffix, stream in self._files.items():
+            with contextlib.suppress(OSError):  # a full disk, already reported, again at the flush
+                stream.close()
+            self._temporary(suffix).unlink(missing_ok=True)
+
+
+class naming_file:  # noqa: N801 - used like a function
+    """Give an OSError from a write the name of the file, which the system leaves out."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is either whole or absent, and durable."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming_file(path), temporary.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _crc32_of(path: Path) -> int:
+    crc32 = 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CRC_CHUNK):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32
