@@ -70,12 +70,15 @@ def pick(scores: Sequence[float], share: float, rule: str, quantiles: Sequence[f
     """Positions that think: `scores` are one sequence's router logits, `share` is rho of the step.
 
     topk: the k = max(1, floor(rho s + 1/2)) largest. topp: the largest ones until their softmax adds up to rho.
-    threshold: all above the quantile 1 - rho of the table. none: all. Ties go to the earlier token.
+    threshold: all above the quantile 1 - rho of the table. none: all. Ties go to the earlier token. A share of 0 is a
+    step that nobody takes, under every rule that picks.
     """
     positions = list(range(len(scores)))
     best_first = sorted(positions, key=lambda position: (-scores[position], position))
     if rule == "none":
         return positions
+    if share == 0:
+        return []
     if rule == "topk":
         return sorted(best_first[: max(1, math.floor(share * len(scores) + 0.5))])
     if rule == "threshold":
@@ -171,16 +174,16 @@ class BaseLayer:
         self.eps, self.rope_base = shape.norm_eps, shape.rope_base
         self.input_norm, self.mlp_norm = own["input_layernorm.weight"], own["pre_mlp_layernorm.weight"]
         self.qkv, self.projection = own["self_attention.linear_qkv.weight"], own["self_attention.linear_proj.weight"]
+        missing = np.empty((0, shape.hidden_size))  # a layer that does not think has none of these
         self.fc1, self.fc2 = own["mlp.linear_fc1.weight"], own["mlp.linear_fc2.weight"]
-        self.router = own.get("thinking.router")
-        self.step_encoding = own.get("thinking.step_encoding")
-        self.quantiles = own.get("thinking.logit_quantiles")
+        self.router = own.get("thinking.router", missing)
+        self.step_encoding = own.get("thinking.step_encoding", missing)
+        self.quantiles = own.get("thinking.logit_quantiles", missing)
 
     def phi(self, step: int, thinking: Any) -> Array:
-        """Gain of a step, per channel; 1 without step encoding, and for the full pass where steps replace."""
-        if not thinking.step_encoding or (step == 0 and thinking.residual == "replace"):
+        """Gain of a step, per channel; 1 without step encoding, and where steps replace."""
+        if not thinking.step_encoding or thinking.residual == "replace":
             return np.ones_like(self.input_norm)
-        assert self.step_encoding is not None, "a thinking layer with step encoding needs thinking.step_encoding"
         return self.step_encoding[step]
 
     def apply(self, queries: Rows, context: Rows) -> Rows:

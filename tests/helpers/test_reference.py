@@ -248,6 +248,8 @@ def test_a_token_never_depends_on_later_tokens_under_threshold_routing() -> None
         ([0, math.log(2), 0], 0.51, "topp", [0, 1]),
         ([900, -900], 0.999, "topp", [0]),
         ([1, 2, 3], 0.2, "none", [0, 1, 2]),
+        ([1, 2, 3], 0.0, "topk", []),
+        ([1, 2, 3], 0.0, "topp", []),
     ],
 )
 def test_who_thinks(scores: list[float], share: float, rule: str, expected: list[int]) -> None:
