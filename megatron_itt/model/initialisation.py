@@ -12,15 +12,25 @@ import re
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 
+# Along which dimension tensor-parallel ranks divide a matrix; megatron-core marks this when it initialises by itself.
+_SPLIT_DIMS = {
+    "word_embeddings.weight": 0,
+    "linear_qkv.weight": 0,
+    "linear_proj.weight": 1,
+    "linear_fc1.weight": 0,
+    "linear_fc2.weight": 1,
+    "output_layer.weight": 0,
+}
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
 def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingConfig, *, seed: int) -> None:
-    """Fill a model chunk's parameters in place.
+    """Fill a model chunk's parameters in place, and mark those that tensor-parallel ranks divide.
 
     Matrices: N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 * num_layers)); norms 1;
     router N(0, router_init_std); step encoding 1 for the full pass and `step_init` for the routed steps.
@@ -35,7 +45,10 @@ def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingC
                 parameter.fill_(1.0)
             else:
                 std = _std_of(whole_name, config, thinking)
-                _fill_normal(parameter, whole_name, std=std, seed=seed, rank=rank, degree=degree)
+                whole = _draw(parameter, whole_name, std=std, seed=seed, degree=degree)
+                parameter.copy_(_own_shard(whole, whole_name, rank=rank, degree=degree))
+                if _split_dim(name) is not None:
+                    set_tensor_model_parallel_attributes(parameter, True, _split_dim(name), 1)
 
 
 def global_name(name: str, model: GPTModel) -> str:
@@ -61,16 +74,25 @@ def _fill_step_encoding(parameter: Tensor, thinking: ThinkingConfig) -> None:
         parameter[step] = value
 
 
-def _fill_normal(parameter: Tensor, name: str, *, std: float, seed: int, rank: int, degree: int) -> None:
+def _split_dim(name: str) -> int | None:
+    return next((dim for suffix, dim in _SPLIT_DIMS.items() if name.endswith(suffix)), None)
+
+
+def _draw(parameter: Tensor, name: str, *, std: float, seed: int, degree: int) -> Tensor:
+    """The whole tensor, float32, from the generator of its name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    dim = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
     shape = list(parameter.shape)
-    if dim >= 0:
+    dim = _split_dim(name)
+    if dim is not None:
         shape[dim] *= degree
-    whole = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-    if dim >= 0:
-        # A rank's part of the fused gate and up projection is a part of each, not one contiguous block.
-        blocks = whole.chunk(2, dim=dim) if name.endswith("linear_fc1.weight") else (whole,)
-        whole = torch.cat([block.chunk(degree, dim=dim)[rank] for block in blocks], dim=dim)
-    parameter.copy_(whole)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+
+
+def _own_shard(whole: Tensor, name: str, *, rank: int, degree: int) -> Tensor:
+    dim = _split_dim(name)
+    if dim is None or degree == 1:
+        return whole
+    # A rank's part of the fused gate and up projection is a part of each, not one contiguous block.
+    blocks = whole.chunk(2, dim=dim) if name.endswith("linear_fc1.weight") else (whole,)
+    return torch.cat([block.chunk(degree, dim=dim)[rank] for block in blocks], dim=dim)

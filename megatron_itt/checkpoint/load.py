@@ -1,0 +1,52 @@
+"""Reading a checkpoint: into a training run under any layout, or as a whole model on one CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_itt.checkpoint.layout import resolve_checkpoint
+from megatron_itt.checkpoint.state import RunState, load_model_state, read_run_state, sharded_model_state
+from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.run import ParallelConfig, RunConfig
+from megatron_itt.errors import CheckpointError
+from megatron_itt.model.builder import BuiltModel, build_model
+from megatron_itt.parallel.groups import start_parallel
+
+
+def load_sharded_state(sharded_state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Fill a sharded state from a checkpoint folder. CheckpointError when files are missing or damaged."""
+    try:
+        return dist_checkpointing.load(sharded_state, str(checkpoint))
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {reason}); use an earlier checkpoint"
+        ) from error
+
+
+def load_model_for_inference(
+    checkpoint: str | Path, *, dtype: torch.dtype = torch.float32
+) -> tuple[BuiltModel, RunConfig, RunState]:
+    """The whole model of a checkpoint on this one process's CPU, in evaluation mode, whatever layout wrote it."""
+    folder = resolve_checkpoint(checkpoint)
+    state = read_run_state(folder)
+    config = single_process_config(state.config)
+    place = ProcessPlace(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)
+    parallel_place = start_parallel(config, place=place)
+    built = build_model(config, dtype=dtype, device=parallel_place.device)
+    loaded = load_sharded_state(sharded_model_state(built.chunks), folder)
+    load_model_state(built.chunks, loaded)
+    for chunk in built.chunks:
+        chunk.eval()
+    return built, config, state
+
+
+def single_process_config(config: RunConfig) -> RunConfig:
+    """The same model without parallelism, on the CPU."""
+    runtime = dataclasses.replace(config.runtime, device="cpu")
+    return dataclasses.replace(config, parallel=ParallelConfig(), runtime=runtime)

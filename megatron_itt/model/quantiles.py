@@ -1,0 +1,67 @@
+"""The thresholds that stand in for top-k at inference: quantiles of router logits, as a moving average of training.
+
+The quantiles of a step are those of all tokens of the global batch, pooled: each sequence is summed up by evenly spaced
+order statistics, the summaries are gathered over data-parallel ranks, and quantiles are taken of the pool. So the table
+does not depend on how the batch was divided into ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_itt.model.layer import ThinkingLayer
+from megatron_itt.model.routing import NUM_QUANTILES
+from megatron_itt.model.trace import RoutingRecorder
+
+SUMMARY_POINTS = 257
+
+
+def summarise_sequences(logits: Tensor) -> Tensor:
+    """Evenly spaced quantiles of each sequence. logits [s, b] float32 -> [b, 257], ascending along the last dimension."""
+    points = torch.linspace(0.0, 1.0, SUMMARY_POINTS, device=logits.device)
+    return _quantiles_of_sorted(torch.sort(logits, dim=0).values, points).t().contiguous()
+
+
+def pool_quantiles(summaries: Tensor) -> Tensor:
+    """Quantiles of the pooled summaries. [n, 257] -> [1025], ascending."""
+    points = torch.linspace(0.0, 1.0, NUM_QUANTILES, device=summaries.device)
+    return _quantiles_of_sorted(torch.sort(summaries.flatten()).values.unsqueeze(-1), points).squeeze(-1)
+
+
+def update_quantiles(
+    layers: list[ThinkingLayer], recorder: RoutingRecorder, *, group: dist.ProcessGroup, decay: float
+) -> None:
+    """Move every layer's table towards this batch's quantiles; the first batch sets it.
+
+    Every rank of the data-parallel `group` must call this with records of the same number of micro-batches.
+    """
+    keys = [(layer, step) for layer in layers for step in range(1, layer.switches.num_routed_steps + 1)]
+    tables = [_summaries(recorder, layer.layer_idx, step) for layer, step in keys]
+    recorded = [position for position, table in enumerate(tables) if table is not None]
+    if not recorded:
+        return
+    local = torch.stack([tables[position] for position in recorded])  # [tables, n, 257]
+    gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+    pooled = gathered.view(group.size(), *local.shape)
+    for index, position in enumerate(recorded):
+        layer, step = keys[position]
+        fresh = pool_quantiles(pooled[:, index].reshape(-1, SUMMARY_POINTS))
+        row = layer.thinking.logit_quantiles[step - 1]
+        # A table of zeros is one that has never been set.
+        row.copy_(torch.where(row.any(), torch.lerp(fresh, row, decay), fresh))
+
+
+def _summaries(recorder: RoutingRecorder, layer_idx: int, step: int) -> Tensor | None:
+    entries = recorder.of_step(layer_idx, step)
+    return torch.cat([summarise_sequences(entry.logits) for entry in entries]) if entries else None
+
+
+def _quantiles_of_sorted(ascending: Tensor, points: Tensor) -> Tensor:
+    """Linear interpolation between order statistics. ascending [n, b], points [m] in [0, 1] -> [m, b]."""
+    places = points * (ascending.shape[0] - 1)
+    low = places.floor().long()
+    high = (low + 1).clamp(max=ascending.shape[0] - 1)
+    return torch.lerp(ascending[low], ascending[high], (places - low).unsqueeze(-1))

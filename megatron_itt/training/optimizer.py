@@ -1,0 +1,94 @@
+"""AdamW and the learning-rate schedule, by megatron-core; and the loading of torch's Adam state that it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_itt.config.run import RunConfig
+
+# The layout of the optimizer's state on disk that any tensor, pipeline and data-parallel size can read.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW over all parameters of this rank, sharded over data-parallel ranks if the recipe says so."""
+    settings = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate,
+            min_lr=settings.learning_rate * config.schedule.min_learning_rate_ratio,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            clip_grad=settings.clip_grad_norm,
+            use_distributed_optimizer=settings.distributed,
+            bf16=config.precision.dtype == "bf16",
+            params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
+        ),
+        chunks,
+    )
+    for part in _parts(optimizer):
+        if _is_torch_adam(part):
+            _keep_step_when_loading(part)
+    return optimizer
+
+
+def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up from zero, then the recipe's decay to `min_learning_rate_ratio`; counted in optimizer steps."""
+    rate, schedule = config.optimizer.learning_rate, config.schedule
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=rate,
+        min_lr=rate if schedule.decay == "constant" else rate * schedule.min_learning_rate_ratio,
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=schedule.steps,
+        lr_decay_style=schedule.decay,
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=schedule.steps,
+        wd_incr_style="constant",
+    )
+
+
+def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool) -> Any:
+    """The optimizer's sharded state, to save or to be filled by a load."""
+    if loading:
+        for part in _parts(optimizer):
+            if _is_torch_adam(part) and not part.optimizer.state:
+                part._init_optimizer_states_with_dummy_values()
+    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(SHARDING))
+
+
+def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    yield from getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _is_torch_adam(part: Any) -> bool:
+    return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _keep_step_when_loading(part: Any) -> None:
+    """torch's Adam counts steps per tensor, fused Adams per group, which is all that megatron-core saves.
+
+    Its loader sets every state tensor, `step` included, from the file; the count is restored before that from the group,
+    so it is handed back here.
+    """
+    set_states = part._set_main_param_and_optimizer_states
+
+    def set_states_keeping_step(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+        set_states(model_param, {**tensors, "step": state["step"]})
+
+    part._set_main_param_and_optimizer_states = set_states_keeping_step
