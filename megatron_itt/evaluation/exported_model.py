@@ -1,6 +1,7 @@
 """An exported Hugging Face folder in memory: loading it safely, and setting its thinking budget.
 
-A thinking budget is one share of tokens in (0, 1] for every routed thinking step; None is the model's own.
+A thinking budget is one share of tokens in [0, 1] for every routed thinking step, 0 leaving the step out (as in the
+paper's Table 2); None is the model's own.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _resolve_device(device: str) -> str:
 def trained_budget(config: dict[str, Any]) -> Budget | None:
     """The shares that an export was trained with; None for a model without routing (LLaMA, Loop)."""
     thinking = config.get("thinking")
-    if not isinstance(thinking, dict) or thinking.get("kind", "itt") != "itt":
+    if not isinstance(thinking, dict) or thinking.get("kind", "itt") != "itt" or thinking.get("routing") == "none":
         return None
     shares = thinking.get("capacity") or []
     if isinstance(shares, int | float):
@@ -146,7 +147,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def check_budget(budget: Sequence[float], trained: Budget | None) -> Budget:
-    """Return `budget` if the model can think with it: one share in (0, 1] per routed step."""
+    """Return `budget` if the model can think with it: one share in [0, 1] per routed step."""
     shown = format_budget(budget)
     if trained is None:
         raise EvaluationError(f"budget {shown} is given but the model has no routed thinking steps; leave --budget out")
@@ -155,8 +156,10 @@ def check_budget(budget: Sequence[float], trained: Budget | None) -> Budget:
             f"budget {shown} has {len(budget)} shares but the model has {len(trained)} routed thinking steps; give "
             f"{len(trained)}, as in {format_budget(trained)}"
         )
-    if any(not 0 < share <= 1 for share in budget):
-        raise EvaluationError(f"budget {shown} has a share outside (0, 1]; use 0.5 for half of the tokens")
+    if any(not 0 <= share <= 1 for share in budget):
+        raise EvaluationError(
+            f"budget {shown} has a share outside [0, 1]; use 0.5 for half of the tokens, 0 to leave a step out"
+        )
     return tuple(float(share) for share in budget)
 
 

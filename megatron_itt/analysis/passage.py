@@ -1,0 +1,191 @@
+"""What an export does with a passage of text: who thinks at which step, with which score, and how it goes on.
+
+Measuring only; the page that shows it is `report.py`. Everything returned turns into plain JSON by `as_dict`.
+
+Shape legend: s tokens of the passage, T thinking steps (T-1 of them routed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megatron_itt.errors import DataError, EvaluationError
+from megatron_itt.evaluation.exported_model import Budget, ExportedModel
+
+Scores = list[list[list[float]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingTrace:
+    """Who thought in one forward pass at one budget: entry [layer][step][token], layers in the order of `layers`.
+
+    `scores` are router weights, sigmoid(logit); `thresholds` [layer][step] the score from which on a token thinks.
+    """
+
+    budget: Budget
+    layers: list[int]
+    picked: list[list[list[bool]]]
+    scores: Scores
+    thresholds: list[list[float]]
+
+    def shares(self) -> list[list[float]]:
+        """Realised share of tokens that thought, [layer][step]."""
+        return [[sum(step) / max(1, len(step)) for step in layer] for layer in self.picked]
+
+    def steps_per_token(self, layer_place: int | None = None) -> list[int]:
+        """How many routed steps each token thought, at one of `layers` (by its place in the list) or in all."""
+        chosen = self.picked if layer_place is None else [self.picked[layer_place]]
+        num_tokens = len(self.picked[0][0])
+        return [sum(step[idx] for layer in chosen for step in layer) for idx in range(num_tokens)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassageTrace:
+    """A passage cut into tokens, as text, with one routing trace per thinking budget."""
+
+    tokens: list[str]
+    num_tokens_left_out: int
+    traces: list[RoutingTrace]
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON object with the field names as keys, and the realised shares of each trace."""
+        traces = [{**asdict(trace), "shares": trace.shares()} for trace in self.traces]
+        return {"tokens": self.tokens, "num_tokens_left_out": self.num_tokens_left_out, "traces": traces}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A prompt and its greedy continuation at one budget."""
+
+    budget: Budget | None
+    prompt: str
+    continuation: str
+
+
+def trace_passage(
+    export: ExportedModel, text: str, budgets: Sequence[Budget], *, max_tokens: int = 512
+) -> PassageTrace:
+    """Run `text` through the export at each budget and record who thinks.
+
+    A text longer than `max_tokens` or than the model's context is cut; `num_tokens_left_out` says by how much.
+    """
+    if not text.strip():
+        raise DataError("the passage is empty; give a text file with at least one word")
+    ids, pieces = _encode(export, text)
+    num_kept = min(len(ids), max_tokens, export.max_length - 1)
+    tokens = torch.tensor([[export.prefix_token_id, *ids[:num_kept]]], device=next(export.model.parameters()).device)
+    traces = [_trace(export, tokens, budget) for budget in budgets]
+    return PassageTrace(tokens=pieces[:num_kept], num_tokens_left_out=len(ids) - num_kept, traces=traces)
+
+
+def continue_text(export: ExportedModel, prompt: str, budget: Budget | None, *, num_tokens: int = 48) -> Sample:
+    """Continue `prompt` greedily by at most `num_tokens` tokens, as far as the model's context reaches."""
+    ids = [export.prefix_token_id, *export.tokenizer.encode(prompt, add_special_tokens=False)]
+    room = min(num_tokens, export.max_length - len(ids))
+    if room < 1:
+        raise DataError(f"the prompt has {len(ids)} tokens and the model reads {export.max_length}; give a shorter one")
+    tokens = torch.tensor([ids], device=next(export.model.parameters()).device)
+    extra = {} if budget is None else {"thinking_budget": list(budget)}
+    with torch.inference_mode():
+        full = export.model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=room,
+            do_sample=False,
+            pad_token_id=export.tokenizer.pad_token_id or export.prefix_token_id,
+            **extra,
+        )
+    continuation = export.tokenizer.decode(full[0, len(ids) :], skip_special_tokens=True)
+    return Sample(budget=budget, prompt=prompt, continuation=continuation)
+
+
+def first_words(text: str, num_characters: int = 220) -> str:
+    """The beginning of a text, cut at a space or line end, as a prompt."""
+    text = text.strip()
+    if len(text) <= num_characters:
+        return text
+    cut = max(text.rfind(" ", 0, num_characters), text.rfind("\n", 0, num_characters))
+    return text[: cut if cut > 0 else num_characters]
+
+
+def _encode(export: ExportedModel, text: str) -> tuple[list[int], list[str]]:
+    """Token ids and the text of each token; where one character spans several tokens, all but the first are empty."""
+    encoded = export.tokenizer(text, add_special_tokens=False, return_offsets_mapping=export.tokenizer.is_fast)
+    ids = list(encoded["input_ids"])
+    if not export.tokenizer.is_fast:
+        return ids, [export.tokenizer.decode([token_id]) for token_id in ids]
+    pieces, reached = [], 0
+    for start, end in encoded["offset_mapping"]:
+        pieces.append(text[max(start, reached) : end])
+        reached = max(reached, end)
+    return ids, pieces
+
+
+def _trace(export: ExportedModel, tokens: torch.Tensor, budget: Budget) -> RoutingTrace:
+    """tokens [1, 1 + s], the first being the prefix token, which is not reported."""
+    layers = [int(layer_idx) for layer_idx in export.model.config.thinking["layers"]]
+    with torch.inference_mode(), _recorded_logits(export.model, layers) as logits:
+        outputs = export.model(
+            input_ids=tokens, thinking_budget=list(budget), output_routing=True, use_cache=False, return_dict=True
+        )
+    routing = getattr(outputs, "routing", None)
+    if routing is None or len(routing) != len(layers):
+        raise EvaluationError(
+            f"the model code in {export.folder} does not report routing for its {len(layers)} thinking layers; export "
+            "the checkpoint again with the present version"
+        )
+    picked = [layer[0, :, 1:].tolist() for layer in routing]
+    scores = [[torch.sigmoid(step[0, 1:].double()).tolist() for step in logits[layer_idx]] for layer_idx in layers]
+    return RoutingTrace(
+        budget=budget,
+        layers=layers,
+        picked=picked,
+        scores=scores,
+        thresholds=[_thresholds(_thinking(export.model, layer_idx), budget) for layer_idx in layers],
+    )
+
+
+@contextmanager
+def _recorded_logits(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[torch.Tensor]]]:
+    """Within the block the router logits [1, 1 + s] of every step are noted, by layer: the output holds picks only."""
+    recorded: dict[int, list[torch.Tensor]] = {layer_idx: [] for layer_idx in layers}
+
+    def watch(module: Any, layer_idx: int) -> None:
+        choose = module.choose
+
+        def choose_and_note(*args: Any, **kwargs: Any) -> Any:
+            selection, logits = choose(*args, **kwargs)
+            recorded[layer_idx].append(logits.detach())
+            return selection, logits
+
+        module.choose = choose_and_note
+
+    modules = {layer_idx: _thinking(model, layer_idx) for layer_idx in layers}
+    for layer_idx, module in modules.items():
+        watch(module, layer_idx)
+    try:
+        yield recorded
+    finally:
+        for module in modules.values():
+            del module.choose
+
+
+def _thinking(model: Any, layer_idx: int) -> Any:
+    return model.model.layers[layer_idx].thinking
+
+
+def _thresholds(module: Any, budget: Budget) -> list[float]:
+    """Score from which on a token thinks, one per routed step: sigmoid of the logit quantile at 1 - share."""
+    quantiles = module.logit_quantiles.double()
+    taus = []
+    for step, share in enumerate(budget):
+        place = (1 - share) * (quantiles.shape[1] - 1)
+        low = min(int(place), quantiles.shape[1] - 2)
+        tau = torch.lerp(quantiles[step, low], quantiles[step, low + 1], place - low)
+        taus.append(0.0 if share >= 1 else 1.0 if share <= 0 else float(torch.sigmoid(tau)))
+    return taus

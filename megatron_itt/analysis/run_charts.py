@@ -1,0 +1,156 @@
+"""The charts and tables of a run's metrics, ready for the page. Numbers come from `collect.py`, ink from `svg.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from megatron_itt.analysis.collect import RunRecord, ValidationPoint, mean_over_domains
+from megatron_itt.analysis.svg import NUM_STYLES, Chart, Series, draw_chart, draw_key
+
+Budget = tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """One chart drawn for wide and for narrow windows, with its legend as (line sample, name)."""
+
+    heading: str
+    wide: Markup
+    narrow: Markup
+    legend: list[dict[str, object]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table of text cells; the first `num_text_columns` are words, the others numbers."""
+
+    header: list[str]
+    rows: list[list[str]]
+    heading: str = ""
+    note: str = ""
+    num_text_columns: int = 1
+
+
+def show_budget(budget: Sequence[float] | None) -> str:
+    """Write a budget for readers: "50%" where all steps are equal, else "90% / 70% / 50%"; "-" without routing."""
+    if budget is None:
+        return "-"
+    shares = [f"{100 * share:g}%" for share in budget]
+    return shares[0] if len(set(shares)) == 1 else " / ".join(shares)
+
+
+def trained_budget_of(run: RunRecord) -> Budget | None:
+    """The shares that the recipe trains with, or None for a model without routing or an unknown recipe."""
+    thinking = run.recipe.get("thinking")
+    if not isinstance(thinking, dict) or thinking.get("kind") != "itt":
+        return None
+    capacity = thinking.get("capacity")
+    return tuple(float(share) for share in capacity) if isinstance(capacity, list) and capacity else None
+
+
+def main_budget(run: RunRecord) -> Budget | None:
+    """The budget whose validation stands for the run: the trained one if it was validated, else the first."""
+    budgets = [point.budget for point in run.validation]
+    trained = trained_budget_of(run)
+    return trained if trained in budgets or not budgets else budgets[0]
+
+
+def draw_figure(chart: Chart, *, heading: str = "", small: bool = False) -> Figure:
+    """Draw a chart over the full width of the page, or `small` as one of several side by side."""
+    wide, narrow = ((420, 250), (360, 240)) if small else ((960, 340), (360, 270))
+    named = len(chart.series) > 1
+    legend: list[dict[str, object]] = [
+        {"key": Markup(draw_key(series)), "name": series.name} for series in chart.series if named
+    ]
+    return Figure(
+        heading=heading,
+        wide=Markup(draw_chart(chart, width=wide[0], height=wide[1])),
+        narrow=Markup(draw_chart(chart, width=narrow[0], height=narrow[1])),
+        legend=legend,
+    )
+
+
+def loss_figure(run: RunRecord) -> Figure | None:
+    """Training loss, and the validation loss of every domain at the main budget, against steps; None without any."""
+    series = []
+    training = run.series("loss")
+    if training:
+        series.append(Series(name="training", points=training, style=NUM_STYLES - 1, faint=True))
+    budget = main_budget(run)
+    for place, domain in enumerate(_domains(run.validation)):
+        points = [(float(p.step), p.loss) for p in run.validation if p.domain == domain and p.budget == budget]
+        if points:
+            name = f"validation, {domain}"
+            series.append(Series(name=name, points=points, style=place % (NUM_STYLES - 1), markers=True))
+    if not series:
+        return None
+    return draw_figure(
+        Chart(title="Loss against steps", x_label="step", y_label="loss (nats per token)", series=series)
+    )
+
+
+def small_figures(run: RunRecord) -> list[Figure]:
+    """Gradient norm, learning rate and speed, as far as they were logged."""
+    wanted = (
+        ("grad_norm", "Gradient norm", "norm"),
+        ("learning_rate", "Learning rate", "learning rate"),
+        ("tokens_per_second", "Speed", "tokens per second"),
+    )
+    figures = []
+    for key, heading, label in wanted:
+        points = run.series(key)
+        if len(points) > 1:
+            chart = Chart(title=heading, x_label="step", y_label=label, series=[Series(name=heading, points=points)])
+            figures.append(draw_figure(chart, heading=heading, small=True))
+    return figures
+
+
+def budget_figures(run: RunRecord) -> list[Figure]:
+    """Perplexity of the last validation against the thinking budget, one panel per domain; none for a single budget."""
+    final = run.final_validation()
+    budgets = _budgets(final)
+    if len(budgets) < 2:
+        return []
+    figures = []
+    for place, domain in enumerate(_domains(final)):
+        by_budget = {point.budget: point.perplexity for point in final if point.domain == domain}
+        points = [(float(idx), by_budget[budget]) for idx, budget in enumerate(budgets) if budget in by_budget]
+        chart = Chart(
+            title=f"Perplexity of {domain} by thinking budget",
+            x_label="share of tokens that think at each routed step",
+            y_label="perplexity",
+            series=[Series(name=domain, points=points, style=place % (NUM_STYLES - 1), markers=True)],
+            categories=[show_budget(budget) for budget in budgets],
+        )
+        figures.append(draw_figure(chart, heading=domain, small=True))
+    return figures
+
+
+def budget_table(run: RunRecord) -> Table | None:
+    """Perplexity per budget and domain after the last validation, and the mean loss; None without validation."""
+    final = run.final_validation()
+    if not final:
+        return None
+    domains, trained = _domains(final), trained_budget_of(run)
+    rows = []
+    for budget in _budgets(final):
+        points = [point for point in final if point.budget == budget]
+        by_domain = {point.domain: point.perplexity for point in points}
+        name = show_budget(budget) if budget is not None else "no routing"
+        name += " (as trained)" if budget is not None and budget == trained else ""
+        cells = [f"{by_domain[domain]:,.3f}" if domain in by_domain else "-" for domain in domains]
+        rows.append([name, *cells, f"{mean_over_domains(points):.4f}"])
+    header = ["thinking budget", *(f"perplexity, {domain}" for domain in domains), "mean loss (nats)"]
+    return Table(header=header, rows=rows)
+
+
+def _domains(points: Sequence[ValidationPoint]) -> list[str]:
+    return sorted({point.domain for point in points})
+
+
+def _budgets(points: Sequence[ValidationPoint]) -> list[Budget | None]:
+    """Budgets from the least to the most thinking."""
+    return sorted({point.budget for point in points}, key=lambda budget: (sum(budget or ()), budget or ()))
