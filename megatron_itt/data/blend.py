@@ -1,0 +1,188 @@
+"""The blend before a run: how much each domain has, how much the run needs, where validation is split off.
+
+Plans only, from indices and manifests: no torch, so a blend can be checked on a login node. The datasets themselves are
+built in `datasets.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_itt.config import RunConfig
+from megatron_itt.data.indexed import Index, idx_path, read_index
+from megatron_itt.data.manifest import check_sizes, manifest_path, read_manifest
+from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.log import get_logger
+
+MAX_VALIDATION_SHARE = 0.5  # of a domain; more would leave too little to train on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One domain that takes part: documents [0, `first_validation_document`) train, the rest validate."""
+
+    name: str
+    prefix: str
+    weight: float  # share of the training samples; all shares add to 1
+    identity: str  # hash of the content
+    tokenizer_sha256: str | None  # None where the data has no manifest
+    num_documents: int
+    first_validation_document: int
+    training_tokens: int
+    validation_tokens: int
+    tokens_needed: int
+
+    @property
+    def epochs(self) -> float:
+        """How often the run reads the domain's training documents."""
+        return self.tokens_needed / self.training_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend:
+    """The domains of a run; `absent` names those in the recipe that have no data here."""
+
+    domains: tuple[Domain, ...]
+    absent: tuple[str, ...]
+    sequence_length: int
+    num_training_samples: int
+    seed: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides which tokens a run sees, and in which order; paths do not count."""
+        domains = [
+            [domain.name, domain.identity, domain.weight, domain.first_validation_document] for domain in self.domains
+        ]
+        content = [domains, self.sequence_length, self.num_training_samples, self.seed]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def table(self) -> str:
+        """Tokens available, needed and epochs per domain, to be printed before a run."""
+        rows = [("domain", "weight", "documents", "train tokens", "needed", "epochs", "validation tokens")]
+        for domain in self.domains:
+            rows.append(
+                (
+                    domain.name,
+                    f"{domain.weight:.4f}",
+                    f"{domain.first_validation_document:,}",
+                    f"{domain.training_tokens:,}",
+                    f"{domain.tokens_needed:,}",
+                    f"{domain.epochs:.2f}",
+                    f"{domain.validation_tokens:,}",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) if idx == 0 else cell.rjust(width) for idx, (cell, width) in enumerate(pairs))
+            for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+        ]
+        if self.absent:
+            lines.append(f"absent, weights renormalised over the others: {', '.join(self.absent)}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def resolve_blend(config: RunConfig) -> Blend:
+    """Plan the data of a run; the same for every model with the same data, sequence length and number of samples.
+
+    Domains whose `path` is null keep their line in the recipe and are left out here, with the other weights scaled to
+    add to 1. Raises `ConfigError` for a blend that cannot work or that exceeds `data.max_epochs`, `DataError` for
+    missing or damaged files.
+    """
+    present = {name: domain for name, domain in config.data.blend.items() if domain.path and domain.weight > 0}
+    absent = tuple(name for name in config.data.blend if name not in present)
+    if not present:
+        raise ConfigError(
+            "data.blend has no domain with a path and a positive weight; give at least one, such as "
+            "data.blend={code: {path: data/code, weight: 1.0}}"
+        )
+    total_weight = sum(domain.weight for domain in present.values())
+    domains = []
+    for name, domain in present.items():
+        assert domain.path is not None
+        domains.append(_resolve_domain(config, name, domain.path, domain.weight / total_weight))
+    _check_epochs(config, domains)
+    return Blend(
+        domains=tuple(domains),
+        absent=absent,
+        sequence_length=config.model.seq_length,
+        num_training_samples=config.num_training_samples,
+        seed=config.runtime.seed,
+    )
+
+
+def _resolve_domain(config: RunConfig, name: str, prefix: str, weight: float) -> Domain:
+    manifest = read_manifest(prefix)
+    if manifest is not None:
+        check_sizes(prefix, manifest)
+    index = read_index(prefix)
+    if len(index.documents) - 1 != len(index.lengths):
+        raise DataError(f"{idx_path(prefix)} has documents of several sequences; write it with tools/preprocess.py")
+    if manifest is None:
+        get_logger().warning("%s does not exist: tokenizer and origin of %s are unknown", manifest_path(prefix), name)
+    elif (manifest.documents, manifest.tokens) != (index.num_documents, index.num_tokens):
+        raise DataError(
+            f"{manifest_path(prefix)} says {manifest.documents} documents and {manifest.tokens} tokens, the index has "
+            f"{index.num_documents} and {index.num_tokens}; write the dataset again"
+        )
+    first, validation_tokens = _split_validation(config, name, index, weight)
+    return Domain(
+        name=name,
+        prefix=prefix,
+        weight=weight,
+        identity=manifest.identity if manifest is not None else _identity_of_index(index),
+        tokenizer_sha256=manifest.tokenizer["sha256"] if manifest is not None else None,
+        num_documents=index.num_documents,
+        first_validation_document=first,
+        training_tokens=index.num_tokens - validation_tokens,
+        validation_tokens=validation_tokens,
+        tokens_needed=math.ceil(config.num_training_samples * weight) * config.model.seq_length,
+    )
+
+
+def _split_validation(config: RunConfig, name: str, index: Index, weight: float) -> tuple[int, int]:
+    """The first document of validation and its tokens: the fewest documents from the end that hold the share."""
+    sequence = config.model.seq_length + 1  # one sample needs its last label as well
+    wanted = max(math.ceil(config.validation.tokens * weight), sequence)
+    total = index.num_tokens
+    num_held_out, held_out = _documents_from_end(index.lengths, wanted)
+    if num_held_out >= index.num_documents or held_out > MAX_VALIDATION_SHARE * total or total - held_out < sequence:
+        raise ConfigError(
+            f"validation.tokens is {config.validation.tokens:,}: domain {name} would give {wanted:,} tokens in whole "
+            f"documents from its end, more than half of its {total:,} tokens; lower validation.tokens or add data"
+        )
+    return index.num_documents - num_held_out, held_out
+
+
+def _documents_from_end(lengths: np.ndarray, wanted: int) -> tuple[int, int]:
+    """How many documents from the end hold `wanted` tokens, and their tokens; all of them where it takes more."""
+    looked_at = 1024  # a billion documents are not summed to find the last few
+    while True:
+        tokens_after = np.cumsum(lengths[::-1][:looked_at], dtype=np.int64)
+        found = int(np.searchsorted(tokens_after, wanted))
+        if found < len(tokens_after):
+            return found + 1, int(tokens_after[found])
+        if looked_at >= len(lengths):
+            return len(lengths), int(tokens_after[-1]) if len(tokens_after) else 0
+        looked_at *= 8
+
+
+def _identity_of_index(index: Index) -> str:
+    digest = hashlib.sha256(str((index.dtype.name, index.num_tokens)).encode())
+    digest.update(index.lengths.tobytes())
+    return digest.hexdigest()
+
+
+def _check_epochs(config: RunConfig, domains: list[Domain]) -> None:
+    worst = max(domains, key=lambda domain: domain.epochs)
+    if worst.epochs > config.data.max_epochs:
+        raise ConfigError(
+            f"data.max_epochs is {config.data.max_epochs:g} but domain {worst.name} would be read "
+            f"{worst.epochs:.2f} times ({worst.tokens_needed:,} tokens needed, {worst.training_tokens:,} there); "
+            "add data, lower its weight or schedule.steps, or raise data.max_epochs"
+        )
