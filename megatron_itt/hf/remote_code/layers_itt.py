@@ -13,7 +13,7 @@ What a thinking layer computes (f is the whole layer; keys and values from the c
 
 | key of config.thinking | value | meaning |
 |---|---|---|
-| residual | accumulate / replace | as above / y[M] <- f(y[M]; C): no w, alpha or phi, phi_0 = 1 too |
+| residual | accumulate / replace | as above / y[M] <- f(y[M]; C), nothing else: no w, alpha or phi, phi_0 = 1 too |
 | routing | topk, topp, threshold / none | rule of training (inference: threshold) / all tokens are picked with w = 1 |
 | step_encoding | true / false | learned phi / phi = 1 |
 | gate | sigmoid / tanh | w |
@@ -23,7 +23,7 @@ What a thinking layer computes (f is the whole layer; keys and values from the c
 | skip | keep / literal | tokens not in M stay / y[not M] <- y[not M] + phi_t * y[not M] |
 | kind | itt / loop / none | as above / x <- f(x; x), T times, no weights of its own / LLaMA |
 
-Paper: silent on padding and on C. Ours: see above. Source: paper, Eq 1 to 7.
+A share of 0 skips the step for its row. Paper: silent on padding and on C. Ours: see above. Source: paper, Eq 1 to 7.
 
 Shape legend: b rows, c tokens of this call, n selected tokens, h hidden, H heads, g key/value heads, d head size.
 """
@@ -186,7 +186,8 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
         if self.kind == "itt":
             self.thinking = ITTThinking(config)
-        changes_all = self.switches["skip"] == "literal" or self.switches["reweight"] == "symmetric"
+        treats_skipped = self.switches["skip"] == "literal" or self.switches["reweight"] == "symmetric"
+        changes_all = treats_skipped and self.switches["residual"] == "accumulate"
         picks_all = self.kind == "loop" or self.switches["routing"] == "none"
         self.keeps_keys = self.switches["attend"] == "all" and not changes_all and not picks_all
 
@@ -260,7 +261,7 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
             keys = memory.read_states(step, picked) if picked.num_tokens else None
         elif context.num_tokens:
             keys = memory.exchange(step, context, *self._keys_values(state, context, call), picked)
-        before = self._treat_skipped(state, step, picked, weight)
+        before = self._treat_skipped(state, step, call, picked=picked, weight=weight)
         if picked.num_tokens == 0:
             return before, picked
         assert keys is not None, "there is a query"
@@ -283,8 +284,12 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
             gain = alpha * picked.take(weight)
         return add_thought(rows, thought, gain=gain, phi=self._phi(step))
 
-    def _treat_skipped(self, state: Tensor, step: int, picked: Selection, weight: Tensor | None) -> Tensor:
-        """What tokens that are not picked become; state [b, c, h]."""
+    def _treat_skipped(
+        self, state: Tensor, step: int, call: Call, *, picked: Selection, weight: Tensor | None
+    ) -> Tensor:
+        """What tokens that are not picked become; state [b, c, h]. A share of 0 leaves the whole row alone."""
+        if self.switches["residual"] == "replace":
+            return state
         if self.switches["skip"] == "literal":
             phi = self._phi(step)
             skipped = state + (state if phi is None else phi.to(state.dtype) * state)
@@ -292,4 +297,5 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
             skipped = state * weight.to(state.dtype)[..., None]
         else:
             return state
-        return torch.where(picked.mask[..., None], state, skipped)
+        stays = picked.mask | (call.shares[:, step - 1, None] == 0)
+        return torch.where(stays[..., None], state, skipped)

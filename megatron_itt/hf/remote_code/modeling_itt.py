@@ -242,9 +242,7 @@ class ITTModel(ITTPreTrainedModel):
 class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
     """Language model with elastic thinking budgets and exact cached decoding."""
 
-    _tied_weights_keys = (
-        {"lm_head.weight": "model.embed_tokens.weight"} if TRANSFORMERS_5 else ["lm_head.weight"]
-    )
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"} if TRANSFORMERS_5 else ["lm_head.weight"]
 
     def __init__(self, config: ITTConfig) -> None:
         super().__init__(config)

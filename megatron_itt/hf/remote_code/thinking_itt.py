@@ -131,8 +131,7 @@ def thresholds(logit_quantiles: Tensor, share: Tensor) -> Tensor:
     """
     place = (1.0 - share.double()) * NUM_QUANTILE_INTERVALS
     low = place.floor().long().clamp(0, NUM_QUANTILE_INTERVALS - 1)
-    quantiles = logit_quantiles.double()
-    tau = torch.lerp(quantiles[low], quantiles[low + 1], place - low)
+    tau = torch.lerp(logit_quantiles[low], logit_quantiles[low + 1], (place - low).to(logit_quantiles.dtype))
     tau = tau.masked_fill(share >= 1, float("-inf"))
     return tau.masked_fill(share <= 0, float("inf"))
 
