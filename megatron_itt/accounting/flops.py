@@ -70,7 +70,7 @@ def forward_flops(
     num_thinking_layers = len(thinking.layer_indices(model.num_layers))
     picked = [count_picked_tokens(thinking, share, s) for share in _shares(thinking, budget)]
     if thinking.kind == "loop" or thinking.attend == "selected":
-        step_matrices = [2 * k * layer.matrices for k in picked]
+        step_matrices: list[float] = [2 * k * layer.matrices for k in picked]
         step_pairs = [_count_pairs(k, k, causal) for k in picked]
     else:
         step_matrices = _matrices_over_all_keys(layer, picked, s)

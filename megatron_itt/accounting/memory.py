@@ -1,0 +1,229 @@
+"""Memory of one rank: weights, gradients, optimizer state, and an estimate of what backward needs of the forward pass.
+
+Weights, gradients and optimizer state are counts. Activations are a model of the tensors that autograd keeps with the
+torch-native layer parts; library workspaces, fragmentation and communication buffers are not in it. All in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_itt.accounting.flops import count_picked_tokens
+from megatron_itt.accounting.params import layer_parameters, thinking_layer_parameters
+from megatron_itt.config.check import find_layout_problems
+from megatron_itt.config.run import RunConfig
+from megatron_itt.errors import ConfigError
+
+FLOAT32 = 4  # bytes; gradients, optimizer state, norms' statistics and the softmax of the loss are always float32
+ADAM_MOMENTS = 2
+
+# s: sequence length, h: hidden size, k: picked tokens of a step, e: bytes of an activation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankMemory:
+    """Bytes that one rank of a job holds at its peak."""
+
+    pipeline_stage: int
+    parameters: int  # a count, not bytes
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def rank_memory(config: RunConfig, world_size: int) -> list[RankMemory]:
+    """Memory per pipeline stage, first to last; ranks of one stage are alike.
+
+    Raises ConfigError if the layout does not fit `world_size` processes.
+    """
+    problems = find_layout_problems(config, world_size)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return [_stage_memory(config, world_size, stage) for stage in range(config.parallel.pipeline)]
+
+
+def stage_layers(config: RunConfig, stage: int) -> list[int]:
+    """0-based indices of the layers on a pipeline stage; with interleaving, of all its chunks."""
+    pipeline, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
+    per_chunk = config.model.num_layers // (pipeline * chunks)
+    starts = [(chunk * pipeline + stage) * per_chunk for chunk in range(chunks)]
+    return [layer_idx for start in starts for layer_idx in range(start, start + per_chunk)]
+
+
+def layer_activations(config: RunConfig, *, thinks: bool) -> float:
+    """Bytes that one layer keeps for backward, for one micro-batch on one rank."""
+    sizes = _Sizes.of(config)
+    s, thinking = config.model.seq_length, config.thinking
+    total = sizes.full_pass(s)
+    if not thinks or thinking.kind == "none":
+        return config.batch.micro * total
+    if thinking.kind == "loop":
+        return config.batch.micro * total * thinking.num_steps
+    total += sizes.gain(sizes.local(s)) if thinking.step_encoding else 0
+    num_stale = s
+    for share in thinking.capacity:
+        if thinking.routing == "topk":
+            k = count_picked_tokens(thinking, share, s)
+            total += sizes.routed_step(k, num_stale, attend_all=thinking.attend == "all")
+            num_stale = k
+        else:
+            total += sizes.masked_step(s, masks_attention=thinking.attend == "selected")
+    return config.batch.micro * total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sizes:
+    """Widths of one token's tensors on one rank, and what the parts of a layer keep of them, in bytes per sequence."""
+
+    hidden: int
+    query: float  # width of this rank's query heads
+    key: float  # width of this rank's keys (values have the same)
+    ffn: float
+    heads: float
+    head_size: int
+    seq_length: int
+    element: int
+    sequence_degree: int
+
+    @staticmethod
+    def of(config: RunConfig) -> _Sizes:
+        model, tensor = config.model, config.parallel.tensor
+        return _Sizes(
+            hidden=model.hidden_size,
+            query=model.num_attention_heads * model.head_size / tensor,
+            key=model.num_key_value_heads * model.head_size / tensor,
+            ffn=model.ffn_hidden_size / tensor,
+            heads=model.num_attention_heads / tensor,
+            head_size=model.head_size,
+            seq_length=model.seq_length,
+            element=activation_bytes(config),
+            sequence_degree=tensor if config.parallel.sequence else 1,
+        )
+
+    def local(self, rows: float) -> float:
+        """Rows on this rank where the sequence is divided."""
+        return rows / self.sequence_degree
+
+    def norm(self, rows: float) -> float:
+        """A norm keeps its input in float32, the normalised rows, and its output for the projection after it."""
+        return rows * self.hidden * (FLOAT32 + 2 * self.element)
+
+    def attention(self, queries: float, keys: float, *, projected: float) -> float:
+        """Rotated queries and keys, values, context, log-sum-exp. Grouped keys and values are kept repeated per head.
+
+        `projected`: width of the product that the values are a slice of, and which stays alive as a whole.
+        """
+        repeated = self.query != self.key
+        kept = 2 * queries * self.query + keys * (2 * self.query if repeated else self.key + projected)
+        return self.element * kept + FLOAT32 * queries * self.heads
+
+    def angles(self, rows: float) -> float:
+        """Cosine and sine for one rotation of `rows` heads."""
+        return self.element * rows * 2 * self.head_size
+
+    def mlp(self, rows: float) -> float:
+        """Gate and up rows, a copy of the up rows, the activated gate, and their product."""
+        return self.element * rows * 5 * self.ffn
+
+    def full_pass(self, rows: float) -> float:
+        """The base layer over all tokens."""
+        attention = self.attention(rows, rows, projected=self.query + 2 * self.key)
+        return 2 * self.norm(self.local(rows)) + attention + 2 * self.angles(rows) + self.mlp(rows)
+
+    def gain(self, rows: float) -> float:
+        """A product with a learned gain keeps its other factor."""
+        return self.element * rows * self.hidden
+
+    def states(self, rows: float) -> float:
+        """Token states between two steps, and the router's float32 reading of them."""
+        return rows * self.hidden * (FLOAT32 if self.element == FLOAT32 else FLOAT32 + self.element)
+
+    def routed_step(self, k: float, num_stale: float, *, attend_all: bool) -> float:
+        """A step that computes the k picked rows; keys and values of `num_stale` tokens are out of date."""
+        s = self.seq_length
+        rows = self.norm(k) + self.norm(self.local(k)) + self.mlp(k) + 2 * self.gain(self.local(k)) + self.angles(k)
+        total = self.states(s) + rows
+        if not attend_all:
+            return total + self.angles(k) + self.attention(k, k, projected=self.query + 2 * self.key)
+        fresh = self.norm(num_stale) + self.angles(num_stale)
+        mask = self.element * k * s
+        projected = 2 * self.key if num_stale == s else self.key
+        return total + fresh + mask + self.attention(k, s, projected=projected)
+
+    def masked_step(self, s: float, *, masks_attention: bool) -> float:
+        """A step that computes all rows and keeps the picked ones."""
+        mask = self.element * s * s if masks_attention else 0
+        return self.states(self.local(s)) + mask + self.full_pass(s) + 2 * self.gain(self.local(s))
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Bytes of one activation or weight."""
+    return 2 if config.precision.dtype == "bf16" else FLOAT32
+
+
+def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
+    model, layers = config.model, stage_layers(config, stage)
+    is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
+    thinking_layers = config.thinking.layer_indices(model.num_layers)
+    parameters = _stage_parameters(config, layers, num_tables=_num_tables(config, is_first, is_last))
+    element = activation_bytes(config)
+    state = FLOAT32 * (ADAM_MOMENTS + (element != FLOAT32))  # a float32 master copy where the weights are not
+    shards = config.data_parallel_size(world_size) if config.optimizer.distributed else 1
+    per_microbatch = sum(layer_activations(config, thinks=layer_idx in thinking_layers) for layer_idx in layers)
+    in_flight = _microbatches_in_flight(config, world_size, stage)
+    return RankMemory(
+        pipeline_stage=stage,
+        parameters=parameters,
+        weights=element * parameters,
+        gradients=FLOAT32 * parameters,
+        optimizer=state * parameters / shards,
+        activations=in_flight * per_microbatch + (_loss_activations(config) if is_last else 0),
+    )
+
+
+def _num_tables(config: RunConfig, is_first: bool, is_last: bool) -> int:
+    """Vocabulary-sized matrices on a stage; a tied one exists on both ends of a pipeline."""
+    if config.model.tie_embeddings:
+        return int(is_first or is_last)
+    return is_first + is_last
+
+
+def _stage_parameters(config: RunConfig, layers: Iterable[int], *, num_tables: int) -> int:
+    """Parameters on one rank of a stage: matrices are divided over tensor-parallel ranks, the rest is on each."""
+    model, tensor = config.model, config.parallel.tensor
+    layer = layer_parameters(model)
+    thinking_layers = set(config.thinking.layer_indices(model.num_layers))
+    total = num_tables * model.vocab_size * model.hidden_size // tensor
+    for layer_idx in layers:
+        total += layer.matrices // tensor + layer.norms
+        if layer_idx in thinking_layers:
+            total += thinking_layer_parameters(model, config.thinking)
+        if layer_idx == model.num_layers - 1:
+            total += model.hidden_size  # the final norm
+    return total
+
+
+def _microbatches_in_flight(config: RunConfig, world_size: int, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at once; a fraction where chunks interleave."""
+    parallel = config.parallel
+    num_microbatches = config.batch.global_size // (config.batch.micro * config.data_parallel_size(world_size))
+    if parallel.virtual_pipeline == 1:
+        return min(num_microbatches, parallel.pipeline - stage)
+    chunks = parallel.virtual_pipeline
+    warm_up = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline
+    return min(num_microbatches * chunks, warm_up + 1) / chunks
+
+
+def _loss_activations(config: RunConfig) -> float:
+    """The last norm, and softmax, its gradient and the logits of one micro-batch."""
+    model, sizes = config.model, _Sizes.of(config)
+    rows = config.batch.micro * model.seq_length
+    logits = rows * model.vocab_size / config.parallel.tensor
+    return sizes.norm(sizes.local(rows)) + logits * (2 * FLOAT32 + sizes.element)

@@ -1,0 +1,128 @@
+"""The costs of a recipe as plain data (for `--json`) and as text. Computes nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from megatron_itt.accounting.flops import forward_flops, paper_flops
+from megatron_itt.accounting.memory import rank_memory
+from megatron_itt.accounting.params import count_parameters
+from megatron_itt.config.check import find_layout_problems
+from megatron_itt.config.run import RunConfig
+from megatron_itt.errors import ConfigError
+
+TERA = 1e12
+GIBI = 2**30
+BYTE_KEYS = ("weights", "gradients", "optimizer", "activations", "total")
+
+
+def check_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
+    """Size and layout of a recipe that loaded. Raises ConfigError if it does not fit `world_size` processes."""
+    degree = config.parallel.tensor * config.parallel.pipeline
+    processes = degree if world_size is None else world_size
+    problems = find_layout_problems(config, processes)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    data_parallel = config.data_parallel_size(processes)
+    return {
+        "parameters": count_parameters(config.model, config.thinking).total,
+        "thinking_layers": list(config.thinking.layer_indices(config.model.num_layers)),
+        "thinking_steps": config.thinking.num_steps,
+        "training_tokens": config.schedule.steps * config.tokens_per_step,
+        "world_size": processes,
+        "data_parallel": data_parallel,
+        "microbatches_per_step": config.batch.global_size // (config.batch.micro * data_parallel),
+    }
+
+
+def flops_report(config: RunConfig) -> dict[str, Any]:
+    """Parameters and TFLOPs of one forward pass of one sequence of the recipe's length, also per validation budget.
+
+    `paper_tflops_one_layer` counts one thinking layer whatever the recipe says: the paper's 230M and 466M columns.
+    """
+    model, thinking = config.model, config.thinking
+    count = count_parameters(model, thinking)
+    flops = forward_flops(model, thinking)
+    one_layer = thinking if thinking.kind == "none" else replace(thinking, layers=(min(1, model.num_layers - 1),))
+    return {
+        "parameters": count.total,
+        "paper_tflops": paper_flops(model, thinking) / TERA,
+        "tflops": flops.total / TERA,
+        "tflops_training": flops.training / TERA,
+        "parameters_by_group": asdict(count),
+        "paper_tflops_one_layer": paper_flops(model, one_layer) / TERA,
+        "tflops_by_part": {part: value / TERA for part, value in asdict(flops).items()},
+        "budgets": [_budget_row(config, budget) for budget in config.validation.budgets],
+    }
+
+
+def memory_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
+    """Bytes per rank for each pipeline stage; without a world size, of the smallest job that holds the model."""
+    processes = config.parallel.tensor * config.parallel.pipeline if world_size is None else world_size
+    stages = rank_memory(config, processes)
+    rows = [{**asdict(stage), "total": stage.total} for stage in stages]
+    return {"world_size": processes, "stages": rows, "worst_total": max(stage.total for stage in stages)}
+
+
+def format_check(report: Mapping[str, Any]) -> str:
+    """`check_report` as text."""
+    layers = ", ".join(map(str, report["thinking_layers"])) or "none"
+    return "\n".join(
+        [
+            f"parameters        {_millions(report['parameters'])}",
+            f"thinking          layers {layers}; {report['thinking_steps']} steps",
+            f"training          {report['training_tokens'] / 1e9:.4g} B tokens",
+            f"layout            {report['world_size']} processes, {report['data_parallel']} data-parallel, "
+            f"{report['microbatches_per_step']} micro-batches per step on each",
+        ]
+    )
+
+
+def format_flops(report: Mapping[str, Any]) -> str:
+    """`flops_report` as text."""
+    groups = report["parameters_by_group"].items()
+    parts = report["tflops_by_part"].items()
+    lines = [
+        f"parameters        {_millions(report['parameters'])}  ("
+        + ", ".join(f"{name} {_millions(value)}" for name, value in groups)
+        + ")",
+        f"forward           {report['tflops']:.4f} TFLOPs per sequence  ("
+        + ", ".join(f"{name} {value:.4f}" for name, value in parts)
+        + ")",
+        f"training          {report['tflops_training']:.4f} TFLOPs per sequence",
+        f"as paper counts   {report['paper_tflops']:.2f} TFLOPs  (one thinking layer: "
+        f"{report['paper_tflops_one_layer']:.2f})",
+    ]
+    for row in report["budgets"]:
+        shares = "/".join(f"{share:g}" for share in row["budget"])
+        lines.append(f"budget {shares:<12} {row['tflops']:.4f} TFLOPs, as paper counts {row['paper_tflops']:.2f}")
+    return "\n".join(lines)
+
+
+def format_memory(report: Mapping[str, Any]) -> str:
+    """`memory_report` as a table in GiB."""
+    lines = [f"GiB per rank of {report['world_size']} processes (activations are an estimate)"]
+    lines.append(_table_row(["stage", *BYTE_KEYS]))
+    for stage in report["stages"]:
+        sizes = [f"{stage[key] / GIBI:.2f}" for key in BYTE_KEYS]
+        lines.append(_table_row([str(stage["pipeline_stage"]), *sizes]))
+    return "\n".join(lines)
+
+
+def _budget_row(config: RunConfig, budget: Sequence[float]) -> dict[str, Any]:
+    model, thinking = config.model, config.thinking
+    return {
+        "budget": list(budget),
+        "paper_tflops": paper_flops(model, thinking, budget=budget) / TERA,
+        "tflops": forward_flops(model, thinking, budget=budget).total / TERA,
+    }
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return " ".join(f"{cell:>11}" for cell in cells)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
