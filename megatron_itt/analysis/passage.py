@@ -1,6 +1,6 @@
 """What an export does with a passage of text: who thinks at which step, with which score, and how it goes on.
 
-Measuring only; the page that shows it is `report.py`. Everything returned turns into plain JSON by `as_dict`.
+Measuring only; the page that shows it is `report.py`.
 
 Shape legend: s tokens of the passage, T thinking steps (T-1 of them routed).
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,11 +51,6 @@ class PassageTrace:
     tokens: list[str]
     num_tokens_left_out: int
     traces: list[RoutingTrace]
-
-    def as_dict(self) -> dict[str, Any]:
-        """A JSON object with the field names as keys, and the realised shares of each trace."""
-        traces = [{**asdict(trace), "shares": trace.shares()} for trace in self.traces]
-        return {"tokens": self.tokens, "num_tokens_left_out": self.num_tokens_left_out, "traces": traces}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

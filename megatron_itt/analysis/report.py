@@ -32,7 +32,8 @@ from megatron_itt.analysis.run_charts import (
 from megatron_itt.analysis.summary import list_versions, make_tiles, tell_summary
 from megatron_itt.errors import DataError, IttError
 from megatron_itt.evaluation.exported_model import ExportedModel, format_budget, load_export
-from megatron_itt.evaluation.results import budget_label, format_score, read_results, scores_of
+from megatron_itt.evaluation.paper_tasks import PAPER_ROWS, PAPER_TASKS
+from megatron_itt.evaluation.results import format_score, paper_comparison, read_results, scores_of
 
 TEMPLATE_DIR = Path(__file__).parent / "templates"
 _MAX_BUDGETS = 5
@@ -195,6 +196,7 @@ def _as_script_data(passage: PassageTrace) -> Markup:
         {
             "picked": [["".join("01"[bit] for bit in step) for step in layer] for layer in trace.picked],
             "scores": [[[round(score, 3) for score in step] for step in layer] for layer in trace.scores],
+            "thresholds": [[round(threshold, 3) for threshold in layer] for layer in trace.thresholds],
             "shares": [[round(share, 4) for share in layer] for layer in trace.shares()],
         }
         for trace in passage.traces
@@ -220,7 +222,7 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
     if results["runs"]:
         columns = [{(row["task"], row["metric"]): row for row in scores_of(run)} for run in results["runs"]]
         keys = list(dict.fromkeys(key for column in columns for key in column))
-        labels = [budget_label(run["thinking_budget"], trained) for run in results["runs"]]
+        labels = [_budget_name(run["thinking_budget"], trained) for run in results["runs"]]
         rows = [[*key, *_score_cells(columns, key)] for key in keys]
         limit = f"First {results['limit']} records of each task. " if results.get("limit") else ""
         note = "Accuracies in percent, with standard errors. " + limit
@@ -228,7 +230,40 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
         tables.append(Table(header=["task", "metric", *labels], rows=rows, note=note, num_text_columns=2))
     if results.get("perplexity"):
         tables.append(_perplexity_table(results["perplexity"], trained))
+    tables += _paper_table(results)
     return tables
+
+
+def _paper_table(results: dict[str, Any]) -> list[Table]:
+    """Our rows under the paper's columns, above the paper's rows; nothing if none of its tasks was run."""
+    ours = [row for row in paper_comparison(results) if any(value is not None for value in row[1])]
+    if not ours:
+        return []
+    rows = [
+        [label, *(_percent(value, error) for value, error in zip(values, errors, strict=True))]
+        for label, values, errors in ours
+    ]
+    rows += [[f"paper, {row.method} {row.size}", *(f"{score:.1f}" for score in row.scores)] for row in PAPER_ROWS]
+    return [
+        Table(
+            heading="Beside the paper (Table 1)",
+            header=["model", *(task.column for task in PAPER_TASKS)],
+            rows=rows,
+            note="Accuracy in percent. The paper trained on 50 B tokens.",
+        )
+    ]
+
+
+def _percent(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if error is None else f"{value:.1f} \u00b1 {error:.1f}"
+
+
+def _budget_name(budget: Sequence[float] | None, trained: Sequence[float] | None) -> str:
+    if budget is None:
+        return "no routing"
+    return show_budget(budget) + (" (as trained)" if trained is not None and list(budget) == list(trained) else "")
 
 
 def _score_cells(columns: Sequence[dict[tuple[str, str], dict[str, Any]]], key: tuple[str, str]) -> list[str]:
@@ -241,7 +276,7 @@ def _perplexity_table(measured: Sequence[dict[str, Any]], trained: Sequence[floa
     rows = [
         [
             row["domain"],
-            budget_label(row["budget"], trained),
+            _budget_name(row["budget"], trained),
             f"{row['loss']:.4f} \u00b1 {row['loss_stderr']:.4f}",
             f"{row['perplexity']:,.2f}",
             f"{row['bits_per_byte']:.4f}",

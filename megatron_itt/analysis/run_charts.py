@@ -35,11 +35,11 @@ class Table:
 
 
 def show_budget(budget: Sequence[float] | None) -> str:
-    """Write a budget for readers: "50%" where all steps are equal, else "90% / 70% / 50%"; "-" without routing."""
+    """Write a budget for readers: "50%" where all steps are equal, else "90/70/50%"; "-" without routing."""
     if budget is None:
         return "-"
-    shares = [f"{100 * share:g}%" for share in budget]
-    return shares[0] if len(set(shares)) == 1 else " / ".join(shares)
+    shares = [f"{100 * share:g}" for share in budget]
+    return (shares[0] if len(set(shares)) == 1 else "/".join(shares)) + "%"
 
 
 def trained_budget_of(run: RunRecord) -> Budget | None:
@@ -58,9 +58,10 @@ def main_budget(run: RunRecord) -> Budget | None:
     return trained if trained in budgets or not budgets else budgets[0]
 
 
-def draw_figure(chart: Chart, *, heading: str = "", small: bool = False) -> Figure:
-    """Draw a chart over the full width of the page, or `small` as one of several side by side."""
-    wide, narrow = ((420, 250), (360, 240)) if small else ((960, 340), (360, 270))
+def draw_figure(chart: Chart, *, heading: str = "", num_columns: int = 1) -> Figure:
+    """Draw a chart over the full width of the page, or as one of `num_columns` side by side."""
+    wide = {1: (960, 340), 2: (470, 250)}.get(num_columns, (320, 210))
+    narrow = (360, 270) if num_columns == 1 else (360, 230)
     named = len(chart.series) > 1
     legend: list[dict[str, object]] = [
         {"key": Markup(draw_key(series)), "name": series.name} for series in chart.series if named
@@ -99,13 +100,12 @@ def small_figures(run: RunRecord) -> list[Figure]:
         ("learning_rate", "Learning rate", "learning rate"),
         ("tokens_per_second", "Speed", "tokens per second"),
     )
-    figures = []
-    for key, heading, label in wanted:
-        points = run.series(key)
-        if len(points) > 1:
-            chart = Chart(title=heading, x_label="step", y_label=label, series=[Series(name=heading, points=points)])
-            figures.append(draw_figure(chart, heading=heading, small=True))
-    return figures
+    charts = [
+        Chart(title=heading, x_label="step", y_label=label, series=[Series(name=heading, points=run.series(key))])
+        for key, heading, label in wanted
+        if len(run.series(key)) > 1
+    ]
+    return [draw_figure(chart, heading=chart.title, num_columns=max(2, len(charts))) for chart in charts]
 
 
 def budget_figures(run: RunRecord) -> list[Figure]:
@@ -114,8 +114,8 @@ def budget_figures(run: RunRecord) -> list[Figure]:
     budgets = _budgets(final)
     if len(budgets) < 2:
         return []
-    figures = []
-    for place, domain in enumerate(_domains(final)):
+    figures, domains = [], _domains(final)
+    for place, domain in enumerate(domains):
         by_budget = {point.budget: point.perplexity for point in final if point.domain == domain}
         points = [(float(idx), by_budget[budget]) for idx, budget in enumerate(budgets) if budget in by_budget]
         chart = Chart(
@@ -125,7 +125,7 @@ def budget_figures(run: RunRecord) -> list[Figure]:
             series=[Series(name=domain, points=points, style=place % (NUM_STYLES - 1), markers=True)],
             categories=[show_budget(budget) for budget in budgets],
         )
-        figures.append(draw_figure(chart, heading=domain, small=True))
+        figures.append(draw_figure(chart, heading=f"Perplexity of {domain}", num_columns=max(2, len(domains))))
     return figures
 
 

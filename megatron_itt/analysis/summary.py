@@ -53,10 +53,10 @@ def make_tiles(run: RunRecord, num_parameters: int | None) -> list[dict[str, str
     ends = validation_ends(run)
     if ends is not None:
         value = f"{ends[0]:.2f} \u2192 {ends[1]:.2f}"
-        tiles.append({"name": "validation loss", "value": value, "unit": "nats"})
+        tiles.append({"name": "validation loss (nats)", "value": value, "unit": ""})
     speeds = [value for _, value in run.series("tokens_per_second")]
     if speeds:
-        tiles.append({"name": "speed (median)", "value": short_number(statistics.median(speeds)), "unit": "tokens/s"})
+        tiles.append({"name": "tokens per second", "value": short_number(statistics.median(speeds)), "unit": ""})
     return tiles
 
 
@@ -113,7 +113,7 @@ def _tell_budgets(run: RunRecord) -> list[str]:
     least, most = budgets[0], budgets[-1]
     best = min(budgets, key=lambda budget: losses[budget])
     told = (
-        f"With equal weights, thinking budgets from {show_budget(least)} to {show_budget(most)} of the tokens move it "
+        f"With the same weights, budgets from {show_budget(least)} to {show_budget(most)} of the tokens move it "
         f"from {losses[least]:.3f} to {losses[most]:.3f}; the lowest of {len(budgets)} is {losses[best]:.3f} at "
         f"{show_budget(best)}"
     )
@@ -131,7 +131,8 @@ def _tell_speed(run: RunRecord) -> list[str]:
 
 
 def _share_phrase(budget: Budget) -> str:
-    return f"{show_budget(budget)} of the tokens think again at each of {len(budget)} routed step(s)"
+    where = "the routed step" if len(budget) == 1 else f"each of {len(budget)} routed steps"
+    return f"{show_budget(budget)} of the tokens think again at {where}"
 
 
 def _join(names: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ def draw_key(series: Series) -> str:
     marker = _marker(series.style, 15, 7, "") if series.markers else ""
     return (
         f'<svg class="key" viewBox="0 0 30 14" aria-hidden="true"><line x1="1" y1="7" x2="29" y2="7" '
-        f'class="{_line_class(series)}" stroke-dasharray="{DASHES[series.style % NUM_STYLES]}"/>{marker}</svg>'
+        f"{_line_style(series)}/>{marker}</svg>"
     )
 
 
@@ -102,7 +102,9 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 def format_tick(value: float, ticks: Sequence[float]) -> str:
     """Write a tick with as many digits as its neighbours need; large and tiny ones with a power of ten."""
     step = ticks[1] - ticks[0] if len(ticks) > 1 else abs(value) or 1.0
-    if value and max(abs(tick) for tick in ticks) < 1e-3:
+    if value == 0:
+        return "0"
+    if max(abs(tick) for tick in ticks) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -169,15 +171,17 @@ def _x_axis(chart: Chart, frame: _Frame) -> list[str]:
     return parts
 
 
-def _line_class(series: Series) -> str:
-    return f"line s{series.style % NUM_STYLES}" + (" faint" if series.faint else "")
+def _line_style(series: Series) -> str:
+    """Class and dash; a faint line lies behind the others, is thin and needs no dash."""
+    if series.faint:
+        return f'class="line s{series.style % NUM_STYLES} faint"'
+    return f'class="line s{series.style % NUM_STYLES}" stroke-dasharray="{DASHES[series.style % NUM_STYLES]}"'
 
 
 def _draw_series(series: Series, frame: _Frame, chart: Chart) -> list[str]:
     points = thin_out(series.points)
     path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
-    dash = DASHES[series.style % NUM_STYLES]
-    parts = [f'<polyline class="{_line_class(series)}" points="{path}" stroke-dasharray="{dash}"/>']
+    parts = [f'<polyline {_line_style(series)} points="{path}"/>']
     if series.markers:
         for x, y in points:
             where = chart.categories[int(x)] if chart.categories else f"{x:,.0f}"

@@ -60,6 +60,7 @@ class EvaluationRequest:
 
 def evaluate_export(request: EvaluationRequest) -> dict[str, Any]:
     """Measure an export and write its results folder in one step (nothing is left there after a failure)."""
+    name = str(request.model)
     request = _with_absolute_paths(request)
     output = request.output
     if output.exists() and not request.overwrite:
@@ -71,7 +72,8 @@ def evaluate_export(request: EvaluationRequest) -> dict[str, Any]:
     with _data_access(request):
         plan = TaskPlan(request) if request.tasks else None
         export = load_export(request.model, device=request.device, dtype=request.dtype)
-        results = _measure(export, plan, list(dict.fromkeys(budgets)) or [export.trained_budget], request)
+        measured = _measure(export, plan, list(dict.fromkeys(budgets)) or [export.trained_budget], request)
+    results = {"model": name, **measured}
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_results(results, partial)
@@ -104,7 +106,6 @@ def _measure(
             perplexity.append(measured.as_dict())
     own = export.trained_budget
     return {
-        "model": str(request.model),
         "trained_budget": None if own is None else list(own),
         "limit": request.limit,
         "versions": {name: _version(name) for name in _PACKAGES},

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
 
-import zstandard
-
+from megatron_itt.data.documents import DocumentReader, Rejection
+from megatron_itt.data.sources import find_sources
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.tasks import HeldoutSettings, write_heldout_tasks
+
+PLAIN_TEXT = (".txt", ".md", ".rst")
 
 
 def prepare_heldout(
@@ -34,44 +31,26 @@ def prepare_heldout(
 
 
 def read_texts(path: Path, *, text_key: str = "text") -> list[str]:
-    """Read the texts of a .jsonl, .jsonl.zst or .jsonl.gz file, or a plain .txt file as one document."""
-    if not path.is_file():
-        raise EvaluationError(f"held-out text {path} does not exist; give a .jsonl, .jsonl.zst, .jsonl.gz or .txt file")
-    try:
-        with _open_text(path) as lines:
-            if ".jsonl" not in path.name:
-                return [text for text in [lines.read()] if text.strip()]
-            return list(_documents(lines, path, text_key))
-    except (UnicodeDecodeError, zstandard.ZstdError, gzip.BadGzipFile, EOFError) as error:
+    """Read the texts of whatever preprocessing reads (JSON Lines, parquet, ...), or a plain text file as one document.
+
+    Texts of white space only are left out. A line that is no document is an error here: held-out text is small and
+    chosen, and scores must not depend on what happened to be readable.
+    """
+    if not path.exists():
         raise EvaluationError(
-            f"held-out text {path} cannot be read ({error}); it must be UTF-8, not truncated"
-        ) from error
-
-
-def _documents(lines: IO[str], path: Path, text_key: str) -> Iterator[str]:
-    for line_number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+            f"text {path} does not exist; give a .jsonl, .jsonl.zst, .jsonl.gz, .parquet or .txt file"
+        )
+    if path.is_file() and path.suffix in PLAIN_TEXT:
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise EvaluationError(
-                f"{path} line {line_number} is not JSON ({error}); give one object per line"
-            ) from error
-        if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-            raise EvaluationError(
-                f"{path} line {line_number} has no text under {text_key!r}; name the key by --text-key"
-            )
-        if record[text_key].strip():
-            yield record[text_key]
-
-
-@contextmanager
-def _open_text(path: Path) -> Iterator[IO[str]]:
-    with ExitStack() as stack:
-        binary: Any = stack.enter_context(path.open("rb"))
-        if path.suffix == ".zst":
-            binary = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(binary))
-        elif path.suffix == ".gz":
-            binary = stack.enter_context(gzip.open(binary))
-        yield stack.enter_context(io.TextIOWrapper(binary, encoding="utf-8", newline="\n"))
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise EvaluationError(f"text {path} is not UTF-8 ({error}); convert it") from error
+        return [text] if text.strip() else []
+    texts = []
+    for source in find_sources([str(path)]):
+        for document in DocumentReader(source, text_key=text_key):
+            if isinstance(document, Rejection):
+                raise EvaluationError(f"{source.path} line {document.line}: {document.reason}; mend or remove the line")
+            if document.strip():
+                texts.append(document)
+    return texts

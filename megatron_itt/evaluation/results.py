@@ -100,11 +100,9 @@ def format_score(value: float | None, stderr: float | None, metric: str) -> str:
     if not math.isfinite(value):
         return str(value)
     scale = 100.0 if metric.startswith(("acc", "exact_match")) else 1.0
-    digits = 1 if scale == 100.0 else (2 if abs(value) < 1000 else 0)
-    shown = f"{value * scale:,.{digits}f}"
-    if stderr is None or not math.isfinite(stderr):
-        return shown
-    return f"{shown} +/- {stderr * scale:,.{digits}f}"
+    form = ",.1f" if scale == 100.0 else ",.2f" if abs(value) < 1e3 else ",.0f" if abs(value) < 1e5 else ".2g"
+    shown = f"{value * scale:{form}}"
+    return shown if stderr is None or not math.isfinite(stderr) else f"{shown} +/- {stderr * scale:{form}}"
 
 
 def budget_label(budget: Sequence[float] | None, trained: Sequence[float] | None) -> str:

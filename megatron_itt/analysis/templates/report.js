@@ -62,15 +62,15 @@
       row.append(make("td", String(layer)));
       trace().picked[k].forEach((step, t) => {
         const yes = step[idx] === "1";
-        const score = trace().scores[k][t];
-        const shown = score === undefined ? "" : ` ${score[idx].toFixed(3)}`;
-        row.append(make("td", (yes ? "\u25cf" : "\u25cb") + shown, yes ? "yes" : "no"));
+        const [score, least] = [trace().scores[k][t][idx], trace().thresholds[k][t]];
+        const shown = `${score.toFixed(3)} ${yes ? ">" : "\u2264"} ${least.toFixed(3)}`;
+        row.append(make("td", `${yes ? "\u25cf" : "\u25cb"} ${shown}`, yes ? "yes" : "no"));
       });
       rows.append(row);
     });
     const text = JSON.stringify(tokens[idx].textContent).slice(1, -1);
     const line = make("div");
-    line.append(make("strong", text || "(rest of a character)"), ` thinks ${stepsOf(idx, places())} extra steps`);
+    line.append(make("strong", text || "(rest of a character)"), `: ${stepsOf(idx, places())} extra steps, ${layerMenu.selectedOptions[0].text}; score > threshold`);
     tip.replaceChildren(line, rows);
   }
 
