@@ -91,6 +91,7 @@ class _Sizes:
     seq_length: int
     element: int
     sequence_degree: int
+    micro: int
 
     @staticmethod
     def of(config: RunConfig) -> _Sizes:
@@ -105,6 +106,7 @@ class _Sizes:
             seq_length=model.seq_length,
             element=activation_bytes(config),
             sequence_degree=tensor if config.parallel.sequence else 1,
+            micro=config.batch.micro,
         )
 
     def local(self, rows: float) -> float:
@@ -154,8 +156,10 @@ class _Sizes:
             return total + self.angles(k) + self.attention(k, k, projected=self.query + 2 * self.key)
         fresh = self.norm(num_stale) + self.angles(num_stale)
         mask = self.element * k * s
+        # Slices of the fused weight are copies, one for the whole micro-batch.
+        slices = self.element * self.hidden * (self.query + 2 * self.key) / self.micro
         projected = 2 * self.key if num_stale == s else self.key
-        return total + fresh + mask + self.attention(k, s, projected=projected)
+        return total + fresh + mask + slices + self.attention(k, s, projected=projected)
 
     def masked_step(self, s: float, *, masks_attention: bool) -> float:
         """A step that computes all rows and keeps the picked ones."""

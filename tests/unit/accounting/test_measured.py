@@ -1,0 +1,120 @@
+"""The counters against the native model on CPU: its parameters, the FLOPs torch counts, the tensors autograd keeps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.accounting.memory import layer_activations
+from megatron_itt.accounting.params import count_parameters
+from megatron_itt.config import RunConfig, parse_config
+from megatron_itt.model.builder import build_model
+from megatron_itt.parallel.groups import start_parallel, stop_parallel
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "heads": {"hidden_size": 128, "ffn_hidden_size": 320, "num_attention_heads": 4, "seq_length": 256},
+    "grouped": {
+        "hidden_size": 128,
+        "ffn_hidden_size": 320,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "seq_length": 256,
+    },
+    "wide": {"hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 8, "seq_length": 192},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"kind": "none"},
+    "loop": {"kind": "loop", "capacity": [1.0, 1.0]},
+    "all": {"kind": "itt", "capacity": [0.5, 0.7, 0.5]},
+    "selected": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "attend": "selected"},
+    "everyone": {"kind": "itt", "capacity": [1.0, 1.0], "routing": "none"},
+}
+CASES = [(shape, kind) for shape in SHAPES for kind in KINDS]
+
+
+def make_config(shape: str, kind: str, *, dtype: str = "fp32") -> RunConfig:
+    return parse_config(
+        {
+            "model": {**SHAPES[shape], "num_layers": 4, "vocab_size": 64},
+            "thinking": KINDS[kind],
+            "schedule": {"steps": 10},
+            "batch": {"global": 1, "micro": 1},
+            "precision": {"dtype": dtype},
+            "logging": {"run_dir": "unused"},
+            "runtime": {"device": "cpu"},
+        }
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start_parallel(make_config("heads", "llama"))
+        yield
+        stop_parallel()
+
+
+def build(config: RunConfig) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    (chunk,) = build_model(config, dtype=dtype, device=torch.device("cpu")).chunks
+    positions = torch.arange(config.model.seq_length)[None]
+    return chunk, positions % config.model.vocab_size, positions
+
+
+def measure_kept_bytes(chunk: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> int:
+    """Bytes of all storages that backward needs, weights excepted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = chunk(tokens, positions, None)
+    assert output.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_parameters_are_those_of_the_model(shape: str, kind: str) -> None:
+    config = make_config(shape, kind)
+    chunk, _, _ = build(config)
+    total = count_parameters(config.model, config.thinking).total
+    assert sum(parameter.numel() for parameter in chunk.parameters()) == total
+
+
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_flops_are_those_that_torch_counts(shape: str, kind: str) -> None:
+    config = make_config(shape, kind)
+    chunk, tokens, positions = build(config)
+    # torch counts matrix products of the plain kernel, which computes every score; the router is none to it
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        chunk(tokens, positions, None)
+    assert counter.get_total_flops() == pytest.approx(
+        forward_flops(config.model, config.thinking, causal=False).total, rel=0.01
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_activations_are_those_that_autograd_keeps(shape: str, kind: str, dtype: str) -> None:
+    config = make_config(shape, kind, dtype=dtype)
+    chunk, tokens, positions = build(config)
+    thinking_layers = config.thinking.layer_indices(config.model.num_layers)
+    expected = sum(
+        layer_activations(config, thinks=layer_idx in thinking_layers) for layer_idx in range(config.model.num_layers)
+    )
+    element = 2 if dtype == "bf16" else 4
+    final_norm = config.model.seq_length * config.model.hidden_size * (4 + 2 * element)
+    assert measure_kept_bytes(chunk, tokens, positions) == pytest.approx(expected + final_norm, rel=0.1)
