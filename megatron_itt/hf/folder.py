@@ -84,17 +84,31 @@ def copy_tokenizer(tokenizer: str | Path, folder: Path) -> None:
             )
         for name in found:
             shutil.copyfile(source / name, folder / name)
+        _widen_tokenizer_config(folder)
         return
     from transformers import AutoTokenizer
 
     try:
         AutoTokenizer.from_pretrained(str(tokenizer)).save_pretrained(str(folder))
+        _widen_tokenizer_config(folder)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ExportError(
             f"tokenizer {tokenizer} is neither a folder here nor loadable by name ({reason}); pass --tokenizer DIR, or "
             "--no-tokenizer to export without one."
         ) from None
+
+
+def _widen_tokenizer_config(folder: Path) -> None:
+    """Name the tokenizer class that transformers 4 knows as well, and the inputs that the model takes."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    _write_json(path, config)
 
 
 def special_token_ids(tokenizer: Any, vocab_size: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=40{budget})
 print(tokenizer.decode(output[0]))
