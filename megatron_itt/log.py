@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 from megatron_itt.errors import IttError
@@ -32,6 +33,12 @@ def configure_logging(*, rank: int = 0, log_file: str | None = None) -> logging.
         handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
         logger.addHandler(handler)
     return logger
+
+
+def silence_known_warnings() -> None:
+    """Hide what megatron-core says at import about parts that are not installed: tools/doctor.py says it better."""
+    for message in ("Transformer Engine and Apex", "Apex is not installed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def run_command(main: Callable[[], int]) -> int:

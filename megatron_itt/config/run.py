@@ -93,7 +93,6 @@ class ValidationConfig:
     interval_steps: PositiveInt = 1000
     budgets: tuple[Budget, ...] = ()  # empty: the training capacity only
     tokens: PositiveInt = 2_000_000  # over all domains, split off before training data is taken
-    batch: PositiveInt | None = None  # sequences per forward pass; None: batch.micro
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -78,6 +78,9 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype) -> TransformerC
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         sequence_parallel=parallel.sequence,
+        # One message at a time: with two stages a rank's neighbours on both sides are the same rank, and a batch of
+        # messages to it would be matched in the wrong order.
+        batch_p2p_comm=False,
         # Plain and thinking layers alternate, so layers cannot be stacked into one tensor on disk.
         hetereogenous_dist_checkpoint=True,
         deterministic_mode=config.runtime.deterministic,

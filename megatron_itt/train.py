@@ -1,0 +1,60 @@
+"""Train a recipe: `python -m megatron_itt.train RECIPE [section.key=value ...]`, alone, under torchrun or under srun."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_itt.config import load_config
+from megatron_itt.config.check import find_layout_problems
+from megatron_itt.config.environment import process_place
+from megatron_itt.config.load import config_to_yaml
+from megatron_itt.errors import ConfigError, IttError
+from megatron_itt.log import run_command, silence_known_warnings
+
+_EXAMPLE = """examples:
+  python -m megatron_itt.train recipes/debug/itt_tiny.yaml schedule.steps=20
+  torchrun --nproc-per-node 2 -m megatron_itt.train recipes/debug/itt_tiny.yaml parallel.tensor=2 parallel.sequence=true
+  python -m megatron_itt.train recipes/466m/itt_x4.yaml --check
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0: finished, stopped by a signal with a checkpoint, or checked; 1: failed; 2: bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_itt.train",
+        description="Pretrain an Inner Thinking Transformer, a loop baseline or a LLaMA from a recipe.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="YAML recipe, see recipes/README.md")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+    parser.add_argument("--check", action="store_true", help="check recipe, layout and data, then stop")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML, then stop")
+    arguments = parser.parse_intermixed_args(argv)
+    silence_known_warnings()
+    config = load_config(arguments.recipe, arguments.overrides)
+    if arguments.print_config:
+        print(config_to_yaml(config), end="")
+        return 0
+    place = process_place()
+    try:
+        problems = find_layout_problems(config, place.world_size)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        from megatron_itt.training.loop import check_inputs, train
+
+        if arguments.check:
+            check_inputs(config)
+            print(f"{arguments.recipe}: recipe, layout of {place.world_size} process(es), tokenizer and data fit")
+            return 0
+        train(config)
+    except IttError:
+        if place.local_rank != 0:
+            return 2  # the first process of each node says it for all
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

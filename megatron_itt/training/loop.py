@@ -1,0 +1,209 @@
+"""The training loop: start or resume, step, log, validate, save, stop. No maths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_itt.checkpoint.compatibility import check_resumable
+from megatron_itt.checkpoint.layout import checkpoint_root, find_latest
+from megatron_itt.checkpoint.load import load_sharded_state
+from megatron_itt.checkpoint.save import save_checkpoint
+from megatron_itt.checkpoint.state import load_model_state, new_run_state, read_run_state, sharded_model_state
+from megatron_itt.config.run import RunConfig
+from megatron_itt.data.blend import resolve_blend
+from megatron_itt.data.datasets import Datasets, build_datasets, data_fingerprint
+from megatron_itt.data.loader import TrainLoader
+from megatron_itt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_itt.errors import ConfigError, IttError
+from megatron_itt.log import configure_logging, get_logger
+from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
+from megatron_itt.training.assemble import Trainer, build_trainer
+from megatron_itt.training.metrics import StepClock, console_line, peak_flops_per_s
+from megatron_itt.training.optimizer import sharded_optimizer_state
+from megatron_itt.training.run_folder import LOG_FILE, is_finished, mark_finished, prepare_run_folder
+from megatron_itt.training.signals import StopRequest
+from megatron_itt.training.sinks import Sinks
+from megatron_itt.training.step import Batch, train_step
+from megatron_itt.training.validation import run_validation, validation_lines
+
+
+class TrainingDivergedError(IttError):
+    """Loss or gradient norm is no longer a number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A trainer with its data and outputs, at a step."""
+
+    trainer: Trainer
+    datasets: Datasets
+    run_dir: Path
+    fingerprint: str
+    tokenizer_sha256: str
+    first_step: int
+
+
+def train(config: RunConfig) -> bool:
+    """Run a recipe to its last step, resuming from the newest checkpoint in its run folder.
+
+    Every process of the job calls this. Returns whether the run is complete; False after a signal asked it to stop, in
+    which case a checkpoint was saved. Raises IttError subclasses for bad input before training starts.
+    """
+    tokenizer = check_inputs(config)
+    place = start_parallel(config)
+    try:
+        run_dir = Path(config.logging.run_dir)
+        if is_finished(run_dir):
+            configure_logging(rank=place.rank)
+            get_logger().info("%s is finished already; choose another logging.run_dir to train again", run_dir)
+            return True
+        if place.is_main:
+            prepare_run_folder(config)
+        dist.barrier()
+        configure_logging(rank=place.rank, log_file=str(run_dir / LOG_FILE))
+        return _run_to_end(_start_or_resume(config, place, tokenizer, run_dir))
+    finally:
+        stop_parallel()
+
+
+def check_inputs(config: RunConfig) -> Tokenizer:
+    """What can be wrong with data and tokenizer, before any process group exists. Returns the tokenizer."""
+    if not config.data.blend:
+        raise ConfigError("data.blend is empty; name at least one domain with its path and weight")
+    if config.data.tokenizer is None:
+        raise ConfigError("data.tokenizer is not set; name the tokenizer folder that the data was made with")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    resolve_blend(config)
+    return tokenizer
+
+
+def _start_or_resume(config: RunConfig, place: ParallelPlace, tokenizer: Tokenizer, run_dir: Path) -> Run:
+    logger = get_logger()
+    logger.info(resolve_blend(config).table())
+    fingerprint = data_fingerprint(config)
+    checkpoint = find_latest(checkpoint_root(run_dir))
+    first_step = 0
+    if checkpoint is not None:
+        state = read_run_state(checkpoint)
+        check_resumable(state, config, data_fingerprint=fingerprint)
+        first_step = state.step
+    datasets = build_datasets(config, tokenizer=tokenizer)
+    trainer = build_trainer(config, place)
+    if checkpoint is not None:
+        load_trainer(trainer, checkpoint)
+        logger.info("resumed from %s", checkpoint)
+    return Run(
+        trainer=trainer,
+        datasets=datasets,
+        run_dir=run_dir,
+        fingerprint=fingerprint,
+        tokenizer_sha256=tokenizer.sha256,
+        first_step=first_step,
+    )
+
+
+def _run_to_end(run: Run) -> bool:
+    trainer, config = run.trainer, run.trainer.config
+    main = trainer.place.is_main
+    sinks = Sinks(run.run_dir, enabled=main, tensorboard=config.logging.tensorboard, resume_step=run.first_step)
+    stop = StopRequest()
+    loader = TrainLoader(
+        run.datasets.train,
+        consumed_samples=run.first_step * config.batch.global_size,
+        micro_batch_size=config.batch.micro,
+        num_microbatches=trainer.num_microbatches,
+        data_parallel_rank=trainer.place.data_parallel_rank,
+        data_parallel_size=trainer.place.data_parallel_size,
+    )
+    try:
+        if run.first_step == 0:
+            _validate(run, sinks, 0)
+        step = _step_until_stopped(run, sinks, stop, loader)
+    finally:
+        loader.close()
+        sinks.close()
+        stop.restore()
+    if step < config.schedule.steps:
+        get_logger().info("stopped after step %d by a signal; the same command continues", step)
+        return False
+    if main:
+        mark_finished(run.run_dir, step)
+    get_logger().info("finished %d steps; results are in %s", step, run.run_dir)
+    return True
+
+
+def _step_until_stopped(run: Run, sinks: Sinks, stop: StopRequest, loader: TrainLoader) -> int:
+    """Train, log, validate and save. Returns the number of steps done."""
+    trainer, config = run.trainer, run.trainer.config
+    clock = StepClock(config, trainer.place.world_size, peak_flops_per_s(trainer.place.device))
+    batches = _timed(loader, clock)
+    for step in range(run.first_step + 1, config.schedule.steps + 1):
+        clock.restart()
+        result = train_step(trainer, batches)
+        record = clock.record(step, result)
+        sinks.write(record)
+        if not result.is_finite:
+            raise TrainingDivergedError(
+                f"step {step}: loss is {result.loss} and the gradient norm {result.grad_norm}; the last checkpoint is "
+                "intact; lower optimizer.learning_rate or look at the data of this step"
+            )
+        last = step == config.schedule.steps
+        if last or step == run.first_step + 1 or step % config.logging.interval_steps == 0:
+            get_logger().info(console_line(record, config.schedule.steps, clock.time_left_s(step)))
+        if last or step % config.validation.interval_steps == 0:
+            _validate(run, sinks, step)
+        stopping = stop.is_agreed(trainer.place.device)
+        if last or stopping or step % config.checkpoint.save_interval_steps == 0:
+            _save(run, step)
+        if stopping:
+            return step
+    return config.schedule.steps
+
+
+def _timed(loader: TrainLoader, clock: StepClock) -> Iterator[Batch]:
+    while True:
+        started = time.perf_counter()
+        batch = next(loader)
+        clock.waited(time.perf_counter() - started)
+        yield batch
+
+
+def _validate(run: Run, sinks: Sinks, step: int) -> None:
+    if not run.datasets.validation:
+        return
+    record = run_validation(run.trainer, run.datasets.validation, step)
+    sinks.write(record)
+    for line in validation_lines(record):
+        get_logger().info(line)
+
+
+def _save(run: Run, step: int) -> None:
+    trainer, config = run.trainer, run.trainer.config
+    state = new_run_state(
+        config, step=step, data_fingerprint=run.fingerprint, tokenizer_sha256=run.tokenizer_sha256
+    )
+    root = checkpoint_root(run.run_dir)
+    folder = save_checkpoint(
+        _trainer_state(trainer, loading=False), state, root, keep_last=config.checkpoint.keep_last
+    )
+    get_logger().info("saved %s", folder)
+
+
+def load_trainer(trainer: Trainer, checkpoint: Path) -> None:
+    """Fill model, optimizer and schedule from a checkpoint written under any layout."""
+    loaded = load_sharded_state(_trainer_state(trainer, loading=True), checkpoint)
+    load_model_state(trainer.built.chunks, loaded)
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    trainer.schedule.load_state_dict(loaded["schedule"])
+
+
+def _trainer_state(trainer: Trainer, *, loading: bool) -> dict[str, object]:
+    model_state = sharded_model_state(trainer.built.chunks)
+    optimizer_state = sharded_optimizer_state(trainer.optimizer, model_state, loading=loading)
+    return {**model_state, "optimizer": optimizer_state, "schedule": trainer.schedule.state_dict()}

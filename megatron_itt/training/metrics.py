@@ -1,0 +1,97 @@
+"""What a run says about itself: one training record per step, one validation record per pass. No writing here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.config.run import RunConfig
+from megatron_itt.training.step import StepResult
+
+# Dense bf16 matrix rates in FLOP/s, from NVIDIA's data sheets.
+_PEAK_FLOPS_PER_S = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+Record = dict[str, Any]
+
+
+def peak_flops_per_s(device: torch.device) -> float | None:
+    """The device's dense bf16 rate, or None where it is not known (CPUs, other GPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in _PEAK_FLOPS_PER_S.items() if model in name), None)
+
+
+@dataclass(slots=True)
+class StepClock:
+    """Turns step results into records with rates; keeps a moving mean of the step time for the time left."""
+
+    config: RunConfig
+    world_size: int
+    peak: float | None
+    mean_step_s: float | None = None
+    _started: float = field(default_factory=time.perf_counter)
+    _data_wait_s: float = 0.0
+
+    def restart(self) -> None:
+        """Begin the next step now: validation and checkpoints are not charged to it."""
+        self._started, self._data_wait_s = time.perf_counter(), 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Add time spent waiting for data within the current step."""
+        self._data_wait_s += seconds
+
+    def record(self, step: int, result: StepResult) -> Record:
+        """The record of the step that just ended."""
+        step_s = time.perf_counter() - self._started
+        decay = 0.95 if self.mean_step_s is not None else 0.0
+        self.mean_step_s = decay * (self.mean_step_s or 0.0) + (1.0 - decay) * step_s
+        tokens = self.config.tokens_per_step
+        return {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "consumed_tokens": step * tokens,
+            "tokens_per_second": tokens / step_s,
+            "mfu": self._mfu(step_s),
+            "step_time_s": step_s,
+            "data_wait_s": self._data_wait_s,
+        }
+
+    def time_left_s(self, step: int) -> float:
+        """Estimated seconds of training after `step`."""
+        return (self.mean_step_s or 0.0) * (self.config.schedule.steps - step)
+
+    def _mfu(self, step_s: float) -> float | None:
+        """Useful FLOPs per second over the machine's rate; recomputation does not count as useful."""
+        if self.peak is None:
+            return None
+        per_sequence = 3.0 * forward_flops(self.config.model, self.config.thinking)
+        return per_sequence * self.config.batch.global_size / (step_s * self.peak * self.world_size)
+
+
+def console_line(record: Record, num_steps: int, time_left_s: float) -> str:
+    """One training record as one line for people."""
+    mfu = "" if record["mfu"] is None else f" | MFU {100 * record['mfu']:.1f}%"
+    return (
+        f"step {record['step']:>{len(str(num_steps))}}/{num_steps} | loss {record['loss']:.4f} | "
+        f"grad {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e} | "
+        f"{record['tokens_per_second']:,.0f} tokens/s{mfu} | data {1000 * record['data_wait_s']:.0f} ms | "
+        f"left {format_duration(time_left_s)}"
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as 41s, 12m03s, 5h07m or 2d04h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -1,0 +1,79 @@
+"""The run folder: what is written there once, beside metrics and checkpoints. Main process only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megatron_itt import __version__
+from megatron_itt.config import RunConfig
+from megatron_itt.config.load import config_to_yaml
+from megatron_itt.errors import ConfigError
+
+RECIPE_FILE = "recipe.yaml"
+ENVIRONMENT_FILE = "environment.json"
+FINISHED_FILE = "finished"
+LOG_FILE = "log.txt"
+_PACKAGES = ("torch", "megatron-core", "numpy", "transformers", "tokenizers", "transformer-engine-torch", "apex")
+
+
+def prepare_run_folder(config: RunConfig) -> Path:
+    """Create the folder and write the resolved recipe and the versions; ConfigError when it cannot be written."""
+    run_dir = Path(config.logging.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / RECIPE_FILE, config_to_yaml(config))
+        write_atomically(run_dir / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2) + "\n")
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
+    return run_dir
+
+
+def describe_environment() -> dict[str, str | None]:
+    """Versions of what a run's numbers depend on."""
+    facts: dict[str, str | None] = {"megatron_itt": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = None
+    facts["platform"] = platform.platform()
+    facts["git_commit"] = _git_commit()
+    return facts
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run completed all its steps."""
+    return (run_dir / FINISHED_FILE).is_file()
+
+
+def mark_finished(run_dir: Path, step: int) -> None:
+    """Write the marker that says so."""
+    write_atomically(run_dir / FINISHED_FILE, f"{step}\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file in one step."""
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree the package runs from; None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

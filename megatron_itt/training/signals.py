@@ -1,0 +1,35 @@
+"""Requests to stop: a signal to any process of the job makes all of them stop after the same step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers the first stop signal this process got. The second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def is_agreed(self, device: torch.device) -> bool:
+        """Whether any process of the job was asked to stop; the same answer on all. A collective call."""
+        flag = torch.tensor([0 if self.received is None else 1], dtype=torch.int32, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def restore(self) -> None:
+        """Give the signals back to their earlier handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

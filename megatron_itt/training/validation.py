@@ -1,0 +1,74 @@
+"""Validation on held-out documents: per domain and per thinking budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron_itt.config.run import RunConfig
+from megatron_itt.data.loader import validation_batches
+from megatron_itt.training.assemble import Trainer
+from megatron_itt.training.step import Batch, validation_loss
+
+ALL_DOMAINS = "all"
+
+
+def run_validation(trainer: Trainer, datasets: Mapping[str, Dataset[Any]], step: int) -> dict[str, Any]:
+    """Mean loss and perplexity of every domain at every budget; `all` is the mean over all held-out tokens."""
+    entries = []
+    batches = {domain: _batches(trainer, dataset) for domain, dataset in datasets.items()}
+    weights = {domain: _num_tokens(parts) for domain, parts in batches.items()}
+    for budget in validation_budgets(trainer.config):
+        losses = {domain: validation_loss(trainer, parts, budget=budget) for domain, parts in batches.items()}
+        losses[ALL_DOMAINS] = sum(losses[name] * weights[name] for name in batches) / sum(weights.values())
+        for domain, loss in losses.items():
+            shares = None if budget is None else list(budget)
+            entries.append({"budget": shares, "domain": domain, "loss": loss, "perplexity": _perplexity(loss)})
+    return {"step": step, "validation": entries}
+
+
+def validation_budgets(config: RunConfig) -> list[tuple[float, ...] | None]:
+    """The budgets that a recipe validates at: its list, else its training capacity; None for models without routing."""
+    if config.thinking.kind != "itt":
+        return [None]
+    return list(config.validation.budgets) or [config.thinking.capacity]
+
+
+def validation_lines(record: dict[str, Any]) -> list[str]:
+    """A validation record for people: one line per budget."""
+    by_budget: dict[str, list[str]] = {}
+    for entry in record["validation"]:
+        budget = "" if entry["budget"] is None else " at " + "/".join(f"{share:g}" for share in entry["budget"])
+        by_budget.setdefault(budget, []).append(f"{entry['domain']} {entry['loss']:.4f}")
+    return [
+        f"step {record['step']} | validation loss{budget} | " + " | ".join(parts) for budget, parts in by_budget.items()
+    ]
+
+
+def _batches(trainer: Trainer, dataset: Dataset[Any]) -> list[Batch]:
+    """This rank's micro-batches; under interleaving a multiple of the stages, filled up with batches that count nothing."""
+    place, config = trainer.place, trainer.config
+    batches = list(
+        validation_batches(
+            dataset,
+            micro_batch_size=config.batch.micro,
+            data_parallel_rank=place.data_parallel_rank,
+            data_parallel_size=place.data_parallel_size,
+        )
+    )
+    if config.parallel.virtual_pipeline > 1:
+        empty = {**batches[0], "loss_mask": torch.zeros_like(batches[0]["loss_mask"])}
+        batches += [empty] * (-len(batches) % config.parallel.pipeline)
+    return batches
+
+
+def _num_tokens(batches: Sequence[Batch]) -> float:
+    return float(sum(batch["loss_mask"].sum().item() for batch in batches))
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
