@@ -1,0 +1,71 @@
+"""tools/recipe.py, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+ITT = "recipes/466m/itt_x4.yaml"
+
+
+def run_recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/recipe.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_check_accepts_a_layout_that_fits() -> None:
+    done = run_recipe("check", ITT, "parallel.tensor=2", "--world-size", "16")
+    assert done.returncode == 0, done.stderr
+    assert "466.71 M" in done.stdout and "16 processes, 8 data-parallel" in done.stdout
+
+
+def test_flops_prints_the_fixed_json_keys() -> None:
+    done = run_recipe("flops", "--json", ITT)
+    report = json.loads(done.stdout)
+    assert {"parameters", "paper_tflops", "tflops", "tflops_training"} <= set(report)
+    assert report["parameters"] == 466_708_480
+
+
+def test_memory_prints_one_row_per_stage() -> None:
+    done = run_recipe("memory", ITT, "parallel.pipeline=4", "--world-size", "8")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 + 4
+
+
+def test_show_prints_a_recipe_that_loads_again(tmp_path: Path) -> None:
+    first = run_recipe("show", ITT, "schedule.steps=77", "schedule.warmup_steps=3")
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(first.stdout, encoding="utf-8")
+    second = run_recipe("show", str(resolved))
+    assert "steps: 77" in first.stdout
+    assert second.stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "recipes/none.yaml"], "recipes/none.yaml does not exist"),
+        (["check", ITT, "model.hiden_size=3"], "did you mean model.hidden_size?"),
+        (["check", ITT, "thinking.capacity=[0.5, 1.5, 0.5]"], "thinking.capacity"),
+        (["check", ITT, "thinking.layers=[9]"], "layers count from 0 to 7"),
+        (["check", ITT, "parallel.tensor=2", "--world-size", "9"], "the world size is 9"),
+        (["memory", ITT, "parallel.tensor=4", "--world-size", "6"], "the world size is 6"),
+        (["check", ITT, "--world-size", "0"], "a job has at least 1 process"),
+        (["cost", ITT], "invalid choice: 'cost'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    done = run_recipe(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_help_shows_examples() -> None:
+    done = run_recipe("--help")
+    assert done.returncode == 0 and "python tools/recipe.py flops" in done.stdout

@@ -1,0 +1,99 @@
+"""Every shipped recipe loads, keeps all rules, and is the model that it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_itt.accounting.flops import paper_flops
+from megatron_itt.accounting.memory import rank_memory
+from megatron_itt.accounting.params import count_parameters
+from megatron_itt.config import RunConfig, load_config
+
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+SIZES = {"162m": 162.02, "230m": 249.33, "466m": 466.65}
+TABLE_1 = {
+    "llama": (),
+    "loop_x3": (1.0, 1.0),
+    "loop_x4": (1.0, 1.0, 1.0),
+    "itt_x2": (0.9,),
+    "itt_x3": (0.7, 0.7),
+    "itt_x4": (0.5, 0.5, 0.5),
+}
+# Ablation -> the one switch that differs from the reference (Table 3), and the FLOPs the paper prints.
+TABLE_3: dict[str, tuple[dict[str, Any], float]] = {
+    "itt_x4": ({}, 3.29),
+    "llama": ({"kind": "none", "capacity": ()}, 1.88),
+    "without_residual_thinking": ({"residual": "replace"}, 3.29),
+    "without_token_routing": ({"routing": "none", "capacity": (1.0, 1.0, 1.0)}, 4.70),
+    "without_step_encoding": ({"step_encoding": False}, 3.29),
+    "top_p_routing": ({"routing": "topp"}, 3.29),
+    "tanh_gate": ({"gate": "tanh"}, 3.29),
+    "symmetric_reweighting": ({"reweight": "symmetric"}, 3.29),
+}
+
+
+def load(name: str) -> RunConfig:
+    return load_config(RECIPES / f"{name}.yaml")
+
+
+def trained_recipes() -> list[str]:
+    paths = sorted(RECIPES.glob("*/*.yaml"))
+    return [path.relative_to(RECIPES).with_suffix("").as_posix() for path in paths if path.parent.name != "base"]
+
+
+@pytest.mark.parametrize("name", trained_recipes())
+def test_every_recipe_loads_and_writes_to_a_folder_of_its_own(name: str) -> None:
+    config = load(name)
+    run_dirs = [load(other).logging.run_dir for other in trained_recipes()]
+    assert run_dirs.count(config.logging.run_dir) == 1
+    assert config.logging.run_dir != "runs/unnamed"
+
+
+@pytest.mark.parametrize("kind", TABLE_1)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_rows_of_table_1(size: str, kind: str) -> None:
+    config = load(f"{size}/{kind}")
+    count = count_parameters(config.model, config.thinking)
+    assert round(count.base / 1e6, 2) == SIZES[size]
+    assert config.thinking.capacity == TABLE_1[kind]
+    assert config.thinking.kind == {"l": "loop", "i": "itt"}[kind[0]] if kind != "llama" else "none"
+    assert config.thinking.layer_indices(8) == (() if kind == "llama" else (1, 3, 5, 7))
+    assert count.thinking == (len(TABLE_1[kind]) * 2 + 1) * 4 * config.model.hidden_size * (kind[:3] == "itt")
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_the_variants_of_table_3(name: str) -> None:
+    config, reference = load(f"ablations/{name}"), load("162m/itt_x4")
+    changed, published = TABLE_3[name]
+    assert config.thinking == replace(reference.thinking, **changed)
+    assert config.model == reference.model and config.schedule == reference.schedule
+    assert paper_flops(config.model, config.thinking) / 1e12 == pytest.approx(published, abs=0.01)
+
+
+def test_no_ablation_is_missing() -> None:
+    assert {path.stem for path in (RECIPES / "ablations").glob("*.yaml")} == set(TABLE_3)
+
+
+def test_the_elastic_and_the_one_layer_recipe() -> None:
+    elastic, one_layer = load("162m/itt_x4_elastic"), load("466m/itt_x4_one_layer")
+    assert elastic.thinking.capacity == (0.7, 0.7, 0.7) and len(elastic.validation.budgets) == 7
+    assert paper_flops(elastic.model, elastic.thinking) / 1e12 == pytest.approx(3.85, abs=0.01)
+    assert paper_flops(one_layer.model, one_layer.thinking) / 1e12 == pytest.approx(5.84, abs=0.01)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_paper_settings_of_training(size: str) -> None:
+    config = load(f"{size}/itt_x4")
+    assert config.schedule.steps * config.tokens_per_step == pytest.approx(52.4e9, rel=0.001)
+    assert (config.optimizer.learning_rate, config.optimizer.betas) == (3e-4, (0.9, 0.95))
+    assert config.schedule.warmup_steps == 0.03 * config.schedule.steps
+    assert sum(domain.weight for domain in config.data.blend.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", [f"{size}/{kind}" for size in SIZES for kind in TABLE_1])
+def test_the_recipes_of_table_1_fit_eight_gpus_of_80_gb(name: str) -> None:
+    assert max(stage.total for stage in rank_memory(load(name), 8)) < 0.6 * 80e9
