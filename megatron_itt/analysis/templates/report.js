@@ -45,10 +45,11 @@
   }
 
   function paintShares(where) {
-    const percent = (share) => `${Math.round(100 * share)}%`;
-    const text = where.map((k) => `layer ${data.layers[k]}: ${trace().shares[k].map(percent).join(", ")}`);
-    byId("shares").textContent = `Share of these tokens that thought at step ${
-      Array.from({ length: data.steps }, (_, t) => t + 1).join(", ")}: ${text.join("; ")}.`;
+    const told = (k) => (share, t) => `${Math.round(100 * share)}% (${trace().thresholds[k][t].toFixed(3)})`;
+    const text = where.map((k) => `layer ${data.layers[k]}: ${trace().shares[k].map(told(k)).join(", ")}`);
+    const steps = Array.from({ length: data.steps }, (_, t) => t + 1).join(", ");
+    byId("shares").textContent =
+      `Share of these tokens that thought at step ${steps} (and the score to exceed): ${text.join("; ")}.`;
   }
 
   function describe(idx) {
@@ -62,15 +63,14 @@
       row.append(make("td", String(layer)));
       trace().picked[k].forEach((step, t) => {
         const yes = step[idx] === "1";
-        const [score, least] = [trace().scores[k][t][idx], trace().thresholds[k][t]];
-        const shown = `${score.toFixed(3)} ${yes ? ">" : "\u2264"} ${least.toFixed(3)}`;
-        row.append(make("td", `${yes ? "\u25cf" : "\u25cb"} ${shown}`, yes ? "yes" : "no"));
+        const score = trace().scores[k][t][idx].toFixed(3);
+        row.append(make("td", `${yes ? "\u25cf" : "\u25cb"} ${score}`, yes ? "yes" : "no"));
       });
       rows.append(row);
     });
     const text = JSON.stringify(tokens[idx].textContent).slice(1, -1);
     const line = make("div");
-    line.append(make("strong", text || "(rest of a character)"), `: ${stepsOf(idx, places())} extra steps, ${layerMenu.selectedOptions[0].text}; score > threshold`);
+    line.append(make("strong", text || "(rest of a character)"), `: ${stepsOf(idx, places())} extra steps, ${layerMenu.selectedOptions[0].text}`);
     tip.replaceChildren(line, rows);
   }
 

@@ -1,0 +1,117 @@
+"""Results files and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_itt.errors import EvaluationError
+from megatron_itt.evaluation.results import (
+    format_score,
+    markdown_report,
+    merge_results,
+    paper_comparison,
+    read_results,
+    scores_of,
+    write_results,
+)
+
+
+def _run(budget: list[float] | None, **scores: tuple[float, float | str]) -> dict[str, Any]:
+    results = {
+        task: {"alias": task, "acc,none": value, "acc_stderr,none": stderr} for task, (value, stderr) in scores.items()
+    }
+    samples = {task: {"original": 10, "effective": 10} for task in scores}
+    return {
+        "thinking_budget": budget,
+        "results": results,
+        "group_subtasks": {},
+        "n-shot": dict.fromkeys(scores, 0),
+        "n-samples": samples,
+    }
+
+
+def _results(*runs: dict[str, Any], model: str = "export") -> dict[str, Any]:
+    return {
+        "model": model,
+        "trained_budget": [0.5],
+        "limit": None,
+        "versions": {},
+        "runs": list(runs),
+        "perplexity": [],
+    }
+
+
+def test_results_survive_the_file_and_each_budget_has_its_own(tmp_path: Path) -> None:
+    results = _results(_run([0.5], sciq=(0.25, 0.01)), _run([1.0], sciq=(0.5, 0.02)))
+    write_results(results, tmp_path / "out")
+    assert read_results(tmp_path / "out") == results
+    assert read_results(tmp_path / "out" / "results.json") == results
+    assert json.loads((tmp_path / "out" / "budget_1.json").read_text()) == results["runs"][1]
+
+
+def test_the_table_shows_every_budget_with_its_error_and_the_paper() -> None:
+    text = markdown_report(_results(_run([0.5], sciq=(0.25, 0.01)), _run([1.0], sciq=(0.5, 0.02))))
+    assert "| sciq | acc | 0 | 25.0 +/- 1.0 | 50.0 +/- 2.0 |" in text
+    assert "0.5 (as trained)" in text
+    assert "| paper, ITT x4 162M | 72.4 | 63.9 |" in text
+
+
+def test_the_paper_is_left_out_where_none_of_its_tasks_was_run() -> None:
+    assert "paper" not in markdown_report(_results(_run(None, heldout_last_word=(0.1, 0.01))))
+
+
+def test_our_row_stands_under_the_papers_columns() -> None:
+    ((label, values, errors),) = paper_comparison(_results(_run([0.5], mmlu=(0.25, 0.004), piqa=(0.6, "N/A"))))
+    assert label == "this model, 0.5 (as trained)"
+    assert values == [None, 60.0, *[None] * 7, 25.0]
+    assert errors == [None, None, *[None] * 7, pytest.approx(0.4)]
+
+
+def test_members_of_a_group_are_left_out_of_the_table() -> None:
+    run = _run(None, mmlu=(0.25, 0.01), mmlu_law=(0.2, 0.05))
+    run["group_subtasks"] = {"mmlu": ["mmlu_law"]}
+    assert [row["task"] for row in scores_of(run)] == ["mmlu"]
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "metric", "text"),
+    [
+        (0.3456, 0.0123, "acc_norm", "34.6 +/- 1.2"),
+        (0.3456, None, "acc", "34.6"),
+        (12.345, 0.5, "perplexity", "12.35 +/- 0.50"),
+        (14_172_217.0, 2e6, "perplexity", "1.4e+07 +/- 2e+06"),
+        (float("inf"), 1.0, "perplexity", "inf"),
+        (None, None, "acc", "-"),
+    ],
+)
+def test_scores_are_written_in_their_unit(value: float | None, stderr: float | None, metric: str, text: str) -> None:
+    assert format_score(value, stderr, metric) == text
+
+
+def test_merging_joins_tasks_and_budgets_and_keeps_the_later_value() -> None:
+    first = _results(_run([0.5], sciq=(0.1, 0.01), piqa=(0.6, 0.01)))
+    second = _results(_run([0.5], sciq=(0.2, 0.01)), _run([1.0], sciq=(0.3, 0.01)))
+    merged = merge_results([first, second])
+    values = [{row["task"]: row["value"] for row in scores_of(run)} for run in merged["runs"]]
+    assert values == [{"sciq": 0.2, "piqa": 0.6}, {"sciq": 0.3}]
+
+
+def test_results_of_two_models_are_not_merged() -> None:
+    with pytest.raises(EvaluationError, match="different models"):
+        merge_results([_results(model="a"), _results(model="b")])
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "no list `runs`")])
+def test_a_file_that_holds_no_results_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(EvaluationError, match=message):
+        read_results(tmp_path)
+
+
+def test_missing_results_are_named(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"nothing\.json do not exist"):
+        read_results(tmp_path / "nothing.json")
