@@ -57,6 +57,14 @@ class _RangedConfig(GPTDatasetConfig):
 class _RangedDataset(GPTDataset):
     """GPTDataset whose cached indices are also tied to the document ranges and to the content of the files."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # megatron-core keeps the first sample's loss mask for all samples and only then masks that sample's padding: a
+        # padded sample read first would mask the others too. So the plain masks are put there beforehand.
+        self.cached_loss_mask = torch.ones(self.config.sequence_length)
+        self.cached_position_ids = torch.arange(self.config.sequence_length)
+        self.masks_and_position_ids_are_cached = self.masks_and_position_ids_are_cacheable
+
     @staticmethod
     def _key_config_attributes() -> list[str]:
         return [*GPTDataset._key_config_attributes(), "document_ranges", "content"]

@@ -67,12 +67,18 @@ class _Domain:
 
 
 def build_sample_corpus(
-    output_dir: str | Path, *, min_bytes: int = 8_000_000, documents_per_shard: int = 64
+    output_dir: str | Path,
+    *,
+    min_bytes: int = 8_000_000,
+    documents_per_shard: int = 64,
+    library: Path | None = None,
+    packages: Path | None = None,
 ) -> dict[str, dict[str, int]]:
     """Write `{domain}/{domain}_{00000}.jsonl.zst` under `output_dir` and return bytes and counts per domain.
 
-    Each row is `{"text": ..., "meta": {"source": ...}}`, with paths relative to the library. An existing corpus made
-    with the same settings is reused. The folder appears at once, when it is complete.
+    Each row is `{"text": ..., "meta": {"source": ...}}`, with paths relative to the library. `library` and `packages` are
+    this interpreter's standard library and site-packages unless given. An existing corpus made with the same settings
+    is reused. The folder appears at once, when it is complete.
     Raises `DataError` when the machine has too little text or `output_dir` holds something else.
     """
     output = Path(output_dir)
@@ -80,7 +86,8 @@ def build_sample_corpus(
     reused = _reusable_summary(output, settings)
     if reused is not None:
         return reused
-    domains = _collect(min_bytes)
+    installed = sysconfig.get_paths()
+    domains = _collect(min_bytes, library or Path(installed["stdlib"]), packages or Path(installed["purelib"]))
     building = output.with_name(f"{output.name}.building-{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -116,8 +123,7 @@ def _reusable_summary(output: Path, settings: dict[str, int]) -> dict[str, dict[
     return existing["domains"]
 
 
-def _collect(min_bytes: int) -> dict[str, _Domain]:
-    library = Path(sysconfig.get_paths()["stdlib"])
+def _collect(min_bytes: int, library: Path, packages: Path) -> dict[str, _Domain]:
     code = _Domain(max_bytes=min_bytes)
     docs = _Domain(max_bytes=max(_MIN_DOMAIN_BYTES * 2, min_bytes // 2))
     _add_topics(docs, library)
@@ -127,7 +133,7 @@ def _collect(min_bytes: int) -> dict[str, _Domain]:
             _add_docstrings(docs, source, path)
         else:
             _add_source(code, source, path)
-    for source, path in _package_files():
+    for source, path in _package_files(packages):
         if docs.full:
             break
         _add_docstrings(docs, source, path)
@@ -156,8 +162,7 @@ def _python_files(root: Path, *, tests: bool) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py") and "sysconfig" not in name)
 
 
-def _package_files() -> Iterator[tuple[str, Path]]:
-    root = Path(sysconfig.get_paths()["purelib"])
+def _package_files(root: Path) -> Iterator[tuple[str, Path]]:
     if not root.is_dir():
         return
     others = sorted(path.name for path in root.iterdir() if path.is_dir() and (path / "__init__.py").is_file())

@@ -1,0 +1,111 @@
+"""Small real inputs: texts, a trained tokenizer, written datasets."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_itt.config import RunConfig, parse_config
+from megatron_itt.data.preprocess import PreprocessOptions, preprocess
+from megatron_itt.data.tokenizer import Tokenizer, train_tokenizer
+
+SENTENCE = (
+    "the of and to in is that for with as on was by it from are this be which an or have not at were their one "
+    "inner thinking step token router layer model def return class import self None True while pass x = y + z ( ) : , ."
+)
+WORDS = SENTENCE.split()
+
+
+def make_texts(count: int, *, seed: int = 0) -> list[str]:
+    """Pseudo-sentences with line breaks, accents, symbols beyond the basic plane, and varied length."""
+    chooser = random.Random(seed)
+    texts = []
+    for idx in range(count):
+        words = [chooser.choice(WORDS) for _ in range(chooser.randint(3, 120))]
+        oddity = chooser.choice(["\n", "\n\n    ", "caf\u00e9", "\U0001f600", "\t", "  "])
+        words.insert(chooser.randint(0, len(words)), oddity)
+        texts.append(f"{idx}: " + " ".join(words))
+    return texts
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text, "meta": {"n": 1}}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(make_texts(200), folder, vocab_size=400)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    from megatron_itt.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture
+def write_dataset(tokenizer_dir: Path, tmp_path: Path) -> Callable[..., str]:
+    """Write an indexed dataset of pseudo-texts; returns its prefix."""
+
+    def write(name: str, *, count: int = 200, seed: int = 0, **options: Any) -> str:
+        source = write_jsonl(tmp_path / f"{name}.jsonl", make_texts(count, seed=seed))
+        prefix = str(tmp_path / "data" / name)
+        preprocess(
+            PreprocessOptions(
+                inputs=(str(source),), tokenizer=str(tokenizer_dir), output_prefix=prefix, engine="hf", **options
+            )
+        )
+        return prefix
+
+    return write
+
+
+@pytest.fixture
+def make_config(tokenizer_dir: Path) -> Callable[..., RunConfig]:
+    """A small recipe for given domains: name -> (prefix or None, weight)."""
+
+    def make(domains: dict[str, tuple[str | None, float]], **changes: Any) -> RunConfig:
+        values: dict[str, Any] = {
+            "seq_length": 32,
+            "steps": 10,
+            "global_batch": 8,
+            "validation_tokens": 500,
+            "max_epochs": 4.0,
+            "seed": 7,
+            "vocab_size": 400,
+        }
+        values.update(changes)
+        return parse_config(
+            {
+                "model": {
+                    "hidden_size": 32,
+                    "ffn_hidden_size": 64,
+                    "num_layers": 2,
+                    "num_attention_heads": 2,
+                    "vocab_size": values["vocab_size"],
+                    "seq_length": values["seq_length"],
+                },
+                "schedule": {"steps": values["steps"]},
+                "batch": {"global": values["global_batch"], "micro": 2},
+                "logging": {"run_dir": "unused"},
+                "data": {
+                    "blend": {name: {"path": path, "weight": weight} for name, (path, weight) in domains.items()},
+                    "tokenizer": str(tokenizer_dir),
+                    "max_epochs": values["max_epochs"],
+                },
+                "validation": {"tokens": values["validation_tokens"]},
+                "runtime": {"seed": values["seed"]},
+            }
+        )
+
+    return make

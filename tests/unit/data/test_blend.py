@@ -1,0 +1,102 @@
+"""The blend: weights, held-out documents, epochs, and refusals before a run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_itt.data.blend import resolve_blend
+from megatron_itt.data.indexed import read_index
+from megatron_itt.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def domains(write_dataset: Callable[..., str]) -> dict[str, tuple[str | None, float]]:
+    return {
+        "code": (write_dataset("code", seed=1), 0.6),
+        "docs": (write_dataset("docs", seed=2), 0.3),
+        "book": (None, 0.1),
+    }
+
+
+def test_weights_are_scaled_over_the_domains_that_are_there(domains: Any, make_config: Any) -> None:
+    blend = resolve_blend(make_config(domains))
+    assert [domain.name for domain in blend.domains] == ["code", "docs"]
+    assert [domain.weight for domain in blend.domains] == pytest.approx([2 / 3, 1 / 3])
+    assert blend.absent == ("book",)
+
+
+def test_validation_is_the_fewest_last_documents_that_hold_the_share(domains: Any, make_config: Any) -> None:
+    blend = resolve_blend(make_config(domains, validation_tokens=600))
+    for domain, wanted in zip(blend.domains, (400, 200), strict=True):
+        lengths = read_index(domain.prefix).lengths
+        first = domain.first_validation_document
+        assert lengths[first:].sum() == domain.validation_tokens >= wanted > lengths[first + 1 :].sum()
+        assert domain.training_tokens + domain.validation_tokens == lengths.sum()
+
+
+def test_many_documents_are_searched_from_the_end(make_config: Any, write_dataset: Any) -> None:
+    prefix = write_dataset("large", count=3000)
+    lengths = read_index(prefix).lengths
+    wanted = int(lengths[-1400:].sum()) - 5
+    (domain,) = resolve_blend(make_config({"large": (prefix, 1.0)}, validation_tokens=wanted)).domains
+    assert domain.num_documents - domain.first_validation_document == 1400
+
+
+def test_the_table_shows_tokens_needed_and_epochs(domains: Any, make_config: Any) -> None:
+    blend = resolve_blend(make_config(domains))
+    table = blend.table()
+    needed = int(np.ceil(80 * 2 / 3)) * 32
+    assert f"{needed:,}" in table and f"{needed / blend.domains[0].training_tokens:.2f}" in table
+    assert "absent, weights renormalised over the others: book" in table
+
+
+def test_too_many_epochs_are_refused(domains: Any, make_config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data.max_epochs is 4 but domain code would be read \d+\.\d\d times"):
+        resolve_blend(make_config(domains, steps=10_000))
+    resolve_blend(make_config(domains, steps=10_000, max_epochs=1000.0))
+
+
+def test_too_much_validation_is_refused(domains: Any, make_config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"validation\.tokens is 1,000,000"):
+        resolve_blend(make_config(domains, validation_tokens=1_000_000))
+
+
+def test_a_blend_without_data_is_refused(make_config: Any) -> None:
+    with pytest.raises(ConfigError, match="no domain with a path"):
+        resolve_blend(make_config({"book": (None, 1.0)}))
+
+
+def test_missing_truncated_and_replaced_files_are_named(domains: Any, make_config: Any) -> None:
+    config = make_config(domains)
+    path = Path(f"{domains['docs'][0]}.bin")
+    original = path.read_bytes()
+    path.write_bytes(original[:-2])
+    with pytest.raises(DataError, match=r"docs\.bin is truncated"):
+        resolve_blend(config)
+    path.unlink()
+    with pytest.raises(DataError, match=r"docs\.bin does not exist"):
+        resolve_blend(config)
+
+
+def test_the_fingerprint_follows_the_data_and_not_its_place(domains: Any, make_config: Any, tmp_path: Path) -> None:
+    first = resolve_blend(make_config(domains)).fingerprint
+    moved = tmp_path / "moved"
+    Path(domains["code"][0]).parent.rename(moved)
+    there = {name: (path and str(moved / Path(path).name), weight) for name, (path, weight) in domains.items()}
+    assert resolve_blend(make_config(there)).fingerprint == first
+    for change in ({"seq_length": 16}, {"steps": 11}, {"seed": 8}, {"validation_tokens": 2000}):
+        assert resolve_blend(make_config(there, **change)).fingerprint != first
+    swapped = {**there, "code": there["docs"], "docs": there["code"]}
+    assert resolve_blend(make_config(swapped)).fingerprint != first
+
+
+def test_data_without_a_manifest_is_used(domains: Any, make_config: Any) -> None:
+    Path(f"{domains['code'][0]}.json").unlink()
+    blend = resolve_blend(make_config(domains))
+    assert blend.domains[0].tokenizer_sha256 is None
+    assert blend.domains[0].training_tokens > 0

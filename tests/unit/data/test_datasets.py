@@ -1,0 +1,190 @@
+"""Datasets through megatron-core: disjoint, blended by weight, deterministic, cached safely, the same on every rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_itt.data.datasets import build_datasets, data_fingerprint
+from megatron_itt.data.indexed import read_index
+from megatron_itt.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_itt.errors import ConfigError, DataError
+from tests.unit.data.conftest import make_texts
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def domains(write_dataset: Callable[..., str]) -> dict[str, tuple[str | None, float]]:
+    return {"code": (write_dataset("code", seed=1), 0.75), "docs": (write_dataset("docs", seed=2), 0.25)}
+
+
+def all_tokens(dataset: Any, count: int | None = None) -> torch.Tensor:
+    return torch.stack([dataset[idx]["tokens"] for idx in range(len(dataset) if count is None else count)])
+
+
+def test_samples_are_shifted_pieces_of_the_documents(domains: Any, make_config: Any, tokenizer: Tokenizer) -> None:
+    datasets = build_datasets(make_config(domains), tokenizer=tokenizer)
+    sample = datasets.train[0]
+    assert sample["tokens"].shape == sample["labels"].shape == (32,)
+    assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+    assert torch.equal(sample["position_ids"], torch.arange(32))
+    assert sample["loss_mask"].sum() == 32
+
+
+def test_the_blend_follows_the_weights_and_the_recipe_fixes_its_length(
+    domains: Any, make_config: Any, tokenizer: Tokenizer
+) -> None:
+    datasets = build_datasets(make_config(domains, steps=20), tokenizer=tokenizer)
+    assert len(datasets.train) >= 160
+    from_code = np.mean([datasets.train[idx]["dataset_id"] == 0 for idx in range(160)])
+    assert from_code == pytest.approx(0.75, abs=0.01)  # megatron-core keeps the blend exact to within one sample
+
+
+def test_training_never_reads_a_held_out_document(domains: Any, make_config: Any, tokenizer: Tokenizer) -> None:
+    datasets = build_datasets(make_config(domains, steps=60, max_epochs=20.0), tokenizer=tokenizer)
+    for number, domain in enumerate(datasets.blend.domains):
+        index = read_index(domain.prefix)
+        texts = make_texts(index.num_documents, seed=number + 1)
+        held_out = {f"{idx}: " for idx in range(domain.first_validation_document, index.num_documents)}
+        assert {text.split(" ")[0] + " " for text in texts[domain.first_validation_document :]} == held_out
+        used = datasets.train.datasets[number].document_index  # type: ignore[attr-defined]
+        assert used.max() < domain.first_validation_document
+        validated = datasets.validation[domain.name].document_index  # type: ignore[attr-defined]
+        assert set(validated.tolist()) == set(range(domain.first_validation_document, index.num_documents))
+
+
+def test_validation_weighs_every_held_out_token_but_the_first(domains: Any, make_config: Any, tokenizer: Any) -> None:
+    datasets = build_datasets(make_config(domains), tokenizer=tokenizer)
+    for domain in datasets.blend.domains:
+        dataset = datasets.validation[domain.name]
+        weighed = sum(float(dataset[idx]["loss_mask"].sum()) for idx in range(len(dataset)))  # type: ignore[arg-type]
+        assert weighed == domain.validation_tokens - 1
+
+
+def test_validation_is_the_same_for_other_seeds_and_lengths_of_run(
+    domains: Any, make_config: Any, tokenizer: Tokenizer
+) -> None:
+    first = build_datasets(make_config(domains), tokenizer=tokenizer)
+    other = build_datasets(make_config(domains, seed=99, steps=15, global_batch=4), tokenizer=tokenizer)
+    for name in ("code", "docs"):
+        assert torch.equal(all_tokens(first.validation[name]), all_tokens(other.validation[name]))
+    assert not torch.equal(all_tokens(first.train, 50), all_tokens(other.train, 50))
+
+
+def test_a_rebuild_and_a_cached_build_give_the_same_samples(
+    domains: Any, make_config: Any, tokenizer: Tokenizer
+) -> None:
+    config = make_config(domains)
+    first = build_datasets(config, tokenizer=tokenizer)
+    cache = Path(domains["code"][0]).parent / "index_cache"
+    (folder,) = cache.iterdir()
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    second = build_datasets(config, tokenizer=tokenizer)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+    assert torch.equal(all_tokens(first.train), all_tokens(second.train))
+    assert first.fingerprint == second.fingerprint == data_fingerprint(config)
+
+
+def test_a_killed_cache_build_is_not_read(domains: Any, make_config: Any, tokenizer: Tokenizer) -> None:
+    config = make_config(domains)
+    expected = all_tokens(build_datasets(config, tokenizer=tokenizer).train)
+    cache = Path(domains["code"][0]).parent / "index_cache"
+    (folder,) = cache.iterdir()
+    half_built = folder.rename(cache / f"{folder.name}.building-dead")
+    for path in half_built.glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:50])
+    assert torch.equal(all_tokens(build_datasets(config, tokenizer=tokenizer).train), expected)
+
+
+def test_changed_data_under_the_same_path_does_not_reuse_the_cache(
+    domains: Any, make_config: Any, tokenizer: Tokenizer, write_dataset: Any
+) -> None:
+    config = make_config(domains)
+    before = build_datasets(config, tokenizer=tokenizer)
+    for suffix in ("bin", "idx", "json"):
+        Path(f"{domains['code'][0]}.{suffix}").unlink()
+    write_dataset("code", seed=3)
+    after = build_datasets(config, tokenizer=tokenizer)
+    assert before.fingerprint != after.fingerprint
+    assert len(list((Path(domains["code"][0]).parent / "index_cache").iterdir())) == 2
+
+
+def test_a_single_domain_works(domains: Any, make_config: Any, tokenizer: Tokenizer) -> None:
+    datasets = build_datasets(make_config({"code": domains["code"]}), tokenizer=tokenizer)
+    assert len(datasets.train) >= 80  # type: ignore[arg-type]
+    assert list(datasets.validation) == ["code"]
+
+
+def test_another_tokenizer_than_the_datas_is_refused(domains: Any, make_config: Any, tmp_path: Path) -> None:
+    other = train_tokenizer(make_texts(50, seed=8), tmp_path / "other", vocab_size=300)
+    with pytest.raises(DataError, match="was written with another tokenizer"):
+        build_datasets(make_config(domains), tokenizer=other)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(domains: Any, make_config: Any, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 384"):
+        build_datasets(make_config(domains, vocab_size=384), tokenizer=tokenizer)
+
+
+RANK_SCRIPT = """
+import sys, hashlib, torch, torch.distributed as dist
+from megatron_itt.config import load_config
+from megatron_itt.data.datasets import build_datasets
+from megatron_itt.data.loader import TrainLoader
+from megatron_itt.data.tokenizer import load_tokenizer
+
+def main():
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = load_config(sys.argv[1])
+    datasets = build_datasets(config, tokenizer=load_tokenizer(config.data.tokenizer))
+    loader = TrainLoader(datasets.train, consumed_samples=0, micro_batch_size=2, num_microbatches=4 // size,
+                         data_parallel_rank=rank, data_parallel_size=size)
+    mine = [batch["tokens"].tolist() for batch in loader]
+    everyone = [None] * size
+    dist.all_gather_object(everyone, mine)
+    if rank == 0:
+        order = [batch for group in zip(*everyone) for batch in group]
+        print("ORDER", hashlib.sha256(str(order).encode()).hexdigest(), len(order))
+
+main()
+"""
+
+
+def test_ranks_build_once_and_read_the_order_of_a_single_rank(domains: Any, make_config: Any, tmp_path: Path) -> None:
+    from megatron_itt.config.load import config_to_yaml
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config_to_yaml(make_config(domains)))
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    orders = []
+    for size in (2, 1):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        done = subprocess.run(
+            [*command, str(script), str(recipe)],
+            cwd=ROOT,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        orders += [line for line in done.stdout.splitlines() if line.startswith("ORDER")]
+    assert len(orders) == 2
+    assert orders[0] == orders[1]
+    assert len(list((Path(domains["code"][0]).parent / "index_cache").iterdir())) == 1
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,99 @@
+"""The loader: exact resume, any layout, clean end, errors passed on."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_itt.data.loader import TrainLoader, num_validation_batches, validation_batches
+
+SEQUENCE = 4
+
+
+class CountingDataset:
+    """Sample i is made of the number i; an optional sample raises."""
+
+    def __init__(self, size: int, broken: int | None = None) -> None:
+        self.size, self.broken = size, broken
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        if idx == self.broken:
+            raise OSError("disk gone")
+        tokens = torch.full((SEQUENCE,), idx)
+        mask = torch.ones(SEQUENCE)
+        return {"tokens": tokens, "labels": tokens + 1, "loss_mask": mask, "position_ids": torch.arange(SEQUENCE)}
+
+
+def make_loader(dataset: Any, *, consumed: int = 0, micro: int = 2, num: int = 2, rank: int = 0, ranks: int = 1) -> Any:
+    return TrainLoader(
+        dataset,
+        consumed_samples=consumed,
+        micro_batch_size=micro,
+        num_microbatches=num,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+    )
+
+
+def sample_numbers(loader: Any) -> list[list[int]]:
+    with loader:
+        return [batch["tokens"][:, 0].tolist() for batch in loader]
+
+
+def test_a_resume_with_another_layout_reads_on_where_it_stopped() -> None:
+    dataset = CountingDataset(16)
+    whole = [idx for batch in sample_numbers(make_loader(dataset)) for idx in batch]
+    assert whole == list(range(16))
+    rest = [sample_numbers(make_loader(dataset, consumed=8, micro=1, num=2, rank=rank, ranks=2)) for rank in range(2)]
+    merged = [idx for pair in zip(*rest, strict=True) for batch in pair for idx in batch]
+    assert merged == whole[8:]
+
+
+def test_it_ends_with_the_last_whole_global_batch() -> None:
+    assert len(sample_numbers(make_loader(CountingDataset(11)))) == 4
+
+
+def test_batches_have_the_shapes_that_the_step_expects() -> None:
+    with make_loader(CountingDataset(8)) as loader:
+        batch = next(loader)
+    assert {key: tuple(value.shape) for key, value in batch.items()} == dict.fromkeys(
+        ("tokens", "labels", "loss_mask", "position_ids"), (2, SEQUENCE)
+    )
+
+
+def test_closing_early_ends_the_thread() -> None:
+    before = threading.active_count()
+    loader = make_loader(CountingDataset(10_000))
+    next(loader)
+    loader.close()
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_an_error_while_gathering_reaches_the_consumer() -> None:
+    with make_loader(CountingDataset(16, broken=5)) as loader:
+        assert next(loader)["tokens"][0, 0] == 0
+        next(loader)
+        with pytest.raises(OSError, match="disk gone"):
+            next(loader)
+
+
+def test_validation_weighs_every_sample_once_over_the_ranks() -> None:
+    dataset = CountingDataset(7)
+    total = 0.0
+    seen: list[int] = []
+    for rank in range(2):
+        batches = list(validation_batches(dataset, micro_batch_size=2, data_parallel_rank=rank, data_parallel_size=2))
+        assert len(batches) == num_validation_batches(dataset, micro_batch_size=2, data_parallel_size=2) == 2
+        for batch in batches:
+            total += float(batch["loss_mask"].sum())
+            seen += [int(row[0]) for row, mask in zip(batch["tokens"], batch["loss_mask"], strict=True) if mask.any()]
+    assert total == 7 * SEQUENCE
+    assert sorted(seen) == list(range(7))
