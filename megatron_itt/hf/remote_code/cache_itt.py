@@ -159,15 +159,18 @@ class SlotStore:
         """Set "created" or "replaced" of the entries of `tokens` at place [n]."""
         self.marks[name][tokens.row, place] = step
 
-    def read(self, query_columns: Tensor, step: int | None = None) -> Keys:
-        """What queries at query_columns [b, k] see; with `step`, only entries that live at that step."""
+    def read(self, query_columns: Tensor, *, step: int | None = None, newest: bool = False) -> Keys:
+        """What queries at query_columns [b, k] see; with `step`, only entries that live at that step.
+
+        newest: the queries are the tokens appended last, so that a single one per row sees every entry.
+        """
         assert self.keys is not None and self.values is not None, "append comes before read"
         used = slice(0, max(1, self.max_length))
         k, v = self.keys[:, :, used], self.values[:, :, used]
         live = None
         if step is not None:
             live = (self.marks["created"][:, used] < step) & (self.marks["replaced"][:, used] >= step)
-        elif self.even and query_columns.shape[1] == 1:
+        elif newest and self.even and query_columns.shape[1] == 1:
             return Keys(k, v, None, False)
         return Keys(k, v, visible(self.marks["column"][:, used], query_columns, live), False)
 
@@ -254,9 +257,9 @@ class CachedMemory:
     def exchange(self, name: int, tokens: Selection, k: Tensor, v: Tensor, queries: Selection) -> Keys:
         """As DenseMemory.exchange; name 0 is the base pass, t the store of step t."""
         store = self.cache.store("base" if name == 0 else f"step_{name}")
-        tokens, k, v = self._real(tokens, k, v)
-        store.append(tokens, tokens.take(self.columns), k, v)
-        return store.read(self._query_columns(queries))
+        stored, k, v = self._real(tokens, k, v)
+        store.append(stored, stored.take(self.columns), k, v)
+        return store.read(self._query_columns(queries), newest=tokens is queries)
 
     def begin_states(self, everyone: Selection, k: Tensor, v: Tensor) -> None:
         """As DenseMemory.begin_states."""
@@ -276,7 +279,7 @@ class CachedMemory:
 
     def read_states(self, step: int, queries: Selection) -> Keys:
         """As DenseMemory.read_states."""
-        return self.cache.store("states").read(self._query_columns(queries), step)
+        return self.cache.store("states").read(self._query_columns(queries), step=step)
 
 
 class ITTCache(Cache):

@@ -1,13 +1,17 @@
-"""Small models with everything awake: strong routers, uneven gains, plausible quantiles."""
+"""Small models with everything awake: strong routers, uneven gains, plausible quantiles; and what they are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
 from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 
@@ -22,21 +26,11 @@ SHAPE = {
 }
 
 
-def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **thinking: Any) -> ITTForCausalLM:
-    """A random model in eval mode; weights are scaled up so that mistakes in attention or positions show."""
-    shape = {key: thinking.pop(key, value) for key, value in SHAPE.items()}
-    tied = thinking.pop("tie_word_embeddings", False)
-    kind = thinking.pop("kind", "itt")
-    pattern = {"kind": kind, "layers": [0, 2], "capacity": [0.6, 0.5, 0.4], "alpha": [1.0, 0.8, 1.2]} | thinking
-    if kind == "none":
-        pattern = {"kind": "none"}
-    torch.manual_seed(seed)
-    model = ITTForCausalLM(ITTConfig(**shape, tie_word_embeddings=tied, thinking=pattern)).eval()
+def _awaken(model: ITTForCausalLM) -> None:
+    """Scale weights up, so that mistakes in attention or positions show."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("router"):
-                parameter.normal_(std=0.3)
-            elif name.endswith("step_encoding"):
+            if name.endswith("step_encoding"):
                 parameter.normal_(mean=0.4, std=0.3)
             elif "norm" in name:
                 parameter.normal_(mean=1.0, std=0.2)
@@ -45,10 +39,59 @@ def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **thinking: An
         for name, buffer in model.named_buffers():
             if name.endswith("logit_quantiles"):
                 buffer.copy_(torch.randn(buffer.shape).mul(1.5).sort(dim=1).values)
-    return model.to(dtype)
 
 
 @pytest.fixture
 def build() -> Callable[..., ITTForCausalLM]:
-    """`make_model` as a fixture."""
-    return make_model
+    """A function that builds a random model in eval mode from keys of SHAPE and of `thinking`."""
+
+    def make(dtype: torch.dtype = torch.float64, seed: int = 0, **keys: Any) -> ITTForCausalLM:
+        shape = {key: keys.pop(key, value) for key, value in SHAPE.items()}
+        tied = keys.pop("tie_word_embeddings", False)
+        pattern = {"kind": "itt", "layers": [0, 2], "capacity": [0.6, 0.5, 0.4], "alpha": [1.0, 0.8, 1.2]} | keys
+        thinking = {"kind": "none"} if pattern["kind"] == "none" else pattern
+        torch.manual_seed(seed)
+        model = ITTForCausalLM(ITTConfig(**shape, tie_word_embeddings=tied, thinking=thinking)).eval()
+        _awaken(model)
+        return model.to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def describe() -> Callable[[ITTForCausalLM], tuple[ModelConfig, ThinkingConfig]]:
+    """A function that gives the recipe sections of a model."""
+
+    def sections(model: ITTForCausalLM) -> tuple[ModelConfig, ThinkingConfig]:
+        config = model.config
+        thinking = dict(config.thinking)
+        for key in ("layers", "capacity", "alpha"):
+            thinking[key] = tuple(thinking[key])
+        shape = ModelConfig(
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_query_groups=config.num_key_value_heads,
+            vocab_size=config.vocab_size,
+            seq_length=config.max_position_embeddings,
+            tie_embeddings=config.tie_word_embeddings,
+        )
+        return shape, ThinkingConfig(**thinking)
+
+    return sections
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path: Path) -> Path:
+    """A byte-level tokenizer of 257 tokens, saved as a Hugging Face folder."""
+    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: idx for idx, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path / "tokenizer"
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, pad_token=end).save_pretrained(
+        str(folder)
+    )
+    return folder

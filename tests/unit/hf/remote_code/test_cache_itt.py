@@ -1,0 +1,166 @@
+"""Cached decoding gives the logits of the full pass, whatever the chunks, paddings, budgets and rearrangements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+PATTERNS: list[dict[str, Any]] = [
+    {},
+    {"attend": "selected"},
+    {"routing": "none"},
+    {"skip": "literal"},
+    {"reweight": "symmetric"},
+    {"residual": "replace"},
+    {"update": "delta", "gate": "tanh"},
+    {"kind": "loop"},
+    {"kind": "none"},
+]
+# Float64: the cached pass sums in another order than the full one; a wrong entry would show at 1e-3 and above.
+ATOL = 1e-9
+
+
+def _batch(generator: torch.Generator, length: int, rows: int = 3, side: str = "left") -> tuple[Any, Any]:
+    tokens = torch.randint(0, 61, (rows, length), generator=generator)
+    mask = torch.ones(rows, length, dtype=torch.long)
+    for row in range(1, rows):
+        padding = int(torch.randint(0, length // 2, (1,), generator=generator))
+        if side == "left":
+            mask[row, :padding] = 0
+        else:
+            mask[row, length - padding :] = 0
+    return tokens, mask
+
+
+def _chunks(generator: torch.Generator, length: int) -> list[slice]:
+    spans, start = [], 0
+    while start < length:
+        size = min(int(torch.tensor([1, 1, 2, 5, 9])[torch.randint(0, 5, (1,), generator=generator)]), length - start)
+        spans.append(slice(start, start + size))
+        start += size
+    return spans
+
+
+def _random_budget(model: Any, rows: int, generator: torch.Generator) -> dict[str, Any]:
+    """Unequal shares per row, zeros and ones among them; nothing for models without a router."""
+    thinking = model.config.thinking
+    if thinking["kind"] != "itt" or thinking["routing"] == "none":
+        return {}
+    shares = torch.rand(rows, len(thinking["capacity"]), generator=generator)
+    shares = torch.where(shares < 0.15, torch.zeros(()), torch.where(shares > 0.85, torch.ones(()), shares))
+    return {"thinking_budget": shares}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_decoding_in_random_chunks_equals_the_full_pass(pattern: dict[str, Any], build: Callable) -> None:
+    model = build(**pattern)
+    generator = torch.Generator().manual_seed(4)
+    for side in ("left", "right") * 3:
+        tokens, mask = _batch(generator, 34, side=side)
+        budget = _random_budget(model, 3, generator)
+        with torch.no_grad():
+            full = model(tokens, attention_mask=mask, **budget).logits
+            cache, parts = None, []
+            for span in _chunks(generator, 34):
+                output = model(
+                    tokens[:, span],
+                    attention_mask=mask[:, : span.stop],
+                    past_key_values=cache,
+                    use_cache=True,
+                    **budget,
+                )
+                cache = output.past_key_values
+                parts.append(output.logits)
+        difference = (torch.cat(parts, 1) - full).abs().amax(-1)[mask.bool()]
+        assert float(difference.max()) <= ATOL
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:4], ids=str)
+def test_cropped_reordered_and_repeated_caches_continue_exactly(pattern: dict[str, Any], build: Callable) -> None:
+    model = build(**pattern)
+    generator = torch.Generator().manual_seed(5)
+    for kept in (1, 9, 17, 30):
+        tokens, mask = _batch(generator, 30)
+        order = torch.tensor([2, 0, 0])
+        budget = _random_budget(model, 3, generator)
+        reordered = {"thinking_budget": budget["thinking_budget"][order]} if budget else {}
+        with torch.no_grad():
+            cache = None
+            for span in _chunks(generator, 30):
+                output = model(tokens[:, span], mask[:, : span.stop], past_key_values=cache, use_cache=True, **budget)
+                cache = output.past_key_values
+            cache.crop(kept - 30)
+            cache.reorder_cache(order)
+            assert cache.get_seq_length() == kept
+            more, _ = _batch(generator, 6)
+            whole = torch.cat((tokens[order, :kept], more), 1)
+            whole_mask = torch.cat((mask[order, :kept], torch.ones_like(more)), 1)
+            full = model(whole, attention_mask=whole_mask, **reordered).logits[:, kept:]
+            rest = model(more, attention_mask=whole_mask, past_key_values=cache, **reordered).logits
+        assert float((rest - full).abs().max()) <= ATOL
+
+
+def test_rows_can_be_repeated_and_selected(build: Callable) -> None:
+    model = build()
+    tokens, mask = _batch(torch.Generator().manual_seed(6), 20)
+    with torch.no_grad():
+        cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 3, 5]))
+        rows = torch.tensor([0, 1, 2])
+        more = torch.randint(0, 61, (3, 4))
+        whole_mask = torch.cat((mask[rows], torch.ones_like(more)), 1)
+        rest = model(more, attention_mask=whole_mask, past_key_values=cache).logits
+        full = model(torch.cat((tokens[rows], more), 1), attention_mask=whole_mask).logits[:, 20:]
+    assert float((rest - full).abs().max()) <= ATOL
+
+
+def test_a_thinking_layer_stores_one_entry_per_change_that_matters(build: Callable) -> None:
+    model = build()
+    tokens, mask = _batch(torch.Generator().manual_seed(7), 40)
+    with torch.no_grad():
+        output = model(tokens, attention_mask=mask, use_cache=True, output_routing=True)
+    real = int(mask.sum())
+    entries = output.past_key_values.num_entries()
+    for index, layer_idx in enumerate((0, 2)):
+        changed_before_last = int(output.routing[index][:, :-1].sum())
+        assert entries[f"{layer_idx}.base"] == real
+        assert entries[f"{layer_idx}.states"] == real + changed_before_last
+    assert entries["1.base"] == real
+
+
+def test_attend_selected_stores_only_tokens_that_thought(build: Callable) -> None:
+    model = build(attend="selected")
+    tokens, mask = _batch(torch.Generator().manual_seed(8), 40)
+    with torch.no_grad():
+        output = model(tokens, attention_mask=mask, use_cache=True, output_routing=True)
+    entries = output.past_key_values.num_entries()
+    for step in (1, 2, 3):
+        assert entries[f"0.step_{step}"] == int(output.routing[0][:, step - 1].sum())
+
+
+def test_the_cache_reports_its_memory(build: Callable) -> None:
+    model = build(kind="none")
+    with torch.no_grad():
+        cache = model(torch.randint(0, 61, (2, 32)), use_cache=True).past_key_values
+    # keys and values, 3 layers, 2 rows, 32 tokens, 2 heads of 8 numbers of 8 bytes
+    assert cache.entry_nbytes() == 2 * 3 * 2 * 32 * 2 * 8 * 8
+    assert cache.nbytes() >= cache.entry_nbytes()
+    cache.reset()
+    assert cache.nbytes() == 0 and cache.get_seq_length() == 0
+
+
+def test_cropping_to_an_absolute_length_and_to_nothing(build: Callable) -> None:
+    model = build()
+    with torch.no_grad():
+        cache = model(torch.randint(0, 61, (2, 12)), use_cache=True).past_key_values
+    cache.crop(0)
+    assert cache.get_seq_length() == 12
+    cache.crop(5)
+    assert cache.get_seq_length() == 5
+    assert cache.num_entries()["1.base"] == 10
+    cache.crop(-5)
+    assert cache.get_seq_length() == 0

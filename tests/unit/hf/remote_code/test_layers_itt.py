@@ -1,0 +1,174 @@
+"""The layers compute what the method says: against the token-by-token oracle and against transformers' LLaMA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_itt.hf.remote_code import modeling_itt
+from megatron_itt.hf.weight_map import hf_to_megatron
+from tests.helpers.reference import reference_forward
+
+SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"attend": "selected"},
+    {"residual": "replace"},
+    {"residual": "replace", "attend": "selected"},
+    {"routing": "none"},
+    {"step_encoding": False},
+    {"gate": "tanh"},
+    {"reweight": "symmetric"},
+    {"reweight": "symmetric", "attend": "selected"},
+    {"update": "delta"},
+    {"skip": "literal"},
+    {"skip": "literal", "attend": "selected"},
+    {"kind": "loop"},
+    {"kind": "none"},
+    {"capacity": [1.0], "alpha": [1.0]},
+    {"capacity": [], "alpha": []},
+    {"tie_word_embeddings": True},
+    {"num_key_value_heads": 4},
+]
+
+
+def float64_tables(config: Any, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE angles in float64, as the oracle has them."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    angles = positions[..., None].double() * (1.0 / config.rope_theta**exponent)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_logits_equal_the_oracle(
+    switches: dict[str, Any], build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_itt, "rotary_tables", float64_tables)
+    model = build(**switches)
+    shape, thinking = describe(model)
+    weights = hf_to_megatron(model.state_dict(), shape)
+    tokens = torch.randint(0, 61, (1, 13), generator=torch.Generator().manual_seed(1))
+    routed = model.config.thinking["kind"] == "itt" and thinking.routing != "none" and thinking.capacity
+    for routing in ("topk", "threshold", "topp") if routed else (None,):
+        rule = routing or ("none" if thinking.routing == "none" else None)
+        expected = reference_forward(weights, shape, thinking, tokens[0].tolist(), routing=rule)
+        with torch.no_grad():
+            output = model(tokens, routing=routing, output_routing=True)
+        # Float64 throughout: differences are rounding in another order, far below any mistake.
+        assert torch.allclose(output.logits[0], torch.from_numpy(expected["logits"]), rtol=0, atol=1e-10)
+        for index, layer_idx in enumerate(model.config.thinking["layers"] if routed else []):
+            for step in range(1, len(thinking.capacity) + 1):
+                picked = output.routing[index][0, step - 1].nonzero().flatten().tolist()
+                assert picked == expected["picks"][layer_idx, step]
+
+
+@pytest.mark.parametrize("budget", [[0.0, 0.7, 0.2], [1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+@pytest.mark.parametrize("routing", ["topk", "threshold"])
+def test_a_budget_replaces_the_trained_shares(
+    budget: list[float], routing: str, build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_itt, "rotary_tables", float64_tables)
+    model = build()
+    shape, thinking = describe(model)
+    tokens = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(2))
+    weights = hf_to_megatron(model.state_dict(), shape)
+    expected = reference_forward(weights, shape, thinking, tokens[0].tolist(), routing=routing, budget=budget)
+    with torch.no_grad():
+        logits = model(tokens, routing=routing, thinking_budget=budget).logits
+    assert torch.allclose(logits[0], torch.from_numpy(expected["logits"]), rtol=0, atol=1e-10)
+
+
+def _llama_like(model: torch.nn.Module) -> LlamaForCausalLM:
+    """transformers' LLaMA with the same weights."""
+    config = model.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    ).eval()
+    plain = {name: tensor for name, tensor in model.state_dict().items() if ".thinking." not in name}
+    llama.load_state_dict(plain, strict=True)
+    return llama
+
+
+@pytest.mark.parametrize("keys", [{"kind": "none"}, {"kind": "none", "num_key_value_heads": 4}], ids=str)
+def test_a_model_that_never_thinks_again_is_transformers_llama_bit_for_bit(keys: dict, build: Callable) -> None:
+    model = build(dtype=torch.float32, **keys)
+    tokens = torch.randint(0, 61, (2, 40))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, _llama_like(model)(tokens).logits)
+
+
+def test_one_thinking_step_with_gain_one_is_llama_bit_for_bit(build: Callable) -> None:
+    model = build(dtype=torch.float32, capacity=[], alpha=[])
+    with torch.no_grad():
+        for layer_idx in (0, 2):
+            model.model.layers[layer_idx].thinking.step_encoding.fill_(1.0)
+    tokens = torch.randint(0, 61, (2, 40))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, _llama_like(model)(tokens).logits)
+
+
+def test_gains_of_zero_leave_llama_logits(build: Callable) -> None:
+    model = build(dtype=torch.float32)
+    with torch.no_grad():
+        for layer_idx in (0, 2):
+            model.model.layers[layer_idx].thinking.step_encoding.fill_(0.0)[0] = 1.0
+    tokens = torch.randint(0, 61, (2, 40))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, _llama_like(model)(tokens).logits)
+
+
+def test_tokens_not_picked_leave_the_layer_as_if_it_had_no_such_step(build: Callable) -> None:
+    model = build(layers=[1])
+    layer_outputs: list[torch.Tensor] = []
+    hook = model.model.layers[1].register_forward_hook(lambda _m, _a, out: layer_outputs.append(out[0]))
+    tokens = torch.randint(0, 61, (2, 30))
+    with torch.no_grad():
+        routing = model(tokens, thinking_budget=[0.5, 0.3, 0.0], output_routing=True).routing[0]
+        model(tokens, thinking_budget=[0.0, 0.0, 0.0])
+    hook.remove()
+    untouched = ~routing.any(dim=1)
+    assert 0 < int(untouched.sum()) < untouched.numel()
+    assert torch.equal(layer_outputs[0][untouched], layer_outputs[1][untouched])
+
+
+@pytest.mark.parametrize("switches", SWITCHES[:14], ids=str)
+def test_later_tokens_never_move_earlier_logits_in_threshold_mode(switches: dict[str, Any], build: Callable) -> None:
+    model = build(**switches)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(8):
+        length = int(torch.randint(2, 90, (1,), generator=generator))
+        place = int(torch.randint(1, length, (1,), generator=generator))
+        tokens = torch.randint(0, 61, (2, length), generator=generator)
+        changed = tokens.clone()
+        changed[:, place:] = torch.randint(0, 61, (2, length - place), generator=generator)
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits[:, :place], model(changed).logits[:, :place])
+
+
+@pytest.mark.parametrize("routing", ["topk", "topp"])
+def test_padding_changes_no_logits_on_either_side(routing: str, build: Callable) -> None:
+    model = build()
+    tokens = torch.randint(0, 61, (1, 20))
+    noise = torch.randint(0, 61, (1, 7))
+    ones, zeros = torch.ones(1, 20), torch.zeros(1, 7)
+    with torch.no_grad():
+        for rule in (routing, "threshold"):
+            alone = model(tokens, routing=rule).logits
+            left = model(torch.cat((noise, tokens), 1), attention_mask=torch.cat((zeros, ones), 1), routing=rule)
+            right = model(torch.cat((tokens, noise), 1), attention_mask=torch.cat((ones, zeros), 1), routing=rule)
+            assert torch.allclose(left.logits[:, 7:], alone, rtol=0, atol=1e-10)
+            assert torch.allclose(right.logits[:, :20], alone, rtol=0, atol=1e-10)
