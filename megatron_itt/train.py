@@ -1,4 +1,4 @@
-"""Train a recipe: `python -m megatron_itt.train RECIPE [section.key=value ...]`, alone, under torchrun or under srun."""
+"""Train a recipe: `python -m megatron_itt.train RECIPE [section.key=value ...]`, alone or under torchrun or srun."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checkpoints: where they lie (`layout.py`), what is in them (`state.py`), writing and reading, and who may load them."""
+"""Checkpoints: where they lie (`layout.py`), what is in them (`state.py`), saving, loading, who may load them."""

@@ -1,12 +1,11 @@
 """Names and places of checkpoints in a run folder, atomic publishing, the `latest` marker and retention. No torch.
 
-    runs/NAME/checkpoints/step_0001000/   one checkpoint: megatron-core's files and run_state.json
-    runs/NAME/checkpoints/latest          name of the newest complete one
+runs/NAME/checkpoints/step_0001000/   one checkpoint: megatron-core's files and run_state.json
+runs/NAME/checkpoints/latest          name of the newest complete one
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -76,10 +75,10 @@ def publish(root: Path, step: int) -> Path:
     final = root / checkpoint_name(step)
     if final.exists():
         shutil.rmtree(final)
-    os.replace(staging_path(root, step), final)
+    staging_path(root, step).replace(final)
     marker = root / f".{LATEST_FILE}"
     marker.write_text(final.name + "\n", encoding="utf-8")
-    os.replace(marker, root / LATEST_FILE)
+    marker.replace(root / LATEST_FILE)
     return final
 
 

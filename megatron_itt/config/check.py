@@ -67,7 +67,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
 def _thinking_problems(thinking: ThinkingConfig, model: ModelConfig) -> Iterator[str]:
     if thinking.kind == "none":
         if thinking.capacity:
-            yield f"thinking.capacity is {list(thinking.capacity)} but thinking.kind is none; set it to [] or kind to itt"
+            yield f"thinking.capacity is {list(thinking.capacity)} but thinking.kind is none; set one of them"
         return
     if isinstance(thinking.layers, tuple):
         yield from _layer_list_problems(thinking.layers, model.num_layers)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -55,7 +56,7 @@ def set_offline(enabled: bool) -> None:
 @contextmanager
 def working_directory(path: str | os.PathLike[str]) -> Iterator[None]:
     """Run a block in another folder: lm-eval's stock tasks look for local data sets there."""
-    previous = os.getcwd()
+    previous = Path.cwd()
     os.chdir(path)
     try:
         yield

@@ -86,7 +86,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from None
     try:
-        data = yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a SafeLoader with one more number format
+        data = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -114,7 +114,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or len(keys) < 2 or not all(keys):
         raise ConfigError(f"override {override!r} must look like section.key=value, for example schedule.steps=100")
     try:
-        value = yaml.load(text, Loader=_RecipeLoader)  # noqa: S506
+        value = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it if it holds : or [") from None
     target = data

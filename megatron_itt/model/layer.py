@@ -85,7 +85,8 @@ class ThinkingLayer(TransformerLayer):
             else:
                 context = routed_attention.attend_selected(self, states, positions, rotary)
             states = self._update_rows(states, context, logits, positions, step)
-            changed = positions
+            # Where skipped tokens change too, every key and value is out of date.
+            changed = None if self._changes_skipped else positions
         return self._own_part(states)
 
     def _update_rows(self, states: Tensor, context: Tensor, logits: Tensor, positions: Tensor, step: int) -> Tensor:

@@ -19,7 +19,7 @@ SUMMARY_POINTS = 257
 
 
 def summarise_sequences(logits: Tensor) -> Tensor:
-    """Evenly spaced quantiles of each sequence. logits [s, b] float32 -> [b, 257], ascending along the last dimension."""
+    """Evenly spaced quantiles of each sequence. logits [s, b] float32 -> [b, 257], ascending."""
     points = torch.linspace(0.0, 1.0, SUMMARY_POINTS, device=logits.device)
     return _quantiles_of_sorted(torch.sort(logits, dim=0).values, points).t().contiguous()
 
@@ -38,16 +38,15 @@ def update_quantiles(
     Every rank of the data-parallel `group` must call this with records of the same number of micro-batches.
     """
     keys = [(layer, step) for layer in layers for step in range(1, layer.switches.num_routed_steps + 1)]
-    tables = [_summaries(recorder, layer.layer_idx, step) for layer, step in keys]
-    recorded = [position for position, table in enumerate(tables) if table is not None]
+    found = [(key, _summaries(recorder, key[0].layer_idx, key[1])) for key in keys]
+    recorded = [(key, summaries) for key, summaries in found if summaries is not None]
     if not recorded:
         return
-    local = torch.stack([tables[position] for position in recorded])  # [tables, n, 257]
+    local = torch.stack([summaries for _, summaries in recorded])  # [tables, n, 257]
     gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
     dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
     pooled = gathered.view(group.size(), *local.shape)
-    for index, position in enumerate(recorded):
-        layer, step = keys[position]
+    for index, ((layer, step), _) in enumerate(recorded):
         fresh = pool_quantiles(pooled[:, index].reshape(-1, SUMMARY_POINTS))
         row = layer.thinking.logit_quantiles[step - 1]
         # A table of zeros is one that has never been set.

@@ -3,7 +3,7 @@
 Works on megatron-core's fused QKV weight, grouped per key/value head (that group's query heads, then key, then value),
 by slices of it, so that no projection is computed for rows that do not need it. Positions are always the original ones.
 
-Shapes: s whole sequence, b batch, h hidden, k picked, a attention heads and g key/value heads on this rank, d head size.
+Shapes: s whole sequence, b batch, h hidden, k picked; a attention heads, g key/value heads on this rank; d head size.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ class _HostEvent:
 
 def is_installed() -> bool:
     """Whether `install_host_device` ran in this process."""
-    return torch.cuda.current_device is _host_current_device
+    current: object = torch.cuda.current_device
+    return current is _host_current_device
 
 
 def install_host_device() -> None:

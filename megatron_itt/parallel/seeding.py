@@ -13,7 +13,7 @@ from megatron_itt.config.environment import set_cuda_determinism
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     """Seed Python, numpy, torch and megatron-core's tensor-parallel states; needs megatron-core's groups."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries that draw from the legacy state
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     from megatron.core import tensor_parallel
 

@@ -185,25 +185,22 @@ def _validate(run: Run, sinks: Sinks, step: int) -> None:
 
 def _save(run: Run, step: int) -> None:
     trainer, config = run.trainer, run.trainer.config
-    state = new_run_state(
-        config, step=step, data_fingerprint=run.fingerprint, tokenizer_sha256=run.tokenizer_sha256
-    )
+    state = new_run_state(config, step=step, data_fingerprint=run.fingerprint, tokenizer_sha256=run.tokenizer_sha256)
     root = checkpoint_root(run.run_dir)
-    folder = save_checkpoint(
-        _trainer_state(trainer, loading=False), state, root, keep_last=config.checkpoint.keep_last
-    )
+    folder = save_checkpoint(trainer_state(trainer, loading=False), state, root, keep_last=config.checkpoint.keep_last)
     get_logger().info("saved %s", folder)
 
 
 def load_trainer(trainer: Trainer, checkpoint: Path) -> None:
     """Fill model, optimizer and schedule from a checkpoint written under any layout."""
-    loaded = load_sharded_state(_trainer_state(trainer, loading=True), checkpoint)
+    loaded = load_sharded_state(trainer_state(trainer, loading=True), checkpoint)
     load_model_state(trainer.built.chunks, loaded)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     trainer.schedule.load_state_dict(loaded["schedule"])
 
 
-def _trainer_state(trainer: Trainer, *, loading: bool) -> dict[str, object]:
+def trainer_state(trainer: Trainer, *, loading: bool) -> dict[str, object]:
+    """The sharded state of model, optimizer and schedule, to save or to be filled by a load."""
     model_state = sharded_model_state(trainer.built.chunks)
     optimizer_state = sharded_optimizer_state(trainer.optimizer, model_state, loading=loading)
     return {**model_state, "optimizer": optimizer_state, "schedule": trainer.schedule.state_dict()}

@@ -70,7 +70,7 @@ class StepClock:
         """Useful FLOPs per second over the machine's rate; recomputation does not count as useful."""
         if self.peak is None:
             return None
-        per_sequence = 3.0 * forward_flops(self.config.model, self.config.thinking)
+        per_sequence = 3.0 * forward_flops(self.config.model, self.config.thinking).total
         return per_sequence * self.config.batch.global_size / (step_s * self.peak * self.world_size)
 
 

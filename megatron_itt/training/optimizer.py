@@ -81,8 +81,8 @@ def _is_torch_adam(part: Any) -> bool:
 def _keep_step_when_loading(part: Any) -> None:
     """torch's Adam counts steps per tensor, fused Adams per group, which is all that megatron-core saves.
 
-    Its loader sets every state tensor, `step` included, from the file; the count is restored before that from the group,
-    so it is handed back here.
+    Its loader sets every state tensor, `step` included, from the file; the count is restored before that from the
+    group, so it is handed back here.
     """
     set_states = part._set_main_param_and_optimizer_states
 

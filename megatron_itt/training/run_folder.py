@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -60,7 +59,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file in one step."""
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
+    staging.replace(path)
 
 
 def _git_commit() -> str | None:

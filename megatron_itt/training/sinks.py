@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
             kept.append(line + "\n")
     staging = path.with_suffix(".tmp")
     staging.write_text("".join(kept), encoding="utf-8")
-    os.replace(staging, path)
+    staging.replace(path)
 
 
 class _TensorBoardSink:

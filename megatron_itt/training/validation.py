@@ -50,7 +50,7 @@ def validation_lines(record: dict[str, Any]) -> list[str]:
 
 
 def _batches(trainer: Trainer, dataset: Dataset[Any]) -> list[Batch]:
-    """This rank's micro-batches; under interleaving a multiple of the stages, filled up with batches that count nothing."""
+    """This rank's micro-batches; when interleaving a multiple of the stages, filled up with ones that count nothing."""
     place, config = trainer.place, trainer.config
     batches = list(
         validation_batches(

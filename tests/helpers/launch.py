@@ -1,0 +1,48 @@
+"""Run a function on several processes joined by gloo, as torchrun would, and collect what each returns."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from megatron_itt.config.environment import ProcessPlace
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
+    """Call `function(place, *job)` for every job in turn, on all ranks; results[job][rank]. Ranks are started once."""
+    ports = [free_port() for _ in jobs]
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_run_rank, args=(world_size, function, jobs, ports, folder), nprocs=world_size)
+        by_rank = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return [[results[index] for results in by_rank] for index in range(len(jobs))]
+
+
+def _run_rank(
+    rank: int,
+    world_size: int,
+    function: Callable[..., Any],
+    jobs: list[tuple[Any, ...]],
+    ports: list[int],
+    folder: str,
+) -> None:
+    torch.set_num_threads(1)
+    results = []
+    for job, port in zip(jobs, ports, strict=True):
+        place = ProcessPlace(
+            rank=rank, world_size=world_size, local_rank=rank, master_address="127.0.0.1", master_port=port
+        )
+        results.append(function(place, *job))
+    torch.save(results, Path(folder) / f"{rank}.pt")

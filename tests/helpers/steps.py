@@ -1,0 +1,96 @@
+"""A few optimizer steps on made-up tokens under any layout: what parallel tests run on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_itt.config import RunConfig
+from megatron_itt.config.environment import ProcessPlace
+
+NUM_STEPS = 5
+
+
+@dataclass
+class Observed:
+    """What one rank saw: per-step loss and gradient norm, who was picked in the last step, validation loss."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    picks: dict[tuple[int, int], torch.Tensor]
+    quantiles: dict[int, torch.Tensor]
+    validation: float
+
+
+def observe_steps(
+    place: ProcessPlace,
+    config: RunConfig,
+    *,
+    load_from: str | None = None,
+    save_to: str | None = None,
+    steps: tuple[int, int] = (0, NUM_STEPS),
+) -> Observed:
+    """Train from step `steps[0]` to `steps[1]` under the config's layout, optionally from and to a checkpoint."""
+    from megatron_itt.checkpoint.save import save_checkpoint
+    from megatron_itt.checkpoint.state import new_run_state
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.loop import load_trainer, trainer_state
+    from megatron_itt.training.step import train_step, validation_loss
+
+    parallel_place = start_parallel(config, place=place)
+    try:
+        trainer = build_trainer(config, parallel_place)
+        if load_from is not None:
+            load_trainer(trainer, Path(load_from))
+        results = [train_step(trainer, iter(_microbatches(trainer, step))) for step in range(*steps)]
+        validation = validation_loss(trainer, _microbatches(trainer, NUM_STEPS))
+        if save_to is not None:
+            state = new_run_state(config, step=steps[1])
+            save_checkpoint(trainer_state(trainer, loading=False), state, Path(save_to), keep_last=1)
+        layers = trainer.built.thinking_layers()
+        return Observed(
+            losses=[result.loss for result in results],
+            grad_norms=[result.grad_norm for result in results],
+            picks=_picks_of_validation(trainer),
+            quantiles={layer.layer_idx: layer.thinking.logit_quantiles.clone() for layer in layers},
+            validation=validation,
+        )
+    finally:
+        stop_parallel()
+
+
+def _microbatches(trainer: Any, step: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's share of a step's global batch; the batch itself depends on the step alone."""
+    config, place = trainer.config, trainer.place
+    size, micro, length = config.batch.global_size, config.batch.micro, config.model.seq_length
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randint(0, config.model.vocab_size, (size, length + 1), generator=generator)
+    batches = []
+    for microbatch in range(trainer.num_microbatches):
+        first = (microbatch * place.data_parallel_size + place.data_parallel_rank) * micro
+        part = rows[first : first + micro]
+        batches.append(
+            {
+                "tokens": part[:, :-1],
+                "labels": part[:, 1:],
+                "loss_mask": torch.ones(micro, length),
+                "position_ids": torch.arange(length).expand(micro, length),
+            }
+        )
+    return batches
+
+
+def _picks_of_validation(trainer: Any) -> dict[tuple[int, int], torch.Tensor]:
+    """Who thinks, after training, in the first micro-batch of the first data-parallel rank's batch."""
+    from megatron_itt.model.trace import RoutingRecorder
+    from megatron_itt.training.step import _run_schedule
+
+    recorder = RoutingRecorder()
+    batches = _microbatches(trainer, NUM_STEPS)
+    with torch.no_grad(), trainer.built.control.override(recorder=recorder):
+        _run_schedule(trainer, iter(batches), len(batches), forward_only=True, recorder=recorder)
+    return {key[1:]: entry.picked for key, entry in recorder.records.items() if key[0] == 0}

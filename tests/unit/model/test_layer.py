@@ -1,0 +1,147 @@
+"""The thinking model on megatron-core against the slow float64 reference, for every switch of the method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_itt.model.trace import RoutingRecorder
+from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
+from tests.helpers.random_weights import make_weights
+from tests.helpers.reference import reference_forward
+
+# Float64 with exact angles: what remains is the order of summation.
+TOLERANCE = 1e-10
+SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"layers": [0, 3]},
+    {"capacity": [1.0]},
+    {"capacity": [0.05, 1.0]},
+    {"alpha": [0.5, 1.5, -0.7]},
+    {"residual": "replace"},
+    {"residual": "replace", "attend": "selected"},
+    {"routing": "topp", "capacity": [0.9, 0.6, 0.3]},
+    {"routing": "topp", "attend": "selected"},
+    {"routing": "threshold"},
+    {"routing": "threshold", "attend": "selected", "update": "delta"},
+    {"routing": "none"},
+    {"routing": "none", "update": "delta"},
+    {"step_encoding": False},
+    {"gate": "tanh"},
+    {"reweight": "symmetric"},
+    {"reweight": "symmetric", "routing": "threshold"},
+    {"attend": "selected"},
+    {"update": "delta"},
+    {"skip": "literal"},
+    {"skip": "literal", "routing": "topp"},
+    {"kind": "loop", "capacity": [1.0, 1.0, 1.0]},
+    {"kind": "none", "capacity": []},
+]
+
+
+def _name(switches: dict[str, Any]) -> str:
+    return ",".join(f"{key}={value}" for key, value in switches.items()) or "default"
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=_name)
+def test_logits_and_picks_equal_the_reference(switches: dict[str, Any]) -> None:
+    config = tiny_recipe(thinking=switches)
+    weights = make_weights(config.model, config.thinking, seed=1)
+    tokens = random_tokens(config)
+    recorder = RoutingRecorder()
+    with built_model(config, weights=weights) as built:
+        from megatron_itt.model.builder import forward_logits
+
+        built.control.recorder = recorder
+        logits = forward_logits(built, tokens)
+    for row, sequence in enumerate(tokens.tolist()):
+        expected = reference_forward(weights, config.model, config.thinking, sequence)
+        difference = np.abs(logits[row].numpy() - expected["logits"]).max() / np.abs(expected["logits"]).max()
+        assert difference <= TOLERANCE
+        for (layer_idx, step), positions in expected["picks"].items():
+            if config.thinking.routing != "none":
+                picked = recorder.records[0, layer_idx, step].picked[:, row]
+                assert picked.nonzero().flatten().tolist() == positions
+
+
+@pytest.mark.parametrize("budget", [(0.9, 0.1, 0.4), (0.5, 0.0, 0.5), (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize("routing", ["topk", "threshold"])
+def test_a_budget_replaces_the_capacity(budget: tuple[float, ...], routing: str) -> None:
+    config = tiny_recipe()
+    weights = make_weights(config.model, config.thinking, seed=2)
+    tokens = random_tokens(config, batch=1)
+    with built_model(config, weights=weights) as built:
+        from megatron_itt.model.builder import forward_logits
+
+        logits = forward_logits(built, tokens, budget=budget, routing=routing)
+    expected = reference_forward(
+        weights, config.model, config.thinking, tokens[0].tolist(), budget=budget, routing=routing
+    )
+    assert np.abs(logits[0].numpy() - expected["logits"]).max() <= TOLERANCE * np.abs(expected["logits"]).max()
+
+
+def test_one_thinking_step_equals_the_plain_model_bit_for_bit() -> None:
+    tokens = random_tokens(tiny_recipe())
+    outputs = []
+    for thinking in ({"kind": "none", "capacity": []}, {"kind": "itt", "capacity": []}):
+        config = tiny_recipe(thinking=thinking)
+        with built_model(config, dtype=torch.float32) as built:
+            from megatron_itt.model.builder import forward_logits
+
+            outputs.append(forward_logits(built, tokens))
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def test_tokens_not_picked_leave_a_step_unchanged() -> None:
+    config = tiny_recipe(thinking={"capacity": [0.25], "layers": [3]})
+    tokens = random_tokens(config, batch=1)
+    recorder = RoutingRecorder()
+    hidden: list[torch.Tensor] = []
+    with built_model(config, dtype=torch.float32) as built:
+        from megatron_itt.model.builder import forward_logits
+
+        layer = built.chunks[0].decoder.layers[3]
+        layer.register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
+        built.control.recorder = recorder
+        forward_logits(built, tokens)
+        forward_logits(built, tokens, budget=(0.0,))
+    picked = recorder.records[0, 3, 1].picked[:, 0]
+    assert torch.equal(hidden[0][~picked], hidden[1][~picked])
+    assert not torch.equal(hidden[0][picked], hidden[1][picked])
+
+
+def test_gradients_match_finite_differences() -> None:
+    """Picks stay as they are under a perturbation this small, so the loss is smooth around the weights."""
+    config = tiny_recipe(model={"num_layers": 2}, thinking={"capacity": [0.5, 0.5]})
+    weights = make_weights(config.model, config.thinking, seed=3)
+    tokens = random_tokens(config)
+    positions = torch.arange(config.model.seq_length).expand_as(tokens)
+    with built_model(config, weights=weights) as built:
+        chunk = built.chunks[0]
+
+        def loss() -> torch.Tensor:
+            # megatron-core's cross entropy works in float32, too coarse for finite differences.
+            logits = chunk(tokens, positions, None)
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())
+
+        loss().backward()
+        for name in (
+            "decoder.layers.1.thinking.router",
+            "decoder.layers.1.thinking.step_encoding",
+            "decoder.layers.1.self_attention.linear_qkv.weight",
+            "decoder.layers.0.mlp.linear_fc2.weight",
+        ):
+            parameter = dict(chunk.named_parameters())[name]
+            direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+            slope = float((parameter.grad * direction).sum())
+            step = 1e-6
+            with torch.no_grad():
+                parameter += step * direction
+                above = float(loss())
+                parameter -= 2 * step * direction
+                below = float(loss())
+                parameter += step * direction
+            assert slope == pytest.approx((above - below) / (2 * step), rel=1e-6, abs=1e-9), name
