@@ -76,9 +76,9 @@ def build_sample_corpus(
 ) -> dict[str, dict[str, int]]:
     """Write `{domain}/{domain}_{00000}.jsonl.zst` under `output_dir` and return bytes and counts per domain.
 
-    Each row is `{"text": ..., "meta": {"source": ...}}`, with paths relative to the library. `library` and `packages` are
-    this interpreter's standard library and site-packages unless given. An existing corpus made with the same settings
-    is reused. The folder appears at once, when it is complete.
+    Each row is `{"text": ..., "meta": {"source": ...}}`, with paths relative to the library. `library` and `packages`
+    are this interpreter's standard library and site-packages unless given. An existing corpus made with the same
+    settings is reused. The folder appears at once, when it is complete.
     Raises `DataError` when the machine has too little text or `output_dir` holds something else.
     """
     output = Path(output_dir)
