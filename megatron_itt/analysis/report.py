@@ -105,7 +105,7 @@ def _measure_text(export: ExportedModel, text: str, run: RunRecord, problems: li
             facts["passage_message"] = f"The passage could not be traced: {error}"
             problems.append(facts["passage_message"])
     try:
-        facts["sample"] = continue_text(export, first_words(text), export.trained_budget)
+        facts["sample"] = continue_text(export, first_words(text, min(220, export.max_length)), export.trained_budget)
     except IttError as error:
         facts["sample_message"] = f"No sample could be written: {error}"
         problems.append(facts["sample_message"])

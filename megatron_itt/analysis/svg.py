@@ -108,7 +108,7 @@ def format_tick(value: float, ticks: Sequence[float]) -> str:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    if digits and round(step * 10**digits, 6) % 1:
+    if round(step * 10**digits, 6) % 1:
         digits += 1
     return f"{value:,.{digits}f}"
 

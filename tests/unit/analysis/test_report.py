@@ -1,0 +1,159 @@
+"""The page: what it says, that it is safe and self-contained, and that damaged runs still give one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_itt.analysis.collect import read_run
+from megatron_itt.analysis.report import evaluation_tables, measure, passage_budgets, render_report, write_report
+from megatron_itt.analysis.run_charts import budget_table, show_budget, trained_budget_of
+from megatron_itt.analysis.summary import list_versions, short_number, tell_summary
+from megatron_itt.errors import DataError
+from tests.unit.analysis.runs import run_lines, training_line, validation_line, write_run
+from tools.report import main
+
+NASTY = '<script>alert(1)</script> & </span> "quoted" {{ 7 * 7 }} x = a < b\n'
+
+
+class _Links(HTMLParser):
+    """Collects everything that a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+
+
+def _evaluation(path: Path) -> Path:
+    run = {
+        "thinking_budget": [0.5, 0.25],
+        "results": {"heldout_continuation": {"acc,none": 0.5, "acc_stderr,none": 0.05}},
+        "n-shot": {"heldout_continuation": 0},
+    }
+    perplexity = {"budget": [1.0, 1.0], "domain": "code", "loss": 2.0, "loss_stderr": 0.1}
+    perplexity |= {"perplexity": 7.39, "bits_per_byte": 1.0, "num_documents": 3, "num_tokens": 9}
+    results = {"model": "m", "trained_budget": [0.5, 0.25], "versions": {"lm_eval": "0.4.13"}, "runs": [run]}
+    path.write_text(json.dumps({**results, "perplexity": [perplexity]}), encoding="utf-8")
+    return path
+
+
+def test_the_page_tells_what_happened_in_real_figures(run_dir: Path, itt_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    evaluation = _evaluation(tmp_path / "results.json")
+    write_report(run_dir, output_html=output, export_dir=itt_dir, evaluation_json=evaluation, text=NASTY)
+    page = output.read_text(encoding="utf-8")
+    assert "Validation loss fell from 6.092 to 2.243 nats per token when 50/25% of the tokens think again" in page
+    assert "for 20 steps on 20 k tokens of code and docs" in page
+    assert "50.0 \u00b1 5.0" in page
+    assert "0.4.13" in page and "kind: itt" in page
+    assert page.count("<svg") > 8
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+def test_the_page_fetches_nothing(run_dir: Path, itt_dir: Path) -> None:
+    page = render_report(measure(run_dir, export_dir=itt_dir, text="import os"))
+    links = _Links()
+    links.feed(page)
+    assert links.found == ["data:,"]  # the empty icon
+    assert not re.search(r"url\(|@import|https?://", page)
+
+
+def test_text_is_escaped_everywhere(run_dir: Path, itt_dir: Path) -> None:
+    page = render_report(measure(run_dir, export_dir=itt_dir, text=NASTY))
+    assert "<script>alert" not in page
+    assert "49" not in re.findall(r'class="prompt">(.*?)</span>', page, re.DOTALL)[0]
+    assert page.count("<script") == 2  # the data and the code of the page
+
+
+def test_script_data_cannot_end_its_element(run_dir: Path, itt_dir: Path) -> None:
+    page = render_report(measure(run_dir, export_dir=itt_dir, text=NASTY))
+    data = re.findall(r'<script type="application/json" id="routing">(.*?)</script>', page, re.DOTALL)[0]
+    parsed = json.loads(data)
+    assert parsed["layers"] == [1, 3] and parsed["steps"] == 2
+    assert "<" not in data
+    num_tokens = page.count('<span class="t"')
+    assert all(len(step) == num_tokens for trace in parsed["traces"] for layer in trace["picked"] for step in layer)
+
+
+def test_equal_data_gives_equal_bytes(run_dir: Path) -> None:
+    assert render_report(measure(run_dir)) == render_report(measure(run_dir))
+
+
+def test_a_run_with_nan_is_drawn_and_the_defect_told(tmp_path: Path) -> None:
+    lines = [*run_lines(), training_line(21, loss=math.nan)]
+    page = render_report(measure(write_run(tmp_path / "run", lines)))
+    assert "first at step 21" in page
+    assert "<polyline" in page
+    assert "nan" not in page.lower().replace("nanmean", "")
+
+
+def test_an_empty_run_folder_gives_a_page_that_says_so(tmp_path: Path) -> None:
+    page = render_report(measure(tmp_path))
+    assert "metrics.jsonl is missing" in page
+    assert "No loss was logged" in page
+    assert "no validation results" in page
+    assert "No evaluation results were given" in page
+
+
+def test_a_model_without_router_has_a_page_without_passage(tmp_path: Path, llama_dir: Path) -> None:
+    run = write_run(tmp_path / "run", [training_line(1), validation_line(1, (None,))], kind="none")
+    data = measure(run, export_dir=llama_dir, text="import os")
+    page = render_report(data)
+    assert "This model has no router" in page
+    assert data.sample is not None and data.sample.prompt == "import os"
+    assert "a LLaMA transformer" in page and "no routing" in page
+
+
+def test_a_run_without_validation_tells_its_training_loss(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", [training_line(1), training_line(2)]))
+    assert "Training loss went from 5.700 to 5.415" in tell_summary(run, None)
+    assert budget_table(run) is None
+
+
+def test_the_passage_is_traced_at_the_trained_and_the_validated_budgets(run_dir: Path) -> None:
+    budgets = passage_budgets((0.5, 0.25), read_run(run_dir))
+    assert budgets == [(0.25, 0.25), (0.5, 0.25), (1.0, 1.0)]
+    assert passage_budgets((0.5,), read_run(run_dir)) == [(0.5,)]  # those of other lengths do not fit
+
+
+def test_budgets_and_numbers_are_written_for_readers(run_dir: Path) -> None:
+    assert [show_budget(budget) for budget in ((0.5, 0.5), (0.9, 0.7, 0.5), None)] == ["50%", "90/70/50%", "-"]
+    assert [short_number(value) for value in (12.0, 4_915_200, 52.4e9)] == ["12", "4.92 M", "52.4 B"]
+    assert trained_budget_of(read_run(run_dir)) == (0.5, 0.25)
+
+
+def test_versions_of_the_evaluation_are_listed_where_they_differ() -> None:
+    pairs = list_versions({"packages": {"torch": "2.13.0"}}, {"versions": {"torch": "2.13.0", "lm_eval": "0.4.13"}})
+    assert pairs == [("torch", "2.13.0"), ("lm_eval (evaluation)", "0.4.13")]
+
+
+def test_the_papers_rows_stand_beside_its_tasks() -> None:
+    run = {"thinking_budget": None, "results": {"sciq": {"acc,none": 0.7, "acc_stderr,none": 0.01}}}
+    tables = evaluation_tables({"runs": [run]})
+    assert tables[-1].rows[0][:2] == ["this model, no thinking budget", "70.0 \u00b1 1.0"]
+    assert ["paper, LLaMA2 162M", "72.0"] in [row[:2] for row in tables[-1].rows]
+
+
+def test_empty_text_is_refused(run_dir: Path) -> None:
+    with pytest.raises(DataError, match="empty"):
+        measure(run_dir, text=" ")
+
+
+def test_the_command_writes_the_page_and_keeps_an_existing_one(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "deep" / "report.html"
+    arguments = ["--run", str(run_dir), "--output", str(output)]
+    assert main(arguments) == 0
+    assert str(output) in capsys.readouterr().out
+    with pytest.raises(DataError, match="--overwrite"):
+        main(arguments)
+    assert main([*arguments, "--overwrite"]) == 0

@@ -1,0 +1,126 @@
+"""The page in a real headless browser: it runs without an error, colours the tokens, and its controls work."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_itt.analysis.passage import RoutingTrace
+from megatron_itt.analysis.report import ReportData, measure, render_report, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+
+TEXT = "def mean(values):\n    return sum(values) / len(values)\n\n\n<b>bold</b> & caf\u00e9 \u65e5\u672c\n" * 3
+SWITCHES = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--virtual-time-budget=4000", "--enable-logging=stderr", "--v=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, run_dir: Path, itt_dir: Path) -> tuple[Path, ReportData]:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    return path, write_report(run_dir, output_html=path, export_dir=itt_dir, text=TEXT)
+
+
+def _browse(page: str, profile: Path, *arguments: str) -> tuple[str, str]:
+    """Load a page; returns the document after its script ran, and the console messages."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, *SWITCHES, f"--user-data-dir={profile}", *arguments, page]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return done.stdout, console
+
+
+def _steps(document: str) -> list[int]:
+    return [int(steps) for steps in re.findall(r'<span class="t[^"]*" data-steps="(\d+)"', document)]
+
+
+def _trace(data: ReportData, budget: tuple[float, ...]) -> RoutingTrace:
+    assert data.passage is not None
+    return next(trace for trace in data.passage.traces if trace.budget == budget)
+
+
+def test_the_page_runs_without_a_console_message_and_colours_the_tokens(
+    report: tuple[Path, ReportData], tmp_path: Path
+) -> None:
+    path, data = report
+    document, console = _browse(path.as_uri(), tmp_path, "--dump-dom")
+    assert console == ""
+    expected = _trace(data, (0.5, 0.25)).steps_per_token()
+    assert _steps(document) == expected
+    assert sum(steps > 0 for steps in expected) > 0
+    levels = [float(level) for level in re.findall(r'data-steps="\d+" style="--level: ?([\d.]+);?">', document)]
+    assert levels == pytest.approx([steps / 4 for steps in expected], abs=1e-3)
+    assert "extra thinking steps" in document
+
+
+@pytest.mark.parametrize(
+    ("layer", "place", "budget"), [("1", 0, (0.25, 0.25)), ("3", 1, (1.0, 1.0)), ("all", None, (0.25, 0.25))]
+)
+def test_the_address_chooses_layer_and_budget(
+    report: tuple[Path, ReportData], tmp_path: Path, layer: str, place: int | None, budget: tuple[float, ...]
+) -> None:
+    path, data = report
+    address = f"{path.as_uri()}#layer={layer}&budget={budget[0]:g},{budget[1]:g}"
+    document, console = _browse(address, tmp_path, "--dump-dom")
+    assert console == ""
+    assert _steps(document) == _trace(data, budget).steps_per_token(place)
+
+
+def test_a_token_shows_its_steps_and_scores(report: tuple[Path, ReportData], tmp_path: Path) -> None:
+    path, data = report
+    document, _ = _browse(f"{path.as_uri()}#token=3", tmp_path, "--dump-dom")
+    tip = re.findall(r'<div id="tip"[^>]*>(.*?)</table>', document, re.DOTALL)[0]
+    trace = _trace(data, (0.5, 0.25))
+    cells = re.findall(r'<td class="(yes|no)">(.) ([\d.]+)</td>', html.unescape(tip))
+    expected = [
+        ("yes" if step[3] else "no", score[3])
+        for layer, scores in zip(trace.picked, trace.scores, strict=True)
+        for step, score in zip(layer, scores, strict=True)
+    ]
+    assert [(kind, float(score)) for kind, _, score in cells] == [
+        (kind, pytest.approx(score, abs=6e-4)) for kind, score in expected
+    ]
+
+
+def test_unknown_addresses_are_ignored(report: tuple[Path, ReportData], tmp_path: Path) -> None:
+    path, data = report
+    document, console = _browse(f"{path.as_uri()}#layer=99&budget=x&token=abc", tmp_path, "--dump-dom")
+    assert console == ""
+    assert _steps(document) == _trace(data, (0.5, 0.25)).steps_per_token()
+
+
+def test_a_page_of_an_empty_run_runs_too(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    page = tmp_path / "empty.html"
+    page.write_text(render_report(measure(tmp_path / "run")), encoding="utf-8")
+    document, console = _browse(page.as_uri(), tmp_path / "profile", "--dump-dom")
+    assert console == ""
+    assert "Not everything is there" in document
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_nothing_is_wider_than_the_window(report: tuple[Path, ReportData], tmp_path: Path, width: int) -> None:
+    """The page in a frame of the width (a headless window cannot be narrower than 500 pixels)."""
+    path, _ = report
+    script = (
+        "<script>onload = () => { const page = f.contentDocument.documentElement;"
+        " document.title = page.scrollWidth + ' ' + page.clientWidth; }</script>"
+    )
+    frame = path.with_name(f"frame_{width}.html")
+    frame.write_text(
+        f'<iframe id="f" src="{path.name}" style="width:{width}px;height:900px;border:0"></iframe>{script}'
+    )
+    document, _ = _browse(frame.as_uri(), tmp_path, "--dump-dom", "--allow-file-access-from-files")
+    needed, available = map(int, re.findall(r"<title>(\d+) (\d+)</title>", document)[0])
+    assert available > width - 40
+    assert needed <= available
