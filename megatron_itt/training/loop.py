@@ -24,7 +24,7 @@ from megatron_itt.log import configure_logging, get_logger
 from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
 from megatron_itt.training.assemble import Trainer, build_trainer
 from megatron_itt.training.metrics import StepClock, console_line, peak_flops_per_s
-from megatron_itt.training.optimizer import sharded_optimizer_state
+from megatron_itt.training.optimizer import load_optimizer_state, sharded_optimizer_state
 from megatron_itt.training.run_folder import LOG_FILE, is_finished, mark_finished, prepare_run_folder
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import Sinks
@@ -195,7 +195,7 @@ def load_trainer(trainer: Trainer, checkpoint: Path) -> None:
     """Fill model, optimizer and schedule from a checkpoint written under any layout."""
     loaded = load_sharded_state(trainer_state(trainer, loading=True), checkpoint)
     load_model_state(trainer.built.chunks, loaded)
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer_state(trainer.optimizer, loaded["optimizer"])
     trainer.schedule.load_state_dict(loaded["schedule"])
 
 

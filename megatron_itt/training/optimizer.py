@@ -70,6 +70,16 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
     return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(SHARDING))
 
 
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
+    """Put a loaded state into the optimizer."""
+    optimizer.load_state_dict(loaded)
+    for part in _parts(optimizer):
+        if _is_torch_adam(part):
+            # The loader hands one step counter to all tensors, and each would advance it.
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+
 def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
     yield from getattr(optimizer, "chained_optimizers", [optimizer])
 

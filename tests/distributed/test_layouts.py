@@ -1,0 +1,118 @@
+"""Every layout computes what one rank computes: loss, gradient norm, picks, quantiles, and reads any other's checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.launch import run_ranks
+from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
+from tests.helpers.steps import NUM_STEPS, Observed, observe_steps
+
+TOLERANCE = 1e-5  # float32 sums in another order, over five optimizer steps
+THINKING: dict[str, dict[str, Any]] = {
+    "itt": {},
+    "itt_selected": {"attend": "selected", "routing": "topk"},
+    "itt_symmetric": {"reweight": "symmetric"},
+    "itt_threshold": {"routing": "threshold"},
+    "loop": {"kind": "loop", "capacity": [1.0, 1.0, 1.0]},
+    "none": {"kind": "none", "capacity": []},
+}
+
+
+def layouts(world_size: int) -> list[dict[str, Any]]:
+    """All layouts of that many ranks, as recipe sections."""
+    found = []
+    for tensor, pipeline, virtual, sequence in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (False, True)):
+        fits = world_size % (tensor * pipeline) == 0 and 4 % (pipeline * virtual) == 0
+        if fits and not (virtual == 2 and pipeline == 1) and not (sequence and tensor == 1):
+            found.append({"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual, "sequence": sequence})
+    return found
+
+
+def recipe(kind: str, parallel: dict[str, Any], *, distributed: bool = True, overlap: bool = False) -> Any:
+    return tiny_recipe(
+        model={"num_query_groups": 4},
+        thinking=THINKING[kind],
+        parallel=parallel,
+        batch={"global": 8, "micro": 1},
+        optimizer={"distributed": distributed, "overlap_grad_reduce": overlap},
+    )
+
+
+def observe_on_one_rank(kind: str) -> Observed:
+    return observe_steps(ONE_PROCESS, recipe(kind, {}))
+
+
+def assert_same(observed: list[Observed], expected: Observed) -> None:
+    """Every rank reports the same losses and norms, and the ranks together hold the same picks and quantiles."""
+    for rank in observed:
+        assert rank.losses == pytest.approx(expected.losses, rel=TOLERANCE)
+        assert rank.grad_norms == pytest.approx(expected.grad_norms, rel=TOLERANCE)
+        assert rank.validation == pytest.approx(expected.validation, rel=TOLERANCE)
+        for layer_idx, table in rank.quantiles.items():
+            assert (table - expected.quantiles[layer_idx]).abs().max() < 1e-4
+    for key, picked in observed[0].picks.items():
+        assert (picked == expected.picks[key]).all()
+    assert {key for rank in observed for key in rank.picks} == set(expected.picks)
+
+
+REDUCED = [
+    ("itt", {"tensor": 2, "sequence": True}, {}),
+    ("itt", {"tensor": 2}, {}),
+    ("itt", {"pipeline": 2}, {}),
+    ("itt", {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    ("itt", {}, {"overlap": True}),
+    ("itt", {}, {"distributed": False}),
+    ("itt_selected", {"tensor": 2, "sequence": True}, {}),
+    ("itt_symmetric", {"tensor": 2, "sequence": True}, {}),
+    ("itt_threshold", {"tensor": 2, "sequence": True}, {}),
+    ("loop", {"tensor": 2, "sequence": True}, {}),
+    ("none", {"tensor": 2, "sequence": True}, {}),
+]
+
+
+def test_two_ranks_compute_what_one_computes() -> None:
+    expected = {kind: observe_on_one_rank(kind) for kind in THINKING}
+    jobs = [(recipe(kind, parallel, **options),) for kind, parallel, options in REDUCED]
+    for (kind, _, _), observed in zip(REDUCED, run_ranks(2, observe_steps, jobs), strict=True):
+        assert_same(observed, expected[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("kind", ["itt", "loop", "none"])
+def test_every_layout_computes_what_one_rank_computes(kind: str, world_size: int) -> None:
+    expected = observe_on_one_rank(kind)
+    cases = list(itertools.product(layouts(world_size), (True, False)))
+    jobs = [(recipe(kind, parallel, distributed=distributed),) for parallel, distributed in cases]
+    for observed in run_ranks(world_size, observe_steps, jobs):
+        assert_same(observed, expected)
+
+
+def test_a_checkpoint_continues_under_another_layout(tmp_path: Path) -> None:
+    """Saved under TP2 + SP after three steps; the rest is run on one rank, TP2, PP2 and DP2, optimizer included."""
+    whole = observe_on_one_rank("itt")
+    saved = recipe("itt", {"tensor": 2, "sequence": True})
+    run_ranks(2, _save_after_three, [(saved, str(tmp_path))])
+    checkpoint = str(tmp_path / "step_0000003")
+    layouts_to_load = [{"tensor": 2}, {"pipeline": 2}, {}]
+    jobs = [(recipe("itt", parallel), checkpoint) for parallel in layouts_to_load]
+    continued = [ranks[0] for ranks in run_ranks(2, _continue_from, jobs)]
+    continued.append(_continue_from(ONE_PROCESS, recipe("itt", {}), checkpoint))
+    for observed in continued:
+        assert observed.losses == pytest.approx(whole.losses[3:], rel=TOLERANCE)
+        assert observed.grad_norms == pytest.approx(whole.grad_norms[3:], rel=TOLERANCE)
+        assert observed.validation == pytest.approx(whole.validation, rel=TOLERANCE)
+
+
+def _save_after_three(place: Any, config: Any, root: str) -> Observed:
+    return observe_steps(place, config, save_to=root, steps=(0, 3))
+
+
+def _continue_from(place: Any, config: Any, checkpoint: str) -> Observed:
+    return observe_steps(place, config, load_from=checkpoint, steps=(3, NUM_STEPS))
