@@ -1,8 +1,8 @@
 """Which optional NVIDIA packages this machine can really use, and hiding those that would break megatron-core.
 
 TransformerEngine, apex and DALI are optional. megatron-core guards its imports of the first two against ImportError
-alone, so a broken TransformerEngine (RuntimeError at import) or the unrelated `apex` of PyPI stops `import megatron.core`
-or fails much later. So: judge by what works, never by what is installed, and call `hide_unusable_parts` before
+alone, so a broken TransformerEngine (RuntimeError at import) stops `import megatron.core`, and the unrelated `apex` of
+PyPI makes it fail later. So: judge by what works, never by what is installed, and call `hide_unusable_parts` before
 megatron-core is first imported.
 """
 

@@ -1,0 +1,81 @@
+"""tools/doctor.py on this machine, and on machines made worse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_doctor(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`path`: a folder whose modules hide the installed ones."""
+    search = os.pathsep.join([*([str(path)] if path else []), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "tools/doctor.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    done = run_doctor("--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_machine_that_runs_the_tests_is_healthy(report: dict[str, Any]) -> None:
+    assert report["is_healthy"] and report["problems"] == []
+    assert all(package["usable"] and package["version"] for package in report["required"])
+
+
+def test_every_absent_part_costs_one_named_warning(report: dict[str, Any]) -> None:
+    absent = [part for part in report["optional"] if not part["usable"]]
+    for part in absent:
+        assert f"{part['name']}: {part['reason']}. Cost: {part['cost']}" in report["warnings"]
+    assert {"transformer-engine", "apex", "nvidia-dali"} <= {part["name"] for part in report["optional"]}
+
+
+def test_broken_optional_parts_are_warnings_and_exit_code_0(tmp_path: Path) -> None:
+    for module in ("transformer_engine", "matplotlib"):
+        (tmp_path / f"{module}.py").write_text("raise RuntimeError('broken build')", encoding="utf-8")
+    (tmp_path / "apex.py").write_text("", encoding="utf-8")
+    done = run_doctor(path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: transformer-engine: " in done.stdout
+    assert "warning: apex: " in done.stdout
+    assert "warning: matplotlib: installed, but its import fails: RuntimeError: broken build. Cost: " in done.stdout
+    assert done.stdout.splitlines()[-1] == "healthy"
+
+
+def test_a_missing_required_part_is_a_problem_and_exit_code_1(tmp_path: Path) -> None:
+    text = "raise ModuleNotFoundError(\"No module named 'orjson'\", name='orjson')"
+    (tmp_path / "orjson.py").write_text(text, encoding="utf-8")
+    done = run_doctor(path=tmp_path)
+    assert done.returncode == 1
+    assert "problem: orjson: not installed; run make install" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_machine_without_torch_gets_a_diagnosis_too(tmp_path: Path) -> None:
+    text = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+    (tmp_path / "torch.py").write_text(text, encoding="utf-8")
+    done = run_doctor("--json", path=tmp_path)
+    assert done.returncode == 1, done.stderr
+    problems = json.loads(done.stdout)["problems"]
+    assert any(problem.startswith("torch: not installed") for problem in problems)
+
+
+def test_help_shows_an_example() -> None:
+    done = run_doctor("--help")
+    assert done.returncode == 0 and "python tools/doctor.py --json" in done.stdout

@@ -1,0 +1,34 @@
+"""Look at this machine: what is installed, what works, and what is missing and what that costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+
+from megatron_itt.doctor import diagnose, format_diagnosis
+from megatron_itt.log import run_command
+
+EPILOG = """example:
+  python tools/doctor.py --json
+
+Exit code 0: training can work here, warnings aside. 1: something required is missing or broken."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the diagnosis."""
+    parser = argparse.ArgumentParser(
+        prog="doctor.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core warns of the same absences, at length
+        diagnosis = diagnose()
+    print(json.dumps(diagnosis.as_dict(), indent=2) if arguments.json else format_diagnosis(diagnosis))
+    return 0 if diagnosis.is_healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
