@@ -65,10 +65,10 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, options: Expor
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         tokenizer = _add_tokenizer(staging, config, options)
+        special_tokens = {} if tokenizer is None else special_token_ids(tokenizer, config.model.vocab_size)
         parity = None
         if options.check:
             parity = check_parity(built, build_hf_model(settings, state), config, tokenizer)
-        special_tokens = {} if tokenizer is None else special_token_ids(tokenizer, config.model.vocab_size)
         write_configs(staging, settings, dtype=options.dtype, special_tokens=special_tokens)
         files = _write_weights(staging, state, options)
         facts = _card_facts(state, run_state, options.dtype, parity)

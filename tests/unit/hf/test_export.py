@@ -1,0 +1,229 @@
+"""A checkpoint becomes a folder that computes the same, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from megatron_itt.checkpoint.save import save_checkpoint
+from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
+from megatron_itt.config import parse_config
+from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.run import RunConfig
+from megatron_itt.errors import CheckpointError, ExportError
+from megatron_itt.hf import export, parity
+from megatron_itt.hf.export import ExportOptions, export_checkpoint
+from megatron_itt.hf.folder import model_settings
+from megatron_itt.hf.generation import GenerationOptions, generate_text
+from megatron_itt.hf.parity import build_hf_model
+from megatron_itt.hf.weight_map import megatron_to_hf
+from megatron_itt.model.builder import BuiltModel, build_model, forward_logits
+from megatron_itt.parallel.groups import start_parallel, stop_parallel
+
+ROOT = Path(__file__).resolve().parents[3]
+ITT = {"kind": "itt", "capacity": [0.5, 0.5, 0.4], "alpha": [1.0, 0.7, 1.3]}
+
+
+@pytest.fixture(autouse=True)
+def leave_the_job() -> Iterator[None]:
+    """Each test starts process groups of one; the next one needs a clean process."""
+    yield
+    stop_parallel()
+
+
+def _config(run_dir: Path, thinking: dict[str, Any], **model: Any) -> RunConfig:
+    shape = {"hidden_size": 48, "ffn_hidden_size": 40, "num_layers": 3, "num_attention_heads": 4}
+    recipe = {
+        "model": {**shape, "num_query_groups": 2, "vocab_size": 300, "seq_length": 64, **model},
+        "thinking": thinking,
+        "schedule": {"steps": 10},
+        "batch": {"global": 2, "micro": 1},
+        "precision": {"dtype": "fp32"},
+        "runtime": {"device": "cpu"},
+        "logging": {"run_dir": str(run_dir)},
+    }
+    return parse_config(recipe, source="test")
+
+
+def _awaken(built: BuiltModel) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator)
+
+    with torch.no_grad():
+        for name, parameter in built.chunks[0].named_parameters():
+            if name.endswith("step_encoding"):
+                parameter.copy_(normal(parameter) * 0.3 + 0.5)
+            elif parameter.dim() > 1:
+                parameter.copy_(normal(parameter) * 0.2)
+        for name, buffer in built.chunks[0].named_buffers():
+            if name.endswith("logit_quantiles"):
+                buffer.copy_(normal(buffer).sort(dim=1).values)
+
+
+def _start(config: RunConfig, dtype: torch.dtype = torch.float32) -> BuiltModel:
+    place = ProcessPlace(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)
+    start_parallel(config, place=place)
+    built = build_model(config, dtype=dtype, device=torch.device("cpu"))
+    built.chunks[0].eval()
+    _awaken(built)
+    return built
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """A function that trains nothing but writes a checkpoint as training does; returns the run folder."""
+
+    def write(thinking: dict[str, Any], **model: Any) -> Path:
+        run_dir = tmp_path / "run"
+        config = _config(run_dir, thinking, **model)
+        built = _start(config)
+        state = new_run_state(config, step=10, data_fingerprint="abc")
+        save_checkpoint(sharded_model_state(built.chunks), state, run_dir / "checkpoints", keep_last=1)
+        stop_parallel()
+        return run_dir
+
+    return write
+
+
+SWITCHES: list[dict[str, Any]] = [
+    {"kind": "loop", "capacity": [1.0, 1.0]},
+    ITT,
+    ITT | {"attend": "selected"},
+    ITT | {"residual": "replace"},
+    ITT | {"routing": "none"},
+    ITT | {"routing": "topp"},
+    ITT | {"routing": "threshold"},
+    ITT | {"step_encoding": False},
+    ITT | {"gate": "tanh"},
+    ITT | {"update": "delta"},
+    ITT | {"attend": "selected", "reweight": "symmetric"},
+    ITT | {"attend": "selected", "skip": "literal"},
+    {"kind": "itt", "capacity": [1.0]},
+    {"kind": "itt", "capacity": []},
+]
+
+
+@pytest.mark.parametrize("thinking", SWITCHES, ids=str)
+def test_logits_equal_the_training_model_in_float64(thinking: dict[str, Any], tmp_path: Path) -> None:
+    config = _config(tmp_path, thinking)
+    built = _start(config, torch.float64)
+    state = {name: value for name, value in built.chunks[0].state_dict().items() if isinstance(value, torch.Tensor)}
+    hf_model = build_hf_model(model_settings(config.model, config.thinking), megatron_to_hf(state, config.model))
+    hf_model.to(torch.float64)
+    tokens = torch.randint(0, 300, (2, 50), generator=torch.Generator().manual_seed(0))
+    for routing, budget in parity._routing_cases(config, hf_model):
+        expected = forward_logits(built, tokens, budget=budget, routing=routing)
+        given = {} if routing is None else {"routing": routing, "thinking_budget": budget}
+        with torch.no_grad():
+            logits = hf_model(tokens, **given).logits
+        # Float64 on both sides: only the order of sums may differ.
+        assert float((logits - expected).abs().max() / expected.abs().max()) <= 1e-10
+
+
+def test_an_exported_folder_is_complete_and_continues_text(
+    checkpoint: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    output = tmp_path / "hf"
+    report = export_checkpoint(checkpoint(ITT), output, ExportOptions(tokenizer=str(tokenizer_dir)))
+    assert report.parity is not None and report.parity.max_relative_difference <= 1e-5
+    assert {"README.md", "config.json", "model.safetensors", "modeling_itt.py", "tokenizer.json"} <= {
+        path.name for path in output.iterdir()
+    }
+    assert not list(tmp_path.glob(".hf.*"))
+    assert "| data fingerprint | `abc` |" in (output / "README.md").read_text()
+    options = GenerationOptions(budget=[0.5, 0.0, 1.0], max_new_tokens=5, show_thinking=True)
+    generated = generate_text(output, "def f", options)
+    assert len(generated.thinking) == 10
+    assert [token.prompt for token in generated.thinking] == [True] * 5 + [False] * 5
+    assert all(1 <= sum(token.steps) <= 2 and len(token.steps) == 1 for token in generated.thinking)
+    assert generated.text == generate_text(output, "def f", options).text
+    for bad, message in (
+        (GenerationOptions(budget=[0.5]), "thinking_budget"),
+        (GenerationOptions(max_new_tokens=0), ""),
+    ):
+        with pytest.raises(ExportError, match=message):
+            generate_text(output, "def f", bad)
+
+
+def test_a_baseline_export_is_a_stock_llama(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    output = tmp_path / "hf"
+    report = export_checkpoint(checkpoint({"kind": "none"}), output, ExportOptions(with_tokenizer=False))
+    assert report.parity is not None and report.parity.max_relative_difference <= 1e-5
+    assert isinstance(LlamaForCausalLM.from_pretrained(output), LlamaForCausalLM)
+    assert not list(output.glob("*.py"))
+
+
+def test_a_tied_bf16_export_in_shards_keeps_thresholds_in_float32(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "hf"
+    options = ExportOptions(dtype="bfloat16", with_tokenizer=False, max_shard_bytes=30_000)
+    report = export_checkpoint(checkpoint(ITT, tie_embeddings=True), output, options)
+    assert len(report.weight_files) > 1
+    tensors = {name: tensor for file in report.weight_files for name, tensor in load_file(output / file).items()}
+    assert "lm_head.weight" not in tensors
+    assert tensors["model.layers.1.thinking.logit_quantiles"].dtype == torch.float32
+    assert tensors["model.layers.1.thinking.router"].dtype == torch.bfloat16
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_a_wrong_mapping_is_caught_and_leaves_nothing(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = checkpoint(ITT)
+
+    def swap_gate_and_up(state: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+        mapped = megatron_to_hf(state, model)
+        gate, up = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+        return mapped | {gate: mapped[up], up: mapped[gate]}
+
+    monkeypatch.setattr(export, "megatron_to_hf", swap_gate_and_up)
+    with pytest.raises(ExportError, match="parity check failed"):
+        export_checkpoint(run_dir, tmp_path / "hf", ExportOptions(with_tokenizer=False))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="exists already"):
+        export_checkpoint(tmp_path / "none", tmp_path)
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export_checkpoint(tmp_path / "none", tmp_path / "hf")
+
+
+def test_an_export_without_any_tokenizer_needs_to_be_asked_for(
+    checkpoint: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    run_dir = checkpoint(ITT, vocab_size=200)
+    with pytest.raises(ExportError, match=r"no data\.tokenizer"):
+        export_checkpoint(run_dir, tmp_path / "hf")
+    stop_parallel()
+    with pytest.raises(ExportError, match=r"257 tokens but model\.vocab_size is 200"):
+        export_checkpoint(run_dir, tmp_path / "hf", ExportOptions(tokenizer=str(tokenizer_dir)))
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("tool", ["export_hf", "generate"])
+def test_the_commands_explain_themselves_and_refuse_nonsense_in_one_line(tool: str, tmp_path: Path) -> None:
+    helped = subprocess.run([sys.executable, f"tools/{tool}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert helped.returncode == 0 and "example: python tools/" in helped.stdout
+    places = {"export_hf": ["--checkpoint", str(tmp_path / "x"), "--output", str(tmp_path / "y")]}
+    arguments = places.get(tool, ["--model", str(tmp_path / "x"), "--prompt", "hello"])
+    failed = subprocess.run([sys.executable, f"tools/{tool}.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: ")

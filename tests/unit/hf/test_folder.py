@@ -1,0 +1,95 @@
+"""What an exported folder says: config, remote code, tokenizer, model card."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from megatron_itt.config.model import ModelConfig, ThinkingConfig
+from megatron_itt.errors import ExportError
+from megatron_itt.hf import folder as folder_module
+from megatron_itt.hf.folder import REMOTE_CODE_FILES, copy_tokenizer, model_settings, special_token_ids, write_configs
+from megatron_itt.hf.model_card import CardFacts, render_card
+from megatron_itt.hf.remote_code.configuration_itt import THINKING_DEFAULTS, ITTConfig
+
+SHAPE = ModelConfig(hidden_size=64, ffn_hidden_size=96, num_layers=4, num_attention_heads=4, num_query_groups=2)
+ITT = ThinkingConfig(kind="itt", capacity=(0.5, 0.25))
+REMOTE_CODE = Path(folder_module.__file__).parent / "remote_code"
+
+
+def test_a_thinking_config_survives_the_folder(tmp_path: Path) -> None:
+    write_configs(tmp_path, model_settings(SHAPE, ITT), dtype="bfloat16", special_tokens={"eos_token_id": 3})
+    config = ITTConfig.from_pretrained(tmp_path)
+    assert (config.hidden_size, config.num_key_value_heads, config.eos_token_id) == (64, 2, 3)
+    assert set(config.thinking) == set(THINKING_DEFAULTS)
+    assert (config.thinking["layers"], config.thinking["capacity"]) == ([1, 3], [0.5, 0.25])
+    assert config.thinking["alpha"] == [1.0, 1.0]
+    assert {path.name for path in tmp_path.glob("*.py")} == set(REMOTE_CODE_FILES)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 3
+
+
+def test_a_model_that_never_thinks_again_is_a_stock_llama_without_code(tmp_path: Path) -> None:
+    write_configs(tmp_path, model_settings(SHAPE, ThinkingConfig()), dtype="float32", special_tokens={})
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config).__name__ == "LlamaConfig"
+    assert (config.intermediate_size, config.rms_norm_eps, config.tie_word_embeddings) == (96, 1e-5, False)
+    assert not list(tmp_path.glob("*.py"))
+
+
+def test_remote_code_imports_torch_transformers_and_its_own_files_only() -> None:
+    assert {path.name for path in REMOTE_CODE.glob("*.py")} == {*REMOTE_CODE_FILES, "__init__.py"}
+    own = {name.removesuffix(".py") for name in REMOTE_CODE_FILES}
+    for name in REMOTE_CODE_FILES:
+        for node in ast.walk(ast.parse((REMOTE_CODE / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in own, name
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                roots = {str(module).split(".")[0] for module in modules}
+                assert roots <= {"__future__", "collections", "dataclasses", "torch", "transformers", "typing"}, name
+
+
+def test_the_tokenizer_is_copied_in_a_form_that_transformers_4_knows(tokenizer_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "export"
+    target.mkdir()
+    copy_tokenizer(tokenizer_dir, target)
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer.decode(tokenizer("two words")["input_ids"]) == "two words"
+    assert special_token_ids(tokenizer, 300) == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer_dir: Path) -> None:
+    with pytest.raises(ExportError, match=r"has 257 tokens but model\.vocab_size is 256"):
+        special_token_ids(AutoTokenizer.from_pretrained(tokenizer_dir), 256)
+
+
+def test_a_folder_without_tokenizer_files_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tokenizer_dir)
+    tokenizer_dir.mkdir()
+    with pytest.raises(ExportError, match="holds no tokenizer files"):
+        copy_tokenizer(tokenizer_dir, tmp_path)
+
+
+def test_the_card_states_the_training_facts() -> None:
+    facts = CardFacts(
+        recipe="466m_itt_x4",
+        step=50000,
+        consumed_tokens=52_428_800_000,
+        data_fingerprint="abc123",
+        num_parameters=466_000_000,
+        dtype="bfloat16",
+        parity="logits within 1.0e-06 (float32)",
+    )
+    card = render_card(model_settings(SHAPE, ITT), facts)
+    for expected in ("466m_itt_x4", "50,000 steps, 52,428,800,000 tokens", "abc123", "thinking_budget=[0.5, 0.25]"):
+        assert expected in card
+    plain = render_card(model_settings(SHAPE, ThinkingConfig()), facts)
+    assert "thinking_budget" not in plain and "trust_remote_code" not in plain
+    assert card.startswith("---\nlibrary_name: transformers\n")
