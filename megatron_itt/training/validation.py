@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,19 +14,15 @@ from megatron_itt.data.loader import validation_batches
 from megatron_itt.training.assemble import Trainer
 from megatron_itt.training.step import Batch, validation_loss
 
-ALL_DOMAINS = "all"
-
 
 def run_validation(trainer: Trainer, datasets: Mapping[str, Dataset[Any]], step: int) -> dict[str, Any]:
-    """Mean loss and perplexity of every domain at every budget; `all` is the mean over all held-out tokens."""
+    """Mean loss (nats per token) and perplexity of every domain at every budget."""
     entries = []
     batches = {domain: _batches(trainer, dataset) for domain, dataset in datasets.items()}
-    weights = {domain: _num_tokens(parts) for domain, parts in batches.items()}
     for budget in validation_budgets(trainer.config):
-        losses = {domain: validation_loss(trainer, parts, budget=budget) for domain, parts in batches.items()}
-        losses[ALL_DOMAINS] = sum(losses[name] * weights[name] for name in batches) / sum(weights.values())
-        for domain, loss in losses.items():
-            shares = None if budget is None else list(budget)
+        shares = None if budget is None else list(budget)
+        for domain, parts in batches.items():
+            loss = validation_loss(trainer, parts, budget=budget)
             entries.append({"budget": shares, "domain": domain, "loss": loss, "perplexity": _perplexity(loss)})
     return {"step": step, "validation": entries}
 
@@ -39,14 +35,17 @@ def validation_budgets(config: RunConfig) -> list[tuple[float, ...] | None]:
 
 
 def validation_lines(record: dict[str, Any]) -> list[str]:
-    """A validation record for people: one line per budget."""
-    by_budget: dict[str, list[str]] = {}
+    """A validation record for people: one line per budget, the mean over domains last."""
+    by_budget: dict[str, list[tuple[str, float]]] = {}
     for entry in record["validation"]:
         budget = "" if entry["budget"] is None else " at " + "/".join(f"{share:g}" for share in entry["budget"])
-        by_budget.setdefault(budget, []).append(f"{entry['domain']} {entry['loss']:.4f}")
-    return [
-        f"step {record['step']} | validation loss{budget} | " + " | ".join(parts) for budget, parts in by_budget.items()
-    ]
+        by_budget.setdefault(budget, []).append((entry["domain"], entry["loss"]))
+    lines = []
+    for budget, losses in by_budget.items():
+        mean = sum(loss for _, loss in losses) / len(losses)
+        domains = " | ".join(f"{domain} {loss:.4f}" for domain, loss in [*losses, ("mean", mean)])
+        lines.append(f"step {record['step']} | validation loss{budget} | {domains}")
+    return lines
 
 
 def _batches(trainer: Trainer, dataset: Dataset[Any]) -> list[Batch]:
@@ -64,10 +63,6 @@ def _batches(trainer: Trainer, dataset: Dataset[Any]) -> list[Batch]:
         empty = {**batches[0], "loss_mask": torch.zeros_like(batches[0]["loss_mask"])}
         batches += [empty] * (-len(batches) % config.parallel.pipeline)
     return batches
-
-
-def _num_tokens(batches: Sequence[Batch]) -> float:
-    return float(sum(batch["loss_mask"].sum().item() for batch in batches))
 
 
 def _perplexity(loss: float) -> float:
