@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,22 +114,15 @@ def find_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> 
     raise AssertionError("arrays differ but no text does")
 
 
-@lru_cache(maxsize=4)
-def _cached_engine(tokenizer_path: str, sha256: str, name: str) -> Engine:
-    from megatron_itt.data.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(tokenizer_path)
-    assert tokenizer.sha256 == sha256, f"{tokenizer_path} changed"
-    return HuggingFaceEngine(tokenizer) if name == "hf" else GigatokenEngine(tokenizer)
-
-
 def choose_engine(tokenizer: Tokenizer, name: str) -> Engine:
     """The engine called `name`; `auto` takes gigatoken where it is installed and agrees with the reference."""
     if name not in ENGINES:
         raise ConfigError(f"--tokenizer-engine is {name!r}; choose one of {', '.join(ENGINES)}")
-    if name != "auto":
-        return _cached_engine(tokenizer.path, tokenizer.sha256, name)
+    if name == "hf":
+        return HuggingFaceEngine(tokenizer)
+    if name == "gigatoken":
+        return GigatokenEngine(tokenizer)
     try:
-        return _cached_engine(tokenizer.path, tokenizer.sha256, "gigatoken")
+        return GigatokenEngine(tokenizer)
     except DataError:
-        return _cached_engine(tokenizer.path, tokenizer.sha256, "hf")
+        return HuggingFaceEngine(tokenizer)

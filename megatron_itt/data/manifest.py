@@ -42,7 +42,7 @@ class Manifest:
     def identity(self) -> str:
         """Hash of the dataset's content, the same wherever it lies and whenever it was made."""
         sources = [[source["size"], source["sha256"]] for source in self.sources]
-        options = {key: value for key, value in self.options.items() if key != "engine"}
+        options = {key: value for key, value in self.options.items() if not key.startswith("engine")}
         content = [self.tokenizer["sha256"], options, sources, self.documents, self.tokens, self.idx_sha256]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_itt import __version__
 from megatron_itt.data.documents import file_sha256
-from megatron_itt.data.engine import choose_engine
+from megatron_itt.data.engine import Engine, choose_engine
 from megatron_itt.data.indexed import bin_path, idx_path, token_dtype
 from megatron_itt.data.manifest import Manifest, check_sizes, manifest_content, manifest_path, read_manifest
 from megatron_itt.data.merge import Shard, merge_shards, rejected_path, write_rejected
@@ -74,7 +73,8 @@ def preprocess(options: PreprocessOptions) -> Outcome:
     started = time.monotonic()
     tokenizer = load_tokenizer(options.tokenizer)
     _check_options(options, tokenizer)
-    encoding = _encoding_options(options, tokenizer)
+    engine = choose_engine(tokenizer, options.engine)
+    encoding = _encoding_options(options, tokenizer, engine)
     sources = find_sources(options.inputs)
     existing = _existing_output(options.output_prefix, encoding, sources)
     if existing is not None:
@@ -84,7 +84,11 @@ def preprocess(options: PreprocessOptions) -> Outcome:
         _claim(folder, encoding, resume=options.resume)
         tasks = plan_shards(sources, encoding, folder, options.shard_bytes)
         shards = _make_shards(tasks, options)
-        manifest = _publish(options, tokenizer, encoding, shards, folder, started)
+        _check_rejections(options, folder, shards)
+        idx_sha256 = merge_shards(options.output_prefix, folder, shards, token_dtype(tokenizer.vocab_size))
+        seconds = round(time.monotonic() - started, 3)
+        manifest = _describe(options.output_prefix, tokenizer, encoding, shards, idx_sha256=idx_sha256, seconds=seconds)
+        write_json_atomically(manifest_path(options.output_prefix), manifest_content(manifest))
     shutil.rmtree(folder)
     return Outcome(manifest=manifest, reused=False)
 
@@ -102,11 +106,12 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"--output-prefix is {options.output_prefix!r}; give a path that ends in a file name")
 
 
-def _encoding_options(options: PreprocessOptions, tokenizer: Tokenizer) -> EncodingOptions:
+def _encoding_options(options: PreprocessOptions, tokenizer: Tokenizer, engine: Engine) -> EncodingOptions:
     return EncodingOptions(
         tokenizer=tokenizer.path,
         tokenizer_sha256=tokenizer.sha256,
-        engine=choose_engine(tokenizer, options.engine).name,
+        engine=engine.name,
+        engine_version=engine.version,
         text_key=options.text_key,
         append_eod=options.append_eod,
         append_bos=options.append_bos,
@@ -234,54 +239,55 @@ def _make_shards(tasks: Sequence[ShardTask], options: PreprocessOptions) -> list
     return [(task, records[idx]) for idx, task in enumerate(tasks)]
 
 
-def _publish(
-    options: PreprocessOptions,
-    tokenizer: Tokenizer,
-    encoding: EncodingOptions,
-    shards: Sequence[Shard],
-    folder: Path,
-    started: float,
-) -> Manifest:
-    prefix = options.output_prefix
-    records = [record for _, record in shards]
-    documents = sum(record.documents for record in records)
-    rejected = sum(record.rejected for record in records)
-    write_rejected(prefix, folder, shards)
+def _check_rejections(options: PreprocessOptions, folder: Path, shards: Sequence[Shard]) -> None:
+    """List what was rejected, and refuse the whole when it is too much or leaves nothing."""
+    documents = sum(record.documents for _, record in shards)
+    rejected = sum(record.rejected for _, record in shards)
+    write_rejected(options.output_prefix, folder, shards)
     if rejected > options.max_bad_fraction * (documents + rejected):
         raise DataError(
             f"{rejected} of {documents + rejected} lines give no document, more than --max-bad-fraction "
-            f"{options.max_bad_fraction}; see {rejected_path(prefix)}, mend the input or raise the limit"
+            f"{options.max_bad_fraction}; see {rejected_path(options.output_prefix)}, mend the input or raise the limit"
         )
     if documents == 0:
-        raise DataError(f"the inputs of {prefix} contain no document; check --input, --text-key and --min-length")
-    dtype = token_dtype(tokenizer.vocab_size)
-    idx_sha256 = merge_shards(prefix, folder, shards, dtype)
-    engine = choose_engine(tokenizer, encoding.engine)
-    manifest = Manifest(
+        raise DataError(
+            f"the inputs of {options.output_prefix} contain no document; check --input, --text-key and --min-length"
+        )
+
+
+def _describe(
+    prefix: str,
+    tokenizer: Tokenizer,
+    encoding: EncodingOptions,
+    shards: Sequence[Shard],
+    *,
+    idx_sha256: str,
+    seconds: float,
+) -> Manifest:
+    records = [record for _, record in shards]
+    return Manifest(
         version=__version__,
         tokenizer={
             "path": tokenizer.path,
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
-            "engine": engine.name,
-            "engine_version": engine.version,
+            "engine": encoding.engine,
+            "engine_version": encoding.engine_version,
         },
         options={key: value for key, value in asdict(encoding).items() if key != "tokenizer"},
         sources=_merge_segments(records),
-        documents=documents,
+        documents=sum(record.documents for record in records),
         tokens=sum(record.tokens for record in records),
-        rejected=rejected,
+        rejected=sum(record.rejected for record in records),
         too_short=sum(record.too_short for record in records),
         text_bytes=sum(record.text_bytes for record in records),
-        dtype=dtype.name,
-        bin_bytes=os.path.getsize(bin_path(prefix)),  # noqa: PTH202
-        idx_bytes=os.path.getsize(idx_path(prefix)),  # noqa: PTH202
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        bin_bytes=bin_path(prefix).stat().st_size,
+        idx_bytes=idx_path(prefix).stat().st_size,
         idx_sha256=idx_sha256,
-        wall_seconds=round(time.monotonic() - started, 3),
+        wall_seconds=seconds,
     )
-    write_json_atomically(manifest_path(prefix), manifest_content(manifest))
-    return manifest
 
 
 def _merge_segments(records: Sequence[ShardRecord]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_itt.config.environment import disable_tokenizer_threads
 from megatron_itt.data.documents import DocumentReader, Rejection
-from megatron_itt.data.engine import Engine, choose_engine, find_difference
+from megatron_itt.data.engine import Engine, HuggingFaceEngine, choose_engine, find_difference
 from megatron_itt.data.indexed import token_dtype
 from megatron_itt.data.sources import Segment
 from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,7 +31,7 @@ _BATCH_CHARS = 1 << 19
 _BATCH_DOCUMENTS = 1024
 _CRC_CHUNK = 1 << 22
 _CHECK_INTERVAL_BATCHES = 4
-_CHECK_MAX_CHARS = 1 << 16
+_CHECK_MAX_CHARS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class EncodingOptions:
     tokenizer: str
     tokenizer_sha256: str
     engine: str = "hf"
+    engine_version: str = ""
     text_key: str = "text"
     append_eod: bool = True
     append_bos: bool = False
@@ -195,12 +196,15 @@ class _ShardWriter:
         return text_bytes, len(flat)
 
     def _check_engine(self, texts: list[str]) -> None:
-        """Re-encode a few documents with the reference tokenizer; a difference stops the run."""
+        """Re-encode a document with the reference tokenizer now and then; a difference stops the run."""
         self._num_batches += 1
         if self.engine.name == "hf" or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
             return
-        sample = [text for text in texts[:4] if len(text) <= _CHECK_MAX_CHARS]
-        different = find_difference(self.engine, choose_engine(self.tokenizer, "hf"), sample)
+        begin = self._num_batches * 7 % len(texts)  # not always the first of its batch
+        sample = next((text for text in texts[begin:] + texts[:begin] if len(text) <= _CHECK_MAX_CHARS), None)
+        if sample is None:
+            return
+        different = find_difference(self.engine, HuggingFaceEngine(self.tokenizer), [sample])
         if different is not None:
             raise DataError(
                 f"tokenizer engine {self.engine.name} {self.engine.version} encodes the document {different!r} unlike "
