@@ -20,6 +20,7 @@ from megatron_itt.errors import DataError
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
+ALL_DOMAINS = "all"  # the validation entry over all held-out tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +83,11 @@ def read_run(run_dir: Path | str) -> RunRecord:
     )
 
 
-def mean_over_domains(points: Sequence[ValidationPoint]) -> float:
-    """Mean loss of validation points with equal weight per domain; NaN without any."""
-    return sum(point.loss for point in points) / len(points) if points else math.nan
+def overall_loss(points: Sequence[ValidationPoint]) -> float:
+    """Loss over all domains: the point of the domain "all", else the mean with equal weights; NaN without any."""
+    whole = [point.loss for point in points if point.domain == ALL_DOMAINS]
+    losses = whole or [point.loss for point in points]
+    return sum(losses) / len(losses) if losses else math.nan
 
 
 def _read_metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
@@ -133,7 +136,7 @@ def _validation_points(lines: Sequence[dict[str, Any]], problems: list[str]) -> 
                 num_broken += 1
                 continue
             budget = None if row.get("budget") is None else tuple(float(share) for share in row["budget"])
-            domain = str(row.get("domain", "all"))
+            domain = str(row.get("domain", ALL_DOMAINS))
             perplexity = row.get("perplexity")
             found[(line["step"], budget, domain)] = ValidationPoint(
                 step=line["step"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from megatron_itt.analysis.collect import RunRecord, ValidationPoint, mean_over_domains
+from megatron_itt.analysis.collect import ALL_DOMAINS, RunRecord, ValidationPoint, overall_loss
 from megatron_itt.analysis.svg import NUM_STYLES, Chart, Series, draw_chart, draw_key
 
 Budget = tuple[float, ...]
@@ -119,18 +119,18 @@ def budget_figures(run: RunRecord) -> list[Figure]:
         by_budget = {point.budget: point.perplexity for point in final if point.domain == domain}
         points = [(float(idx), by_budget[budget]) for idx, budget in enumerate(budgets) if budget in by_budget]
         chart = Chart(
-            title=f"Perplexity of {domain} by thinking budget",
-            x_label="share of tokens that think at each routed step",
+            title=f"Perplexity by thinking budget, {domain}",
+            x_label="tokens that think at each step",
             y_label="perplexity",
             series=[Series(name=domain, points=points, style=place % (NUM_STYLES - 1), markers=True)],
             categories=[show_budget(budget) for budget in budgets],
         )
-        figures.append(draw_figure(chart, heading=f"Perplexity of {domain}", num_columns=max(2, len(domains))))
+        figures.append(draw_figure(chart, heading=f"Perplexity, {domain}", num_columns=max(2, len(domains))))
     return figures
 
 
 def budget_table(run: RunRecord) -> Table | None:
-    """Perplexity per budget and domain after the last validation, and the mean loss; None without validation."""
+    """Perplexity per budget and domain after the last validation, and the overall loss; None without validation."""
     final = run.final_validation()
     if not final:
         return None
@@ -142,13 +142,14 @@ def budget_table(run: RunRecord) -> Table | None:
         name = show_budget(budget) if budget is not None else "no routing"
         name += " (as trained)" if budget is not None and budget == trained else ""
         cells = [f"{by_domain[domain]:,.3f}" if domain in by_domain else "-" for domain in domains]
-        rows.append([name, *cells, f"{mean_over_domains(points):.4f}"])
-    header = ["thinking budget", *(f"perplexity, {domain}" for domain in domains), "mean loss (nats)"]
+        rows.append([name, *cells, f"{overall_loss(points):.4f}"])
+    header = ["thinking budget", *(f"perplexity, {domain}" for domain in domains), "loss over all (nats)"]
     return Table(header=header, rows=rows)
 
 
 def _domains(points: Sequence[ValidationPoint]) -> list[str]:
-    return sorted({point.domain for point in points})
+    """Domains by name, the one over all of them last."""
+    return sorted({point.domain for point in points}, key=lambda domain: (domain == ALL_DOMAINS, domain))
 
 
 def _budgets(points: Sequence[ValidationPoint]) -> list[Budget | None]:

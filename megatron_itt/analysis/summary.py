@@ -6,20 +6,20 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_itt.analysis.collect import RunRecord, is_finite, mean_over_domains
+from megatron_itt.analysis.collect import ALL_DOMAINS, RunRecord, is_finite, overall_loss
 from megatron_itt.analysis.run_charts import Budget, main_budget, show_budget, trained_budget_of
 
 _KINDS = {"itt": "an Inner Thinking Transformer", "loop": "a looped transformer", "none": "a LLaMA transformer"}
 
 
 def validation_ends(run: RunRecord) -> tuple[float, float] | None:
-    """Mean validation loss over domains at the main budget, at the first and at the last validated step."""
+    """Validation loss over all domains at the main budget, at the first and at the last validated step."""
     budget = main_budget(run)
     points = [point for point in run.validation if point.budget == budget]
     steps = sorted({point.step for point in points})
     if not steps:
         return None
-    first, last = (mean_over_domains([p for p in points if p.step == step]) for step in (steps[0], steps[-1]))
+    first, last = (overall_loss([p for p in points if p.step == step]) for step in (steps[0], steps[-1]))
     return first, last
 
 
@@ -99,8 +99,8 @@ def _what_was_trained(run: RunRecord, num_parameters: int | None) -> str:
         amount = f" for {last['step']:,} steps"
         if is_finite(last.get("consumed_tokens")):
             amount += f" on {short_number(last['consumed_tokens'])} tokens"
-    domains = sorted({point.domain for point in run.validation})
-    text = f" of {_join(domains)}" if amount and domains and domains != ["all"] else ""
+    domains = sorted({point.domain for point in run.validation} - {ALL_DOMAINS})
+    text = f" of {_join(domains)}" if amount and domains else ""
     return f"The run {run.name} trained {subject}{size}{layers}{amount}{text}."
 
 
@@ -109,7 +109,7 @@ def _tell_budgets(run: RunRecord) -> list[str]:
     budgets = sorted({point.budget for point in final if point.budget is not None}, key=sum)
     if len(budgets) < 2:
         return []
-    losses = {budget: mean_over_domains([p for p in final if p.budget == budget]) for budget in budgets}
+    losses = {budget: overall_loss([p for p in final if p.budget == budget]) for budget in budgets}
     least, most = budgets[0], budgets[-1]
     best = min(budgets, key=lambda budget: losses[budget])
     told = (

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from megatron_itt.errors import EvaluationError
+from megatron_itt.hf.load import open_export
 
 Budget = tuple[float, ...]
 
@@ -90,20 +90,14 @@ def load_export(folder: Path | str, *, device: str = "auto", dtype: str = "auto"
     """Load an export folder for inference.
 
     `device`: "auto" is the GPU if there is one. `dtype`: "auto" is the saved one on a GPU and float32 on the CPU.
+    Raises EvaluationError for a folder that lacks something, ExportError for a damaged one.
     """
     folder = Path(folder).resolve()
     config = read_export_config(folder)
     place = _resolve_device(device)
     kind = "float32" if dtype == "auto" and place == "cpu" else dtype
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), trust_remote_code=True, use_safetensors=True, dtype=kind
-        )
-    except Exception as error:  # transformers raises many kinds for a damaged folder: all of them are about this folder
-        reason = " ".join(str(error).split())[:300]
-        raise EvaluationError(f"cannot load {folder}: {type(error).__name__}: {reason}; export it again") from error
-    model = model.to(place).eval()
+    model, tokenizer = open_export(folder, dtype=kind)
+    model = model.to(place)
     if len(tokenizer) > model.config.vocab_size:
         raise EvaluationError(
             f"tokenizer in {folder} has {len(tokenizer)} entries but the model {model.config.vocab_size}; use the "

@@ -117,11 +117,11 @@ def _measure(
 def run_harness(
     export: ExportedModel, plan: TaskPlan, *, budget: Budget | None, limit: int | None = None, batch_size: int = 8
 ) -> dict[str, Any]:
-    """One pass of the harness over the planned tasks; returns its results object with `thinking_budget` added."""
+    """One pass of the harness over the planned tasks; returns its results object, with two entries of ours in front."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet_harness(), thinking_at(export.model, budget) as model:
+    with _quiet_harness(), _counted_truncations() as counter, thinking_at(export.model, budget) as model:
         wrapped = HFLM(pretrained=model, tokenizer=export.tokenizer, batch_size=batch_size)
         outcome = lm_eval.simple_evaluate(
             model=wrapped,
@@ -134,7 +134,8 @@ def run_harness(
         )
     assert outcome is not None, "lm-eval returns results on rank 0, and there is only one rank"
     plain = json.loads(json.dumps(outcome, default=str))
-    return {"thinking_budget": None if budget is None else list(budget), **plain}
+    own = {"thinking_budget": None if budget is None else list(budget), "num_truncated_requests": counter.count}
+    return {**own, **plain}
 
 
 class TaskPlan:
@@ -295,6 +296,29 @@ def _quiet_harness() -> Iterator[None]:
     try:
         yield
     finally:
+        logger.setLevel(level)
+
+
+class _TruncationCounter(logging.Filter):
+    """Counts the harness' messages about cut prompts instead of showing thousands of them."""
+
+    count = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.count += "Truncating" in record.getMessage()
+        return record.levelno >= logging.ERROR
+
+
+@contextmanager
+def _counted_truncations() -> Iterator[_TruncationCounter]:
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level, counter = logger.level, _TruncationCounter()
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(counter)
+    try:
+        yield counter
+    finally:
+        logger.removeFilter(counter)
         logger.setLevel(level)
 
 

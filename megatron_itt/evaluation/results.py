@@ -1,7 +1,7 @@
 """Results of an evaluation: the JSON file, merging, and the Markdown table. Measuring is `harness.py`.
 
 `results.json` is {"model", "trained_budget", "versions", "runs": [...]}; each run is a results object of the harness
-(keys results, configs, versions, n-shot, ...) with `thinking_budget` added. `perplexity` is a list of measurements.
+(keys results, configs, versions, n-shot, ...) with two entries added, `thinking_budget` and `num_truncated_requests`.
 """
 
 from __future__ import annotations
@@ -86,11 +86,21 @@ def scores_of(run: dict[str, Any]) -> list[dict[str, Any]]:
                     "metric": metric,
                     "value": float(value),
                     "stderr": float(stderr) if isinstance(stderr, int | float) else None,
-                    "num_fewshot": run.get("n-shot", {}).get(task),
+                    "num_fewshot": _num_fewshot(run, task),
                     "num_samples": run.get("n-samples", {}).get(task, {}).get("effective"),
                 }
             )
     return rows
+
+
+def _num_fewshot(run: dict[str, Any], task: str) -> int | None:
+    """Examples in the prompt of a task; of a group, those of its first member."""
+    while task not in run.get("n-shot", {}):
+        members = run.get("group_subtasks", {}).get(task)
+        if not members:
+            return None
+        task = members[0]
+    return int(run["n-shot"][task])
 
 
 def format_score(value: float | None, stderr: float | None, metric: str) -> str:
@@ -119,12 +129,24 @@ def markdown_report(results: dict[str, Any]) -> str:
     if results.get("limit"):
         parts += [f"Only the first {results['limit']} records of each task were used.", ""]
     if results["runs"]:
+        parts += _tell_truncation(results)
         parts += ["## Tasks (mean +/- standard error; accuracies in percent)", "", *_score_table(results), ""]
     if results.get("perplexity"):
         parts += ["## Perplexity on held-out text", "", *_perplexity_table(results), ""]
     if any(paper_score(PAPER_ROWS[0], row["task"]) is not None for run in results["runs"] for row in scores_of(run)):
         parts += ["## Beside the paper (Table 1; accuracy in percent)", "", *_paper_table(results), ""]
     return "\n".join(parts)
+
+
+def _tell_truncation(results: dict[str, Any]) -> list[str]:
+    most = max(run.get("num_truncated_requests", 0) for run in results["runs"])
+    if not most:
+        return []
+    return [
+        f"{most:,} requests were longer than the model's context and lost their beginning (the first examples of a "
+        "few-shot prompt).",
+        "",
+    ]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 BUDGETS = ([0.25, 0.25], [0.5, 0.25], [1.0, 1.0])
-DOMAINS = ("code", "docs")
+DOMAINS = ("code", "docs", "all")
 
 
 def training_line(step: int, **changes: Any) -> dict[str, Any]:

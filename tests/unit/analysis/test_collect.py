@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.analysis.collect import mean_over_domains, read_run
+from megatron_itt.analysis.collect import overall_loss, read_run
 from megatron_itt.errors import DataError
 from tests.unit.analysis.runs import run_lines, training_line, validation_line, write_run
 
@@ -17,7 +17,7 @@ def test_a_whole_run_is_read_without_problems(run_dir: Path) -> None:
     assert run.problems == []
     assert [step for step, _ in run.series("loss")] == list(range(1, 21))
     assert {point.step for point in run.validation} == {0, 20}
-    assert len(run.final_validation()) == 6
+    assert len(run.final_validation()) == 9
     assert run.recipe["thinking"]["kind"] == "itt"
     assert run.environment["packages"]["torch"] == "2.13.0"
 
@@ -40,7 +40,7 @@ def test_a_validation_loss_that_is_no_number_is_reported(tmp_path: Path) -> None
     broken = validation_line(20)
     broken["validation"][0]["loss"] = math.nan
     run = read_run(write_run(tmp_path / "run", [training_line(1), broken]))
-    assert len(run.final_validation()) == 5
+    assert len(run.final_validation()) == 8
     assert "1 point(s)" in run.problems[0]
 
 
@@ -74,7 +74,10 @@ def test_a_missing_run_folder_is_an_error(tmp_path: Path) -> None:
         read_run(tmp_path / "nowhere")
 
 
-def test_the_mean_weighs_domains_equally(run_dir: Path) -> None:
+def test_the_overall_loss_is_that_of_all_or_else_the_mean(run_dir: Path) -> None:
     points = [point for point in read_run(run_dir).final_validation() if point.budget == (0.5, 0.25)]
-    assert mean_over_domains(points) == pytest.approx(sum(point.loss for point in points) / 2)
-    assert math.isnan(mean_over_domains([]))
+    whole = next(point for point in points if point.domain == "all")
+    assert overall_loss(points) == whole.loss
+    points.remove(whole)
+    assert overall_loss(points) == pytest.approx(sum(point.loss for point in points) / 2)
+    assert math.isnan(overall_loss([]))

@@ -101,6 +101,22 @@ def test_every_budget_is_a_run_and_the_harness_alone_gives_the_same_scores(
     assert perplexities[0] == pytest.approx(expected, rel=1e-6)
 
 
+def test_prompts_beyond_the_context_are_counted(
+    llama_dir: Path, documents: dict[str, list[str]], tmp_path: Path
+) -> None:
+    settings = HeldoutSettings(num_last_word=5, num_continuation=5, num_context_characters=900)
+    write_heldout_tasks(documents, tmp_path / "tasks", settings)
+    request = EvaluationRequest(
+        model=llama_dir,
+        output=tmp_path / "out",
+        tasks=["heldout_last_word"],
+        task_dirs=[tmp_path / "tasks"],
+        device="cpu",
+    )
+    (run,) = evaluate_export(request)["runs"]
+    assert run["num_truncated_requests"] == 5
+
+
 def test_an_existing_output_is_kept_unless_overwriting(llama_dir: Path, task_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

@@ -74,7 +74,15 @@ def test_our_row_stands_under_the_papers_columns() -> None:
 def test_members_of_a_group_are_left_out_of_the_table() -> None:
     run = _run(None, mmlu=(0.25, 0.01), mmlu_law=(0.2, 0.05))
     run["group_subtasks"] = {"mmlu": ["mmlu_law"]}
-    assert [row["task"] for row in scores_of(run)] == ["mmlu"]
+    del run["n-shot"]["mmlu"]
+    run["n-shot"]["mmlu_law"] = 5
+    assert [(row["task"], row["num_fewshot"]) for row in scores_of(run)] == [("mmlu", 5)]
+
+
+def test_cut_prompts_are_told() -> None:
+    run = {**_run(None, sciq=(0.25, 0.01)), "num_truncated_requests": 1234}
+    assert "1,234 requests were longer" in markdown_report(_results(run))
+    assert "longer than" not in markdown_report(_results(_run(None, sciq=(0.25, 0.01))))
 
 
 @pytest.mark.parametrize(
