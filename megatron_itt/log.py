@@ -36,8 +36,20 @@ def configure_logging(*, rank: int = 0, log_file: str | None = None) -> logging.
 
 
 def silence_known_warnings() -> None:
-    """Hide what megatron-core says at import about parts that are not installed: tools/doctor.py says it better."""
-    for message in ("Transformer Engine and Apex", "Apex is not installed", "full scope is deprecated"):
+    """Hide warnings of megatron-core that a user can do nothing about.
+
+    Missing optional parts are reported by tools/doctor.py, with what they cost; the rest is its use of older torch calls.
+    """
+    for message in (
+        "Transformer Engine and Apex",
+        "Apex is not installed",
+        "full scope is deprecated",
+        "`torch.distributed",
+        "`load_state_dict` is deprecated",
+        "When using sequence parallelism",
+        "When using async grad allreduce",
+        "The .grad attribute of a Tensor that is not a leaf",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -1,0 +1,54 @@
+"""What may change between a checkpoint and the run that continues from it, and what may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_itt.checkpoint.compatibility import check_resumable
+from megatron_itt.checkpoint.state import new_run_state
+from megatron_itt.errors import CheckpointError
+from tests.helpers.one_rank import tiny_recipe
+
+
+def check(*, fingerprint: str = "data", **sections: Any) -> None:
+    state = new_run_state(tiny_recipe(), step=3, data_fingerprint="data")
+    check_resumable(state, tiny_recipe(**sections), data_fingerprint=fingerprint)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"parallel": {"tensor": 2, "sequence": True}},
+        {"batch": {"global": 4, "micro": 1}},
+        {"thinking": {"capacity": [0.7, 0.7, 0.7]}},
+        {"thinking": {"routing": "threshold"}},
+        {"optimizer": {"learning_rate": 1e-4}},
+    ],
+)
+def test_layouts_budgets_and_rates_may_change(sections: dict[str, Any]) -> None:
+    check(**sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [
+        ({"model": {"hidden_size": 64}}, "model.hidden_size was 32 and is now 64"),
+        ({"thinking": {"capacity": [0.5]}}, "3 routed steps and now has 1"),
+        ({"thinking": {"kind": "loop", "capacity": [1.0, 1.0, 1.0]}}, "thinking.kind was 'itt' and is now 'loop'"),
+        ({"thinking": {"layers": [0]}}, "thinking.layers"),
+        ({"batch": {"global": 8}}, "batch.global was 4 and is now 8"),
+        ({"schedule": {"steps": 9}}, "schedule.steps was 5 and is now 9"),
+    ],
+)
+def test_another_architecture_or_order_of_samples_is_refused(sections: dict[str, Any], part: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check(**sections)
+    assert part in str(caught.value)
+
+
+def test_changed_data_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="data fingerprint"):
+        check(fingerprint="other")

@@ -1,0 +1,51 @@
+"""Rules that need the number of processes, and switches that exclude each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_itt.config.check import find_layout_problems
+from megatron_itt.errors import ConfigError
+from tests.helpers.one_rank import tiny_recipe
+
+
+def test_a_world_size_that_the_degrees_do_not_divide_is_named() -> None:
+    config = tiny_recipe(parallel={"tensor": 2, "pipeline": 2})
+    assert find_layout_problems(config, 4) == []
+    (problem,) = find_layout_problems(config, 6)
+    for part in ("world size is 6", "2 * 2 = 4", "multiple of 4"):
+        assert part in problem
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_named() -> None:
+    (problem,) = find_layout_problems(tiny_recipe(), 4)  # global 4, micro 2: at most two data-parallel ranks
+    for part in ("batch.global is 4", "2 * 4 = 8", "multiple of 8"):
+        assert part in problem
+
+
+def test_interleaving_needs_a_multiple_of_the_stages() -> None:
+    config = tiny_recipe(parallel={"pipeline": 2, "virtual_pipeline": 2}, batch={"global": 6, "micro": 2})
+    (problem,) = find_layout_problems(config, 2)
+    assert "multiple of parallel.pipeline = 2" in problem
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"skip": "literal", "reweight": "symmetric"},
+        {"routing": "none", "attend": "selected"},
+        {"routing": "none", "reweight": "symmetric"},
+        {"residual": "replace", "update": "delta"},
+    ],
+)
+def test_switches_that_exclude_each_other_are_refused(switches: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="thinking"):
+        tiny_recipe(thinking=switches)
+
+
+def test_every_other_layer_starts_with_the_second() -> None:
+    config = tiny_recipe(model={"num_layers": 8})
+    assert config.thinking.layer_indices(8) == (1, 3, 5, 7)
+    assert config.thinking.num_steps == 4

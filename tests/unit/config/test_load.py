@@ -1,0 +1,116 @@
+"""Recipes: merging, overrides, and one clear message for everything that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_itt.config import dump_config, load_config, parse_config
+from megatron_itt.config.load import config_to_yaml
+from megatron_itt.errors import ConfigError
+from tests.helpers.one_rank import tiny_recipe
+
+
+def write(folder: Path, name: str, data: dict[str, Any]) -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return path
+
+
+def plain() -> dict[str, Any]:
+    return dump_config(tiny_recipe())
+
+
+def test_a_child_replaces_single_keys_of_its_base(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", plain())
+    child = write(tmp_path, "child.yaml", {"base": "base.yaml", "schedule": {"steps": 77}})
+    config = load_config(child)
+    assert config.schedule.steps == 77
+    assert config.schedule.warmup_steps == 1
+    assert config.model.hidden_size == 32
+
+
+def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    config = load_config(path, ["optimizer.learning_rate=3e-4", "thinking.capacity=[0.5]", "batch.global=8"])
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.thinking.capacity == (0.5,)
+    assert config.batch.global_size == 8
+
+
+def test_the_printed_config_is_the_config(tmp_path: Path) -> None:
+    config = tiny_recipe()
+    path = tmp_path / "printed.yaml"
+    path.write_text(config_to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert parse_config(dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("thinking.capcity=[0.5]", ["thinking.capcity", "did you mean thinking.capacity?"]),
+        ("thinkin.kind=itt", ["unknown key thinkin", "did you mean thinking?"]),
+        ("thinking.capacity=[1.4]", ["thinking.capacity.0", "1.4", "less than or equal to 1"]),
+        ("thinking.capacity=[0.0]", ["thinking.capacity.0", "greater than 0"]),
+        ("thinking.capacity=[0.01]", ["rounds to zero", "0.01"]),
+        ("thinking.layers=[1, 9]", ["contains 9", "num_layers is 4", "0 to 3"]),
+        ("thinking.layers=[1, 1]", ["contains 1 twice"]),
+        ("thinking.alpha=[1.0]", ["thinking.alpha has 1 values", "3 routed steps"]),
+        ("thinking.kind=loop", ["thinking.kind is loop", "use 1.0"]),
+        ("thinking.kind=none", ["thinking.capacity", "kind is none"]),
+        ("model.hidden_size=big", ["model.hidden_size", "big", "valid integer"]),
+        ("model.hidden_size=true", ["model.hidden_size", "true", "valid integer"]),
+        ("model.num_query_groups=3", ["num_query_groups is 3", "num_attention_heads = 4"]),
+        ("schedule.steps=1.5", ["schedule.steps", "1.5"]),
+        ("parallel.tensor=3", ["parallel.tensor is 3", "does not divide"]),
+        ("parallel.tensor=4", ["parallel.tensor is 4", "num_query_groups = 2"]),
+        ("parallel.sequence=true", ["parallel.sequence is true", "parallel.tensor is 1"]),
+        ("parallel.pipeline=3", ["does not divide", "num_layers is 4"]),
+        ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline is 2", "parallel.pipeline is 1"]),
+        ("validation.budgets=[[0.5]]", ["validation.budgets[0] has 1 shares", "3 routed steps"]),
+        ("precision.parts=best", ["precision.parts", "best", "'auto' or 'native'"]),
+        ("nonsense", ["section.key=value"]),
+        ("schedule=5", ["section.key=value"]),
+    ],
+)
+def test_bad_settings_are_named_with_the_rule(tmp_path: Path, override: str, parts: list[str]) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["thinking.layers=[9, 9]", "parallel.sequence=true", "schedule.warmup_steps=99"])
+    for part in ("contains 9", "twice", "parallel.sequence", "warmup_steps"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("- a list", "mapping of sections"), ("model: 5", "section must be a mapping"), ("a: [", "not valid YAML")],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=part):
+        load_config(path)
+
+
+def test_a_missing_recipe_and_a_base_of_a_base(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "absent.yaml")
+    write(tmp_path, "grand.yaml", plain())
+    write(tmp_path, "base.yaml", {"base": "grand.yaml"})
+    child = write(tmp_path, "child.yaml", {"base": "base.yaml"})
+    with pytest.raises(ConfigError, match="a base recipe cannot have a base"):
+        load_config(child)
