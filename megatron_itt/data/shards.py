@@ -23,6 +23,7 @@ from megatron_itt.config.environment import disable_tokenizer_threads
 from megatron_itt.data.documents import DocumentReader, Rejection
 from megatron_itt.data.engine import Engine, HuggingFaceEngine, choose_engine, find_difference
 from megatron_itt.data.indexed import token_dtype
+from megatron_itt.data.long_texts import bound_memory
 from megatron_itt.data.sources import Segment
 from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.errors import DataError
@@ -125,7 +126,7 @@ def _tools(path: str, sha256: str, engine: str) -> tuple[Tokenizer, Engine]:
     tokenizer = load_tokenizer(path)
     if tokenizer.sha256 != sha256:
         raise DataError(f"tokenizer {path} changed while its data was being written; run the command again")
-    return tokenizer, choose_engine(tokenizer, engine)
+    return tokenizer, bound_memory(choose_engine(tokenizer, engine), tokenizer)
 
 
 class _ShardWriter:

@@ -1,0 +1,72 @@
+"""Very long documents, encoded piece by piece with exactly the ids of the whole: bounds memory on huge lines.
+
+A byte-level BPE splits text into words before it merges, and never merges across words. A line feed between a printable
+ASCII character and an ASCII letter is a word of its own both inside a text and at the end of one, so a text may be cut
+behind it. Tokenizers of another kind get their texts whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_itt.data.engine import Encoded, Engine
+from megatron_itt.data.tokenizer import Tokenizer
+
+LONG_CHARS = 1 << 20
+PIECE_CHARS = 1 << 18
+_CUT = re.compile(r"[!-~]\n(?=[A-Za-z])")
+
+
+class PiecewiseEngine:
+    """An engine that cuts long texts before another engine encodes them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.name = engine.name
+        self.version = engine.version
+        self._engine = engine
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Ids of all texts [total] and ids per text [texts]."""
+        if all(len(text) <= LONG_CHARS for text in texts):
+            return self._engine.encode(texts)
+        parts: list[np.ndarray] = []
+        lengths: list[int] = []
+        for text in texts:
+            pieces = [self._engine.encode([piece])[0].astype(np.uint32) for piece in cut(text)]
+            parts += pieces
+            lengths.append(sum(map(len, pieces)))
+        return np.concatenate(parts), np.array(lengths, dtype=np.int64)
+
+
+def bound_memory(engine: Engine, tokenizer: Tokenizer) -> Engine:
+    """The engine, made piecewise where the tokenizer allows it."""
+    return PiecewiseEngine(engine) if may_be_cut(tokenizer) else engine
+
+
+def may_be_cut(tokenizer: Tokenizer) -> bool:
+    """Whether texts may be cut behind a line feed: byte-level words, nothing that looks across them."""
+    content = json.loads(tokenizer.backend.to_str())
+    words = content.get("pre_tokenizer") or {}
+    plain = (
+        words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words.get("add_prefix_space", True)
+    )
+    across = any("\n" in token["content"] or token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
+    return bool(plain) and content.get("normalizer") is None and not across
+
+
+def cut(text: str) -> list[str]:
+    """Pieces of at least `PIECE_CHARS` characters (the last may be shorter) that together are the text."""
+    pieces = []
+    begin = 0
+    while len(text) - begin > LONG_CHARS:
+        match = _CUT.search(text, begin + PIECE_CHARS)
+        if match is None:
+            break
+        pieces.append(text[begin : match.end()])
+        begin = match.end()
+    pieces.append(text[begin:])
+    return pieces
