@@ -72,11 +72,13 @@ def read_run(run_dir: Path | str) -> RunRecord:
     training = _training_lines(lines, problems)
     validation = _validation_points(lines, problems)
     recipe_text = _read_text(run_dir / RECIPE_FILE, problems)
+    recipe = _parse_recipe(recipe_text, problems)
+    _check_finished(recipe, training, problems)
     return RunRecord(
         name=run_dir.resolve().name,
         training=training,
         validation=validation,
-        recipe=_parse_recipe(recipe_text, problems),
+        recipe=recipe,
         recipe_text=recipe_text,
         environment=_read_environment(run_dir / ENVIRONMENT_FILE, problems),
         problems=problems,
@@ -166,6 +168,13 @@ def _parse_recipe(text: str, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{RECIPE_FILE} is not valid YAML ({' '.join(str(error).split())[:120]}).")
         return {}
     return recipe if isinstance(recipe, dict) else {}
+
+
+def _check_finished(recipe: dict[str, Any], training: Sequence[dict[str, Any]], problems: list[str]) -> None:
+    schedule = recipe.get("schedule")
+    wanted = schedule.get("steps") if isinstance(schedule, dict) else None
+    if training and isinstance(wanted, int) and training[-1]["step"] < wanted:
+        problems.append(f"The run has not finished: it stands at step {training[-1]['step']:,} of {wanted:,}.")
 
 
 def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:

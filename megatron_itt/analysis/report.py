@@ -47,9 +47,9 @@ class ReportData:
     run: RunRecord
     num_parameters: int | None = None
     passage: PassageTrace | None = None
-    passage_message: str = "No export and no text were given, so no passage was traced."
+    passage_message: str = ""
     sample: Sample | None = None
-    sample_message: str = "No export and no text were given, so nothing was written."
+    sample_message: str = ""
     evaluation: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -69,8 +69,12 @@ def write_report(
     data = measure(run_dir, export_dir=export_dir, evaluation_json=evaluation_json, text=text)
     output_html.parent.mkdir(parents=True, exist_ok=True)
     partial = output_html.with_name(output_html.name + ".partial")
-    partial.write_text(render_report(data), encoding="utf-8")
-    partial.replace(output_html)
+    try:
+        partial.write_text(render_report(data), encoding="utf-8")
+        partial.replace(output_html)
+    except OSError:  # a full disk, for one: leave nothing behind
+        partial.unlink(missing_ok=True)
+        raise
     return data
 
 
@@ -84,7 +88,8 @@ def measure(
     evaluation = read_results(evaluation_json) if evaluation_json is not None else None
     problems = list(run.problems)
     if export_dir is None:
-        return ReportData(run=run, evaluation=evaluation, problems=problems)
+        told = "No export was given, so no model was run."
+        return ReportData(run=run, evaluation=evaluation, problems=problems, passage_message=told, sample_message=told)
     export = load_export(export_dir)
     facts: dict[str, Any] = {"num_parameters": sum(weight.numel() for weight in export.model.parameters())}
     if text is None:

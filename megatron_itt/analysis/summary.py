@@ -30,8 +30,10 @@ def tell_summary(run: RunRecord, num_parameters: int | None) -> str:
     if ends is not None:
         budget = main_budget(run)
         at = "" if budget is None else f" when {_share_phrase(budget)}"
-        verb = "fell" if ends[1] < ends[0] else "went"
-        sentences.append(f"Validation loss {verb} from {ends[0]:.3f} to {ends[1]:.3f} nats per token{at}.")
+        change = f"{'fell' if ends[1] < ends[0] else 'went'} from {ends[0]:.3f} to {ends[1]:.3f}"
+        if len({point.step for point in run.validation}) == 1:
+            change = f"at step {run.validation[0].step:,}, the only one validated, was {ends[0]:.3f}"
+        sentences.append(f"Validation loss {change} nats per token{at}.")
     elif run.training:
         first, last = run.training[0]["loss"], run.training[-1]["loss"]
         sentences.append(f"Training loss went from {first:.3f} to {last:.3f} nats per token; nothing was validated.")

@@ -76,7 +76,11 @@ def evaluate_export(request: EvaluationRequest) -> dict[str, Any]:
     results = {"model": name, **measured}
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write_results(results, partial)
+    try:
+        write_results(results, partial)
+    except OSError:  # a full disk, for one: leave nothing behind
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)

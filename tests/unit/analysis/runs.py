@@ -40,12 +40,15 @@ def run_lines(num_steps: int = 20) -> list[dict[str, Any]]:
     return [*lines, validation_line(num_steps)]
 
 
-def write_run(folder: Path, lines: list[dict[str, Any]] | None = None, *, kind: str = "itt") -> Path:
+def write_run(
+    folder: Path, lines: list[dict[str, Any]] | None = None, *, kind: str = "itt", num_steps: int = 1
+) -> Path:
     """Write metrics.jsonl, recipe.yaml and environment.json."""
     folder.mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in (run_lines() if lines is None else lines))
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-    recipe = {"model": {"num_layers": 4}, "thinking": {"kind": kind, "capacity": [0.5, 0.25]}}
+    recipe: dict[str, Any] = {"model": {"num_layers": 4}, "thinking": {"kind": kind, "capacity": [0.5, 0.25]}}
+    recipe["schedule"] = {"steps": num_steps}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     environment = {"python": "3.11", "packages": {"torch": "2.13.0"}, "git_hash": "abc"}
     (folder / "environment.json").write_text(json.dumps(environment), encoding="utf-8")

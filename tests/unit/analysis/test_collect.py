@@ -53,6 +53,12 @@ def test_a_line_cut_by_an_interrupt_is_left_out(tmp_path: Path) -> None:
     assert "1 unreadable line(s)" in run.problems[0]
 
 
+def test_a_run_that_has_not_finished_says_so(tmp_path: Path) -> None:
+    assert read_run(write_run(tmp_path / "run", num_steps=20)).problems == []
+    (problem,) = read_run(write_run(tmp_path / "long", num_steps=50)).problems
+    assert "step 20 of 50" in problem
+
+
 def test_every_missing_file_is_named(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     told = " ".join(run.problems)

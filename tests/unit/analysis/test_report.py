@@ -112,6 +112,11 @@ def test_a_model_without_router_has_a_page_without_passage(tmp_path: Path, llama
     assert "a LLaMA transformer" in page and "no routing" in page
 
 
+def test_a_run_with_one_validation_claims_no_fall(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", [validation_line(0), training_line(1)]))
+    assert "Validation loss at step 0, the only one validated, was 6.393 nats" in tell_summary(run, None)
+
+
 def test_a_run_without_validation_tells_its_training_loss(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [training_line(1), training_line(2)]))
     assert "Training loss went from 5.700 to 5.415" in tell_summary(run, None)
@@ -145,6 +150,15 @@ def test_the_papers_rows_stand_beside_its_tasks() -> None:
 def test_empty_text_is_refused(run_dir: Path) -> None:
     with pytest.raises(DataError, match="empty"):
         measure(run_dir, text=" ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
+def test_a_full_disk_leaves_no_page_and_no_part_of_one(run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    output.with_name("report.html.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_report(run_dir, output_html=output)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_writes_the_page_and_keeps_an_existing_one(
