@@ -23,9 +23,9 @@ def free_port() -> int:
 
 def run_ranks(world_size: int, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
     """Call `function(place, *job)` for every job in turn, on all ranks; results[job][rank]. Ranks are started once."""
-    ports = [free_port() for _ in jobs]
+    jobs_at = [(free_port(), job) for job in jobs]
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_run_rank, args=(world_size, function, jobs, ports, folder), nprocs=world_size)
+        multiprocessing.spawn(_run_rank, args=(world_size, function, jobs_at, folder), nprocs=world_size)
         by_rank = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
     return [[results[index] for results in by_rank] for index in range(len(jobs))]
 
@@ -34,13 +34,12 @@ def _run_rank(
     rank: int,
     world_size: int,
     function: Callable[..., Any],
-    jobs: list[tuple[Any, ...]],
-    ports: list[int],
+    jobs_at: list[tuple[int, tuple[Any, ...]]],
     folder: str,
 ) -> None:
     torch.set_num_threads(1)
     results = []
-    for job, port in zip(jobs, ports, strict=True):
+    for port, job in jobs_at:
         place = ProcessPlace(
             rank=rank, world_size=world_size, local_rank=rank, master_address="127.0.0.1", master_port=port
         )
