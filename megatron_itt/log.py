@@ -38,7 +38,7 @@ def configure_logging(*, rank: int = 0, log_file: str | None = None) -> logging.
 def silence_known_warnings() -> None:
     """Hide warnings of megatron-core that a user can do nothing about.
 
-    Missing optional parts are reported by tools/doctor.py, with what they cost; the rest is its use of older torch calls.
+    Missing optional parts are reported by tools/doctor.py, with what they cost; the rest is use of older torch calls.
     """
     for message in (
         "Transformer Engine and Apex",
@@ -56,8 +56,8 @@ def silence_known_warnings() -> None:
 def run_command(main: Callable[[], int]) -> int:
     """Run a command's `main` and turn its errors into exit codes.
 
-    Returns what `main` returns; 2 after a one-line message for bad input (`IttError`), 1 for a full disk, and
-    130 for an interrupt from the keyboard. Any other exception is a bug and keeps its traceback.
+    Returns what `main` returns; 2 after a one-line message for bad input (`IttError`) or a full disk, and 130 for an
+    interrupt from the keyboard. Any other exception is a bug and keeps its traceback.
     """
     try:
         return main()
@@ -75,4 +75,4 @@ def run_command(main: Callable[[], int]) -> int:
             "command again",
             file=sys.stderr,
         )
-        return 1
+        return 2

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_itt.checkpoint.layout import prune, publish, staging_path
+from megatron_itt.checkpoint.layout import checkpoint_name, prune, publish, staging_path
 from megatron_itt.checkpoint.state import RunState, write_run_state
+from megatron_itt.errors import CheckpointError
 
 
 def save_checkpoint(sharded_state: dict[str, Any], state: RunState, root: Path, *, keep_last: int) -> Path:
@@ -24,12 +29,26 @@ def save_checkpoint(sharded_state: dict[str, Any], state: RunState, root: Path, 
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(sharded_state, str(staging), validate_access_integrity=True)
+    try:
+        dist_checkpointing.save(sharded_state, str(staging), validate_access_integrity=True)
+        dist.barrier()
+        if is_main:
+            write_run_state(state, staging)
+            publish(root, state.step)
+            prune(root, keep_last)
+    except (Exception, CheckpointException) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not _is_full_disk(error):
+            raise
+        raise CheckpointError(
+            f"no space left to save step {state.step} in {root}; the earlier checkpoints are intact; free space and "
+            "run the same command again"
+        ) from error
     dist.barrier()
-    final = staging.parent / staging.name.removeprefix(".writing_")
-    if is_main:
-        write_run_state(state, staging)
-        final = publish(root, state.step)
-        prune(root, keep_last)
-    dist.barrier()
-    return final
+    return root / checkpoint_name(state.step)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a full disk or quota is behind an error, which megatron-core reports in several wrappings."""
+    text = f"{error!r} {error.__cause__!r} {error.__context__!r} {traceback.format_exception(error)}"
+    return any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT))

@@ -129,6 +129,7 @@ class ThinkingLayer(TransformerLayer):
         if rule == "topp":
             picked = routing.pick_topp(whole, share)
         else:
+            assert self.thinking.logit_quantiles is not None, "a routed step has its quantiles"
             tau = routing.threshold_for(share, self.thinking.logit_quantiles[step - 1])
             picked = routing.pick_above(whole, tau.to(whole.dtype))
         if self.control.recorder is not None:
@@ -173,8 +174,8 @@ class ThinkingLayer(TransformerLayer):
         used = self.thinking.uses_step_encoding and self.switches.routing != "none" and self.control.budget is None
         if used or not (torch.is_grad_enabled() and hidden.requires_grad):
             return hidden
-        unused = 0.0 * (self.thinking.router.sum() + self.thinking.step_encoding.sum())
-        return hidden + unused.to(hidden.dtype)
+        unused = torch.stack([parameter.sum() for parameter in self.thinking.parameters()]).sum()
+        return hidden + 0.0 * unused.to(hidden.dtype)
 
     def _record(self, step: int, logits: Tensor, positions: Tensor) -> None:
         if self.control.recorder is not None:

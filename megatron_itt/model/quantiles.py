@@ -48,6 +48,7 @@ def update_quantiles(
     pooled = gathered.view(group.size(), *local.shape)
     for index, ((layer, step), _) in enumerate(recorded):
         fresh = pool_quantiles(pooled[:, index].reshape(-1, SUMMARY_POINTS))
+        assert layer.thinking.logit_quantiles is not None, "a routed step has its quantiles"
         row = layer.thinking.logit_quantiles[step - 1]
         # A table of zeros is one that has never been set.
         row.copy_(torch.where(row.any(), torch.lerp(fresh, row, decay), fresh))

@@ -18,24 +18,28 @@ class ThinkingParameters(torch.nn.Module):
 
     `router` [T-1, h]: one linear predictor per routed step. `step_encoding` [T, h]: the gains phi_t, the full pass
     first. `logit_quantiles` [T-1, 1025] float32: entry j is the j/1024 quantile of that step's router logits.
-    Source: paper, equations 4 and 5.
+    With one thinking step there is no router and no table. Source: paper, equations 4 and 5.
     """
 
-    logit_quantiles: Tensor
+    router: Tensor | None
+    logit_quantiles: Tensor | None
 
     def __init__(self, config: TransformerConfig, thinking: ThinkingConfig) -> None:
         super().__init__()
         steps, hidden_size = thinking.num_routed_steps, config.hidden_size
-        self.router = torch.nn.Parameter(torch.zeros(steps, hidden_size, dtype=config.params_dtype))
+        router = torch.nn.Parameter(torch.zeros(steps, hidden_size, dtype=config.params_dtype)) if steps else None
+        quantiles = torch.zeros(steps, NUM_QUANTILES, dtype=torch.float32) if steps else None
+        self.register_parameter("router", router)
+        self.register_buffer("logit_quantiles", quantiles)
         self.step_encoding = torch.nn.Parameter(torch.ones(steps + 1, hidden_size, dtype=config.params_dtype))
-        for parameter in (self.router, self.step_encoding):
+        for parameter in self.parameters():
             # Each rank sees its part of the sequence, so gradients are summed over the tensor-parallel group.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.register_buffer("logit_quantiles", torch.zeros(steps, NUM_QUANTILES, dtype=torch.float32))
         self.uses_step_encoding = thinking.step_encoding and thinking.residual == "accumulate"
 
     def logits(self, hidden: Tensor, step: int) -> Tensor:
         """Router logits of routed step `step` (1 .. T-1). hidden [s, b, h] -> [s, b], float32 or wider."""
+        assert self.router is not None, "a model with one thinking step routes nothing"
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return hidden.to(wide) @ self.router[step - 1].to(wide)
 
@@ -47,6 +51,7 @@ class ThinkingParameters(torch.nn.Module):
         """Move and cast as any module, but keep the quantiles in float32: bfloat16 would move the thresholds."""
         quantiles = self.logit_quantiles
         super()._apply(fn, recurse)
-        if self.logit_quantiles.dtype != torch.float32:
+        if self.logit_quantiles is not None and self.logit_quantiles.dtype != torch.float32:
+            assert quantiles is not None, "a buffer does not appear by casting"
             self.logit_quantiles = quantiles.to(self.logit_quantiles.device)
         return self

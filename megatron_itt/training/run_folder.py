@@ -27,7 +27,7 @@ def prepare_run_folder(config: RunConfig) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / RECIPE_FILE, config_to_yaml(config))
         write_atomically(run_dir / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2) + "\n")
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
         raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
     return run_dir
 
