@@ -19,8 +19,9 @@ from pathlib import Path
 
 ROOT = Path("runs/quickstart")
 RECIPE = "recipes/debug/quickstart.yaml"
+DOMAINS = ("code", "docs")
+BUDGETS = ("0.1,0.1,0.1", "0.5,0.5,0.5", "0.7,0.7,0.7", "1.0,1.0,1.0")
 _STATE_FILE = "stages.json"
-_BUDGETS = ("0.1,0.1,0.1", "0.5,0.5,0.5", "0.7,0.7,0.7", "1.0,1.0,1.0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,21 +37,14 @@ class Stage:
 
 def stages(root: Path = ROOT, recipe: str = RECIPE) -> list[Stage]:
     """The stages in order. Paths are relative to the repository's root."""
-    corpus, tokenizer, data, heldout = (root / name for name in ("corpus", "tokenizer", "data", "heldout"))
-    export, evaluation, report = root / "hf", root / "evaluation", root / "report.html"
-    recipe_files = (recipe, "recipes/debug/itt_tiny.yaml")
-    run_files = (
-        "checkpoints",
-        "tensorboard",
-        "metrics.jsonl",
-        "finished",
-        "recipe.yaml",
-        "environment.json",
-        "log.txt",
-    )
-    texts = [f"{domain}={heldout / domain}.jsonl.zst" for domain in ("code", "docs")]
+    return [*_data_stages(root), _training_stage(root, recipe), *_result_stages(root, recipe)]
+
+
+def _data_stages(root: Path) -> list[Stage]:
+    """Text, tokenizer, and one indexed dataset per domain."""
+    corpus, tokenizer, data = root / "corpus", root / "tokenizer", root / "data"
     return [
-        _tool("sample corpus", "make_sample_corpus", "--output", corpus, writes=[corpus], done=corpus / "code"),
+        _tool("sample corpus", "make_sample_corpus", "--output", corpus, writes=[corpus], done=corpus / "docs"),
         _tool(
             *("tokenizer", "train_tokenizer", "--input", corpus, "--vocab-size", 4096, "--output", tokenizer),
             writes=[tokenizer],
@@ -63,28 +57,49 @@ def stages(root: Path = ROOT, recipe: str = RECIPE) -> list[Stage]:
                 writes=[data / f"{domain}{suffix}" for suffix in (".bin", ".idx", ".json")],
                 done=data / f"{domain}.json",
             )
-            for domain in ("code", "docs")
+            for domain in DOMAINS
         ],
-        Stage(
-            name="train",
-            command=(
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-                *("-m", "megatron_itt.train", recipe),
-            ),
-            done=root / "finished",
-            writes=tuple(root / name for name in run_files),
-            reads=recipe_files,
+    ]
+
+
+def _training_stage(root: Path, recipe: str) -> Stage:
+    run_files = (
+        "checkpoints",
+        "tensorboard",
+        "metrics.jsonl",
+        "finished",
+        "recipe.yaml",
+        "environment.json",
+        "log.txt",
+    )
+    return Stage(
+        name="train",
+        command=(
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "megatron_itt.train", recipe),
         ),
+        done=root / "finished",
+        writes=tuple(root / name for name in run_files),
+        reads=(recipe, "recipes/debug/itt_tiny.yaml"),
+    )
+
+
+def _result_stages(root: Path, recipe: str) -> list[Stage]:
+    """Export, evaluation on held-out text, the page, and a continuation."""
+    heldout, export, evaluation = root / "heldout", root / "hf", root / "evaluation"
+    texts = [f"{domain}={heldout / domain}.jsonl.zst" for domain in DOMAINS]
+    report = root / "report.html"
+    return [
         _tool("export", "export_hf", "--checkpoint", root, "--output", export, writes=[export], done=export),
         _tool(
             *("held-out text", "heldout_text", recipe, "--output", heldout),
             writes=[heldout],
-            done=heldout / "docs.jsonl.zst",
+            done=heldout / f"{DOMAINS[-1]}.jsonl.zst",
         ),
         _tool(
             *("evaluate", "evaluate", "--model", export, "--task-dir", root / "tasks", "--heldout-records", 60),
             *(part for text in texts for part in ("--heldout", text)),
-            *(part for budget in _BUDGETS for part in ("--budget", budget)),
+            *(part for budget in BUDGETS for part in ("--budget", budget)),
             *("--perplexity-max-tokens", 4096, "--output", evaluation),
             writes=[evaluation, root / "tasks"],
             done=evaluation / "results.json",
