@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--append-bos", action="store_true", help="begin every document with the tokenizer's bos token")
     parser.add_argument("--min-length", type=int, default=1, metavar="N", help="drop documents of fewer characters")
+    parser.add_argument("--deduplicate", action="store_true", help="keep only the first of exactly equal documents")
     parser.add_argument("--max-bad-fraction", type=float, default=0.001, help="refuse above (default %(default)s)")
     parser.add_argument("--tokenizer-engine", choices=ENGINES, default="auto", help="default %(default)s")
     parser.add_argument(
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             append_eod=arguments.append_eod,
             append_bos=arguments.append_bos,
             min_length=arguments.min_length,
+            deduplicate=arguments.deduplicate,
             num_workers=arguments.workers,
             max_bad_fraction=arguments.max_bad_fraction,
             engine=arguments.tokenizer_engine,
@@ -77,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     state = "already done" if outcome.reused else f"written in {manifest.wall_seconds:.1f} s"
     print(
         f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-        f"{manifest.rejected:,} rejected, {manifest.text_bytes / 1e6:.1f} MB of text ({state})"
+        f"{manifest.rejected:,} rejected, {manifest.duplicates:,} duplicates, "
+        f"{manifest.text_bytes / 1e6:.1f} MB of text ({state})"
     )
     return 0
 

@@ -75,9 +75,8 @@ class DocumentReader:
             self._raw = raw
             stream = self._open(raw)
             try:
-                for line in self._lines_of(stream):
-                    self.lines += 1
-                    yield self._document_of(line)
+                # No name holds a line while its document is out: it may be very long.
+                yield from map(self._document_of, self._lines_of(stream))
             except _DAMAGE as error:
                 raise self._damaged(str(error)) from error
             if raw.tracker is not None and not raw.tracker.complete:
@@ -102,19 +101,19 @@ class DocumentReader:
             if not _begins_line(self.segment):
                 left -= _skip_line(stream)  # it belongs to the segment before
         while left is None or left > 0:
-            line = stream.readline(limit + 1)
+            line: bytes | None = stream.readline(limit + 1)
             if not line:
                 return
             size = len(line)
             if size > limit:
                 size += 0 if line.endswith(b"\n") else _skip_line(stream)
-                yield None
-            else:
-                yield line
+                line = None
             if left is not None:
                 left -= size
+            yield line
 
     def _document_of(self, line: bytes | None) -> str | Rejection:
+        self.lines += 1
         if line is None:
             return Rejection(self.lines, f"longer than {self.max_line_bytes:,} bytes")
         if self.lines == 1 and self.segment.offset == 0:

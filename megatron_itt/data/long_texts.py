@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -37,8 +37,8 @@ class PiecewiseEngine:
         lengths: list[int] = []
         for text in texts:
             pieces = [self._engine.encode([piece])[0].astype(np.uint32) for piece in cut(text)]
-            parts += pieces
-            lengths.append(sum(map(len, pieces)))
+            parts.append(np.concatenate(pieces))
+            lengths.append(len(parts[-1]))
         return np.concatenate(parts), np.array(lengths, dtype=np.int64)
 
 
@@ -58,15 +58,13 @@ def may_be_cut(tokenizer: Tokenizer) -> bool:
     return bool(plain) and content.get("normalizer") is None and not across
 
 
-def cut(text: str) -> list[str]:
+def cut(text: str) -> Iterator[str]:
     """Pieces of at least `PIECE_CHARS` characters (the last may be shorter) that together are the text."""
-    pieces = []
     begin = 0
     while len(text) - begin > LONG_CHARS:
         match = _CUT.search(text, begin + PIECE_CHARS)
         if match is None:
             break
-        pieces.append(text[begin : match.end()])
+        yield text[begin : match.end()]
         begin = match.end()
-    pieces.append(text[begin:])
-    return pieces
+    yield text[begin:] if begin else text

@@ -29,11 +29,13 @@ class Manifest:
     tokens: int
     rejected: int
     too_short: int
-    text_bytes: int
+    duplicates: int
+    text_bytes: int  # of the documents read, copies included
     dtype: str
     bin_bytes: int
     idx_bytes: int
     idx_sha256: str
+    bin_parts: list[list[int]]  # bytes and CRC-32 of consecutive pieces of .bin
     wall_seconds: float = 0.0
     format: int = FORMAT
     extra: dict[str, Any] = field(default_factory=dict)
@@ -71,14 +73,35 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 
 def _check_types(manifest: Manifest) -> None:
+    """Raise `ValueError` for a value that the rest of the package could not use."""
     for name in ("documents", "tokens", "rejected", "bin_bytes", "idx_bytes"):
         value = getattr(manifest, name)
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} is {value!r}")
-    if not isinstance(manifest.tokenizer["sha256"], str) or not isinstance(manifest.sources, list):
-        raise ValueError("tokenizer or sources of a wrong type")
-    if not all({"path", "size", "sha256"} <= set(source) for source in manifest.sources):
-        raise ValueError("a source without path, size or sha256")
+    _check_keys("tokenizer", manifest.tokenizer, {"sha256": str, "vocab_size": int, "eod": int})
+    _check_keys("options", manifest.options, {})
+    for source in _checked_list("sources", manifest.sources):
+        types = {"path": str, "size": int, "modified_ns": int, "lines": int, "sha256": list}
+        _check_keys("a source", source, types)
+    for part in _checked_list("bin_parts", manifest.bin_parts):
+        if not isinstance(part, list) or len(part) != 2 or not all(isinstance(number, int) for number in part):
+            raise ValueError("bin_parts are not pairs of numbers")
+    if sum(size for size, _ in manifest.bin_parts) != manifest.bin_bytes:
+        raise ValueError("bin_parts do not add up to bin_bytes")
+
+
+def _checked_list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is no list")
+    return value
+
+
+def _check_keys(name: str, value: Any, types: dict[str, type]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is no object")
+    for key, kind in types.items():
+        if not isinstance(value.get(key), kind):
+            raise ValueError(f"{name} has no {key} of type {kind.__name__}")
 
 
 def manifest_content(manifest: Manifest) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +20,43 @@ _COPY_THREADS = 4
 Shard = tuple[ShardTask, ShardRecord]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one shard contributes: files of token ids and of document lengths, and what they hold."""
+
+    tokens_path: Path
+    lengths_path: Path
+    documents: int
+    tokens: int
+    crc32: int  # of the token ids
+
+    @classmethod
+    def of(cls, task: ShardTask, record: ShardRecord) -> Part:
+        """A whole shard."""
+        files = task.file("tokens"), task.file("lengths")
+        return cls(*files, record.documents, record.tokens, record.crc32["tokens"])
+
+
 def rejected_path(prefix: str | Path) -> Path:
     """Where the rejected lines of a dataset are listed."""
     return Path(f"{prefix}.rejected.jsonl")
 
 
-def merge_shards(prefix: str, folder: Path, shards: Sequence[Shard], dtype: np.dtype) -> str:
-    """Concatenate shards, in order, into `PREFIX.bin` and `PREFIX.idx`; return the SHA-256 of the index.
+def merge_parts(prefix: str, folder: Path, parts: Sequence[Part], dtype: np.dtype) -> str:
+    """Concatenate parts, in order, into `PREFIX.bin` and `PREFIX.idx`; return the SHA-256 of the index.
 
     Both are built in `folder` (on the same disk) and renamed when complete. Memory does not grow with the data.
     """
     merged_bin, merged_idx = folder / "merged.bin", folder / "merged.idx"
-    _concatenate(merged_bin, [(task.file("tokens"), record.tokens * dtype.itemsize) for task, record in shards])
+    _concatenate(merged_bin, [(part.tokens_path, part.tokens * dtype.itemsize) for part in parts])
 
     def length_chunks() -> Iterator[np.ndarray]:
-        for task, record in shards:
-            if record.documents:
-                yield np.memmap(task.file("lengths"), dtype=np.int32, mode="r")
+        for part in parts:
+            if part.documents:
+                yield np.memmap(part.lengths_path, dtype=np.int32, mode="r")
 
     with naming_file(merged_idx):
-        idx_sha256 = write_index(merged_idx, dtype, sum(record.documents for _, record in shards), length_chunks)
+        idx_sha256 = write_index(merged_idx, dtype, sum(part.documents for part in parts), length_chunks)
     for built, final in ((merged_bin, bin_path(prefix)), (merged_idx, idx_path(prefix))):
         _make_durable(built)
         built.replace(final)

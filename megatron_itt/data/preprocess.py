@@ -19,11 +19,12 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_itt import __version__
+from megatron_itt.data.dedup import without_duplicates
 from megatron_itt.data.documents import file_sha256
 from megatron_itt.data.engine import Engine, choose_engine
 from megatron_itt.data.indexed import bin_path, idx_path, token_dtype
 from megatron_itt.data.manifest import Manifest, check_sizes, manifest_content, manifest_path, read_manifest
-from megatron_itt.data.merge import Shard, merge_shards, rejected_path, write_rejected
+from megatron_itt.data.merge import Part, Shard, merge_parts, rejected_path, write_rejected
 from megatron_itt.data.shards import EncodingOptions, ShardRecord, ShardTask, make_shard, write_json_atomically
 from megatron_itt.data.sources import HUB, Segment, find_sources, split_source
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
@@ -34,7 +35,7 @@ MIN_SHARD_BYTES = 1 << 19
 MAX_SHARD_BYTES = 1 << 26
 _SHARDS_WANTED = 64
 # Options that decide the bytes; a dataset or a partial one made with others is never taken for this one.
-_DECISIVE = ("tokenizer_sha256", "text_key", "append_eod", "append_bos", "min_length")
+_DECISIVE = ("tokenizer_sha256", "text_key", "append_eod", "append_bos", "min_length", "deduplicate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class PreprocessOptions:
     append_eod: bool = True
     append_bos: bool = False
     min_length: int = 1
+    deduplicate: bool = False
     num_workers: int = 1
     max_bad_fraction: float = 0.001
     engine: str = "auto"
@@ -85,9 +87,16 @@ def preprocess(options: PreprocessOptions) -> Outcome:
         tasks = plan_shards(sources, encoding, folder, options.shard_bytes)
         shards = _make_shards(tasks, options)
         _check_rejections(options, folder, shards)
-        idx_sha256 = merge_shards(options.output_prefix, folder, shards, token_dtype(tokenizer.vocab_size))
+        dtype = token_dtype(tokenizer.vocab_size)
+        parts = (
+            without_duplicates(shards, folder, dtype) if options.deduplicate else [Part.of(*item) for item in shards]
+        )
+        idx_sha256 = merge_parts(options.output_prefix, folder, parts, dtype)
         seconds = round(time.monotonic() - started, 3)
-        manifest = _describe(options.output_prefix, tokenizer, encoding, shards, idx_sha256=idx_sha256, seconds=seconds)
+        written = _Written(
+            records=[record for _, record in shards], parts=parts, idx_sha256=idx_sha256, seconds=seconds
+        )
+        manifest = _describe(options.output_prefix, tokenizer, encoding, written)
         write_json_atomically(manifest_path(options.output_prefix), manifest_content(manifest))
     shutil.rmtree(folder)
     return Outcome(manifest=manifest, reused=False)
@@ -116,6 +125,7 @@ def _encoding_options(options: PreprocessOptions, tokenizer: Tokenizer, engine: 
         append_eod=options.append_eod,
         append_bos=options.append_bos,
         min_length=options.min_length,
+        deduplicate=options.deduplicate,
     )
 
 
@@ -255,16 +265,20 @@ def _check_rejections(options: PreprocessOptions, folder: Path, shards: Sequence
         )
 
 
-def _describe(
-    prefix: str,
-    tokenizer: Tokenizer,
-    encoding: EncodingOptions,
-    shards: Sequence[Shard],
-    *,
-    idx_sha256: str,
-    seconds: float,
-) -> Manifest:
-    records = [record for _, record in shards]
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """What went into the published files."""
+
+    records: list[ShardRecord]
+    parts: list[Part]
+    idx_sha256: str
+    seconds: float
+
+
+def _describe(prefix: str, tokenizer: Tokenizer, encoding: EncodingOptions, written: _Written) -> Manifest:
+    records, parts = written.records, written.parts
+    documents = sum(part.documents for part in parts)
+    dtype = token_dtype(tokenizer.vocab_size)
     return Manifest(
         version=__version__,
         tokenizer={
@@ -277,16 +291,18 @@ def _describe(
         },
         options={key: value for key, value in asdict(encoding).items() if key != "tokenizer"},
         sources=_merge_segments(records),
-        documents=sum(record.documents for record in records),
-        tokens=sum(record.tokens for record in records),
+        documents=documents,
+        tokens=sum(part.tokens for part in parts),
         rejected=sum(record.rejected for record in records),
         too_short=sum(record.too_short for record in records),
+        duplicates=sum(record.documents for record in records) - documents,
         text_bytes=sum(record.text_bytes for record in records),
-        dtype=token_dtype(tokenizer.vocab_size).name,
+        dtype=dtype.name,
         bin_bytes=bin_path(prefix).stat().st_size,
         idx_bytes=idx_path(prefix).stat().st_size,
-        idx_sha256=idx_sha256,
-        wall_seconds=seconds,
+        idx_sha256=written.idx_sha256,
+        bin_parts=[[part.tokens * dtype.itemsize, part.crc32] for part in parts],
+        wall_seconds=written.seconds,
     )
 
 

@@ -47,6 +47,12 @@ class EncodingOptions:
     append_eod: bool = True
     append_bos: bool = False
     min_length: int = 1  # characters; shorter documents are dropped
+    deduplicate: bool = False  # keep a hash of every document, to drop exact copies when merging
+
+    @property
+    def file_kinds(self) -> tuple[str, ...]:
+        """Suffixes of a shard's files besides its record."""
+        return ("tokens", "lengths", "rejected.jsonl", *(("hashes",) if self.deduplicate else ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +85,7 @@ class ShardRecord:
     rejected: int = 0
     too_short: int = 0
     text_bytes: int = 0
-    tokens_crc32: int = 0
-    lengths_crc32: int = 0
-    rejected_crc32: int = 0
+    crc32: dict[str, int] = field(default_factory=dict)  # per file
     segments: list[dict[str, Any]] = field(default_factory=list)  # path, offset, length, lines, sha256
 
 
@@ -108,15 +112,10 @@ def finished_shard(task: ShardTask) -> ShardRecord | None:
     """The record of a shard that is complete, undamaged and made from the same input and options; else None."""
     try:
         record = ShardRecord(**json.loads(task.file("json").read_text(encoding="utf-8")))
-        checksums = [_crc32_of(task.file(suffix)) for suffix in ("tokens", "lengths", "rejected.jsonl")]
+        checksums = {suffix: _crc32_of(task.file(suffix)) for suffix in task.options.file_kinds}
     except (OSError, ValueError, TypeError):
         return None
-    valid = record.fingerprint == task.fingerprint and checksums == [
-        record.tokens_crc32,
-        record.lengths_crc32,
-        record.rejected_crc32,
-    ]
-    return record if valid else None
+    return record if record.fingerprint == task.fingerprint and checksums == record.crc32 else None
 
 
 @lru_cache(maxsize=1)
@@ -137,10 +136,10 @@ class _ShardWriter:
         self.tokenizer = tokenizer
         self.engine = engine
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self.record = ShardRecord(fingerprint=task.fingerprint)
+        self.record = ShardRecord(fingerprint=task.fingerprint, crc32=dict.fromkeys(task.options.file_kinds, 0))
         self._num_batches = 0
         self._files: dict[str, BinaryIO] = {}
-        for suffix in ("tokens", "lengths", "rejected.jsonl"):
+        for suffix in task.options.file_kinds:
             self._files[suffix] = self._temporary(suffix).open("wb")
 
     def _temporary(self, suffix: str) -> Path:
@@ -185,11 +184,13 @@ class _ShardWriter:
             for (line, _), length in zip(batch, lengths, strict=True):
                 if length == 0:
                     self._reject(reader.segment, line, "its text encodes to no token")
+            texts = [text for text, length in zip(texts, lengths, strict=True) if length > 0]
             lengths = lengths[lengths > 0]
         flat, lengths = self._add_marks(flat, lengths)
-        self.record.tokens_crc32 = self._append("tokens", flat.astype(self.dtype).tobytes(), self.record.tokens_crc32)
-        data = lengths.astype(np.int32).tobytes()
-        self.record.lengths_crc32 = self._append("lengths", data, self.record.lengths_crc32)
+        self._append("tokens", flat.astype(self.dtype).tobytes())
+        self._append("lengths", lengths.astype(np.int32).tobytes())
+        if self.task.options.deduplicate:
+            self._append("hashes", b"".join(map(text_hash, texts)))
         text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         self.record.documents += len(lengths)
         self.record.tokens += len(flat)
@@ -233,14 +234,13 @@ class _ShardWriter:
 
     def _reject(self, segment: Segment, line: int, reason: str) -> None:
         row = {"file": segment.path, "segment": len(self.record.segments), "line": line, "reason": reason}
-        data = json.dumps(row).encode() + b"\n"
-        self.record.rejected_crc32 = self._append("rejected.jsonl", data, self.record.rejected_crc32)
+        self._append("rejected.jsonl", json.dumps(row).encode() + b"\n")
         self.record.rejected += 1
 
-    def _append(self, suffix: str, data: bytes, crc32: int) -> int:
+    def _append(self, suffix: str, data: bytes) -> None:
         with naming_file(self.task.file(suffix)):
             self._files[suffix].write(data)
-        return zlib.crc32(data, crc32)
+        self.record.crc32[suffix] = zlib.crc32(data, self.record.crc32[suffix])
 
     def publish(self) -> ShardRecord:
         """Make the files durable and give them their names, the record last."""
@@ -259,6 +259,11 @@ class _ShardWriter:
             with contextlib.suppress(OSError):  # a full disk, already reported, again at the flush
                 stream.close()
             self._temporary(suffix).unlink(missing_ok=True)
+
+
+def text_hash(text: str) -> bytes:
+    """The 16 bytes by which the text of a document is recognised again."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 class naming_file:  # noqa: N801 - used like a function

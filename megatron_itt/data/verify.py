@@ -7,6 +7,7 @@ reads every entry and every token, in pieces, with bounded memory.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def verify_indexed_dataset(
 
     Cheap: files present, sizes agree with header, manifest and each other, token type fits the vocabulary. Full: also
     lengths positive and below the file, pointers contiguous, documents in order, every id below `vocab_size`, every
-    document ending in `eod` (default: as the manifest says), index checksum. Raises `DataError` naming the file.
+    document ending in `eod` (default: as the manifest says), checksums. Raises `DataError` naming the file.
     """
     manifest = read_manifest(prefix)
     if manifest is not None:
@@ -62,7 +63,7 @@ def verify_indexed_dataset(
         max_token = _check_tokens(index, vocab_size)
         if eod is not None:
             _check_document_ends(index, eod)
-        _check_index_hash(prefix, manifest)
+        _check_hashes(prefix, manifest)
     return Verified(
         documents=index.num_documents,
         tokens=index.num_tokens,
@@ -155,7 +156,8 @@ def _check_document_ends(index: Index, eod: int) -> None:
             )
 
 
-def _check_index_hash(prefix: str | Path, manifest: Manifest | None) -> None:
+def _check_hashes(prefix: str | Path, manifest: Manifest | None) -> None:
+    """The checksums of the manifest, over every byte of both files."""
     if manifest is None:
         return
     digest = hashlib.sha256()
@@ -164,3 +166,14 @@ def _check_index_hash(prefix: str | Path, manifest: Manifest | None) -> None:
             digest.update(chunk)
     if digest.hexdigest() != manifest.idx_sha256:
         raise DataError(f"{idx_path(prefix)} is not the file that {manifest_path(prefix)} describes; write it again")
+    with bin_path(prefix).open("rb") as stream:
+        for size, expected in manifest.bin_parts:
+            begin, crc32, left = stream.tell(), 0, size
+            while left > 0:
+                chunk = stream.read(min(_TOKENS, left))
+                crc32 = zlib.crc32(chunk, crc32)
+                left -= len(chunk) or left
+            if crc32 != expected:
+                raise DataError(
+                    f"{bin_path(prefix)} is damaged between bytes {begin} and {begin + size} (checksum); write it again"
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 
@@ -263,6 +265,30 @@ def test_inputs_without_a_single_document_are_refused(options: PreprocessOptions
         preprocess(replace(options, min_length=10**6))
 
 
+@pytest.mark.parametrize("bucket_documents", [1 << 22, 30])
+def test_exact_copies_are_dropped_and_the_first_is_kept(
+    options: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket_documents: int
+) -> None:
+    from megatron_itt.data import dedup
+
+    monkeypatch.setitem(dedup.without_duplicates.__kwdefaults__, "bucket_documents", bucket_documents)
+    preprocess(options)
+    copies = replace(options, deduplicate=True, output_prefix=str(tmp_path / "copies"))
+    with Path(options.inputs[0]).open("a") as stream:  # the same texts again, near, far and within one file
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS[240:260] + TEXTS[:100] + TEXTS[:2])
+    outcome = preprocess(copies)
+    assert outcome.manifest.duplicates == 122
+    # The copies of 250..259 come before their originals in file order, so those places differ; the texts do not.
+    index, expected = read_index(copies.output_prefix), read_index(options.output_prefix)
+    assert index.num_documents == len(TEXTS)
+    documents, expected_documents = (
+        [part.tobytes() for part in np.split(item.tokens(), np.cumsum(item.lengths)[:-1])] for item in (index, expected)
+    )
+    assert documents[:250] == expected_documents[:250]
+    assert sorted(documents) == sorted(expected_documents)
+    assert preprocess(copies).reused
+
+
 def run_tool(options: PreprocessOptions, *, num_workers: int = 2, **arguments: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "tools/preprocess.py", "--input", *options.inputs, "--tokenizer", options.tokenizer]
     command += ["--output-prefix", options.output_prefix, "--workers", str(num_workers), "--tokenizer-engine", "hf"]
@@ -295,6 +321,26 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(options: PreprocessOpt
     assert "documents" in output
     assert read_output(options.output_prefix) == read_output(reference.output_prefix)
     assert not Path(f"{options.output_prefix}.partial").exists()
+
+
+@pytest.mark.slow
+def test_25_kills_at_random_moments_end_with_25_identical_results(options: PreprocessOptions, tmp_path: Path) -> None:
+    import random
+
+    chooser = random.Random(25)
+    write_jsonl(Path(options.inputs[0]), TEXTS * 40)
+    reference = replace(options, output_prefix=str(tmp_path / "reference"))
+    preprocess(reference)
+    for round_idx in range(25):
+        again = replace(options, output_prefix=str(tmp_path / f"round{round_idx}"))
+        process = run_tool(again)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=chooser.uniform(0.1, 2.0))
+        process.kill()
+        process.communicate()
+        _, errors = run_tool(again).communicate(timeout=120)
+        assert errors == ""
+        assert read_output(again.output_prefix) == read_output(reference.output_prefix)
 
 
 def test_workers_end_when_their_parent_is_killed(options: PreprocessOptions) -> None:

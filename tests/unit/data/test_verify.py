@@ -113,7 +113,8 @@ def test_disagreement_with_the_manifest_is_found(prefix: str) -> None:
     original = path.read_text()
     for key, value, message in (
         ("documents", 51, "says"),
-        ("bin_bytes", 1, "truncated or foreign"),
+        ("bin_bytes", 1, "do not add up"),
+        ("bin_parts", [[Path(f"{prefix}.bin").stat().st_size, 1]], "is damaged between bytes 0 and"),
         ("idx_sha256", "0" * 64, "is not the file"),
         ("tokens", "many", "is not a manifest"),
         ("format", 99, "is not a manifest"),
