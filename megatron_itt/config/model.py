@@ -65,12 +65,18 @@ class ThinkingConfig:
     attend: Literal["all", "selected"] = "all"
     update: Literal["full", "delta"] = "full"
     skip: Literal["keep", "literal"] = "keep"
+    recompute: Literal["none", "routed", "layer"] = "none"  # what backward computes again instead of storing
     quantile_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the moving average of router-logit quantiles
 
     @property
     def num_routed_steps(self) -> int:
         """Steps after the full pass (T - 1)."""
         return len(self.capacity) if self.kind != "none" else 0
+
+    @property
+    def nominal_capacity(self) -> tuple[float, ...]:
+        """The share of tokens per routed step that the recipe stands for: what evaluation and costs assume."""
+        return self.capacity
 
     @property
     def num_steps(self) -> int:

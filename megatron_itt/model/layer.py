@@ -14,6 +14,7 @@ by the gather's reduce-scatter.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from megatron_itt.config.model import ThinkingConfig
 from megatron_itt.model import routed_attention, routing, thinking
 from megatron_itt.model.router import ThinkingParameters
-from megatron_itt.model.trace import RoutingControl, StepRecord
+from megatron_itt.model.trace import RoutingControl, RoutingPlan
 
 
 class ThinkingLayer(TransformerLayer):
@@ -50,41 +51,54 @@ class ThinkingLayer(TransformerLayer):
         self.control = control
         self.thinking = ThinkingParameters(config, thinking)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [p, b, h] -> the same shape, and megatron-core's cross-attention context (always None)."""
-        hidden, context = super().forward(hidden_states, *args, **kwargs)
+        plan = self.control.plan(self.switches)
+        full_pass = partial(self._full_pass, kwargs=kwargs)
+        think = partial(self._think, plan=plan, kwargs=kwargs)
+        recompute = self.switches.recompute if torch.is_grad_enabled() else "none"
+        if recompute == "layer":
+            return tensor_parallel.checkpoint(lambda hidden: think(full_pass(hidden)), False, hidden_states), None
+        hidden = full_pass(hidden_states)
+        if recompute == "routed":
+            return tensor_parallel.checkpoint(think, False, hidden), None
+        return think(hidden), None
+
+    def _full_pass(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The base layer over all tokens. [p, b, h] -> [p, b, h]."""
+        return super().forward(hidden, **kwargs)[0]
+
+    def _think(self, hidden: Tensor, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
+        """phi_0 and all routed steps. [p, b, h] -> [p, b, h]."""
         gain = self.thinking.gain(0)
         if gain is not None:
             hidden = gain.to(hidden.dtype) * hidden
-        shares = self.switches.capacity if self.control.budget is None else self.control.budget
-        if any(share > 0 for share in shares):
-            rule = self.control.routing or self.switches.routing
-            if rule == "topk":
-                hidden = self._think_in_rows(hidden, shares, kwargs["rotary_pos_emb"])
-            else:
-                for step, share in enumerate(shares, start=1):
-                    if share > 0:
-                        hidden = self._think_masked(hidden, step, share, rule, kwargs)
-        return self._touch_parameters(hidden), context
+        if any(plan.shares) and plan.rule == "topk":
+            hidden = self._think_in_rows(hidden, plan, kwargs["rotary_pos_emb"])
+        elif any(plan.shares):
+            for step, share in enumerate(plan.shares, start=1):
+                if share > 0:
+                    hidden = self._think_masked(hidden, step, plan, kwargs)
+        return self._touch_parameters(hidden, plan)
 
-    def _think_in_rows(self, hidden: Tensor, shares: tuple[float, ...], rotary: Tensor) -> Tensor:
+    def _think_in_rows(self, hidden: Tensor, plan: RoutingPlan, rotary: Tensor) -> Tensor:
         """Routed steps with a fixed number of tokens: only the picked rows are computed. [p, b, h] -> [p, b, h]."""
         states = self._gather_sequence(hidden)  # [p, b, h] -> [s, b, h]
         keys_values: routed_attention.KeysValues | None = None
         changed: Tensor | None = None  # positions whose keys and values are out of date
-        for step, share in enumerate(shares, start=1):
+        for step, share in enumerate(plan.shares, start=1):
             if share == 0:
                 continue
             logits = self.thinking.logits(states, step)
             count = routing.count_picked(share, states.shape[0], multiple=self._num_parts)
             positions = routing.pick_topk(logits.detach(), count)
-            self._record(step, logits, positions)
+            plan.record(self.layer_idx, step, logits, routing.positions_to_mask(positions, states.shape[0]))
             if self.switches.attend == "all":
                 keys_values = routed_attention.refresh_keys_values(self, keys_values, states, changed, rotary)
                 context = routed_attention.attend_all(self, states, positions, keys_values, rotary)
             else:
                 context = routed_attention.attend_selected(self, states, positions, rotary)
-            states = self._update_rows(states, context, logits, positions, step)
+            states = self._update_rows(states, context, logits / plan.temperature, positions, step)
             # Where skipped tokens change too, every key and value is out of date.
             changed = None if self._changes_skipped else positions
         return self._own_part(states)
@@ -116,32 +130,32 @@ class ThinkingLayer(TransformerLayer):
             rows = add(attended, rows, self.hidden_dropout)
         return self._forward_mlp(rows)
 
-    def _think_masked(self, hidden: Tensor, step: int, share: float, rule: str, kwargs: dict[str, Any]) -> Tensor:
+    def _think_masked(self, hidden: Tensor, step: int, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
         """A routed step whose number of tokens depends on the data: all rows are computed, the picked ones kept.
 
         Shapes stay static, so pipelines and overlapped communication work; the price is a full pass per step.
         hidden [p, b, h] -> [p, b, h].
         """
+        share = plan.shares[step - 1]
         logits = self.thinking.logits(hidden, step)  # [p, b]
-        if rule == "none":
+        if plan.rule == "none":
             return self._apply_masked(hidden, step, None, logits, kwargs)
         whole = self._gather_values(logits.detach())  # [s, b]
-        if rule == "topp":
+        if plan.rule == "topp":
             picked = routing.pick_topp(whole, share)
         else:
             assert self.thinking.logit_quantiles is not None, "a routed step has its quantiles"
             tau = routing.threshold_for(share, self.thinking.logit_quantiles[step - 1])
             picked = routing.pick_above(whole, tau.to(whole.dtype))
-        if self.control.recorder is not None:
-            self.control.recorder.record(self.layer_idx, step, StepRecord(logits=whole.float(), picked=picked))
+        plan.record(self.layer_idx, step, whole, picked)
         if self.switches.attend == "selected":
             kwargs = {**kwargs, "attention_mask": routed_attention.forbid_skipped_keys(picked)}
-        return self._apply_masked(hidden, step, self._own_part(picked), logits, kwargs)
+        return self._apply_masked(hidden, step, self._own_part(picked), logits / plan.temperature, kwargs)
 
     def _apply_masked(
         self, hidden: Tensor, step: int, picked: Tensor | None, logits: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        result, _ = super().forward(hidden, **kwargs)
+        result = self._full_pass(hidden, kwargs)
         if self.switches.residual == "replace":
             return result if picked is None else torch.where(picked.unsqueeze(-1), result, hidden)
         if self.switches.update == "delta":
@@ -169,19 +183,13 @@ class ThinkingLayer(TransformerLayer):
             step_encoding=gain,
         )
 
-    def _touch_parameters(self, hidden: Tensor) -> Tensor:
+    def _touch_parameters(self, hidden: Tensor, plan: RoutingPlan) -> Tensor:
         """Give unused thinking parameters a zero gradient: overlapped gradient reduction waits for every parameter."""
-        used = self.thinking.uses_step_encoding and self.switches.routing != "none" and self.control.budget is None
+        used = self.thinking.uses_step_encoding and plan.rule != "none" and all(plan.shares)
         if used or not (torch.is_grad_enabled() and hidden.requires_grad):
             return hidden
         unused = torch.stack([parameter.sum() for parameter in self.thinking.parameters()]).sum()
         return hidden + 0.0 * unused.to(hidden.dtype)
-
-    def _record(self, step: int, logits: Tensor, positions: Tensor) -> None:
-        if self.control.recorder is not None:
-            picked = routing.positions_to_mask(positions, logits.shape[0])
-            entry = StepRecord(logits=logits.detach().float(), picked=picked)
-            self.control.recorder.record(self.layer_idx, step, entry)
 
     @property
     def _num_parts(self) -> int:

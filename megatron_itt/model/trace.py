@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megatron_itt.config.model import ThinkingConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
@@ -28,14 +30,30 @@ class RoutingRecorder:
     microbatch: int = 0
     records: dict[tuple[int, int, int], StepRecord] = field(default_factory=dict)
 
-    def record(self, layer_idx: int, step: int, entry: StepRecord) -> None:
-        """Store one step's entry under the current micro-batch."""
-        self.records[self.microbatch, layer_idx, step] = entry
-
     def of_step(self, layer_idx: int, step: int) -> list[StepRecord]:
         """The entries of one layer and step, in micro-batch order."""
         keys = sorted(key for key in self.records if key[1:] == (layer_idx, step))
         return [self.records[key] for key in keys]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingPlan:
+    """What one layer does in one forward pass; fixed when the pass begins, so that recomputing it later is the same.
+
+    `shares` of tokens per routed step (0 leaves the step out), `rule` of routing, `temperature` of the gate.
+    """
+
+    shares: tuple[float, ...]
+    rule: str
+    temperature: float
+    recorder: RoutingRecorder | None
+    microbatch: int
+
+    def record(self, layer_idx: int, step: int, logits: Tensor, picked: Tensor) -> None:
+        """Store one step's router logits and picks, if anybody asked."""
+        if self.recorder is not None:
+            entry = StepRecord(logits=logits.detach().float(), picked=picked)
+            self.recorder.records[self.microbatch, layer_idx, step] = entry
 
 
 @dataclass(slots=True)
@@ -44,7 +62,18 @@ class RoutingControl:
 
     budget: tuple[float, ...] | None = None
     routing: str | None = None
+    temperature: float = 1.0
     recorder: RoutingRecorder | None = None
+
+    def plan(self, switches: ThinkingConfig) -> RoutingPlan:
+        """What a layer with these switches is to do now."""
+        return RoutingPlan(
+            shares=switches.nominal_capacity if self.budget is None else self.budget,
+            rule=self.routing or switches.routing,
+            temperature=self.temperature,
+            recorder=self.recorder,
+            microbatch=0 if self.recorder is None else self.recorder.microbatch,
+        )
 
     @contextmanager
     def override(
@@ -52,13 +81,14 @@ class RoutingControl:
         *,
         budget: Sequence[float] | None = None,
         routing: str | None = None,
+        temperature: float = 1.0,
         recorder: RoutingRecorder | None = None,
     ) -> Iterator[None]:
         """Use these settings within a block, then restore the earlier ones."""
-        saved = (self.budget, self.routing, self.recorder)
+        saved = (self.budget, self.routing, self.temperature, self.recorder)
         self.budget = None if budget is None else tuple(budget)
-        self.routing, self.recorder = routing, recorder
+        self.routing, self.temperature, self.recorder = routing, temperature, recorder
         try:
             yield
         finally:
-            self.budget, self.routing, self.recorder = saved
+            self.budget, self.routing, self.temperature, self.recorder = saved
