@@ -10,7 +10,10 @@ from megatron_itt.errors import CheckpointError
 
 # What the weights, the optimizer state and the order of samples depend on.
 _MODEL_KEYS = ("model", "thinking")
-_FREE_THINKING_KEYS = ("capacity", "routing", "quantile_decay", "router_init_std", "step_init", "alpha", "attend")
+_FREE_THINKING_KEYS = (
+    *("capacity", "capacity_schedule", "ramp_start_share", "ramp_steps", "ramp_start_temperature"),
+    *("routing", "recompute", "quantile_decay", "router_init_std", "step_init"),
+)
 _FREE_MODEL_KEYS = ("init_std",)
 _ORDER_KEYS = (("batch", "global"), ("schedule", "steps"), ("optimizer", "distributed"), ("precision", "dtype"))
 
@@ -40,8 +43,15 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         for key in sorted(saved[section].keys() | wanted[section].keys()):
             free = _FREE_THINKING_KEYS if section == "thinking" else _FREE_MODEL_KEYS
             before, after = saved[section].get(key), wanted[section].get(key)
-            if key == "capacity" and len(before or ()) != len(after or ()):
-                found.append(f"thinking.capacity had {len(before or ())} routed steps and now has {len(after or ())}")
+            if key == "capacity" and _count_steps(before) != _count_steps(after):
+                found.append(
+                    f"thinking.capacity had {_count_steps(before)} routed steps and now has {_count_steps(after)}"
+                )
             elif key not in free and before != after:
                 found.append(f"{section}.{key} was {before!r} and is now {after!r}")
     return found
+
+
+def _count_steps(capacity: Any) -> int:
+    """Routed steps of a capacity as it stands in a recipe: a list, or a range with `steps`."""
+    return capacity["steps"] if isinstance(capacity, dict) else len(capacity)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_itt.config.model import ModelConfig, ThinkingConfig
+from megatron_itt.config.model import ModelConfig, SampledCapacity, ThinkingConfig
 from megatron_itt.config.run import ParallelConfig, RunConfig
 
 
@@ -67,24 +67,25 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
 def _thinking_problems(thinking: ThinkingConfig, model: ModelConfig) -> Iterator[str]:
     if thinking.kind == "none":
         if thinking.capacity:
-            yield f"thinking.capacity is {list(thinking.capacity)} but thinking.kind is none; set one of them"
+            yield "thinking.capacity is set but thinking.kind is none; set capacity to [] or kind to itt"
         return
     if isinstance(thinking.layers, tuple):
         yield from _layer_list_problems(thinking.layers, model.num_layers)
-    if thinking.kind == "loop" and any(share != 1.0 for share in thinking.capacity):
+    if thinking.kind == "loop" and any(share != 1.0 for share in thinking.nominal_capacity):
         yield (
-            f"thinking.capacity is {list(thinking.capacity)} but thinking.kind is loop, where every token takes every "
-            "step; use 1.0 for each"
+            f"thinking.capacity is {list(thinking.nominal_capacity)} but thinking.kind is loop, where every token "
+            "takes every step; use 1.0 for each"
         )
     for key in ("alpha", "step_init"):
         value = getattr(thinking, key)
-        if isinstance(value, tuple) and len(value) != len(thinking.capacity):
+        if isinstance(value, tuple) and len(value) != thinking.num_routed_steps:
             yield (
-                f"thinking.{key} has {len(value)} values but thinking.capacity has {len(thinking.capacity)} routed "
+                f"thinking.{key} has {len(value)} values but thinking.capacity has {thinking.num_routed_steps} routed "
                 "steps; give one number, or one per routed step"
             )
     if thinking.kind == "itt":
         yield from _switch_problems(thinking)
+        yield from _capacity_problems(thinking)
 
 
 def _layer_list_problems(layers: tuple[int, ...], num_layers: int) -> Iterator[str]:
@@ -98,6 +99,22 @@ def _layer_list_problems(layers: tuple[int, ...], num_layers: int) -> Iterator[s
             )
         if layers.count(layer_idx) > 1:
             yield f"thinking.layers contains {layer_idx} twice; name each layer once"
+
+
+def _capacity_problems(thinking: ThinkingConfig) -> Iterator[str]:
+    if isinstance(thinking.capacity, SampledCapacity):
+        low, high = thinking.capacity.sample
+        if low > high:
+            yield f"thinking.capacity.sample is [{low}, {high}]; the lower share comes first"
+        if thinking.capacity_schedule == "ramp":
+            yield "thinking.capacity_schedule is ramp but thinking.capacity is sampled; a ramp needs a list to rise to"
+    elif thinking.capacity_schedule == "ramp" and thinking.ramp_start_share > min(thinking.capacity, default=1.0):
+        yield (
+            f"thinking.ramp_start_share is {thinking.ramp_start_share}, above a share of thinking.capacity = "
+            f"{list(thinking.capacity)}; a ramp rises, so start lower"
+        )
+    elif thinking.capacity_schedule == "ramp" and thinking.routing == "none":
+        yield "thinking.capacity_schedule is ramp but thinking.routing is none, where every token thinks; use constant"
 
 
 def _switch_problems(thinking: ThinkingConfig) -> Iterator[str]:
@@ -155,7 +172,7 @@ def _sequence_problems(config: RunConfig) -> Iterator[str]:
             f"model.seq_length is {seq_length}, which parallel.tensor = {tensor} does not divide; sequence parallelism "
             "splits the sequence evenly"
         )
-    budgets = {"thinking.capacity": config.thinking.capacity} if config.thinking.kind == "itt" else {}
+    budgets = {"thinking.capacity": _smallest_capacity(config.thinking)} if config.thinking.kind == "itt" else {}
     for position, budget in enumerate(config.validation.budgets):
         budgets[f"validation.budgets[{position}]"] = budget
         if config.thinking.kind != "itt":
@@ -175,6 +192,14 @@ def _sequence_problems(config: RunConfig) -> Iterator[str]:
                     f"{key} contains {share}, which rounds to zero of model.seq_length = {seq_length} tokens; use at "
                     f"least {1 / seq_length:.2g}"
                 )
+
+
+def _smallest_capacity(thinking: ThinkingConfig) -> tuple[float, ...]:
+    """The fewest tokens that a routed step may get in training."""
+    if isinstance(thinking.capacity, SampledCapacity):
+        return thinking.capacity.sample[:1]
+    ramp = (thinking.ramp_start_share,) if thinking.capacity_schedule == "ramp" else ()
+    return thinking.capacity + ramp
 
 
 def _run_problems(config: RunConfig) -> Iterator[str]:

@@ -20,6 +20,7 @@ from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 
 _RUN_CONFIG = TypeAdapter(RunConfig)
+_UNION_BRANCHES = ("int", "float", "str", "none", "RunConfig", "fixed", "sampled")
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -140,7 +141,7 @@ def _describe(item: Any) -> str:
 
 def _is_union_branch(part: int | str) -> bool:
     """pydantic puts names of union branches, such as tuple[...], into an error's location."""
-    return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "none", "RunConfig"))
+    return isinstance(part, str) and ("[" in part or part in _UNION_BRANCHES)
 
 
 def _near_miss(parent: str, key: str) -> str:

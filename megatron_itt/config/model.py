@@ -5,9 +5,9 @@ Pure data and what follows from it. Rules that need several sections are in `che
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -45,6 +45,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class SampledCapacity:
+    """Elastic training: every batch draws one share per routed step, uniformly from `sample` = [low, high]."""
+
+    sample: tuple[Share, Share]
+    steps: PositiveInt = 3  # routed steps
+
+    @property
+    def middle(self) -> tuple[float, ...]:
+        """The middle of the range, once per routed step."""
+        return ((self.sample[0] + self.sample[1]) / 2,) * self.steps
+
+
+def _capacity_form(value: Any) -> str:
+    return "sampled" if isinstance(value, dict | SampledCapacity) else "fixed"
+
+
+# A list of shares, one per routed step, or a range to draw them from. Thinking steps = routed steps + 1.
+Capacity = Annotated[
+    Annotated[tuple[Share, ...], Tag("fixed")] | Annotated[SampledCapacity, Tag("sampled")],
+    Discriminator(_capacity_form),
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class ThinkingConfig:
     """Which layers think again, how often, about how many tokens, and the switches of the method.
 
@@ -53,7 +77,11 @@ class ThinkingConfig:
 
     kind: Literal["none", "loop", "itt"] = "none"
     layers: Literal["every_other"] | tuple[Annotated[int, Field(ge=0)], ...] = "every_other"
-    capacity: tuple[Share, ...] = ()  # share of tokens per routed step; thinking steps = its length + 1
+    capacity: Capacity = ()
+    capacity_schedule: Literal["constant", "ramp"] = "constant"  # ramp: shares rise to `capacity`, the gate sharpens
+    ramp_start_share: Share = 0.1  # what every share starts from under `capacity_schedule: ramp`
+    ramp_steps: PositiveInt | None = None  # optimizer steps of the ramp; None: half of the run
+    ramp_start_temperature: Annotated[float, Field(ge=1)] = 2.0  # router logits are divided by it; anneals to 1
     alpha: float | tuple[float, ...] = 1.0
     step_init: float | tuple[float, ...] = 0.1  # step encoding phi_t of the routed steps at initialisation
     router_init_std: PositiveFloat = 0.02
@@ -71,12 +99,14 @@ class ThinkingConfig:
     @property
     def num_routed_steps(self) -> int:
         """Steps after the full pass (T - 1)."""
-        return len(self.capacity) if self.kind != "none" else 0
+        return len(self.nominal_capacity)
 
     @property
     def nominal_capacity(self) -> tuple[float, ...]:
         """The share of tokens per routed step that the recipe stands for: what evaluation and costs assume."""
-        return self.capacity
+        if self.kind == "none":
+            return ()
+        return self.capacity.middle if isinstance(self.capacity, SampledCapacity) else self.capacity
 
     @property
     def num_steps(self) -> int:

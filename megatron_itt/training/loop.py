@@ -145,7 +145,7 @@ def _step_until_stopped(run: Run, sinks: Sinks, stop: StopRequest, loader: Train
     batches = _timed(loader, clock)
     for step in range(run.first_step + 1, config.schedule.steps + 1):
         clock.restart()
-        result = train_step(trainer, batches)
+        result = train_step(trainer, batches, step)
         record = clock.record(step, result)
         sinks.write(record)
         if not result.is_finite:

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_itt.model.quantiles import update_quantiles
 from megatron_itt.model.trace import RoutingRecorder
 from megatron_itt.training.assemble import Trainer
+from megatron_itt.training.capacity import training_capacity, training_temperature
 
 Batch = dict[str, Tensor]
 
@@ -34,14 +35,18 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def train_step(trainer: Trainer, batches: Iterator[Batch]) -> StepResult:
-    """Forward and backward over the step's micro-batches, reduce, clip, update weights, rate and router quantiles."""
+def train_step(trainer: Trainer, batches: Iterator[Batch], step: int) -> StepResult:
+    """Forward and backward over the micro-batches of optimizer step `step` (from 1), then the update.
+
+    Reduces and clips gradients, steps the weights, the learning rate and the router quantiles.
+    """
     for chunk in trainer.wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     recorder = RoutingRecorder()
-    with trainer.built.control.override(recorder=recorder):
+    budget, temperature = training_capacity(trainer.config, step), training_temperature(trainer.config, step)
+    with trainer.built.control.override(budget=budget, temperature=temperature, recorder=recorder):
         losses = _run_schedule(trainer, batches, trainer.num_microbatches, recorder=recorder)
     loss = _mean_over_job([entry["loss"] for entry in losses], trainer)
     learning_rate = trainer.optimizer.param_groups[0]["lr"]

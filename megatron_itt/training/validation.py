@@ -31,7 +31,7 @@ def validation_budgets(config: RunConfig) -> list[tuple[float, ...] | None]:
     """The budgets that a recipe validates at: its list, else its training capacity; None for models without routing."""
     if config.thinking.kind != "itt":
         return [None]
-    return list(config.validation.budgets) or [config.thinking.capacity]
+    return list(config.validation.budgets) or [config.thinking.nominal_capacity]
 
 
 def validation_lines(record: dict[str, Any]) -> list[str]:

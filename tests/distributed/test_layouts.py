@@ -18,6 +18,8 @@ THINKING: dict[str, dict[str, Any]] = {
     "itt_selected": {"attend": "selected", "routing": "topk"},
     "itt_symmetric": {"reweight": "symmetric"},
     "itt_threshold": {"routing": "threshold"},
+    "itt_elastic": {"capacity": {"sample": [0.3, 0.9]}},
+    "itt_recompute": {"recompute": "routed"},
     "loop": {"kind": "loop", "capacity": [1.0, 1.0, 1.0]},
     "none": {"kind": "none", "capacity": []},
 }
@@ -70,6 +72,9 @@ REDUCED = [
     ("itt_selected", {"tensor": 2, "sequence": True}, {}),
     ("itt_symmetric", {"tensor": 2, "sequence": True}, {}),
     ("itt_threshold", {"tensor": 2, "sequence": True}, {}),
+    ("itt_elastic", {}, {"overlap": True}),
+    ("itt_recompute", {}, {"overlap": True}),
+    ("itt_recompute", {"tensor": 2, "sequence": True}, {}),
     ("loop", {"tensor": 2, "sequence": True}, {}),
     ("none", {"tensor": 2, "sequence": True}, {}),
 ]

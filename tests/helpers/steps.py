@@ -46,7 +46,7 @@ def observe_steps(
         trainer = build_trainer(config, parallel_place)
         if load_from is not None:
             load_trainer(trainer, Path(load_from))
-        results = [train_step(trainer, iter(_microbatches(trainer, step))) for step in range(*steps)]
+        results = [train_step(trainer, iter(_microbatches(trainer, step)), step + 1) for step in range(*steps)]
         validation = validation_loss(trainer, _microbatches(trainer, NUM_STEPS))
         if save_to is not None:
             state = new_run_state(config, step=steps[1])

@@ -1,0 +1,55 @@
+"""How many tokens think at an optimizer step: constant, rising, or drawn per batch. Pure functions of step and seed.
+
+The same on all ranks by construction, and constant within a step, so that pipelines and overlapped gradient reduction
+see the same shapes and the same parameters in every micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from megatron_itt.config.model import SampledCapacity
+from megatron_itt.config.run import RunConfig
+
+# Drawn shares are multiples of this, so that an elastic run meets a bounded number of shapes.
+SHARE_GRID = 0.05
+
+
+def training_capacity(config: RunConfig, step: int) -> tuple[float, ...] | None:
+    """Shares per routed step of optimizer step `step` (from 1); None where the recipe's own hold.
+
+    Source: paper, Algorithm 1 (rising capacity); section 4.4 (elastic budgets). Ours: drawing them in training.
+    """
+    thinking = config.thinking
+    if thinking.kind != "itt":
+        return None
+    if isinstance(thinking.capacity, SampledCapacity):
+        return _draw(thinking.capacity, seed=config.runtime.seed, step=step)
+    if thinking.capacity_schedule == "ramp":
+        risen = _risen(config, step)
+        return tuple(
+            thinking.ramp_start_share + risen * (share - thinking.ramp_start_share) for share in thinking.capacity
+        )
+    return None
+
+
+def training_temperature(config: RunConfig, step: int) -> float:
+    """What router logits are divided by before the gate at optimizer step `step` (from 1)."""
+    thinking = config.thinking
+    if thinking.kind != "itt" or thinking.capacity_schedule != "ramp":
+        return 1.0
+    return 1.0 + (thinking.ramp_start_temperature - 1.0) * (1.0 - _risen(config, step))
+
+
+def _risen(config: RunConfig, step: int) -> float:
+    """How much of the ramp is done, from 0 to 1 along half a cosine."""
+    length = config.thinking.ramp_steps or max(1, config.schedule.steps // 2)
+    return 0.5 - 0.5 * math.cos(math.pi * min(1.0, (step - 1) / length))
+
+
+def _draw(capacity: SampledCapacity, *, seed: int, step: int) -> tuple[float, ...]:
+    generator = random.Random(f"capacity {seed} {step}")
+    low, high = capacity.sample
+    shares = (generator.uniform(low, high) for _ in range(capacity.steps))
+    return tuple(min(high, max(low, round(share / SHARE_GRID) * SHARE_GRID)) for share in shares)
