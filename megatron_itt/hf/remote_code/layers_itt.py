@@ -139,27 +139,34 @@ class ITTMLP(nn.Module):
 
 
 class ITTThinking(nn.Module):
-    """Weights of a thinking layer: router [T-1, h], step_encoding [T, h], logit_quantiles [T-1, 1025] (float32)."""
+    """Weights of a thinking layer: router [T-1, h], step_encoding [T, h], logit_quantiles [T-1, 1025] (float32).
 
-    logit_quantiles: Tensor
+    With one thinking step (T = 1) there is no router and no table.
+    """
+
+    router: Tensor | None
+    logit_quantiles: Tensor | None
 
     def __init__(self, config: ITTConfig) -> None:
         super().__init__()
-        num_routed_steps = config.num_routed_steps
-        self.router = nn.Parameter(torch.empty(num_routed_steps, config.hidden_size))
-        self.step_encoding = nn.Parameter(torch.empty(num_routed_steps + 1, config.hidden_size))
-        self.register_buffer("logit_quantiles", torch.zeros(num_routed_steps, NUM_QUANTILE_INTERVALS + 1))
+        steps = config.num_routed_steps
+        self.register_parameter("router", nn.Parameter(torch.empty(steps, config.hidden_size)) if steps else None)
+        self.step_encoding = nn.Parameter(torch.empty(steps + 1, config.hidden_size))
+        quantiles = torch.zeros(steps, NUM_QUANTILE_INTERVALS + 1) if steps else None
+        self.register_buffer("logit_quantiles", quantiles)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ITTThinking:
         # bf16 thresholds would move the realised share by percents, so a cast of the model leaves them in float32.
         before = self.logit_quantiles
         super()._apply(fn, recurse)
-        if self.logit_quantiles.dtype != torch.float32 and not self.logit_quantiles.is_meta:
-            self.logit_quantiles = before.to(self.logit_quantiles.device, torch.float32)
+        after = self.logit_quantiles
+        if before is not None and after is not None and after.dtype != torch.float32 and not after.is_meta:
+            self.logit_quantiles = before.to(after.device, torch.float32)
         return self
 
     def choose(self, hidden: Tensor, step: int, call: Call) -> tuple[Selection, Tensor]:
         """Who thinks at routed step `step` in 1 .. T-1: hidden [b, c, h] -> selection, logits [b, c]."""
+        assert self.router is not None and self.logit_quantiles is not None, "a routed step has a router"
         logits = router_logits(hidden, self.router[step - 1])
         share = call.shares[:, step - 1]
         real = call.everyone_real.mask

@@ -70,11 +70,12 @@ class ITTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ITTThinking):
-            nn.init.normal_(module.router, std=self.config.initializer_range)
             nn.init.constant_(module.step_encoding, 0.1)
             if not getattr(module.step_encoding, "_is_hf_initialized", False):
                 nn.init.ones_(module.step_encoding.data[0])
-            nn.init.zeros_(module.logit_quantiles)
+            if module.router is not None and module.logit_quantiles is not None:
+                nn.init.normal_(module.router, std=self.config.initializer_range)
+                nn.init.zeros_(module.logit_quantiles)
 
 
 class ITTModel(ITTPreTrainedModel):
@@ -180,7 +181,8 @@ class ITTModel(ITTPreTrainedModel):
     def _require_quantiles(self) -> None:
         """ValueError if a thinking layer has no table of router logits."""
         for layer_idx in self.config.thinking["layers"]:
-            if not bool(self.layers[layer_idx].thinking.logit_quantiles.any()):
+            quantiles = self.layers[layer_idx].thinking.logit_quantiles
+            if not bool(quantiles.any()):
                 raise ValueError(
                     f"model.layers.{layer_idx}.thinking.logit_quantiles is empty, so routing='threshold' has no "
                     "threshold; train longer or load a checkpoint with quantiles, or pass routing='topk'."
