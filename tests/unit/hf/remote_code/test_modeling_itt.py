@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache, pipeline
 
 from megatron_itt.hf.folder import AUTO_MAP, REMOTE_CODE_FILES
 from megatron_itt.hf.remote_code import modeling_itt
@@ -59,7 +59,7 @@ def test_beam_search_reorders_the_cache(build: Callable, tokens: torch.Tensor, m
 def test_assisted_decoding_crops_the_cache(build: Callable) -> None:
     model = build()
     prompt = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])
-    keys = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    keys = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": 60}
     assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=4, **keys), model.generate(prompt, **keys))
 
 
@@ -70,6 +70,15 @@ def test_sampling_follows_the_seed(build: Callable, tokens: torch.Tensor) -> Non
         torch.manual_seed(3)
         results.append(model.generate(tokens, max_new_tokens=8, do_sample=True, pad_token_id=0))
     assert torch.equal(*results)
+
+
+def test_the_text_generation_pipeline_takes_the_model(build: Callable, tokenizer_dir: Path) -> None:
+    model = build(vocab_size=257)
+    generator = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(tokenizer_dir))
+    keys = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False, "pad_token_id": 0}
+    results = generator(["abc", "a longer prompt"], batch_size=2, thinking_budget=[0.5, 1.0, 0.0], **keys)
+    alone = generator("abc", thinking_budget=[0.5, 1.0, 0.0], **keys)
+    assert results[0][0]["generated_text"] == alone[0]["generated_text"]
 
 
 def test_rows_of_a_batch_do_not_touch_each_other(build: Callable, tokens: torch.Tensor, mask: torch.Tensor) -> None:
