@@ -1,0 +1,121 @@
+"""A job as text: nodes, ranks, layout, memory, expected speed and cost. Computed from the recipe alone; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.accounting.memory import rank_memory
+from megatron_itt.accounting.params import count_parameters
+from megatron_itt.config.check import find_layout_problems
+from megatron_itt.config.run import RunConfig
+from megatron_itt.errors import ConfigError
+
+GIBI = 2**30
+SECONDS_PER_DAY = 86400
+MEMORY_HEADROOM = 0.9  # the estimate leaves out communication buffers, workspaces and fragmentation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """Dense bf16 matrix rate in FLOP/s and memory in bytes, from the vendor's data sheet."""
+
+    flops_per_s: float
+    memory_bytes: float
+
+
+GPUS = {
+    "a100-40gb": Gpu(flops_per_s=312e12, memory_bytes=40 * GIBI),
+    "a100-80gb": Gpu(flops_per_s=312e12, memory_bytes=80 * GIBI),
+    "h100": Gpu(flops_per_s=989e12, memory_bytes=80 * GIBI),
+    "h200": Gpu(flops_per_s=989e12, memory_bytes=141e9),
+    "b200": Gpu(flops_per_s=2250e12, memory_bytes=180 * GIBI),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobShape:
+    """What the scheduler gives: nodes, and processes on each (one per GPU)."""
+
+    num_nodes: int
+    tasks_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+        return self.num_nodes * self.tasks_per_node
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobPlan:
+    """A recipe on a machine: what it needs, and what it costs at an assumed model FLOPs utilisation."""
+
+    shape: JobShape
+    data_parallel: int
+    num_microbatches: int
+    num_parameters: int
+    training_tokens: int
+    memory_bytes: tuple[float, ...]  # per rank of each pipeline stage; activations are an estimate
+    tokens_per_s: float
+    seconds: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPUs times hours."""
+        return self.shape.world_size * self.seconds / 3600
+
+
+def plan_job(config: RunConfig, shape: JobShape, gpu: Gpu, *, mfu: float) -> JobPlan:
+    """Cost a recipe on `shape`; `mfu` in (0, 1] is assumed, not measured.
+
+    Raises ConfigError if the layout does not fit the number of processes.
+    """
+    check_shape(config, shape)
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"the assumed MFU is {mfu:g}; a share of the peak rate must be in (0, 1], for example 0.35")
+    training_flops = forward_flops(config.model, config.thinking).training  # of one sequence
+    sequences_per_s = mfu * gpu.flops_per_s * shape.world_size / training_flops
+    data_parallel = config.data_parallel_size(shape.world_size)
+    return JobPlan(
+        shape=shape,
+        data_parallel=data_parallel,
+        num_microbatches=config.batch.global_size // (config.batch.micro * data_parallel),
+        num_parameters=count_parameters(config.model, config.thinking).total,
+        training_tokens=config.schedule.steps * config.tokens_per_step,
+        memory_bytes=tuple(stage.total for stage in rank_memory(config, shape.world_size)),
+        tokens_per_s=sequences_per_s * config.model.seq_length,
+        seconds=config.num_training_samples / sequences_per_s,
+    )
+
+
+def check_shape(config: RunConfig, shape: JobShape) -> None:
+    """Raise ConfigError, with both sides of the arithmetic, when the recipe does not fit nodes times tasks."""
+    problems = find_layout_problems(config, shape.world_size)
+    if problems:
+        raise ConfigError(
+            f"{shape.num_nodes} node(s) x {shape.tasks_per_node} task(s) = {shape.world_size} processes do not fit "
+            f"the recipe: {'; '.join(problems)}"
+        )
+
+
+def format_plan(config: RunConfig, plan: JobPlan, *, gpu_name: str, mfu: float) -> str:
+    """The plan as text."""
+    shape, parallel, gpu = plan.shape, config.parallel, GPUS[gpu_name]
+    stages = ", ".join(f"{size / GIBI:.1f}" for size in plan.memory_bytes)
+    lines = [
+        f"run folder   {config.logging.run_dir}",
+        f"nodes        {shape.num_nodes} x {shape.tasks_per_node} tasks = {shape.world_size} ranks",
+        f"layout       {parallel.tensor} tensor x {parallel.pipeline} pipeline x {plan.data_parallel} data, "
+        f"{plan.num_microbatches} micro-batches of {config.batch.micro} per step on each",
+        f"model        {plan.num_parameters / 1e6:.2f} M parameters, {config.thinking.num_steps} thinking step(s)",
+        f"training     {config.schedule.steps:,} steps, {plan.training_tokens / 1e9:.4g} B tokens",
+        f"memory       {stages} GiB per GPU and pipeline stage, of {gpu.memory_bytes / GIBI:.0f} GiB (estimate)",
+        f"speed        {plan.tokens_per_s:,.0f} tokens/s expected on {gpu_name} at {100 * mfu:g}% MFU (assumed)",
+        f"time         {plan.seconds / SECONDS_PER_DAY:.2f} days, {plan.gpu_hours:,.0f} GPU-hours",
+    ]
+    if max(plan.memory_bytes) > MEMORY_HEADROOM * gpu.memory_bytes:
+        lines.append(
+            f"warning: the estimate exceeds {100 * MEMORY_HEADROOM:.0f}% of a GPU; lower batch.micro or raise "
+            "parallel.tensor or parallel.pipeline"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""One task of a training job: runs the package beside this file, whatever lies in the working folder.
+
+slurm/launch.sh starts it on every rank; a run's snapshot holds its own copy.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from megatron_itt.errors import ConfigError  # noqa: E402
+from megatron_itt.log import run_command  # noqa: E402
+from megatron_itt.train import main  # noqa: E402
+
+
+def check_host_of_rank_0() -> None:
+    """Raise ConfigError if this node cannot find rank 0; torch would try in silence until its timeout."""
+    host = os.environ.get("MASTER_ADDR", "localhost")
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise ConfigError(
+            f"host {host} of rank 0 does not resolve on {socket.gethostname()} ({error}); correct ITT_MASTER_SUFFIX in "
+            "cluster.env or the cluster's name service"
+        ) from None
+
+
+def run() -> int:
+    """Train, or exit with 2 and one line."""
+    check_host_of_rank_0()
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(run))
