@@ -73,7 +73,7 @@ def forward_flops(
         step_matrices: list[float] = [2 * k * layer.matrices for k in picked]
         step_pairs = [_count_pairs(k, k, causal) for k in picked]
     else:
-        step_matrices = _matrices_over_all_keys(layer, picked, s)
+        step_matrices = _matrices_over_all_keys(layer, picked, s, skipped_change=changes_skipped(thinking))
         step_pairs = [_count_pairs(k, s, causal) for k in picked]
     pairs = model.num_layers * _count_pairs(s, s, causal) + num_thinking_layers * sum(step_pairs)
     routes = thinking.kind == "itt" and thinking.routing != "none"
@@ -95,10 +95,8 @@ def count_picked_tokens(thinking: ThinkingConfig, share: float, seq_length: int)
 
 
 def _shares(thinking: ThinkingConfig, budget: Sequence[float] | None) -> Sequence[float]:
-    if thinking.kind == "none":
-        return ()
     if budget is None:
-        return (1.0,) * thinking.num_routed_steps if thinking.routing == "none" else thinking.capacity
+        return (1.0,) * thinking.num_routed_steps if thinking.routing == "none" else thinking.nominal_capacity
     if len(budget) != thinking.num_routed_steps or not all(0 <= share <= 1 for share in budget):
         raise ConfigError(
             f"the budget {list(budget)} does not fit the model's {thinking.num_routed_steps} routed steps; give one "
@@ -112,7 +110,14 @@ def _count_pairs(num_queries: int, num_keys: int, causal: bool) -> float:
     return num_queries * (num_keys + 1) / 2 if causal else num_queries * num_keys
 
 
-def _matrices_over_all_keys(layer: LayerParameters, picked: Sequence[int], s: int) -> list[float]:
+def changes_skipped(thinking: ThinkingConfig) -> bool:
+    """Whether a step changes the tokens that it does not pick as well."""
+    return thinking.routing != "none" and (thinking.reweight == "symmetric" or thinking.skip == "literal")
+
+
+def _matrices_over_all_keys(
+    layer: LayerParameters, picked: Sequence[int], s: int, *, skipped_change: bool
+) -> list[float]:
     """Matrix products per routed step where picked queries see all keys.
 
     Keys and values change only with their token: the first step computes all of them, a later one those of the tokens
@@ -122,5 +127,5 @@ def _matrices_over_all_keys(layer: LayerParameters, picked: Sequence[int], s: in
     num_stale = s
     for k in picked:
         costs.append(2 * k * (layer.matrices - layer.key_value) + 2 * num_stale * layer.key_value if k else 0)
-        num_stale = k if k else num_stale
+        num_stale = s if skipped_change else k or num_stale
     return costs

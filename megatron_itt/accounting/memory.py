@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_itt.accounting.flops import count_picked_tokens
+from megatron_itt.accounting.flops import changes_skipped, count_picked_tokens
 from megatron_itt.accounting.params import layer_parameters, thinking_layer_parameters
 from megatron_itt.config.check import find_layout_problems
+from megatron_itt.config.model import SampledCapacity, ThinkingConfig
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 
@@ -58,24 +59,51 @@ def stage_layers(config: RunConfig, stage: int) -> list[int]:
 
 
 def layer_activations(config: RunConfig, *, thinks: bool) -> float:
-    """Bytes that one layer keeps for backward, for one micro-batch on one rank."""
-    sizes = _Sizes.of(config)
-    s, thinking = config.model.seq_length, config.thinking
-    total = sizes.full_pass(s)
+    """Bytes that one layer stores from forward to backward, for one micro-batch on one rank."""
+    sizes, thinking = _Sizes.of(config), config.thinking
+    full_pass = sizes.full_pass(config.model.seq_length)
     if not thinks or thinking.kind == "none":
-        return config.batch.micro * total
-    if thinking.kind == "loop":
-        return config.batch.micro * total * thinking.num_steps
-    total += sizes.gain(sizes.local(s)) if thinking.step_encoding else 0
+        stored = full_pass
+    elif thinking.kind == "loop":
+        stored = full_pass * thinking.num_steps
+    elif thinking.recompute == "none":
+        stored = full_pass + _routed_activations(config)
+    else:
+        entry = sizes.gain(sizes.local(config.model.seq_length))  # the states that recomputation starts from
+        stored = entry + (full_pass if thinking.recompute == "routed" else 0)
+    return config.batch.micro * stored
+
+
+def recomputed_activations(config: RunConfig) -> float:
+    """Bytes that backward rebuilds at once, one thinking layer at a time, where the recipe recomputes; else 0."""
+    if config.thinking.kind != "itt" or config.thinking.recompute == "none":
+        return 0
+    rebuilt = _routed_activations(config)
+    if config.thinking.recompute == "layer":
+        rebuilt += _Sizes.of(config).full_pass(config.model.seq_length)
+    return config.batch.micro * rebuilt
+
+
+def _routed_activations(config: RunConfig) -> float:
+    """Bytes that phi_0 and the routed steps of one thinking layer keep, for one sequence."""
+    sizes, thinking, s = _Sizes.of(config), config.thinking, config.model.seq_length
+    total = sizes.gain(sizes.local(s)) if thinking.step_encoding else 0
     num_stale = s
-    for share in thinking.capacity:
+    for share in _largest_shares(thinking):
         if thinking.routing == "topk":
             k = count_picked_tokens(thinking, share, s)
             total += sizes.routed_step(k, num_stale, attend_all=thinking.attend == "all")
-            num_stale = k
+            num_stale = s if changes_skipped(thinking) else k
         else:
             total += sizes.masked_step(s, masks_attention=thinking.attend == "selected")
-    return config.batch.micro * total
+    return total
+
+
+def _largest_shares(thinking: ThinkingConfig) -> tuple[float, ...]:
+    """The shares of the most expensive batch."""
+    if isinstance(thinking.capacity, SampledCapacity):
+        return (thinking.capacity.sample[1],) * thinking.num_routed_steps
+    return thinking.nominal_capacity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,13 +210,17 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
     shards = config.data_parallel_size(world_size) if config.optimizer.distributed else 1
     per_microbatch = sum(layer_activations(config, thinks=layer_idx in thinking_layers) for layer_idx in layers)
     in_flight = _microbatches_in_flight(config, world_size, stage)
+    transient = [  # never at the same time: the loss comes before the backward pass of any layer
+        _loss_activations(config) if is_last else 0,
+        recomputed_activations(config) if set(layers) & set(thinking_layers) else 0,
+    ]
     return RankMemory(
         pipeline_stage=stage,
         parameters=parameters,
         weights=element * parameters,
         gradients=FLOAT32 * parameters,
         optimizer=state * parameters / shards,
-        activations=in_flight * per_microbatch + (_loss_activations(config) if is_last else 0),
+        activations=in_flight * per_microbatch + max(transient),
     )
 
 

@@ -34,6 +34,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "loop": {"kind": "loop", "capacity": [1.0, 1.0]},
     "all": {"kind": "itt", "capacity": [0.5, 0.7, 0.5]},
     "selected": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "attend": "selected"},
+    "recompute-routed": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "recompute": "routed"},
+    "recompute-layer": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "recompute": "layer"},
+    "sampled": {"kind": "itt", "capacity": {"sample": [0.5, 0.5], "steps": 2}},
+    "symmetric": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "reweight": "symmetric"},
     "everyone": {"kind": "itt", "capacity": [1.0, 1.0], "routing": "none"},
 }
 CASES = [(shape, kind) for shape in SHAPES for kind in KINDS]

@@ -71,6 +71,21 @@ def test_sequence_parallelism_and_smaller_micro_batches_save_activations() -> No
     assert without < activations(parallel={"tensor": 2}, batch={"micro": 2}) <= 2 * without
 
 
+def test_recomputation_saves_activations() -> None:
+    def activations(recompute: str) -> float:
+        thinking = {"kind": "itt", "capacity": [0.5, 0.5, 0.5], "recompute": recompute}
+        return rank_memory(make_config(thinking=thinking), 1)[0].activations
+
+    assert activations("layer") < activations("routed") < activations("none")
+
+
+def test_a_drawn_capacity_is_costed_at_its_largest() -> None:
+    def activations(capacity: Any) -> float:
+        return rank_memory(make_config(thinking={"kind": "itt", "capacity": capacity}), 1)[0].activations
+
+    assert activations({"sample": [0.3, 0.9], "steps": 2}) == activations([0.9, 0.9])
+
+
 def test_early_stages_hold_more_micro_batches() -> None:
     stages = rank_memory(make_config(parallel={"pipeline": 4}, thinking={}), 4)
     per_microbatch = stages[2].activations / 2

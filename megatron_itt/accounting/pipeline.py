@@ -1,0 +1,81 @@
+"""Where a pipeline is cut: stages of nearly equal work, not of equal numbers of layers. No torch.
+
+A thinking layer costs several plain ones and the head costs some too, so equal counts would make the other stages wait.
+Work is counted in true forward FLOPs; backward is proportional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.config.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineCut:
+    """Layers (0-based) of every model chunk in order of depth, and the work of every stage over a plain layer's."""
+
+    chunks: tuple[tuple[int, ...], ...]
+    stage_costs: tuple[float, ...]
+
+    @property
+    def imbalance(self) -> float:
+        """Work of the busiest stage over the mean: 1 is perfect, the excess is time that the other stages wait."""
+        return max(self.stage_costs) * len(self.stage_costs) / sum(self.stage_costs)
+
+
+def cut_pipeline(config: RunConfig) -> PipelineCut:
+    """Cut the layers into contiguous chunks so that the most expensive chunk is as cheap as it can be.
+
+    With interleaving, chunk c belongs to stage c modulo the number of stages.
+    """
+    num_stages = config.parallel.pipeline
+    costs, head = layer_costs(config)
+    lengths = _cut(costs, head, num_stages * config.parallel.virtual_pipeline)
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    chunks = tuple(tuple(range(start, start + length)) for start, length in zip(starts, lengths, strict=True))
+    work = [sum(costs[layer_idx] for layer_idx in chunk) for chunk in chunks]
+    work[-1] += head
+    stage_costs = tuple(sum(work[stage::num_stages]) for stage in range(num_stages))
+    return PipelineCut(chunks=chunks, stage_costs=stage_costs)
+
+
+def layer_costs(config: RunConfig) -> tuple[list[float], float]:
+    """Forward work of every layer, and of the output head, over that of a plain layer."""
+    model = replace(config.model, num_layers=1)
+    plain = forward_flops(model, replace(config.thinking, kind="none", capacity=()))
+    thinking = config.thinking
+    layer = plain.total - plain.head
+    thinks = thinking.layer_indices(config.model.num_layers)
+    deep = layer if thinking.kind == "none" else forward_flops(model, replace(thinking, layers=(0,))).total - plain.head
+    costs = [deep / layer if layer_idx in thinks else 1.0 for layer_idx in range(config.model.num_layers)]
+    return costs, plain.head / layer
+
+
+def _cut(costs: Sequence[float], head: float, num_chunks: int) -> list[int]:
+    """Lengths of `num_chunks` non-empty runs whose largest sum (the head in the last) is smallest.
+
+    Of equally good cuts the one with longer early chunks is taken.
+    """
+    before = [0.0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+    num_layers = len(costs)
+    # best[n]: (largest sum, cut positions) of the first n layers in as many chunks as were placed so far
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for chunk in range(1, num_chunks + 1):
+        last = chunk == num_chunks
+        ends = [num_layers] if last else range(chunk, num_layers - (num_chunks - chunk) + 1)
+        placed = {}
+        for end in ends:
+            options = [
+                (max(worst, before[end] - before[start] + (head if last else 0.0)), (*cuts, end))
+                for start, (worst, cuts) in best.items()
+                if start < end
+            ]
+            placed[end] = min(options, key=lambda option: (option[0], [-cut for cut in option[1]]))
+        best = placed
+    cuts = (0, *best[num_layers][1])
+    return [end - start for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
