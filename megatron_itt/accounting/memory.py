@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_itt.accounting.flops import changes_skipped, count_picked_tokens
 from megatron_itt.accounting.params import layer_parameters, thinking_layer_parameters
+from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.model import SampledCapacity, ThinkingConfig
 from megatron_itt.config.run import RunConfig
@@ -52,10 +53,8 @@ def rank_memory(config: RunConfig, world_size: int) -> list[RankMemory]:
 
 def stage_layers(config: RunConfig, stage: int) -> list[int]:
     """0-based indices of the layers on a pipeline stage; with interleaving, of all its chunks."""
-    pipeline, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
-    per_chunk = config.model.num_layers // (pipeline * chunks)
-    starts = [(chunk * pipeline + stage) * per_chunk for chunk in range(chunks)]
-    return [layer_idx for start in starts for layer_idx in range(start, start + per_chunk)]
+    chunks = cut_pipeline(config).chunks[stage :: config.parallel.pipeline]
+    return [layer_idx for chunk in chunks for layer_idx in chunk]
 
 
 def layer_activations(config: RunConfig, *, thinks: bool) -> float:

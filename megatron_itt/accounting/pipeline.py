@@ -6,6 +6,7 @@ Work is counted in true forward FLOPs; backward is proportional.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -57,25 +58,25 @@ def layer_costs(config: RunConfig) -> tuple[list[float], float]:
 def _cut(costs: Sequence[float], head: float, num_chunks: int) -> list[int]:
     """Lengths of `num_chunks` non-empty runs whose largest sum (the head in the last) is smallest.
 
-    Of equally good cuts the one with longer early chunks is taken.
+    Among equally good cuts, the more even ones are preferred.
     """
     before = [0.0]
     for cost in costs:
         before.append(before[-1] + cost)
     num_layers = len(costs)
-    # best[n]: (largest sum, cut positions) of the first n layers in as many chunks as were placed so far
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    # best[n]: (largest sum, sum of squares, ends) of the first n layers in as many chunks as were placed so far
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for chunk in range(1, num_chunks + 1):
         last = chunk == num_chunks
         ends = [num_layers] if last else range(chunk, num_layers - (num_chunks - chunk) + 1)
         placed = {}
         for end in ends:
-            options = [
-                (max(worst, before[end] - before[start] + (head if last else 0.0)), (*cuts, end))
-                for start, (worst, cuts) in best.items()
-                if start < end
-            ]
-            placed[end] = min(options, key=lambda option: (option[0], [-cut for cut in option[1]]))
+            options = []
+            for start, (worst, squares, cuts) in best.items():
+                if start < end:
+                    work = before[end] - before[start] + (head if last else 0.0)
+                    options.append((max(worst, work), squares + work * work, (*cuts, end)))
+            placed[end] = min(options)
         best = placed
-    cuts = (0, *best[num_layers][1])
-    return [end - start for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    cuts = (0, *best[num_layers][2])
+    return [end - start for start, end in itertools.pairwise(cuts)]

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_itt.accounting.flops import forward_flops, paper_flops
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.accounting.params import count_parameters
+from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
@@ -34,7 +35,15 @@ def check_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
         "world_size": processes,
         "data_parallel": data_parallel,
         "microbatches_per_step": config.batch.global_size // (config.batch.micro * data_parallel),
+        "pipeline": _pipeline_report(config),
     }
+
+
+def _pipeline_report(config: RunConfig) -> dict[str, Any] | None:
+    if config.parallel.pipeline == 1:
+        return None
+    cut = cut_pipeline(config)
+    return {"chunks": cut.chunks, "stage_costs": cut.stage_costs, "imbalance": cut.imbalance}
 
 
 def flops_report(config: RunConfig) -> dict[str, Any]:
@@ -69,6 +78,7 @@ def memory_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
 def format_check(report: Mapping[str, Any]) -> str:
     """`check_report` as text."""
     layers = ", ".join(map(str, report["thinking_layers"])) or "none"
+    pipeline = [] if report["pipeline"] is None else [_pipeline_line(report["pipeline"])]
     return "\n".join(
         [
             f"parameters        {_millions(report['parameters'])}",
@@ -76,7 +86,17 @@ def format_check(report: Mapping[str, Any]) -> str:
             f"training          {report['training_tokens'] / 1e9:.4g} B tokens",
             f"layout            {report['world_size']} processes, {report['data_parallel']} data-parallel, "
             f"{report['microbatches_per_step']} micro-batches per step on each",
+            *pipeline,
         ]
+    )
+
+
+def _pipeline_line(pipeline: Mapping[str, Any]) -> str:
+    chunks = " | ".join(f"{chunk[0]}-{chunk[-1]}" if len(chunk) > 1 else f"{chunk[0]}" for chunk in pipeline["chunks"])
+    costs = ", ".join(f"{cost:.2f}" for cost in pipeline["stage_costs"])
+    return (
+        f"pipeline          layers {chunks}; work per stage {costs} plain layers; the busiest has "
+        f"{pipeline['imbalance']:.3f} of the mean"
     )
 
 

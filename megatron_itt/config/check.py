@@ -156,10 +156,10 @@ def _parallel_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator
             "at least 2 stages"
         )
     chunks = parallel.pipeline * parallel.virtual_pipeline
-    if model.num_layers % chunks:
+    if model.num_layers < chunks:
         yield (
-            f"model.num_layers is {model.num_layers}, which parallel.pipeline * parallel.virtual_pipeline = {chunks} "
-            "does not divide; every stage needs the same number of layers"
+            f"model.num_layers is {model.num_layers}, fewer than parallel.pipeline * parallel.virtual_pipeline = "
+            f"{chunks}; every model chunk needs a layer"
         )
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence is true but parallel.tensor is 1; sequence parallelism splits within a tensor group"

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config.run import RunConfig
 from megatron_itt.model.initialisation import initialise_weights
 from megatron_itt.model.layer import ThinkingLayer
@@ -77,6 +78,7 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype) -> TransformerC
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(config),
         sequence_parallel=parallel.sequence,
         # One message at a time: with two stages a rank's neighbours on both sides are the same rank, and a batch of
         # messages to it would be matched in the wrong order.
@@ -85,6 +87,16 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype) -> TransformerC
         hetereogenous_dist_checkpoint=True,
         deterministic_mode=config.runtime.deterministic,
     )
+
+
+def _pipeline_layout(config: RunConfig) -> list[list[str]] | None:
+    """Which layers stand on which model chunk, in megatron-core's words; cut by work (`accounting/pipeline.py`)."""
+    if config.parallel.pipeline == 1:
+        return None
+    layout = [["decoder"] * len(chunk) for chunk in cut_pipeline(config).chunks]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def _build_chunk(

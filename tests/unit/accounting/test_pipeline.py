@@ -14,10 +14,11 @@ from tests.helpers.one_rank import tiny_recipe
 RECIPE = Path(__file__).parents[3] / "recipes/466m/itt_x4.yaml"
 
 
-@pytest.mark.parametrize("num_stages", [2, 4])
-def test_the_busiest_stage_of_466m_x4_is_close_to_the_mean(num_stages: int) -> None:
+# Eight layers and a head cannot be divided into four more evenly than 1.173: the next test tries every cut.
+@pytest.mark.parametrize(("num_stages", "limit"), [(2, 1.05), (4, 1.18)])
+def test_the_busiest_stage_of_466m_x4_is_close_to_the_mean(num_stages: int, limit: float) -> None:
     cut = cut_pipeline(load_config(RECIPE, [f"parallel.pipeline={num_stages}"]))
-    assert cut.imbalance <= 1.15
+    assert cut.imbalance <= limit
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4, 5])

@@ -69,7 +69,7 @@ def test_the_printed_config_is_the_config(tmp_path: Path) -> None:
         ("parallel.tensor=3", ["parallel.tensor is 3", "does not divide"]),
         ("parallel.tensor=4", ["parallel.tensor is 4", "num_query_groups = 2"]),
         ("parallel.sequence=true", ["parallel.sequence is true", "parallel.tensor is 1"]),
-        ("parallel.pipeline=3", ["does not divide", "num_layers is 4"]),
+        ("parallel.pipeline=5", ["num_layers is 4", "= 5"]),
         ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline is 2", "parallel.pipeline is 1"]),
         ("validation.budgets=[[0.5]]", ["validation.budgets[0] has 1 shares", "3 routed steps"]),
         ("precision.parts=best", ["precision.parts", "best", "'auto' or 'native'"]),
