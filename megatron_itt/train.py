@@ -9,6 +9,7 @@ from megatron_itt.config import load_config
 from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.environment import process_place
 from megatron_itt.config.load import config_to_yaml
+from megatron_itt.config.optional_parts import hide_unusable_parts
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import run_command, silence_known_warnings
 
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML, then stop")
     arguments = parser.parse_intermixed_args(argv)
     silence_known_warnings()
+    hide_unusable_parts()
     config = load_config(arguments.recipe, arguments.overrides)
     if arguments.print_config:
         print(config_to_yaml(config), end="")

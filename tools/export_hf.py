@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_itt.log import run_command
+from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.log import run_command, silence_known_warnings
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -26,6 +27,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Export and print where the folder is."""
     arguments = parse_arguments(argv)
+    silence_known_warnings()
+    hide_unusable_parts()
     from megatron_itt.hf.export import ExportOptions, export_checkpoint
 
     options = ExportOptions(

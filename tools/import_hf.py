@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_itt.log import run_command
+from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.log import run_command, silence_known_warnings
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -26,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     """Import and print where the checkpoint is."""
     arguments = parse_arguments(argv)
     from megatron_itt.config import load_config
+
+    silence_known_warnings()
+    hide_unusable_parts()
     from megatron_itt.hf.import_weights import import_folder
 
     config = load_config(arguments.recipe, arguments.overrides)

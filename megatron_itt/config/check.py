@@ -131,11 +131,14 @@ def _switch_problems(thinking: ThinkingConfig) -> Iterator[str]:
                     f"thinking.{key} is {value} but thinking.routing is none, where no token is skipped; set it to "
                     f"{default}"
                 )
-    if thinking.residual == "replace" and thinking.update == "delta":
-        yield (
-            "thinking.update is delta but thinking.residual is replace, which has no update to take apart; set "
-            "thinking.update to full"
-        )
+    if thinking.residual == "replace":
+        for key, default in (("update", "full"), ("reweight", "selected"), ("skip", "keep")):
+            value = getattr(thinking, key)
+            if value != default:
+                yield (
+                    f"thinking.{key} is {value} but thinking.residual is replace, which has neither updates nor weights; "
+                    f"set it to {default}"
+                )
 
 
 def _parallel_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
@@ -187,7 +190,7 @@ def _sequence_problems(config: RunConfig) -> Iterator[str]:
             )
     for key, budget in budgets.items():
         for share in budget:
-            if share * seq_length < 0.5:
+            if 0 < share * seq_length < 0.5:
                 yield (
                     f"{key} contains {share}, which rounds to zero of model.seq_length = {seq_length} tokens; use at "
                     f"least {1 / seq_length:.2g}"

@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megatron_itt.config.model import STRICT, ModelConfig, PositiveFloat, PositiveInt, Share, ThinkingConfig
+from megatron_itt.config.model import STRICT, ModelConfig, PositiveFloat, PositiveInt, ThinkingConfig
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Budget = tuple[Share, ...]
+Budget = tuple[Annotated[float, Field(ge=0, le=1)], ...]  # a share of 0 leaves the step out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

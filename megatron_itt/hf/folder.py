@@ -52,7 +52,7 @@ def model_settings(model: ModelConfig, thinking: ThinkingConfig) -> dict[str, An
     settings["thinking"] = {
         "kind": thinking.kind,
         "layers": list(thinking.layer_indices(model.num_layers)),
-        "capacity": list(thinking.capacity),
+        "capacity": list(thinking.nominal_capacity),
         "alpha": list(thinking.alpha_per_step),
         **{switch: getattr(thinking, switch) for switch in switches},
     }

@@ -77,14 +77,14 @@ def _token_cases(config: RunConfig, tokenizer: Any | None) -> list[tuple[str, Te
 
 def _routing_cases(config: RunConfig, hf_model: nn.Module) -> list[tuple[str | None, tuple[float, ...] | None]]:
     """The trained rule at the trained budget, and thresholds at it and at half of it where there is a table."""
-    thinking = config.thinking
-    if thinking.kind != "itt" or thinking.routing == "none" or not thinking.capacity:
+    thinking, capacity = config.thinking, config.thinking.nominal_capacity
+    if thinking.kind != "itt" or thinking.routing == "none" or not capacity:
         return [(None, None)]
     cases: list[tuple[str | None, tuple[float, ...] | None]] = []
     if thinking.routing != "threshold":
-        cases.append((thinking.routing, thinking.capacity))
+        cases.append((thinking.routing, capacity))
     if all(bool(buffer.any()) for name, buffer in hf_model.named_buffers() if name.endswith("logit_quantiles")):
-        cases += [("threshold", thinking.capacity), ("threshold", tuple(share / 2 for share in thinking.capacity))]
+        cases += [("threshold", capacity), ("threshold", tuple(share / 2 for share in capacity))]
     return cases
 
 

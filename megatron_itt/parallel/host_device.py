@@ -78,7 +78,9 @@ def install_host_device() -> None:
     if is_installed():
         return
     with torch.device("meta"):
-        torch.empty(0)  # at its first use torch remembers its factories, to honour such blocks: let it see the real ones
+        torch.empty(
+            0
+        )  # at its first use torch remembers its factories, to honour such blocks: let it see the real ones
     _patch_cuda_module()
     for name in _FACTORIES:
         setattr(torch, name, _on_host(getattr(torch, name)))

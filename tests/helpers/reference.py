@@ -118,6 +118,9 @@ def _think(
     scores: dict[int, Array] = {}
     for step, share in enumerate(shares, start=1):
         logits = np.array([float(layer.router[step - 1] @ y[position]) for position in range(num_tokens)])
+        if share == 0 and rule != "none":  # the step is left out: nobody thinks, nobody is skipped
+            picks[step], scores[step] = [], logits
+            continue
         quantiles = layer.quantiles[step - 1] if rule == "threshold" else None
         picked = pick(logits.tolist(), share, rule, quantiles)
         gates = [1.0 if rule == "none" else _gate(logit, thinking.gate) for logit in logits]

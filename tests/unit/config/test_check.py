@@ -38,6 +38,8 @@ def test_interleaving_needs_a_multiple_of_the_stages() -> None:
         {"routing": "none", "attend": "selected"},
         {"routing": "none", "reweight": "symmetric"},
         {"residual": "replace", "update": "delta"},
+        {"residual": "replace", "reweight": "symmetric"},
+        {"residual": "replace", "skip": "literal"},
     ],
 )
 def test_switches_that_exclude_each_other_are_refused(switches: dict[str, Any]) -> None:

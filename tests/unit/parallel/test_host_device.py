@@ -34,5 +34,9 @@ def test_cuda_requests_are_answered_on_the_host_and_other_devices_still_work() -
 
 
 def test_importing_the_package_patches_nothing() -> None:
-    code = "import torch, megatron_itt.parallel.groups as g; from megatron_itt.parallel.host_device import is_installed; assert not is_installed()"
+    code = (
+        "import megatron_itt.parallel.groups\n"
+        "from megatron_itt.parallel.host_device import is_installed\n"
+        "assert not is_installed()"
+    )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
