@@ -1,4 +1,4 @@
-"""Check a recipe and see what it costs, without a GPU and without torch."""
+"""Check a recipe and see what it costs, without a GPU and, unless ranks are built, without torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_itt.accounting import report
+from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml, dump_config, load_config
-from megatron_itt.log import run_command
+from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.log import run_command, silence_known_warnings
 
 EPILOG = """examples:
   python tools/recipe.py check recipes/466m/itt_x4.yaml parallel.tensor=2 --world-size 16
+  python tools/recipe.py check recipes/scale/7b_itt_x4.yaml --world-size 64 --build
   python tools/recipe.py flops recipes/162m/itt_x4.yaml --json
   python tools/recipe.py memory recipes/466m/itt_x4.yaml --world-size 8
   python tools/recipe.py show recipes/162m/llama.yaml schedule.steps=100
@@ -35,11 +38,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("recipe", help="a YAML file of recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
     parser.add_argument("--world-size", type=int, metavar="N", help="processes of the job (default: the fewest)")
+    parser.add_argument(
+        "--build", action="store_true", help="check: build every distinct rank without values, and count its parameters"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.world_size is not None and arguments.world_size < 1:
         parser.error(f"--world-size is {arguments.world_size}; a job has at least 1 process")
+    if arguments.build and arguments.action != "check":
+        parser.error(f"--build belongs to check, not to {arguments.action}")
     return arguments
+
+
+def _check(config: RunConfig, world_size: int | None, *, build: bool) -> dict[str, Any]:
+    if not build:
+        return report.check_report(config, world_size)
+    silence_known_warnings()
+    hide_unusable_parts()
+    from megatron_itt.training.dry_build import built_check_report
+
+    return built_check_report(config, world_size)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     config = load_config(arguments.recipe, arguments.overrides)
     actions: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {
-        "check": (lambda: report.check_report(config, arguments.world_size), report.format_check),
+        "check": (
+            lambda: _check(config, arguments.world_size, build=arguments.build),
+            report.format_check,
+        ),
         "flops": (lambda: report.flops_report(config), report.format_flops),
         "memory": (lambda: report.memory_report(config, arguments.world_size), report.format_memory),
         "show": (lambda: dump_config(config), lambda _: config_to_yaml(config).rstrip()),

@@ -76,7 +76,7 @@ def memory_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
 
 
 def format_check(report: Mapping[str, Any]) -> str:
-    """`check_report` as text."""
+    """`check_report` as text; also the ranks, where they were built."""
     layers = ", ".join(map(str, report["thinking_layers"])) or "none"
     pipeline = [] if report["pipeline"] is None else [_pipeline_line(report["pipeline"])]
     return "\n".join(
@@ -87,12 +87,32 @@ def format_check(report: Mapping[str, Any]) -> str:
             f"layout            {report['world_size']} processes, {report['data_parallel']} data-parallel, "
             f"{report['microbatches_per_step']} micro-batches per step on each",
             *pipeline,
+            *[_rank_line(rank) for rank in report.get("ranks", ())],
         ]
     )
 
 
+def _rank_line(rank: Mapping[str, Any]) -> str:
+    layers = _ranges(rank["layers"])
+    return (
+        f"built rank {rank['rank']:<6} stage {rank['pipeline_stage']}, tensor rank {rank['tensor_rank']}, layers "
+        f"{layers}: {_millions(rank['parameters'])} parameters as counted, about {rank['memory'] / GIBI:.1f} GiB"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, consecutive ones as first-last."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
 def _pipeline_line(pipeline: Mapping[str, Any]) -> str:
-    chunks = " | ".join(f"{chunk[0]}-{chunk[-1]}" if len(chunk) > 1 else f"{chunk[0]}" for chunk in pipeline["chunks"])
+    chunks = " | ".join(_ranges(chunk) for chunk in pipeline["chunks"])
     costs = ", ".join(f"{cost:.2f}" for cost in pipeline["stage_costs"])
     return (
         f"pipeline          layers {chunks}; work per stage {costs} plain layers; the busiest has "

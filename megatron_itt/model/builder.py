@@ -34,14 +34,18 @@ class BuiltModel:
 
 
 def build_model(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> BuiltModel:
-    """Build and initialise this rank's part of the model; needs the process groups of `start_parallel`."""
+    """Build and initialise this rank's part of the model; needs the process groups of `start_parallel`.
+
+    On the meta device it has shapes and no values, for a dry build.
+    """
     transformer = transformer_config(config, dtype=dtype)
     control = RoutingControl()
     virtual_stages = config.parallel.virtual_pipeline
     chunks = []
     for virtual_stage in range(virtual_stages):
         chunk = _build_chunk(config, transformer, control, virtual_stage if virtual_stages > 1 else None)
-        initialise_weights(chunk, config.model, config.thinking, seed=config.runtime.seed)
+        if device.type != "meta":
+            initialise_weights(chunk, config.model, config.thinking, seed=config.runtime.seed)
         chunks.append(chunk.to(device))
     return BuiltModel(chunks=chunks, control=control, config=transformer)
 

@@ -1,4 +1,4 @@
-"""Every layout computes what one rank computes: loss, gradient norm, picks, quantiles, and reads any other's checkpoint."""
+"""Every layout computes what one rank does (loss, gradient norm, picks, quantiles) and reads any other's checkpoint."""
 
 from __future__ import annotations
 

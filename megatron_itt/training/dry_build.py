@@ -1,0 +1,119 @@
+"""Build every distinct rank of a job without its machines: shapes on the meta device, groups that only pretend.
+
+Finds layouts that keep the recipe's rules but that megatron-core refuses, and ranks whose layers or parameters are not
+those that `accounting` counts. Computes nothing: no values, no forward pass, no messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_itt.accounting.memory import RankMemory, rank_memory, stage_layers
+from megatron_itt.accounting.report import check_report
+from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.run import RunConfig
+from megatron_itt.errors import ConfigError, IttError
+from megatron_itt.model.builder import build_model
+from megatron_itt.parallel.groups import start_parallel, stop_parallel
+
+
+class MiscountedRankError(IttError):
+    """A rank holds something else than `accounting` says."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltRank:
+    """What one rank of the job holds. `layers` count from 0 over the whole model; `memory` is the estimate in bytes."""
+
+    rank: int
+    pipeline_stage: int
+    tensor_rank: int
+    layers: tuple[int, ...]
+    parameters: int
+    memory: float
+
+
+def built_check_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
+    """`check_report` with the ranks that were built under `ranks`. Raises as `check_report` and `dry_build` do."""
+    report = check_report(config, world_size)
+    return {**report, "ranks": [asdict(rank) for rank in dry_build(config, report["world_size"])]}
+
+
+def dry_build(config: RunConfig, world_size: int) -> list[BuiltRank]:
+    """Build the first and the last tensor-parallel rank of every pipeline stage; the last is listed if it differs.
+
+    Ranks that differ in their data-parallel place alone are alike. Must run outside of a job. Raises ConfigError for a
+    layout that cannot be built, and MiscountedRankError where a rank is not what `accounting` counts.
+    """
+    assert not dist.is_initialized(), "a dry build needs a process that belongs to no job"
+    found: list[BuiltRank] = []
+    for memory in rank_memory(config, world_size):
+        built = [_build_rank(config, world_size, memory, tensor) for tensor in sorted({0, config.parallel.tensor - 1})]
+        found.append(built[0])
+        found += [rank for rank in built[1:] if _content(rank) != _content(built[0])]
+    return found
+
+
+def _content(rank: BuiltRank) -> tuple[object, ...]:
+    return rank.layers, rank.parameters
+
+
+def _build_rank(config: RunConfig, world_size: int, memory: RankMemory, tensor_rank: int) -> BuiltRank:
+    """Build the rank of a stage and tensor-parallel place that is the first of its data-parallel group."""
+    # megatron-core counts ranks by tensor, then data, then pipeline place.
+    stage = memory.pipeline_stage
+    rank = stage * (world_size // config.parallel.pipeline) + tensor_rank
+    name = f"rank {rank} of {world_size} (pipeline stage {stage}, tensor rank {tensor_rank})"
+    try:
+        layers, parameters = _measure(config, world_size, rank, place=(stage, tensor_rank))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} cannot be built: {reason}; change parallel.* or model.*") from error
+    counted = tuple(stage_layers(config, stage))
+    if (layers, parameters) != (counted, memory.parameters):
+        raise MiscountedRankError(
+            f"{name} holds {parameters} parameters in layers {list(layers)}, but {memory.parameters} in layers "
+            f"{list(counted)} are counted; costs of this recipe cannot be trusted, please report it"
+        )
+    return BuiltRank(
+        rank=rank,
+        pipeline_stage=stage,
+        tensor_rank=tensor_rank,
+        layers=layers,
+        parameters=parameters,
+        memory=memory.total,
+    )
+
+
+def _measure(config: RunConfig, world_size: int, rank: int, *, place: tuple[int, int]) -> tuple[tuple[int, ...], int]:
+    """Layers and parameters of a rank that stands at `place` (pipeline stage, tensor rank)."""
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    with _pretended_job(config, world_size, rank):
+        stood = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+        assert stood == place, f"rank {rank} stands at {stood}, not {place}"
+        meta = torch.device("meta")
+        with meta:
+            chunks = build_model(config, dtype=dtype, device=meta).chunks
+    layers = tuple(layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers)
+    return layers, sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+
+
+@contextmanager
+def _pretended_job(config: RunConfig, world_size: int, rank: int) -> Iterator[None]:
+    """Process groups of a whole job in this one process; their collectives do nothing."""
+    here = replace(config, runtime=replace(config.runtime, device="auto"))  # whatever this machine has will do
+    place = ProcessPlace(rank=rank, world_size=world_size, local_rank=0, master_address="", master_port=0)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        start_parallel(here, place=place)
+        yield
+    finally:
+        stop_parallel()

@@ -1,0 +1,104 @@
+"""What a routed step sends under sequence parallelism, counted at the collectives themselves.
+
+One full pass of a plain layer exchanges s rows four times forward (gather, scatter, gather, scatter). A routed step
+exchanges its k picked rows four times, and the first one gathers the s rows of the states once before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_itt.config import RunConfig
+from megatron_itt.config.environment import ProcessPlace
+from tests.helpers.launch import run_ranks
+from tests.helpers.one_rank import tiny_recipe
+
+PARALLEL = {"tensor": 2, "sequence": True}
+LARGE = 1000  # bytes; smaller messages are not rows of hidden states
+
+
+class CountCollectives(TorchDispatchMode):
+    """Bytes of the whole tensor that each collective gathers or reduces, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.sizes.append(max(tensor.nbytes for tensor in tensors))
+        return func(*args, **(kwargs or {}))
+
+
+def count_layer(place: ProcessPlace, config: RunConfig) -> tuple[list[int], list[int]]:
+    """Sizes of the collectives of layer 1, forward and backward."""
+    from megatron_itt.model.builder import build_model
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+
+    parallel_place = start_parallel(config, place=place)
+    try:
+        chunk = build_model(config, dtype=torch.float32, device=parallel_place.device).chunks[0]
+        model = config.model
+        hidden = torch.randn(model.seq_length // config.parallel.tensor, config.batch.micro, model.hidden_size)
+        rotary = chunk.rotary_pos_emb(model.seq_length)
+        hidden.requires_grad_(True)
+        forward, backward = CountCollectives(), CountCollectives()
+        with forward:
+            output, _ = chunk.decoder.layers[1](hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+        with backward:
+            output.sum().backward()
+        return _large(forward.sizes), _large(backward.sizes)
+    finally:
+        stop_parallel()
+
+
+def _large(sizes: list[int]) -> list[int]:
+    return [size for size in sizes if size >= LARGE]
+
+
+def recipe(capacity: list[float], **thinking: Any) -> RunConfig:
+    kind = "itt" if capacity else "none"
+    return tiny_recipe(
+        model={"num_query_groups": 4}, thinking={"kind": kind, "capacity": capacity, **thinking}, parallel=PARALLEL
+    )
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, tuple[list[int], list[int]]]:
+    jobs: dict[str, Callable[[], RunConfig]] = {
+        "plain": lambda: recipe([]),
+        "one": lambda: recipe([0.5]),
+        "two": lambda: recipe([0.5, 0.5]),
+        "selected": lambda: recipe([0.5], attend="selected"),
+    }
+    results = run_ranks(2, count_layer, [(make(),) for make in jobs.values()])
+    return {name: ranks[0] for name, ranks in zip(jobs, results, strict=True)}
+
+
+def test_a_routed_step_sends_at_most_what_a_full_pass_sends(counted: dict[str, tuple[list[int], list[int]]]) -> None:
+    for direction in (0, 1):
+        plain = sum(counted["plain"][direction])
+        first = sum(counted["one"][direction]) - plain
+        second = sum(counted["two"][direction]) - sum(counted["one"][direction])
+        assert 0 < second < first <= plain
+
+
+def test_the_exchanges_of_a_routed_step_are_four_of_the_picked_rows(
+    counted: dict[str, tuple[list[int], list[int]]],
+) -> None:
+    config = recipe([0.5])
+    row = config.batch.micro * config.model.hidden_size * 4
+    whole, picked = config.model.seq_length * row, config.model.seq_length // 2 * row
+    assert counted["plain"][0] == [whole] * 4
+    assert counted["one"][0] == [whole] * 5 + [picked] * 4
+    assert counted["two"][0] == [whole] * 5 + [picked] * 8
+    assert counted["selected"][0] == counted["one"][0]

@@ -1,0 +1,44 @@
+"""Time the training step of LLaMA, Loop and ITT models of one shape, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.log import run_command, silence_known_warnings
+
+EPILOG = """examples:
+  python tools/benchmark.py
+  python tools/benchmark.py --recipe recipes/162m/itt_x4.yaml model.num_layers=2 batch.global=1 batch.micro=1
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write JSON and Markdown, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--recipe", default="recipes/debug/itt_tiny.yaml", help="shape and batch (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed steps per model (default: 5)")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR")
+    parser.add_argument("--name", default="training_step", help="name of the result files (default: %(default)s)")
+    arguments = parser.parse_intermixed_args(argv)
+    silence_known_warnings()
+    hide_unusable_parts()
+    from megatron_itt.benchmark import compared_models, measure_steps, write_results
+    from megatron_itt.config import load_config
+
+    config = load_config(arguments.recipe, arguments.overrides)
+    rows = measure_steps(compared_models(config), num_repeats=arguments.repeats)
+    print(write_results(rows, config, arguments.output, arguments.name))
+    print(f"written to {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
