@@ -24,6 +24,15 @@ def test_check_accepts_a_layout_that_fits() -> None:
     assert "466.71 M" in done.stdout and "16 processes, 8 data-parallel" in done.stdout
 
 
+def test_check_builds_every_distinct_rank_of_a_job_of_64() -> None:
+    done = run_recipe("check", "recipes/scale/7b_itt_x4.yaml", "--world-size", "64", "--build")
+    assert done.returncode == 0, done.stderr
+    ranks = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("built rank")]
+    assert ranks == ["0", "32"]
+    assert "layers 0-15: 842.63 M parameters as counted" in done.stdout
+    assert done.stderr == ""
+
+
 def test_flops_prints_the_fixed_json_keys() -> None:
     done = run_recipe("flops", "--json", ITT)
     report = json.loads(done.stdout)
@@ -56,6 +65,7 @@ def test_show_prints_a_recipe_that_loads_again(tmp_path: Path) -> None:
         (["check", ITT, "parallel.tensor=2", "--world-size", "9"], "the world size is 9"),
         (["memory", ITT, "parallel.tensor=4", "--world-size", "6"], "the world size is 6"),
         (["check", ITT, "--world-size", "0"], "a job has at least 1 process"),
+        (["flops", ITT, "--build"], "--build belongs to check, not to flops"),
         (["cost", ITT], "invalid choice: 'cost'"),
     ],
 )

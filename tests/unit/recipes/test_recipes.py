@@ -11,10 +11,12 @@ import pytest
 from megatron_itt.accounting.flops import paper_flops
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.accounting.params import count_parameters
+from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config import RunConfig, load_config
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 SIZES = {"162m": 162.02, "230m": 249.33, "466m": 466.65}
+SCALE = {"1b3": 1345.42, "7b": 6738.42}  # the 7B count is the published one of LLaMA-7B
 TABLE_1 = {
     "llama": (),
     "loop_x3": (1.0, 1.0),
@@ -97,3 +99,27 @@ def test_the_paper_settings_of_training(size: str) -> None:
 @pytest.mark.parametrize("name", [f"{size}/{kind}" for size in SIZES for kind in TABLE_1])
 def test_the_recipes_of_table_1_fit_eight_gpus_of_80_gb(name: str) -> None:
     assert max(stage.total for stage in rank_memory(load(name), 8)) < 0.6 * 80e9
+
+
+@pytest.mark.parametrize("size", SCALE)
+def test_the_recipes_beyond_the_paper_are_the_shapes_they_say(size: str) -> None:
+    llama, itt = load(f"scale/{size}_llama"), load(f"scale/{size}_itt_x4")
+    for config in (llama, itt):
+        assert round(count_parameters(config.model, config.thinking).base / 1e6, 2) == SCALE[size]
+    assert (llama.thinking.kind, itt.thinking.kind, itt.thinking.capacity) == ("none", "itt", (0.5, 0.5, 0.5))
+    differing = {"thinking": itt.thinking, "validation": itt.validation, "logging": itt.logging}
+    assert replace(llama, **differing) == itt  # what a comparison of the two compares
+
+
+@pytest.mark.parametrize("world_size", [32, 64])
+@pytest.mark.parametrize("name", [f"scale/{size}_{kind}" for size in SCALE for kind in ("llama", "itt_x4")])
+def test_the_recipes_beyond_the_paper_fit_gpus_of_40_gb_in_balance(name: str, world_size: int) -> None:
+    config = load(name)
+    assert max(stage.total for stage in rank_memory(config, world_size)) < 0.7 * 40e9
+    assert cut_pipeline(config).imbalance < 1.15
+
+
+def test_the_recipes_beyond_the_paper_keep_their_published_budgets() -> None:
+    tokens = {size: load(f"scale/{size}_llama") for size in SCALE}
+    trained = {size: config.schedule.steps * config.tokens_per_step for size, config in tokens.items()}
+    assert trained == {"1b3": pytest.approx(300e9, rel=0.001), "7b": pytest.approx(1e12, rel=0.001)}
