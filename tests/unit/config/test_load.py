@@ -87,6 +87,61 @@ def test_bad_settings_are_named_with_the_rule(tmp_path: Path, override: str, par
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["parallel.tensor=2", "parallel.sequence=true", "model.seq_length=25"],
+            ["model.seq_length is 25", "parallel.tensor = 2 does not divide", "splits the sequence evenly"],
+        ),
+        (["parallel.tensor=3"], ["does not divide model.num_attention_heads = 4"]),
+        (["parallel.tensor=4"], ["does not divide model.num_query_groups = 2"]),
+        (["parallel.pipeline=4", "parallel.virtual_pipeline=2"], ["num_layers is 4, fewer than", "= 8"]),
+        (["thinking.capacity={sample: [0.01, 0.5]}"], ["thinking.capacity contains 0.01", "rounds to zero"]),
+        (["thinking.capacity={sample: [0.9, 0.5]}"], ["[0.9, 0.5]", "the lower share comes first"]),
+        (["validation.budgets=[[0.5, 0.01, 0.5]]"], ["validation.budgets[0] contains 0.01", "rounds to zero"]),
+        (
+            ["thinking.residual=replace", "thinking.update=delta"],
+            ["thinking.update is delta", "thinking.residual is replace", "set it to full"],
+        ),
+        (
+            ["thinking.routing=none", "thinking.attend=selected"],
+            ["thinking.attend is selected", "thinking.routing is none", "set it to all"],
+        ),
+        (["thinking.skip=literal", "thinking.reweight=symmetric"], ["skip is literal", "reweight is symmetric"]),
+        (["thinking.layers=[]"], ["thinking.layers is []", "name at least one layer"]),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named_with_the_rule(
+    tmp_path: Path, overrides: list[str], parts: list[str]
+) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_everything_wrong_with_a_layout_is_reported_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    overrides = ["parallel.tensor=3", "parallel.sequence=true", "parallel.virtual_pipeline=5", "model.seq_length=25"]
+    switches = ["thinking.layers=[1, 1]", "thinking.capacity=[0.001]", "thinking.skip=literal"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [*overrides, *switches, "thinking.reweight=symmetric"])
+    expected = [
+        "model.num_attention_heads = 4",
+        "model.num_query_groups = 2",
+        "interleaving needs at least 2 stages",
+        "fewer than parallel.pipeline * parallel.virtual_pipeline = 5",
+        "splits the sequence evenly",
+        "contains 1 twice",
+        "rounds to zero",
+        "choose one",
+    ]
+    for part in expected:
+        assert part in str(caught.value)
+
+
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "recipe.yaml", plain())
     with pytest.raises(ConfigError) as caught:
