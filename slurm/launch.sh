@@ -87,8 +87,12 @@ find_shape() { # JOB_FILE
     nodes=${asked_nodes:-$(asked_for "$1" nodes)} nodes=${nodes:-1}
     tasks_per_node=$(asked_for "$1" ntasks-per-node) tasks_per_node=${tasks_per_node:-1}
     if [ "$mode" = run ]; then
-        nodes=1 tasks_per_node=${ITT_LOCAL_PROCESSES:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')}
-        [ "$tasks_per_node" != 0 ] || tasks_per_node=$(plan minimum) || exit
+        local gpus=${ITT_LOCAL_PROCESSES:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')}
+        nodes=1 tasks_per_node=$gpus
+        if [ "$gpus" = 0 ]; then
+            tasks_per_node=1
+            tasks_per_node=$(plan minimum) || exit
+        fi
     fi
 }
 
@@ -262,6 +266,7 @@ finish_job() { # STATUS
     esac
     say "not finished (exit code $1); newest checkpoint $progress"
     release_run_folder
+    trap '' TERM # what a job gets when it is queued again
     if ! in_slurm; then
         say "the same command continues"
     elif scontrol requeue "$SLURM_JOB_ID"; then
@@ -276,8 +281,10 @@ finish_job() { # STATUS
 
 train() { # JOB_FILE RECIPE ARGUMENT...
     local job_file=$1 status
-    [ "${2:--h}" != --help ] && [ "${2:--h}" != -h ] || { usage "$job_file"; exit 0; }
-    [[ $2 != -* && $2 != *=* ]] || fail "name the recipe first: sbatch $job_file recipes/466m/itt_x4.yaml [options]"
+    case ${2:-} in
+        -h | --help) usage "$job_file"; exit 0 ;;
+        '' | -* | *=*) fail "name the recipe first: sbatch $job_file recipes/466m/itt_x4.yaml [options]" ;;
+    esac
     recipe=$2
     shift 2
     [ -f "$checkout/$recipe" ] || [ ! -f "$recipe" ] || recipe=$(realpath "$recipe")

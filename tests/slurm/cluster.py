@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NODES = ("node1", "node2")
+GPUS_PER_NODE = 2
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "mount")
 # slurmd loads a cgroup plugin whatever the configuration needs. Naming v1 skips the detection, which fails in
 # containers, and touches nothing; from 24.05 on it can be turned off.
@@ -29,7 +30,8 @@ def find_missing() -> str | None:
         return "a Slurm cluster of its own needs root"
     missing = [name for name in PROGRAMS if find_program(name) is None]
     if missing:
-        return f"a Slurm cluster of its own needs {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
+        packages = "slurmctld slurmd slurm-client munge"
+        return f"a Slurm cluster of its own needs {', '.join(missing)}: apt-get install {packages}"
     trial = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "mount", "-t", "tmpfs", "none", "/mnt"])
     return None if trial.returncode == 0 else "this machine does not allow namespaces, which the nodes need"
 
@@ -79,7 +81,7 @@ class Cluster:
         """Boot a node."""
         boot = (
             f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && mount -t tmpfs tmpfs /dev/shm && "
-            f"exec {find_program('slurmd')} -D -N {node} -f {self.folder}/slurm.conf"
+            f"{find_program('slurmd')} -D -N {node} -f {self.folder}/slurm.conf; exit"  # bash stays and reaps orphans
         )
         spaces = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._run(node, ["unshare", *spaces, "bash", "-c", boot])
@@ -119,10 +121,13 @@ class Cluster:
         text = self.command("scontrol", "-o", "show", "job", job_id)
         return dict(pair.partition("=")[::2] for pair in text.split() if "=" in pair)
 
+    def has_ended(self, job_id: str) -> bool:
+        """Whether a job is over for good."""
+        return self.job(job_id)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
     def wait_for_end(self, job_id: str, *, timeout_s: float = 240) -> str:
         """Wait until a job has ended for good; returns its state."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait_until(lambda: self.job(job_id)["JobState"] in ended, f"job {job_id} ends", timeout_s=timeout_s)
+        self.wait_until(lambda: self.has_ended(job_id), f"job {job_id} ends", timeout_s=timeout_s)
         return self.job(job_id)["JobState"]
 
     def wait_until(self, condition: Callable[[], bool], what: str, *, timeout_s: float = 60) -> None:
@@ -157,8 +162,9 @@ class Cluster:
         cgroup = "disabled" if (major, minor) >= FIRST_VERSION_WITHOUT_CGROUP else "cgroup/v1"
         (here / "cgroup.conf").write_text(f"CgroupPlugin={cgroup}\n")
         # A GPU counts only if a character device is behind it.
-        (here / "gpu0").symlink_to("/dev/null")
-        (here / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={here}/gpu0\n")
+        for index in range(GPUS_PER_NODE):
+            (here / f"gpu{index}").symlink_to("/dev/null")
+        (here / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={here}/gpu[0-{GPUS_PER_NODE - 1}]\n")
         hosts = ["127.0.0.1 localhost", f"127.0.0.1 {host}", *(f"127.0.0.1 {node}" for node in NODES)]
         (here / "hosts").write_text("\n".join(hosts) + "\n")
         settings = {
@@ -168,8 +174,8 @@ class Cluster:
             "SlurmUser": "root",
             "SlurmdUser": "root",
             "AuthType": "auth/munge",
-            # cred_expire is also how long a job that is queued again waits: 120 s by default.
-            "AuthInfo": f"socket={here}/munge/socket,cred_expire=2",
+            # cred_expire is also how long a job that is queued again waits: 120 s by default, 5 s at least.
+            "AuthInfo": f"socket={here}/munge/socket,cred_expire=5",
             "StateSaveLocation": here / "state",
             "SlurmdSpoolDir": here / "%n",
             "SlurmctldPidFile": here / "slurmctld.pid",
@@ -190,13 +196,15 @@ class Cluster:
             "JobRequeue": 1,
             "SlurmctldTimeout": 30,
             "SlurmdTimeout": 10,
-            "KillWait": 10,
+            "KillWait": 20,
+            "MinJobAge": 3600,
             "GresTypes": "gpu",
         }
         lines = [f"{key}={value}" for key, value in settings.items()]
         for node, port in zip(NODES, ports[1:], strict=True):
             lines.append(
-                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Gres=gpu:1 State=UNKNOWN"
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Gres=gpu:{GPUS_PER_NODE} "
+                "State=UNKNOWN"
             )
         lines.append("PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         (here / "slurm.conf").write_text("\n".join(lines) + "\n")

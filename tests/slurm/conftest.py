@@ -60,7 +60,7 @@ def recipe(data: Path, tmp_path: Path) -> Path:
             "tokenizer": str(data / "tokenizer"),
             "blend": {"code": {"path": str(data / "code"), "weight": 1.0}},
             "cache_dir": str(tmp_path / "cache"),
-            "max_epochs": 100.0,
+            "max_epochs": 1.0e6,
         },
         validation={"tokens": 1024, "interval_steps": 50},
         checkpoint={"save_interval_steps": 1000, "keep_last": 2},

@@ -1,0 +1,195 @@
+"""The launcher without a cluster: dry runs, runs on this machine, bad input, and the decision after a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.architecture.sources import ROOT
+
+JOB_FILES = sorted((ROOT / "slurm").rglob("*.sbatch"))
+TRAINING = [path for path in JOB_FILES if "recipes/" in path.read_text().split("exec", 1)[1]]
+
+
+def launch(job_file: str, *arguments: str, settings: dict[str, str], cwd: Path = ROOT) -> tuple[int, str, str]:
+    """Run a job file under bash, outside of any job."""
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / job_file), *arguments],
+        env=outside_a_job(settings),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def outside_a_job(settings: dict[str, str]) -> dict[str, str]:
+    return {**{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}, **settings}
+
+
+@pytest.mark.parametrize("job_file", TRAINING, ids=[path.stem for path in TRAINING])
+def test_every_training_job_shows_what_it_will_do(job_file: Path, settings: dict[str, str]) -> None:
+    code, text, error = launch(
+        job_file.name if job_file.parent.name == "slurm" else str(job_file), "--dry-run", settings=settings
+    )
+    assert code == 0, error
+    for name in ("run folder", "nodes", "layout", "model", "training", "memory", "speed", "time", "job", "software"):
+        assert re.search(rf"^{name} +\S", text, flags=re.MULTILINE), f"{name} is missing from\n{text}"
+    assert "days" in text
+    assert "GPU-hours" in text
+
+
+def test_the_sizes_of_the_paper_each_have_their_three_jobs() -> None:
+    sizes, kinds = ("162m", "230m", "466m"), ("llama_{}", "loop_{}_x4", "itt_{}_x4")
+    assert {kind.format(size) for size in sizes for kind in kinds} <= {path.stem for path in TRAINING}
+
+
+@pytest.mark.parametrize("job_file", JOB_FILES, ids=[path.stem for path in JOB_FILES])
+def test_a_job_file_is_short_and_asks_for_what_the_life_cycle_needs(job_file: Path) -> None:
+    text = job_file.read_text()
+    assert len(text.splitlines()) <= 18
+    for line in ("--open-mode=append", "--signal=B:USR1@", "--requeue"):
+        assert f"#SBATCH {line}" in text
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("needs shellcheck")
+    scripts = [str(path.relative_to(ROOT)) for path in [*JOB_FILES, *(ROOT / "slurm").glob("*.sh")]]
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_dry_run_takes_nodes_and_overrides(settings: dict[str, str]) -> None:
+    code, text, error = launch("itt_466m_x4.sbatch", "--dry-run", "--nodes=4", "batch.micro=2", settings=settings)
+    assert code == 0, error
+    assert "4 x 8 tasks = 32 ranks" in text
+    assert "1 tensor x 1 pipeline x 32 data, 4 micro-batches of 2" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--dry-run", "schedule.stepz=3"], "did you mean schedule.steps?"),
+        (["--dry-run", "--nodes=3"], "3 node(s) x 8 task(s) = 24 processes do not fit the recipe"),
+        (["--dryrun"], "unknown option --dryrun"),
+        (["steps"], "argument steps must look like section.key=value"),
+        (["--nodes=2"], "--nodes is for --dry-run"),
+        (["--dry-run", "--nodes=two"], "--nodes is two"),
+        (["--chain=0"], "--chain is 0"),
+        (["--submit"], "cluster.env is missing"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(
+    arguments: list[str], expected: str, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    if arguments == ["--submit"]:
+        settings["ITT_CLUSTER_ENV"] = str(tmp_path / "absent" / "cluster.env")
+    code, _, error = launch("itt_466m_x4.sbatch", *arguments, settings=settings)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert expected in error
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ITT_CONTIANER_IMAGE=/a.sqsh", "ITT_CONTIANER_IMAGE, which is no setting"),
+        ("ITT_PYTHON=/absent/python", "ITT_PYTHON is /absent/python, which does not run here"),
+        ("ITT_DATA_ROOT=/absent", "ITT_DATA_ROOT is /absent, which is not a folder here"),
+        ("ITT_MODULES=absent/1", "ITT_MODULES is absent/1, but this host has no module command"),
+        ("ITT_MAX_RESTARTS=many", "ITT_MAX_RESTARTS is many"),
+        ("ITT_ASSUMED_MFU=35", "the assumed MFU is 35"),
+    ],
+)
+def test_a_stale_cluster_file_is_refused(line: str, expected: str, settings: dict[str, str]) -> None:
+    if "MODULES" in line and shutil.which("modulecmd"):
+        pytest.skip("this machine has environment modules")
+    with Path(settings["ITT_CLUSTER_ENV"]).open("a") as file:
+        file.write(line + "\n")
+    code, _, error = launch("itt_466m_x4.sbatch", "--dry-run", settings=settings)
+    assert code == 2
+    assert error.count("\n") == 1
+    assert expected in error
+
+
+def test_the_example_of_a_cluster_file_names_every_setting() -> None:
+    known = set(re.findall(r"ITT_[A-Z_0-9]+", (ROOT / "slurm" / "cluster.sh").read_text().split('"')[1]))
+    example = (ROOT / "slurm" / "cluster.env.example").read_text()
+    assert known == set(re.findall(r"^#(ITT_[A-Z_0-9]+)=", example, flags=re.MULTILINE))
+
+
+def test_this_machine_trains_stops_at_a_signal_and_continues(
+    recipe: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    run_dir = tmp_path / "runs" / "tiny"
+    command = ["bash", str(ROOT / "slurm" / "train.sbatch"), str(recipe), "schedule.steps=12", "parallel.tensor=2"]
+    process = subprocess.Popen(command, env=outside_a_job(settings), stdout=subprocess.PIPE, text=True)
+    wait_for_step(run_dir, 4, process)
+    assert (run_dir / "in_use").is_file()
+    code, _, error = launch(*command[1:], settings=settings)
+    assert code == 2
+    assert "is in use by process" in error
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert "the same command continues" in text
+    assert not (run_dir / "finished").exists()
+    code, text, error = launch(*command[1:], settings=settings)
+    assert code == 0, error
+    assert "resumed from" in text
+    assert (run_dir / "finished").is_file()
+    assert not (run_dir / "in_use").exists()
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    code, text, _ = launch(*command[1:], settings=settings)
+    assert code == 0
+    assert "is finished already" in text
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and f'"step": {step}, "loss"' in metrics.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({"files": ["finished"], "code": 143}, "done"),
+        ({"code": 0}, "again"),
+        ({"code": 2}, "stop"),
+        ({"files": ["diverged"], "code": 143}, "stop"),
+        ({"code": 137}, "again"),
+        ({"code": 137, "stuck": 3}, "stuck"),
+        ({"code": 137, "stuck": 3, "latest": "step_0000009"}, "again"),
+        ({"code": 0, "cancelled": "yes"}, "cancelled"),
+        ({"files": ["finished"], "code": 0, "cancelled": "yes"}, "done"),
+    ],
+)
+def test_what_follows_a_run_is_decided_by_its_folder(state: dict[str, object], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text(f"{state.get('latest', 'step_0000005')}\n")
+    for name in state.get("files", ()):  # type: ignore[attr-defined]
+        (tmp_path / name).touch()
+    script = (
+        f"source {ROOT}/slurm/launch.sh; run_dir={tmp_path}; first_checkpoint=step_0000005; ITT_MAX_RESTARTS=3; "
+        f"num_stuck={state.get('stuck', 0)}; cancelled={state.get('cancelled', '')}; next_action {state['code']}"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
