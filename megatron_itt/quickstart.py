@@ -110,7 +110,18 @@ def _result_stages(root: Path, recipe: str) -> list[Stage]:
             writes=[report],
             done=report,
         ),
-        _tool("generate", "generate", "--model", export, "--prompt", "def main(", writes=[], done=None),
+        _tool(
+            "generate",
+            "generate",
+            "--model",
+            export,
+            "--prompt",
+            "def main(",
+            "--max-new-tokens",
+            40,
+            writes=[],
+            done=None,
+        ),
     ]
 
 

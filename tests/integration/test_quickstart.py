@@ -20,7 +20,7 @@ from megatron_itt.config.check import find_layout_problems
 
 ROOT = Path(__file__).parents[2]
 SMALLER = {
-    "model": {"hidden_size": 48, "ffn_hidden_size": 64, "num_layers": 4, "seq_length": 64},
+    "model": {"hidden_size": 48, "ffn_hidden_size": 64, "num_layers": 4, "seq_length": 128},
     "batch": {"global": 8, "micro": 4},
     "schedule": {"steps": 6, "warmup_steps": 2},
     "validation": {"tokens": 40000, "interval_steps": 6},
