@@ -166,8 +166,9 @@ stop() { # STATUS REASON: later links of a chain and later tasks of an array sto
     exit "$1"
 }
 
+job_note() { echo "${ITT_RUN_ROOT:-$checkout/runs}/.jobs/${SLURM_JOB_ID:-none}"; } # where a job finds its snapshot
+
 use_run_folder() { # snapshot at the first start; after that what was kept
-    local job_note=$checkout/runs/.jobs/${SLURM_JOB_ID:-none}
     if [ "$code" != "$checkout" ]; then
         snapshot=$code
     else
@@ -175,13 +176,13 @@ use_run_folder() { # snapshot at the first start; after that what was kept
         [[ $snapshot == /* ]] || snapshot=$checkout/$snapshot
     fi
     run_dir=$(dirname "$snapshot")
-    if in_slurm && mkdir -p "${job_note%/*}" 2>/dev/null; then echo "$snapshot" >"$job_note"; fi
+    if in_slurm && mkdir -p "$(dirname "$(job_note)")"; then echo "$snapshot" >"$(job_note)"; fi
 }
 
 continue_from_snapshot() { # ARGUMENT...: a job that is queued again runs the launcher of its first start
-    local job_note=$checkout/runs/.jobs/${SLURM_JOB_ID:-none} kept
+    local kept
     in_slurm && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$code" = "$checkout" ] || return 0
-    kept=$(cat "$job_note" 2>/dev/null) && [ -f "$kept/slurm/launch.sh" ] || return 0
+    kept=$(cat "$(job_note)" 2>/dev/null) && [ -f "$kept/slurm/launch.sh" ] || return 0
     ITT_CHECKOUT=$checkout exec bash "$kept/slurm/launch.sh" "$@"
 }
 
@@ -258,7 +259,7 @@ finish_job() { # STATUS
     case $(next_action "$1") in
         'done')
             say "finished: $run_dir"
-            rm -f "$checkout/runs/.jobs/${SLURM_JOB_ID:-none}" "$run_dir/restarts"
+            rm -f "$(job_note)" "$run_dir/restarts"
             exit 0 ;;
         stop) stop 2 "bad input, or loss or gradients are no longer finite (exit code $1)" ;;
         cancelled) say "cancelled; newest checkpoint $progress; the same command continues"; exit 0 ;;
@@ -289,11 +290,11 @@ train() { # JOB_FILE RECIPE ARGUMENT...
     shift 2
     [ -f "$checkout/$recipe" ] || [ ! -f "$recipe" ] || recipe=$(realpath "$recipe")
     parse_arguments "$job_file" "$@"
-    continue_from_snapshot "$job_file" train "$recipe" "$@"
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM
     trap 'on_signal INT' INT
     load_cluster
+    continue_from_snapshot "$job_file" train "$recipe" "$@"
     find_shape "$job_file"
     case $mode in
         dry_run) dry_run "$job_file"; exit ;;

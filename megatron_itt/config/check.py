@@ -136,8 +136,8 @@ def _switch_problems(thinking: ThinkingConfig) -> Iterator[str]:
             value = getattr(thinking, key)
             if value != default:
                 yield (
-                    f"thinking.{key} is {value} but thinking.residual is replace, which has neither updates nor weights; "
-                    f"set it to {default}"
+                    f"thinking.{key} is {value} but thinking.residual is replace, which has neither updates nor "
+                    f"weights; set it to {default}"
                 )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,62 @@ def test_a_job_that_makes_no_progress_is_given_up(cluster: Cluster, recipe: Path
     assert cluster.job(job.job_id)["Restarts"] == "1", job.text()
     assert "2 attempts in a row made no progress" in job.text()
     assert "made no progress" in (job.run_dir / "stopped").read_text()
+
+
+def test_a_chain_continues_where_the_link_before_stopped(
+    cluster: Cluster, recipe: Path, settings: dict[str, str]
+) -> None:
+    text = (ROOT / "slurm" / "train.sbatch").read_text()
+    for asked, small in (
+        ("ntasks-per-node=8", "ntasks-per-node=1"),
+        ("gpus-per-node=8", "gpus-per-node=1"),
+        ("cpus-per-task=8", "cpus-per-task=1"),
+        ("output=", f"output={recipe.parent}/"),
+    ):
+        assert asked in text
+        text = text.replace(asked, small)
+    job_file = recipe.parent / "small.sbatch"
+    job_file.write_text(text)
+    done = subprocess.run(
+        ["bash", str(job_file), str(recipe), "--chain=2", "schedule.steps=60"],
+        cwd=ROOT,
+        env=cluster.environment(settings),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    job = Submitted.__new__(Submitted)
+    job.cluster, job.job_id, job.run_dir = cluster, first, recipe.parent / "runs" / "tiny"
+    job.log = recipe.parent / f"tiny-{first}.log"
+    job.wait_for_step(3)
+    cluster.command("scancel", "--signal=USR1", "--batch", first)
+    assert job.end() == "COMPLETED", job.text()
+    assert "cannot be queued again; the next of its chain" in job.text()
+    job.job_id, job.log = second, recipe.parent / f"tiny-{second}.log"
+    assert job.end() == "COMPLETED", job.text()
+    assert "resumed from" in job.text()
+    assert [record["step"] for record in job.records()] == list(range(1, 61))
+
+
+def test_a_domain_is_preprocessed_by_a_job(
+    cluster: Cluster, data: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    job_id = cluster.submit(
+        "--cpus-per-task=2",
+        f"--chdir={ROOT}",
+        f"--output={tmp_path}/log",
+        str(ROOT / "slurm" / "preprocess.sbatch"),
+        "--input",
+        str(data / "code.jsonl"),
+        "--tokenizer",
+        str(data / "tokenizer"),
+        "--output-prefix",
+        str(tmp_path / "code"),
+        environment=settings,
+    )
+    assert cluster.wait_for_end(job_id) == "COMPLETED", (tmp_path / "log").read_text()
+    assert (tmp_path / "code.bin").read_bytes() == (data / "code.bin").read_bytes()
 
 
 @pytest.mark.slow

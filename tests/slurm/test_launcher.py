@@ -158,6 +158,22 @@ def test_this_machine_trains_stops_at_a_signal_and_continues(
     assert "is finished already" in text
 
 
+@pytest.mark.slow
+def test_a_run_is_exported_and_evaluated(recipe: Path, data: Path, tmp_path: Path, settings: dict[str, str]) -> None:
+    assert launch("train.sbatch", str(recipe), "schedule.steps=2", settings=settings)[0] == 0
+    arguments = ["runs/tiny", "--heldout", f"code={data / 'code.jsonl'}", "--perplexity-max-tokens", "200"]
+    code, text, error = launch("evaluate.sbatch", *arguments, settings=settings)
+    assert code == 0, text + error
+    assert (tmp_path / "runs" / "tiny" / "export" / "step_0000002" / "config.json").is_file()
+    assert (tmp_path / "runs" / "tiny" / "evaluation" / "step_0000002" / "results.json").is_file()
+
+
+def test_an_evaluation_without_a_checkpoint_is_refused(tmp_path: Path, settings: dict[str, str]) -> None:
+    code, _, error = launch("evaluate.sbatch", str(tmp_path), settings=settings)
+    assert code == 2
+    assert "has no checkpoint" in error
+
+
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
