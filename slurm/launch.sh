@@ -183,6 +183,7 @@ continue_from_snapshot() { # ARGUMENT...: a job that is queued again runs the la
     local kept
     in_slurm && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$code" = "$checkout" ] || return 0
     kept=$(cat "$(job_note)" 2>/dev/null) && [ -f "$kept/slurm/launch.sh" ] || return 0
+    say "continues with the code of its first start: $kept"
     ITT_CHECKOUT=$checkout exec bash "$kept/slurm/launch.sh" "$@"
 }
 
@@ -326,13 +327,14 @@ dry_run() { # JOB_FILE
 }
 
 submit() { # JOB_FILE
-    local options=() link folder
+    local options=() given=() link folder
+    ! grep -q ' train "\$@"$' "$1" || given=("$recipe") # a job file for any recipe
     dry_run "$1" || return
     folder=$(plan run-dir) || return
     [ -z "$asked_nodes" ] || options+=("--nodes=$asked_nodes")
     [ "$num_links" = 1 ] || options+=("--job-name=${folder##*/}" --dependency=singleton --no-requeue "--export=ALL,ITT_CHAIN=1")
     for ((link = 0; link < num_links; link++)); do
-        (cd "$checkout" && sbatch "${options[@]}" "$1" "${allowed[@]}" "${overrides[@]}") || return
+        (cd "$checkout" && sbatch "${options[@]}" "$1" "${given[@]}" "${allowed[@]}" "${overrides[@]}") || return
     done
 }
 
