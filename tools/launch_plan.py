@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_itt.launch.plan import GPUS, JobShape, check_shape, format_plan, plan_job
+from megatron_itt.accounting.gpus import GPUS
+from megatron_itt.launch.plan import JobShape, check_shape, format_plan, plan_job
 from megatron_itt.launch.snapshot import ClusterFolders, load_for_cluster, take_snapshot, use_snapshot
 from megatron_itt.log import run_command
 

@@ -5,32 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.accounting.gpus import GIBI, GPUS, Gpu
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.accounting.params import count_parameters
 from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 
-GIBI = 2**30
 SECONDS_PER_DAY = 86400
 MEMORY_HEADROOM = 0.9  # the estimate leaves out communication buffers, workspaces and fragmentation
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """Dense bf16 matrix rate in FLOP/s and memory in bytes, from the vendor's data sheet."""
-
-    flops_per_s: float
-    memory_bytes: float
-
-
-GPUS = {
-    "a100-40gb": Gpu(flops_per_s=312e12, memory_bytes=40 * GIBI),
-    "a100-80gb": Gpu(flops_per_s=312e12, memory_bytes=80 * GIBI),
-    "h100": Gpu(flops_per_s=989e12, memory_bytes=80 * GIBI),
-    "h200": Gpu(flops_per_s=989e12, memory_bytes=141e9),
-    "b200": Gpu(flops_per_s=2250e12, memory_bytes=180 * GIBI),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

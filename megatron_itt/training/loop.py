@@ -25,10 +25,10 @@ from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_par
 from megatron_itt.training.assemble import Trainer, build_trainer
 from megatron_itt.training.metrics import StepClock, console_line, peak_flops_per_s
 from megatron_itt.training.optimizer import load_optimizer_state, sharded_optimizer_state
-from megatron_itt.training.run_folder import LOG_FILE, is_finished, mark_finished, prepare_run_folder
+from megatron_itt.training.run_folder import LOG_FILE, is_finished, mark_diverged, mark_finished, prepare_run_folder
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import Sinks
-from megatron_itt.training.step import Batch, train_step
+from megatron_itt.training.step import Batch, StepResult, train_step
 from megatron_itt.training.validation import run_validation, validation_lines
 
 
@@ -55,8 +55,9 @@ def train(config: RunConfig) -> bool:
     which case a checkpoint was saved. Raises IttError subclasses for bad input before training starts.
     """
     tokenizer = check_inputs(config)
-    place = start_parallel(config)
+    stop = StopRequest()  # before the slow part of starting: a warning that arrives there is not lost
     try:
+        place = start_parallel(config)
         run_dir = Path(config.logging.run_dir)
         if is_finished(run_dir):
             configure_logging(rank=place.rank)
@@ -66,9 +67,10 @@ def train(config: RunConfig) -> bool:
             prepare_run_folder(config)
         dist.barrier()
         configure_logging(rank=place.rank, log_file=str(run_dir / LOG_FILE))
-        return _run_to_end(_start_or_resume(config, place, tokenizer, run_dir))
+        return _run_to_end(_start_or_resume(config, place, tokenizer, run_dir), stop)
     finally:
         stop_parallel()
+        stop.restore()
 
 
 def check_inputs(config: RunConfig) -> Tokenizer:
@@ -108,11 +110,10 @@ def _start_or_resume(config: RunConfig, place: ParallelPlace, tokenizer: Tokeniz
     )
 
 
-def _run_to_end(run: Run) -> bool:
+def _run_to_end(run: Run, stop: StopRequest) -> bool:
     trainer, config = run.trainer, run.trainer.config
     main = trainer.place.is_main
     sinks = Sinks(run.run_dir, enabled=main, tensorboard=config.logging.tensorboard, resume_step=run.first_step)
-    stop = StopRequest()
     loader = TrainLoader(
         run.datasets.train,
         consumed_samples=run.first_step * config.batch.global_size,
@@ -128,7 +129,6 @@ def _run_to_end(run: Run) -> bool:
     finally:
         loader.close()
         sinks.close()
-        stop.restore()
     if step < config.schedule.steps:
         get_logger().info("stopped after step %d by a signal; the same command continues", step)
         return False
@@ -149,10 +149,7 @@ def _step_until_stopped(run: Run, sinks: Sinks, stop: StopRequest, loader: Train
         record = clock.record(step, result)
         sinks.write(record)
         if not result.is_finite:
-            raise TrainingDivergedError(
-                f"step {step}: loss is {result.loss} and the gradient norm {result.grad_norm}; the last checkpoint is "
-                "intact; lower optimizer.learning_rate or look at the data of this step"
-            )
+            _give_up(run, step, result)
         last = step == config.schedule.steps
         if last or step == run.first_step + 1 or step % config.logging.interval_steps == 0:
             get_logger().info(console_line(record, config.schedule.steps, clock.time_left_s(step)))
@@ -164,6 +161,16 @@ def _step_until_stopped(run: Run, sinks: Sinks, stop: StopRequest, loader: Train
         if stopping:
             return step
     return config.schedule.steps
+
+
+def _give_up(run: Run, step: int, result: StepResult) -> None:
+    reason = (
+        f"step {step}: loss is {result.loss} and the gradient norm {result.grad_norm}; the last checkpoint is intact; "
+        "lower optimizer.learning_rate or look at the data of this step"
+    )
+    if run.trainer.place.is_main:
+        mark_diverged(run.run_dir, reason)
+    raise TrainingDivergedError(reason)
 
 
 def _timed(loader: TrainLoader, clock: StepClock) -> Iterator[Batch]:

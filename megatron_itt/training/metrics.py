@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.accounting.gpus import peak_of
 from megatron_itt.config.run import RunConfig
 from megatron_itt.training.step import StepResult
 
-# Dense bf16 matrix rates in FLOP/s, from NVIDIA's data sheets.
-_PEAK_FLOPS_PER_S = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 Record = dict[str, Any]
 
 
@@ -21,8 +20,7 @@ def peak_flops_per_s(device: torch.device) -> float | None:
     """The device's dense bf16 rate, or None where it is not known (CPUs, other GPUs)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for model, peak in _PEAK_FLOPS_PER_S.items() if model in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from megatron_itt.errors import ConfigError
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
 FINISHED_FILE = "finished"
+DIVERGED_FILE = "diverged"
 LOG_FILE = "log.txt"
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformers", "tokenizers", "transformer-engine-torch", "apex")
 
@@ -25,6 +26,7 @@ def prepare_run_folder(config: RunConfig) -> Path:
     run_dir = Path(config.logging.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / DIVERGED_FILE).unlink(missing_ok=True)
         write_atomically(run_dir / RECIPE_FILE, config_to_yaml(config))
         write_atomically(run_dir / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2) + "\n")
     except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
@@ -53,6 +55,11 @@ def is_finished(run_dir: Path) -> bool:
 def mark_finished(run_dir: Path, step: int) -> None:
     """Write the marker that says so."""
     write_atomically(run_dir / FINISHED_FILE, f"{step}\n")
+
+
+def mark_diverged(run_dir: Path, reason: str) -> None:
+    """Write the marker that keeps launchers from starting the run again by themselves."""
+    write_atomically(run_dir / DIVERGED_FILE, f"{reason}\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

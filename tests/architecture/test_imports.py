@@ -18,6 +18,7 @@ FLOORS = {
     "accounting": 3,
     "doctor": 3,
     "parallel": 3,
+    "launch": 4,
     "data": 4,
     "model": 4,
     "checkpoint": 5,
@@ -35,6 +36,7 @@ REMOTE_CODE = f"{PACKAGE}/hf/remote_code/"
 BANS = [
     ("config is free of torch", f"{PACKAGE}/config/", {"torch", "megatron", "transformers"}),
     ("accounting is free of torch", f"{PACKAGE}/accounting/", {"torch", "megatron", "transformers", "numpy"}),
+    ("launch is free of torch", f"{PACKAGE}/launch/", {"torch", "megatron", "transformers", "numpy"}),
     ("evaluation works on exports", f"{PACKAGE}/evaluation/", {"megatron"}),
     ("analysis works on exports", f"{PACKAGE}/analysis/", {"megatron"}),
 ]

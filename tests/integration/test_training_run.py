@@ -191,6 +191,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+def test_a_run_that_diverges_says_so_and_leaves_a_marker(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(recipe, "optimizer.learning_rate=1e30", "optimizer.clip_grad_norm=0.0") == 2
+    assert "loss is nan" in capsys.readouterr().err
+    assert "loss is nan" in (tmp_path / "run/diverged").read_text()
+    assert not (tmp_path / "run/finished").exists()
+
+
 def test_check_and_print_config_train_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(recipe, "--check") == 0
     assert run(recipe, "--print-config", "schedule.steps=3") == 0

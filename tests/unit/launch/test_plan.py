@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.accounting.gpus import GPUS
 from megatron_itt.config import load_config
 from megatron_itt.errors import ConfigError
-from megatron_itt.launch.plan import GPUS, JobShape, format_plan, plan_job
+from megatron_itt.launch.plan import JobShape, format_plan, plan_job
 from tests.architecture.sources import ROOT
 
 RECIPE = ROOT / "recipes" / "466m" / "itt_x4.yaml"
