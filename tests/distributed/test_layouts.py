@@ -68,6 +68,7 @@ REDUCED = [
     ("itt", {"pipeline": 2}, {}),
     ("itt", {"pipeline": 2, "virtual_pipeline": 2}, {}),
     ("itt", {}, {"overlap": True}),
+    ("itt", {"pipeline": 2}, {"overlap": True}),
     ("itt", {}, {"distributed": False}),
     ("itt_selected", {"tensor": 2, "sequence": True}, {}),
     ("itt_symmetric", {"tensor": 2, "sequence": True}, {}),

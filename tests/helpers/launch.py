@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 import tempfile
 from collections.abc import Callable
@@ -13,12 +15,17 @@ import torch.multiprocessing as multiprocessing
 
 from megatron_itt.config.environment import ProcessPlace
 
+# Below the range that the system takes outgoing connections from, which gloo uses many of.
+_PORTS = range(10_000, 32_000)
+
 
 def free_port() -> int:
-    """A TCP port that nothing listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on right now, and that no outgoing connection will take."""
+    while True:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
