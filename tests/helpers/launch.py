@@ -20,11 +20,14 @@ _PORTS = range(10_000, 32_000)
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on right now, and that no outgoing connection will take."""
+    """A TCP port that nothing listens on right now, and that no outgoing connection will take.
+
+    Drawn from the system: training seeds Python's own generator, so every test process would draw the same ports.
+    """
     while True:
-        port = random.choice(_PORTS)
+        port = random.SystemRandom().choice(_PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("0.0.0.0", port))
             return port
 
 
