@@ -76,7 +76,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_itt", "megatron_itt.*"]),
     # hf/remote_code is copied as source files into every export, also where it is not importable as a package.
-    package_data={"megatron_itt": ["py.typed", "hf/remote_code/*.py", "**/*.html", "**/*.jinja", "**/*.yaml"]},
+    package_data={"megatron_itt": ["py.typed", "hf/remote_code/*.py", "analysis/templates/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     zip_safe=False,
