@@ -92,7 +92,8 @@ class ThinkingLayer(TransformerLayer):
             logits = self.thinking.logits(states, step)
             count = routing.count_picked(share, states.shape[0], multiple=self._num_parts)
             positions = routing.pick_topk(logits.detach(), count)
-            plan.record(self.layer_idx, step, logits, routing.positions_to_mask(positions, states.shape[0]))
+            if plan.recorder is not None:
+                plan.record(self.layer_idx, step, logits, routing.positions_to_mask(positions, states.shape[0]))
             if self.switches.attend == "all":
                 keys_values = routed_attention.refresh_keys_values(self, keys_values, states, changed, rotary)
                 context = routed_attention.attend_all(self, states, positions, keys_values, rotary)

@@ -16,7 +16,7 @@ from megatron_itt.checkpoint.save import save_checkpoint
 from megatron_itt.checkpoint.state import load_model_state, new_run_state, read_run_state, sharded_model_state
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.blend import resolve_blend
-from megatron_itt.data.datasets import Datasets, build_datasets, data_fingerprint
+from megatron_itt.data.datasets import Datasets, build_datasets
 from megatron_itt.data.loader import TrainLoader
 from megatron_itt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_itt.errors import ConfigError, IttError
@@ -87,13 +87,13 @@ def check_inputs(config: RunConfig) -> Tokenizer:
 
 def _start_or_resume(config: RunConfig, place: ParallelPlace, tokenizer: Tokenizer, run_dir: Path) -> Run:
     logger = get_logger()
-    logger.info(resolve_blend(config).table())
-    fingerprint = data_fingerprint(config)
+    blend = resolve_blend(config)
+    logger.info(blend.table())
     checkpoint = find_latest(checkpoint_root(run_dir))
     first_step = 0
     if checkpoint is not None:
         state = read_run_state(checkpoint)
-        check_resumable(state, config, data_fingerprint=fingerprint)
+        check_resumable(state, config, data_fingerprint=blend.fingerprint)
         first_step = state.step
     datasets = build_datasets(config, tokenizer=tokenizer)
     trainer = build_trainer(config, place)
@@ -104,7 +104,7 @@ def _start_or_resume(config: RunConfig, place: ParallelPlace, tokenizer: Tokeniz
         trainer=trainer,
         datasets=datasets,
         run_dir=run_dir,
-        fingerprint=fingerprint,
+        fingerprint=blend.fingerprint,
         tokenizer_sha256=tokenizer.sha256,
         first_step=first_step,
     )
