@@ -16,11 +16,14 @@ NUM_STEPS = 5
 
 @dataclass
 class Observed:
-    """What one rank saw: per-step loss and gradient norm, who was picked in the last step, validation loss."""
+    """What one rank saw: per-step loss and gradient norm, validation loss, and who was picked after training.
+
+    `picks` by (micro-batch of the global batch, layer_idx, step), for the layers and micro-batches of this rank.
+    """
 
     losses: list[float]
     grad_norms: list[float]
-    picks: dict[tuple[int, int], torch.Tensor]
+    picks: dict[tuple[int, int, int], torch.Tensor]
     quantiles: dict[int, torch.Tensor]
     validation: float
 
@@ -38,7 +41,7 @@ def observe_steps(
     from megatron_itt.checkpoint.state import new_run_state
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
-    from megatron_itt.training.loop import load_trainer, trainer_state
+    from megatron_itt.training.checkpointing import load_trainer, trainer_state
     from megatron_itt.training.step import train_step, validation_loss
 
     parallel_place = start_parallel(config, place=place)
@@ -84,13 +87,39 @@ def _microbatches(trainer: Any, step: int) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def _picks_of_validation(trainer: Any) -> dict[tuple[int, int], torch.Tensor]:
-    """Who thinks, after training, in the first micro-batch of the first data-parallel rank's batch."""
+def _picks_of_validation(trainer: Any) -> dict[tuple[int, int, int], torch.Tensor]:
+    """Who thinks, after training, in this rank's micro-batches of one more global batch."""
     from megatron_itt.model.trace import RoutingRecorder
     from megatron_itt.training.step import _run_schedule
 
-    recorder = RoutingRecorder()
+    recorder, place = RoutingRecorder(), trainer.place
     batches = _microbatches(trainer, NUM_STEPS)
     with torch.no_grad(), trainer.built.control.override(recorder=recorder):
         _run_schedule(trainer, iter(batches), len(batches), forward_only=True, recorder=recorder)
-    return {key[1:]: entry.picked for key, entry in recorder.records.items() if key[0] == 0}
+    return {
+        (microbatch * place.data_parallel_size + place.data_parallel_rank, layer_idx, step): entry.picked
+        for (microbatch, layer_idx, step), entry in recorder.records.items()
+    }
+
+
+def observe_gradients(place: ProcessPlace, config: RunConfig) -> dict[str, torch.Tensor]:
+    """This rank's parts of all gradients of one global batch, reduced over ranks, by the names of the whole model."""
+    from megatron_itt.model.initialisation import global_name
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.step import _run_schedule
+
+    parallel_place = start_parallel(config, place=place)
+    try:
+        trainer = build_trainer(config, parallel_place)
+        for chunk in trainer.wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        _run_schedule(trainer, iter(_microbatches(trainer, 0)), trainer.num_microbatches)
+        return {
+            global_name(name, chunk): parameter.main_grad.clone()
+            for chunk in trainer.built.chunks
+            for name, parameter in chunk.named_parameters()
+        }
+    finally:
+        stop_parallel()
