@@ -9,11 +9,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_itt.checkpoint.compatibility import check_resumable
-from megatron_itt.checkpoint.layout import checkpoint_root, find_latest
-from megatron_itt.checkpoint.load import load_sharded_state
-from megatron_itt.checkpoint.save import save_checkpoint
-from megatron_itt.checkpoint.state import load_model_state, new_run_state, read_run_state, sharded_model_state
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.blend import resolve_blend
 from megatron_itt.data.datasets import Datasets, build_datasets
@@ -23,13 +18,13 @@ from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import configure_logging, get_logger
 from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
 from megatron_itt.training.assemble import Trainer, build_trainer
+from megatron_itt.training.checkpointing import Checkpointer
 from megatron_itt.training.metrics import StepClock, console_line, peak_flops_per_s
-from megatron_itt.training.optimizer import load_optimizer_state, sharded_optimizer_state
 from megatron_itt.training.run_folder import LOG_FILE, is_finished, mark_diverged, mark_finished, prepare_run_folder
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import Sinks
 from megatron_itt.training.step import Batch, StepResult, train_step
-from megatron_itt.training.validation import run_validation, validation_lines
+from megatron_itt.training.validation import headline_loss, run_validation, validation_lines
 
 
 class TrainingDivergedError(IttError):
@@ -42,9 +37,8 @@ class Run:
 
     trainer: Trainer
     datasets: Datasets
+    checkpointer: Checkpointer
     run_dir: Path
-    fingerprint: str
-    tokenizer_sha256: str
     first_step: int
 
 
@@ -89,24 +83,18 @@ def _start_or_resume(config: RunConfig, place: ParallelPlace, tokenizer: Tokeniz
     logger = get_logger()
     blend = resolve_blend(config)
     logger.info(blend.table())
-    checkpoint = find_latest(checkpoint_root(run_dir))
-    first_step = 0
-    if checkpoint is not None:
-        state = read_run_state(checkpoint)
-        check_resumable(state, config, data_fingerprint=blend.fingerprint)
-        first_step = state.step
+    checkpointer = Checkpointer(config, run_dir, data_fingerprint=blend.fingerprint, tokenizer_sha256=tokenizer.sha256)
+    point = checkpointer.find_resume_point()
     datasets = build_datasets(config, tokenizer=tokenizer)
     trainer = build_trainer(config, place)
-    if checkpoint is not None:
-        load_trainer(trainer, checkpoint)
-        logger.info("resumed from %s", checkpoint)
+    if point is not None:
+        checkpointer.resume(trainer, point)
     return Run(
         trainer=trainer,
         datasets=datasets,
+        checkpointer=checkpointer,
         run_dir=run_dir,
-        fingerprint=blend.fingerprint,
-        tokenizer_sha256=tokenizer.sha256,
-        first_step=first_step,
+        first_step=0 if point is None else point.state.step,
     )
 
 
@@ -126,6 +114,7 @@ def _run_to_end(run: Run, stop: StopRequest) -> bool:
         if run.first_step == 0:
             _validate(run, sinks, 0)
         step = _step_until_stopped(run, sinks, stop, loader)
+        run.checkpointer.finish()
     finally:
         loader.close()
         sinks.close()
@@ -153,11 +142,13 @@ def _step_until_stopped(run: Run, sinks: Sinks, stop: StopRequest, loader: Train
         last = step == config.schedule.steps
         if last or step == run.first_step + 1 or step % config.logging.interval_steps == 0:
             get_logger().info(console_line(record, config.schedule.steps, clock.time_left_s(step)))
-        if last or step % config.validation.interval_steps == 0:
-            _validate(run, sinks, step)
+        validated = last or step % config.validation.interval_steps == 0
+        loss = _validate(run, sinks, step) if validated else None
         stopping = stop.is_agreed(trainer.place.device)
         if last or stopping or step % config.checkpoint.save_interval_steps == 0:
-            _save(run, step)
+            run.checkpointer.save(trainer, step, validation_loss=loss)
+        else:
+            run.checkpointer.poll()
         if stopping:
             return step
     return config.schedule.steps
@@ -181,33 +172,12 @@ def _timed(loader: TrainLoader, clock: StepClock) -> Iterator[Batch]:
         yield batch
 
 
-def _validate(run: Run, sinks: Sinks, step: int) -> None:
+def _validate(run: Run, sinks: Sinks, step: int) -> float | None:
+    """Returns the mean loss at the first budget; None without validation data."""
     if not run.datasets.validation:
-        return
+        return None
     record = run_validation(run.trainer, run.datasets.validation, step)
     sinks.write(record)
     for line in validation_lines(record):
         get_logger().info(line)
-
-
-def _save(run: Run, step: int) -> None:
-    trainer, config = run.trainer, run.trainer.config
-    state = new_run_state(config, step=step, data_fingerprint=run.fingerprint, tokenizer_sha256=run.tokenizer_sha256)
-    root = checkpoint_root(run.run_dir)
-    folder = save_checkpoint(trainer_state(trainer, loading=False), state, root, keep_last=config.checkpoint.keep_last)
-    get_logger().info("saved %s", folder)
-
-
-def load_trainer(trainer: Trainer, checkpoint: Path) -> None:
-    """Fill model, optimizer and schedule from a checkpoint written under any layout."""
-    loaded = load_sharded_state(trainer_state(trainer, loading=True), checkpoint)
-    load_model_state(trainer.built.chunks, loaded)
-    load_optimizer_state(trainer.optimizer, loaded["optimizer"])
-    trainer.schedule.load_state_dict(loaded["schedule"])
-
-
-def trainer_state(trainer: Trainer, *, loading: bool) -> dict[str, object]:
-    """The sharded state of model, optimizer and schedule, to save or to be filled by a load."""
-    model_state = sharded_model_state(trainer.built.chunks)
-    optimizer_state = sharded_optimizer_state(trainer.optimizer, model_state, loading=loading)
-    return {**model_state, "optimizer": optimizer_state, "schedule": trainer.schedule.state_dict()}
+    return headline_loss(record)

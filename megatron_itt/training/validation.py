@@ -34,6 +34,13 @@ def validation_budgets(config: RunConfig) -> list[tuple[float, ...] | None]:
     return list(config.validation.budgets) or [config.thinking.nominal_capacity]
 
 
+def headline_loss(record: dict[str, Any]) -> float:
+    """One number for a validation record: the mean over domains at the first budget."""
+    entries = record["validation"]
+    losses = [entry["loss"] for entry in entries if entry["budget"] == entries[0]["budget"]]
+    return sum(losses) / len(losses)
+
+
 def validation_lines(record: dict[str, Any]) -> list[str]:
     """A validation record for people: one line per budget, the mean over domains last."""
     by_budget: dict[str, list[tuple[str, float]]] = {}
