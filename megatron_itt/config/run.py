@@ -42,7 +42,7 @@ class DataConfig:
 
     blend: dict[str, DomainConfig] = Field(default_factory=dict)
     tokenizer: str | None = None  # Hugging Face tokenizer folder
-    loader: Literal["torch", "dali"] = "torch"
+    loader: Literal["torch", "dali"] = "torch"  # who brings batches to the device; both give the same ones
     max_epochs: PositiveFloat = 4.0  # a domain repeated more often than this is refused
     cache_dir: str | None = None  # of the sample indices; None: beside the data
 

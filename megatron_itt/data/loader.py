@@ -1,7 +1,7 @@
 """Batches out of datasets: samples gathered in this process, ahead of the training step, by one thread.
 
 Which samples make a batch is decided in `sampler.py`. Worker processes would cost more in copies than they save: the
-data is memory-mapped token ids.
+data is memory-mapped token ids. The other back end, which hands the same batches to a GPU, is `dali_loader.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,27 @@ from megatron_itt.data.sampler import BatchLayout, step_samples, validation_samp
 
 # b: micro-batch, s: sequence
 Batch = dict[str, Tensor]  # tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]
-_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 _PREFETCHED_BATCHES = 4
 _POLL_S = 0.1
+
+
+class Loader(Protocol):
+    """What training reads from: micro-batches of this rank, in order, until they end or `close` is called."""
+
+    def __iter__(self) -> Loader: ...
+
+    def __next__(self) -> Batch: ...
+
+    def __enter__(self) -> Loader: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def close(self) -> None:
+        """End the gathering thread; further `next` calls raise StopIteration."""
+        ...
 
 
 class TrainLoader:
@@ -54,6 +72,11 @@ class TrainLoader:
         self._ended = False
         self._thread = threading.Thread(target=self._fill, args=(consumed_samples,), name="loader", daemon=True)
         self._thread.start()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of every batch."""
+        return self._layout.micro_batch_size
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -107,10 +130,32 @@ class TrainLoader:
         return False
 
 
+def open_loader(backend: str, dataset: Any, *, device: torch.device, **layout: Any) -> Loader:
+    """The training loader of `data.loader` (torch or dali); `layout` are the arguments of `TrainLoader`.
+
+    Both give identical batches; dali's are on `device` already. Raises `ConfigError` where nvidia-dali is wanted and
+    cannot be used.
+    """
+    gathered = TrainLoader(dataset, **layout)
+    if backend == "torch":
+        return gathered
+    from megatron_itt.data.dali_loader import DaliLoader
+
+    return DaliLoader(gathered, device=device)
+
+
+def check_loader(backend: str) -> None:
+    """Raise `ConfigError` when the back end cannot be used on this machine."""
+    if backend == "dali":
+        from megatron_itt.data.dali_loader import check_dali
+
+        check_dali()
+
+
 def gather(dataset: Any, samples: Sequence[int | None]) -> Batch:
     """Stack samples into a batch [b, s]; None gives sample 0 with a loss mask of zeros, as filling."""
     rows = [dataset[0 if idx is None else idx] for idx in samples]
-    batch: Batch = {key: torch.stack([row[key] for row in rows]) for key in _KEYS}
+    batch: Batch = {key: torch.stack([row[key] for row in rows]) for key in BATCH_KEYS}
     for row_idx, idx in enumerate(samples):
         if idx is None:
             batch["loss_mask"][row_idx] = 0.0

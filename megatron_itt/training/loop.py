@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.blend import resolve_blend
 from megatron_itt.data.datasets import Datasets, build_datasets
-from megatron_itt.data.loader import TrainLoader
+from megatron_itt.data.loader import Loader, check_loader, open_loader
 from megatron_itt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import configure_logging, get_logger
@@ -75,6 +75,7 @@ def check_inputs(config: RunConfig) -> Tokenizer:
         raise ConfigError("data.tokenizer is not set; name the tokenizer folder that the data was made with")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(tokenizer, config.model.vocab_size)
+    check_loader(config.data.loader)
     resolve_blend(config)
     return tokenizer
 
@@ -102,8 +103,10 @@ def _run_to_end(run: Run, stop: StopRequest) -> bool:
     trainer, config = run.trainer, run.trainer.config
     main = trainer.place.is_main
     sinks = Sinks(run.run_dir, enabled=main, tensorboard=config.logging.tensorboard, resume_step=run.first_step)
-    loader = TrainLoader(
+    loader = open_loader(
+        config.data.loader,
         run.datasets.train,
+        device=trainer.place.device,
         consumed_samples=run.first_step * config.batch.global_size,
         micro_batch_size=config.batch.micro,
         num_microbatches=trainer.num_microbatches,
@@ -127,7 +130,7 @@ def _run_to_end(run: Run, stop: StopRequest) -> bool:
     return True
 
 
-def _step_until_stopped(run: Run, sinks: Sinks, stop: StopRequest, loader: TrainLoader) -> int:
+def _step_until_stopped(run: Run, sinks: Sinks, stop: StopRequest, loader: Loader) -> int:
     """Train, log, validate and save. Returns the number of steps done."""
     trainer, config = run.trainer, run.trainer.config
     clock = StepClock(config, trainer.place.world_size, peak_flops_per_s(trainer.place.device))
@@ -164,7 +167,7 @@ def _give_up(run: Run, step: int, result: StepResult) -> None:
     raise TrainingDivergedError(reason)
 
 
-def _timed(loader: TrainLoader, clock: StepClock) -> Iterator[Batch]:
+def _timed(loader: Loader, clock: StepClock) -> Iterator[Batch]:
     while True:
         started = time.perf_counter()
         batch = next(loader)
