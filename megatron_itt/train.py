@@ -9,7 +9,7 @@ from megatron_itt.config import load_config
 from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.environment import process_place
 from megatron_itt.config.load import config_to_yaml
-from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.config.parts import use_parts
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import run_command, silence_known_warnings
 
@@ -34,13 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML, then stop")
     arguments = parser.parse_intermixed_args(argv)
     silence_known_warnings()
-    hide_unusable_parts()
     config = load_config(arguments.recipe, arguments.overrides)
     if arguments.print_config:
         print(config_to_yaml(config), end="")
         return 0
     place = process_place()
     try:
+        parts = use_parts(config.precision.parts, device=config.runtime.device)
         problems = find_layout_problems(config, place.world_size)
         if problems:
             raise ConfigError("; ".join(problems))
@@ -48,9 +48,11 @@ def main(argv: list[str] | None = None) -> int:
 
         if arguments.check:
             check_inputs(config)
-            print(f"{arguments.recipe}: recipe, layout of {place.world_size} process(es), tokenizer and data fit")
+            print(
+                f"{arguments.recipe}: recipe, layout of {place.world_size} process(es), tokenizer and data fit; {parts}"
+            )
             return 0
-        train(config)
+        train(config, parts=parts)
     except IttError:
         if place.local_rank != 0:
             return 2  # the first process of each node says it for all

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.config.parts import use_parts
 from megatron_itt.log import run_command, silence_known_warnings
 
 EPILOG = """examples:
@@ -29,11 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default="training_step", help="name of the result files (default: %(default)s)")
     arguments = parser.parse_intermixed_args(argv)
     silence_known_warnings()
-    hide_unusable_parts()
-    from megatron_itt.benchmark import compared_models, measure_steps, write_results
     from megatron_itt.config import load_config
 
     config = load_config(arguments.recipe, arguments.overrides)
+    print(use_parts(config.precision.parts, device=config.runtime.device))
+    from megatron_itt.benchmark import compared_models, measure_steps, write_results
+
     rows = measure_steps(compared_models(config), num_repeats=arguments.repeats)
     print(write_results(rows, config, arguments.output, arguments.name))
     print(f"written to {arguments.output}")

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.config.parts import use_parts
 from megatron_itt.log import run_command, silence_known_warnings
 
 EPILOG = "example: python tools/gpu_check.py --output docs/results"
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed steps per model (default: 5)")
     arguments = parser.parse_args(argv)
     silence_known_warnings()
-    hide_unusable_parts()
+    parts = use_parts("auto")
     import torch
 
     from megatron_itt.benchmark import compared_models, measure_steps, require_gpu, write_results
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_itt.gpu_check import compare_precisions
 
     require_gpu()
+    print(parts)
     print(compare_precisions(load_config("recipes/debug/itt_tiny.yaml"), torch.device("cuda", 0)))
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(0)).lower()
     for shape, overrides in SHAPES.items():

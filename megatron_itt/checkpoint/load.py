@@ -47,6 +47,7 @@ def load_model_for_inference(
 
 
 def single_process_config(config: RunConfig) -> RunConfig:
-    """The same model without parallelism, on the CPU."""
+    """The same model without parallelism, on the CPU, from parts that every machine has."""
     runtime = dataclasses.replace(config.runtime, device="cpu")
-    return dataclasses.replace(config, parallel=ParallelConfig(), runtime=runtime)
+    precision = dataclasses.replace(config.precision, parts="native")
+    return dataclasses.replace(config, parallel=ParallelConfig(), runtime=runtime, precision=precision)

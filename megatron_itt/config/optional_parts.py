@@ -38,8 +38,13 @@ def find_transformer_engine() -> PartStatus:
     return _status(
         "transformer-engine",
         distribution="transformer-engine",
-        reason=_find_fault("transformer_engine", needs_gpu=True, imports=("transformer_engine.pytorch",)),
-        cost="layers and AdamW run on torch's own kernels (slower on GPUs), and fp8 is not available",
+        # The second is what megatron-core imports to see whether TransformerEngine is there.
+        reason=_find_fault(
+            "transformer_engine",
+            needs_gpu=True,
+            imports=("transformer_engine.pytorch", "transformer_engine.pytorch.fp8"),
+        ),
+        cost="layers and AdamW run on other kernels, slower on GPUs",
     )
 
 
@@ -48,8 +53,13 @@ def find_apex() -> PartStatus:
     return _status(
         "apex",
         distribution="apex",
-        reason=_find_fault("apex", needs_gpu=True, imports=("apex.optimizers", "amp_C"), marker="multi_tensor_apply"),
-        cost="AdamW and gradient clipping use torch's kernels; nothing is lost where TransformerEngine is usable",
+        reason=_find_fault(
+            "apex",
+            needs_gpu=True,
+            imports=("apex.optimizers", "amp_C", "apex.normalization", "fused_layer_norm_cuda"),
+            marker="multi_tensor_apply",
+        ),
+        cost="norms, AdamW and gradient clipping use torch's kernels; nothing is lost with TransformerEngine",
     )
 
 
@@ -77,11 +87,16 @@ def hide_unusable_parts() -> list[PartStatus]:
             continue
         status = find()
         if not status.usable:
-            for loaded in [name for name in sys.modules if name.startswith(f"{module}.")]:
-                del sys.modules[loaded]
-            sys.modules[module] = None  # type: ignore[assignment]  # Python's own way to forbid an import
+            hide_module(module)
             hidden.append(status)
     return hidden
+
+
+def hide_module(module: str) -> None:
+    """Make `import` of this top-level module fail in this process as if it were absent. Idempotent."""
+    for loaded in [name for name in sys.modules if name.startswith(f"{module}.")]:
+        del sys.modules[loaded]
+    sys.modules[module] = None  # type: ignore[assignment]  # Python's own way to forbid an import
 
 
 def has_nvidia_gpu() -> bool:
@@ -97,7 +112,7 @@ def _status(name: str, *, distribution: str, reason: str, cost: str) -> PartStat
 def _find_fault(module: str, *, needs_gpu: bool, imports: tuple[str, ...], marker: str | None = None) -> str:
     """Why the module cannot be used; empty if it can. `marker`: a subpackage that only the right project has."""
     if module in sys.modules and sys.modules[module] is None:
-        return "installed, but hidden because it cannot be used here"
+        return "installed, but hidden from this process"
     spec = _find_spec(module)
     if spec is None:
         return "not installed"

@@ -80,10 +80,10 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class PrecisionConfig:
-    """`bf16` keeps float32 master weights in the optimizer; `parts` chooses the layer implementations."""
+    """`bf16` keeps float32 master weights in the optimizer; `parts` chooses the implementation of layers and AdamW."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
-    parts: Literal["auto", "native"] = "auto"
+    parts: Literal["auto", "native", "transformer_engine", "apex"] = "auto"  # auto: the best that is usable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_itt.accounting.pipeline import cut_pipeline
+from megatron_itt.config.parts import NATIVE, choose_parts
 from megatron_itt.config.run import RunConfig
 from megatron_itt.model.initialisation import initialise_weights
 from megatron_itt.model.layer import ThinkingLayer
+from megatron_itt.model.parts import LayerParts, import_parts
 from megatron_itt.model.specs import decoder_specs
 from megatron_itt.model.trace import RoutingControl
 
@@ -36,14 +38,18 @@ class BuiltModel:
 def build_model(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> BuiltModel:
     """Build and initialise this rank's part of the model; needs the process groups of `start_parallel`.
 
-    On the meta device it has shapes and no values, for a dry build.
+    On the meta device it has shapes and no values, for a dry build. Raises ConfigError when the recipe insists on parts
+    that cannot be used here.
     """
+    wanted = NATIVE if device.type == "meta" else config.precision.parts
+    parts = import_parts(choose_parts(wanted, device=device.type).name)
     transformer = transformer_config(config, dtype=dtype)
     control = RoutingControl()
     virtual_stages = config.parallel.virtual_pipeline
     chunks = []
     for virtual_stage in range(virtual_stages):
-        chunk = _build_chunk(config, transformer, control, virtual_stage if virtual_stages > 1 else None)
+        place = virtual_stage if virtual_stages > 1 else None
+        chunk = _build_chunk(config, transformer, control, parts=parts, virtual_stage=place)
         if device.type != "meta":
             initialise_weights(chunk, config.model, config.thinking, seed=config.runtime.seed)
         chunks.append(chunk.to(device))
@@ -104,13 +110,19 @@ def _pipeline_layout(config: RunConfig) -> list[list[str]] | None:
 
 
 def _build_chunk(
-    config: RunConfig, transformer: TransformerConfig, control: RoutingControl, virtual_stage: int | None
+    config: RunConfig,
+    transformer: TransformerConfig,
+    control: RoutingControl,
+    *,
+    parts: LayerParts,
+    virtual_stage: int | None,
 ) -> GPTModel:
     model = config.model
     stage = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
+    specs = decoder_specs(transformer, config.thinking, control, parts=parts, virtual_stage=virtual_stage)
     return GPTModel(
         config=transformer,
-        transformer_layer_spec=decoder_specs(transformer, config.thinking, control, virtual_stage=virtual_stage),
+        transformer_layer_spec=specs,
         vocab_size=model.vocab_size,
         max_sequence_length=model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),

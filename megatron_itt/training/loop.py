@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_itt.config.parts import ChosenParts
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.blend import resolve_blend
 from megatron_itt.data.datasets import Datasets, build_datasets
@@ -42,11 +43,11 @@ class Run:
     first_step: int
 
 
-def train(config: RunConfig) -> bool:
+def train(config: RunConfig, *, parts: ChosenParts | None = None) -> bool:
     """Run a recipe to its last step, resuming from the newest checkpoint in its run folder.
 
     Every process of the job calls this. Returns whether the run is complete; False after a signal asked it to stop, in
-    which case a checkpoint was saved. Raises IttError subclasses for bad input before training starts.
+    which case a checkpoint was saved. `parts` is logged. Raises IttError subclasses for bad input before training starts.
     """
     tokenizer = check_inputs(config)
     stop = StopRequest()  # before the slow part of starting: a warning that arrives there is not lost
@@ -61,6 +62,8 @@ def train(config: RunConfig) -> bool:
             prepare_run_folder(config)
         dist.barrier()
         configure_logging(rank=place.rank, log_file=str(run_dir / LOG_FILE))
+        if parts is not None:
+            get_logger().info(str(parts))
         return _run_to_end(_start_or_resume(config, place, tokenizer, run_dir), stop)
     finally:
         stop_parallel()

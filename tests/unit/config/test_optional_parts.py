@@ -20,12 +20,18 @@ HALF_BROKEN_TRANSFORMER_ENGINE = {
     "transformer_engine/common.py": "",
     "transformer_engine/pytorch.py": "",
 }
-WORKING_TRANSFORMER_ENGINE = {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": ""}
+WORKING_TRANSFORMER_ENGINE = {
+    "transformer_engine/__init__.py": "",
+    "transformer_engine/pytorch/__init__.py": "",
+    "transformer_engine/pytorch/fp8.py": "",
+}
 FOREIGN_APEX = {"apex/__init__.py": "raise SystemExit('this must never be imported')"}
 NVIDIA_APEX = {
     "apex/__init__.py": "",
     "apex/optimizers/__init__.py": "",
     "apex/multi_tensor_apply/__init__.py": "",
+    "apex/normalization/__init__.py": "",
+    "fused_layer_norm_cuda.py": "",
 }
 PRETEND_GPU = "from megatron_itt.config import optional_parts as parts; parts.has_nvidia_gpu = lambda: {has_gpu}; "
 
@@ -79,7 +85,7 @@ def test_a_hidden_part_is_named_as_such(tmp_path: Path) -> None:
         "parts.hide_unusable_parts(); print(parts.find_apex().reason)"
     )
     done = run_python(tmp_path, FOREIGN_APEX, code)
-    assert done.stdout.strip() == "installed, but hidden because it cannot be used here"
+    assert done.stdout.strip() == "installed, but hidden from this process"
 
 
 def test_usable_parts_stay(tmp_path: Path) -> None:

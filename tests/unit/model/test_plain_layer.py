@@ -20,10 +20,11 @@ def stock_layer(built: Any, thinking: ThinkingLayer) -> TransformerLayer:
     """megatron-core's layer with the specs and the weights of a thinking layer."""
     from megatron.core.transformer.spec_utils import build_module
 
+    from megatron_itt.model.parts import import_parts
     from megatron_itt.model.specs import layer_spec
 
     switches = tiny_recipe(thinking={"kind": "none", "capacity": []}).thinking
-    spec = layer_spec(LAYER, built.config, switches, built.control)
+    spec = layer_spec(LAYER, built.config, switches, built.control, import_parts("native"))
     layer = build_module(spec, config=built.config, layer_number=thinking.layer_number)
     assert type(layer) is TransformerLayer
     own = {name: value for name, value in thinking.state_dict().items() if not name.startswith("thinking.")}

@@ -1,0 +1,83 @@
+"""The tables of layer parts name classes that exist and that take what megatron-core hands to them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_itt.config.optional_parts import find_apex, find_transformer_engine
+from megatron_itt.model.parts import PLACES, import_parts
+from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
+
+TABLE = [(name, place) for name, places in PLACES.items() for place in places]
+# What megatron-core hands to the class at each place, beside the first two arguments.
+KEYWORDS = {
+    "norm": {"eps"},
+    "column_linear": {"config", "init_method", "gather_output", "bias", "skip_bias_add", "is_expert", "tp_group"},
+    "row_linear": {"config", "init_method", "bias", "input_is_parallel", "skip_bias_add", "is_expert", "tp_group"},
+    "attention": set(),
+}
+
+
+@cache
+def classes_of(module: str) -> dict[str, ast.ClassDef]:
+    """Classes in a module's source, found without importing it: packages may be absent here."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+@pytest.mark.parametrize(("name", "place"), TABLE)
+def test_every_named_class_exists_and_takes_what_it_is_given(name: str, place: str) -> None:
+    module, label = PLACES[name][place]
+    node = classes_of(module).get(label)
+    assert node is not None, f"{module} has no {label}"
+    makers = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name in ("__init__", "__new__")]
+    if makers:  # else those of a base class that is in the table itself
+        arguments = makers[0].args
+        names = {argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)}
+        assert KEYWORDS[place] <= names
+
+
+def test_all_choices_fill_the_same_places() -> None:
+    assert {frozenset(places) for places in PLACES.values()} == {frozenset(KEYWORDS)}
+    assert set(PLACES) == {"native", "transformer_engine", "apex"}
+
+
+def test_native_parts_are_what_a_model_gets_here() -> None:
+    parts = import_parts("native")
+    with built_model(tiny_recipe(), dtype=torch.float32) as built:
+        layer = built.chunks[0].decoder.layers[0]
+        assert type(layer.input_layernorm) is type(built.chunks[0].decoder.final_layernorm) is parts.norm
+        assert type(layer.self_attention.core_attention) is parts.attention
+        assert type(layer.mlp.linear_fc1) is parts.column_linear
+        assert type(layer.mlp.linear_fc2) is parts.row_linear
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["transformer_engine", "apex"])
+@pytest.mark.parametrize("thinking", [{}, {"attend": "selected"}, {"routing": "topp", "attend": "selected"}], ids=str)
+def test_fused_parts_compute_what_native_parts_compute(name: str, thinking: dict[str, str]) -> None:
+    status = find_transformer_engine() if name == "transformer_engine" else find_apex()
+    if not status.usable:
+        pytest.skip(f"{status.name}: {status.reason}")
+    shape = {"hidden_size": 256, "ffn_hidden_size": 512, "seq_length": 128, "num_layers": 2}
+    found = []
+    for parts in ("native", name):
+        config = tiny_recipe(model=shape, thinking=thinking, precision={"parts": parts, "dtype": "bf16"})
+        with built_model(config, dtype=torch.bfloat16) as built:
+            from megatron_itt.model.builder import forward_logits
+
+            device = next(built.chunks[0].parameters()).device
+            names = {label for label, _ in built.chunks[0].named_parameters()}
+            found.append((names, forward_logits(built, random_tokens(config).to(device)).float()))
+    (native_names, native), (names, logits) = found
+    assert names == native_names
+    # bfloat16 keeps 8 bits, and near-ties among router logits may change hands.
+    assert (logits - native).norm() <= 0.05 * native.norm()
