@@ -1,6 +1,6 @@
 """Layer parts in plain torch: RMSNorm that allows sequence parallelism, and scaled_dot_product_attention.
 
-They stand where TransformerEngine's parts stand on GPUs that have it; parameter names are the same.
+Which parts a layer gets is in `parts.py`; parameter names are the same for all.
 Shapes: s queries, n keys, b batch, a attention heads on this rank, g key/value heads on this rank, d head size.
 """
 
@@ -59,12 +59,20 @@ class ScaledDotProductAttention(torch.nn.Module):
         """
         assert attention_bias is None, "attention bias is not part of the LLaMA shape"
         assert packed_seq_params is None, "packed sequences need another attention"
-        queries, keys, values = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        group = queries.shape[1] // keys.shape[1]
-        if group > 1:
-            keys, values = (part.repeat_interleave(group, dim=1) for part in (keys, values))
-        allowed = None if attention_mask is None else ~attention_mask
-        context = functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=allowed, is_causal=allowed is None
-        )
-        return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        return attend(query, key, value, attention_mask)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, forbidden: Tensor | None) -> Tensor:
+    """Attention of query [s, b, a, d] over key and value [n, b, g, d] -> [s, b, a * d].
+
+    forbidden: bool [b, 1, s, n], true where attention is forbidden; None means causal by position, which needs s = n.
+    """
+    queries, keys, values = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+    group = queries.shape[1] // keys.shape[1]
+    if group > 1:
+        keys, values = (part.repeat_interleave(group, dim=1) for part in (keys, values))
+    allowed = None if forbidden is None else ~forbidden
+    context = functional.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=allowed, is_causal=allowed is None
+    )
+    return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
