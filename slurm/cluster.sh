@@ -1,8 +1,10 @@
 # The settings of slurm/cluster.env, each checked before anything starts. Sourced by launch.sh, never run.
 # shellcheck shell=bash disable=SC2154
 
+container=()
 KNOWN_SETTINGS="ITT_PYTHON ITT_MODULES ITT_CONTAINER_IMAGE ITT_CONTAINER_MOUNTS ITT_SRUN_OPTIONS ITT_DATA_ROOT
-ITT_RUN_ROOT ITT_MASTER_SUFFIX ITT_PREFLIGHT ITT_MAX_RESTARTS ITT_GPU ITT_ASSUMED_MFU ITT_LOCAL_PROCESSES"
+ITT_RUN_ROOT ITT_MASTER_SUFFIX ITT_PREFLIGHT ITT_MAX_RESTARTS ITT_STRAGGLER_S
+ITT_GPU ITT_ASSUMED_MFU ITT_LOCAL_PROCESSES"
 
 load_cluster() {
     local file=${ITT_CLUSTER_ENV:-$checkout/slurm/cluster.env} name
@@ -27,6 +29,7 @@ load_cluster() {
     [ -z "${ITT_DATA_ROOT:-}" ] || plan_options+=("--data-root=$ITT_DATA_ROOT")
     [ -z "${ITT_RUN_ROOT:-}" ] || plan_options+=("--run-root=$ITT_RUN_ROOT")
     [[ ${ITT_MAX_RESTARTS:=3} =~ ^[0-9]+$ ]] || fail "ITT_MAX_RESTARTS is $ITT_MAX_RESTARTS; give a number"
+    [[ ${ITT_STRAGGLER_S:=60} =~ ^[1-9][0-9]*$ ]] || fail "ITT_STRAGGLER_S is $ITT_STRAGGLER_S; give seconds, 1 or more"
     use_modules "$file"
     use_container "$file"
     export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}

@@ -1,10 +1,12 @@
 """One task of a training job: runs the package beside this file, whatever lies in the working folder.
 
-slurm/launch.sh starts it on every rank; a run's snapshot holds its own copy.
+slurm/launch.sh starts it on every rank; a run's snapshot holds its own copy. Bad input is noted in RUN/refused, so that
+the launcher need not trust exit codes, which come through srun from many ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_itt.errors import ConfigError  # noqa: E402
+from megatron_itt.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from megatron_itt.log import run_command  # noqa: E402
 from megatron_itt.train import main  # noqa: E402
 
@@ -30,9 +32,19 @@ def check_host_of_rank_0() -> None:
 
 
 def run() -> int:
-    """Train, or exit with 2 and one line."""
-    check_host_of_rank_0()
-    return main()
+    """Train, or exit with 2 and one line, which is noted in the run folder as well."""
+    try:
+        check_host_of_rank_0()
+        return main()
+    except (CheckpointError, ConfigError, DataError) as error:
+        note_refusal(Path(sys.argv[1]).resolve().parents[1], str(error))
+        raise
+
+
+def note_refusal(run_dir: Path, reason: str) -> None:
+    """Tell the launcher that starting again will not help; a folder that cannot be written is told by the exit code."""
+    with contextlib.suppress(OSError):
+        (run_dir / "refused").write_text(f"{reason}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A Slurm cluster of two nodes on this machine: real daemons, private to one folder. Needs root and Debian's packages.
+"""A Slurm cluster of a few nodes on this machine: real daemons in one folder. Needs root and Debian's packages.
 
-Each node is a slurmd in namespaces of its own (host name, processes, mounts), so that it has its own /etc/hosts and
-that ending its first process ends everything on it, as a power cut does. The nodes share the machine's network.
+Each node is a slurmd in namespaces of its own (host name, processes, mounts, network): it has its own /etc/hosts
+and address, that ending its first process ends everything on it, as a power cut does, and that its cable can be pulled.
+The nodes share the machine's files, as if over a network of their own.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-NODES = ("node1", "node2")
+from tests.slurm.network import Network
+
 GPUS_PER_NODE = 2
-PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "mount")
+CPUS_PER_NODE = 4
+SLURMD_PORT = 6818
+PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "mount", "ip", "nsenter", "setpriv")
 # slurmd loads a cgroup plugin whatever the configuration needs. Naming v1 skips the detection, which fails in
 # containers, and touches nothing; from 24.05 on it can be turned off.
 FIRST_VERSION_WITHOUT_CGROUP = (24, 5)
@@ -30,10 +34,13 @@ def find_missing() -> str | None:
         return "a Slurm cluster of its own needs root"
     missing = [name for name in PROGRAMS if find_program(name) is None]
     if missing:
-        packages = "slurmctld slurmd slurm-client munge"
+        packages = "slurmctld slurmd slurm-client munge iproute2"
         return f"a Slurm cluster of its own needs {', '.join(missing)}: apt-get install {packages}"
-    trial = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "mount", "-t", "tmpfs", "none", "/mnt"])
-    return None if trial.returncode == 0 else "this machine does not allow namespaces, which the nodes need"
+    needs = "mount -t tmpfs none /mnt && ip link add br0 type bridge && ip link add eth0 type veth peer name eth1"
+    trial = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--net", "--fork", "sh", "-c", needs]
+    done = subprocess.run(trial, capture_output=True, text=True, check=False)
+    problem = f"this machine does not allow the namespaces and networks that the nodes need: {done.stderr.strip()}"
+    return None if done.returncode == 0 else problem
 
 
 def find_program(name: str) -> str | None:
@@ -54,12 +61,21 @@ def free_ports(count: int) -> list[int]:
 class Cluster:
     """The daemons, and what a user does: submit, look, signal, cancel."""
 
+    num_nodes: int = 2
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")))
+    network: Network = field(init=False)
     _daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Host names: node1, node2, ..."""
+        return tuple(f"node{number}" for number in range(1, self.num_nodes + 1))
+
     def start(self) -> None:
-        """Start munged, slurmctld and the nodes; returns when all nodes are idle."""
-        for name in ("state", "munge", "log", *NODES):
+        """Start the network, munged, slurmctld and the nodes; returns when all nodes are idle."""
+        self.network = Network(self.nodes)
+        self.network.start()
+        for name in ("state", "munge", "log", *self.nodes):
             (self.folder / name).mkdir()
         (self.folder / "munge").chmod(0o755)
         self.folder.chmod(0o755)
@@ -73,30 +89,35 @@ class Cluster:
         self._run("munged", ["munged", "--foreground", "--force", *arguments])
         self.wait_until(lambda: (munge / "socket").exists(), "munged listens")
         self._run("slurmctld", ["slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf")])
-        for node in NODES:
+        for node in self.nodes:
             self.start_node(node)
-        self.wait_until(lambda: self.command("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", "both nodes are idle")
+        idle = f"idle {self.num_nodes}"
+        self.wait_until(lambda: self.command("sinfo", "-h", "-o", "%T %D").strip() == idle, "all nodes are idle")
 
     def start_node(self, node: str) -> None:
         """Boot a node."""
         boot = (
             f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && mount -t tmpfs tmpfs /dev/shm && "
+            f"{self.network.setup_command(node)} && "
             f"{find_program('slurmd')} -D -N {node} -f {self.folder}/slurm.conf; exit"  # bash stays and reaps orphans
         )
-        spaces = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        spaces = ["--mount", "--uts", "--ipc", "--pid", "--net", "--fork", "--kill-child", "--mount-proc"]
         self._run(node, ["unshare", *spaces, "bash", "-c", boot])
+        self.network.plug_in(node, self._daemons[node].pid)
 
     def cut_power(self, node: str) -> None:
-        """Every process of the node dies at once."""
+        """Every process of the node dies at once, before it could close a connection."""
+        self.network.cut(node)
         self._daemons[node].kill()
         self._daemons[node].wait()
 
     def stop(self) -> None:
         """Stop everything and remove the folder."""
         for name in reversed(list(self._daemons)):
-            self._daemons[name].kill() if name in NODES else self._daemons[name].terminate()
+            self._daemons[name].kill() if name in self.nodes else self._daemons[name].terminate()
         for daemon in self._daemons.values():
             daemon.wait(timeout=30)
+        self.network.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def command(self, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
@@ -147,7 +168,7 @@ class Cluster:
         assert program is not None
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                [program, *command[1:]],
+                ["setpriv", "--pdeathsig", "KILL", program, *command[1:]],  # daemons end with the tests
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -156,7 +177,7 @@ class Cluster:
             )
 
     def _configure(self) -> None:
-        here, host, ports = self.folder, socket.gethostname(), free_ports(1 + len(NODES))
+        here, host, (port,) = self.folder, socket.gethostname(), free_ports(1)
         version = subprocess.run([str(find_program("slurmd")), "-V"], capture_output=True, text=True, check=True).stdout
         major, minor = (int(part) for part in version.split()[1].split(".")[:2])
         cgroup = "disabled" if (major, minor) >= FIRST_VERSION_WITHOUT_CGROUP else "cgroup/v1"
@@ -165,12 +186,11 @@ class Cluster:
         for index in range(GPUS_PER_NODE):
             (here / f"gpu{index}").symlink_to("/dev/null")
         (here / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={here}/gpu[0-{GPUS_PER_NODE - 1}]\n")
-        hosts = ["127.0.0.1 localhost", f"127.0.0.1 {host}", *(f"127.0.0.1 {node}" for node in NODES)]
-        (here / "hosts").write_text("\n".join(hosts) + "\n")
+        (here / "hosts").write_text(self.network.hosts_file(host))
         settings = {
             "ClusterName": "tests",
-            "SlurmctldHost": f"{host}(127.0.0.1)",
-            "SlurmctldPort": ports[0],
+            "SlurmctldHost": f"{host}({self.network.here})",
+            "SlurmctldPort": port,
             "SlurmUser": "root",
             "SlurmdUser": "root",
             "AuthType": "auth/munge",
@@ -201,10 +221,8 @@ class Cluster:
             "GresTypes": "gpu",
         }
         lines = [f"{key}={value}" for key, value in settings.items()]
-        for node, port in zip(NODES, ports[1:], strict=True):
-            lines.append(
-                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Gres=gpu:{GPUS_PER_NODE} "
-                "State=UNKNOWN"
-            )
+        resources = f"CPUs={CPUS_PER_NODE} Gres=gpu:{GPUS_PER_NODE} State=UNKNOWN"
+        for node in self.nodes:
+            lines.append(f"NodeName={node} NodeAddr={self.network.address(node)} Port={SLURMD_PORT} {resources}")
         lines.append("PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         (here / "slurm.conf").write_text("\n".join(lines) + "\n")

@@ -22,10 +22,20 @@ from tests.slurm.cluster import Cluster, find_missing
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two idle nodes; skips where they cannot be had."""
+    yield from _running(2)
+
+
+@pytest.fixture(scope="session")
+def cluster_of_four() -> Iterator[Cluster]:
+    """Four idle nodes."""
+    yield from _running(4)
+
+
+def _running(num_nodes: int) -> Iterator[Cluster]:
     missing = find_missing()
     if missing:
         pytest.skip(missing)
-    started = Cluster()
+    started = Cluster(num_nodes)
     try:
         started.start()
         yield started

@@ -110,6 +110,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
         ("ITT_DATA_ROOT=/absent", "ITT_DATA_ROOT is /absent, which is not a folder here"),
         ("ITT_MODULES=absent/1", "ITT_MODULES is absent/1, but this host has no module command"),
         ("ITT_MAX_RESTARTS=many", "ITT_MAX_RESTARTS is many"),
+        ("ITT_STRAGGLER_S=0", "ITT_STRAGGLER_S is 0"),
         ("ITT_ASSUMED_MFU=35", "the assumed MFU is 35"),
     ],
 )
@@ -142,10 +143,14 @@ def test_this_machine_trains_stops_at_a_signal_and_continues(
     assert code == 2
     assert "is in use by process" in error
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # the second changes nothing
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
     assert "the same command continues" in text
     assert not (run_dir / "finished").exists()
+    code, _, error = launch(*command[1:], "optimizer.learning_rate=0.5", settings=settings)
+    assert code == 2
+    assert "optimizer.learning_rate was 0.01 and is now 0.5" in error
     code, text, error = launch(*command[1:], settings=settings)
     assert code == 0, error
     assert "resumed from" in text
@@ -156,6 +161,41 @@ def test_this_machine_trains_stops_at_a_signal_and_continues(
     code, text, _ = launch(*command[1:], settings=settings)
     assert code == 0
     assert "is finished already" in text
+
+
+def test_missing_data_stops_a_run_for_good(recipe: Path, tmp_path: Path, settings: dict[str, str]) -> None:
+    lost = "data.blend.code.path=data/lost"
+    code, text, error = launch("train.sbatch", str(recipe), lost, "parallel.tensor=2", settings=settings)
+    assert code == 2, text + error
+    assert "data/lost" in error
+    assert "Traceback" not in error
+    assert "data/lost" in (tmp_path / "runs" / "tiny" / "stopped").read_text()
+    assert "stopped for good" in text
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_that_more_room_continues(
+    recipe: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a small file system of its own needs root")
+    disk = tmp_path / "runs"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("this machine cannot mount a file system in memory")
+    arguments = [str(recipe), "schedule.steps=60", "checkpoint.save_interval_steps=1", "checkpoint.keep_last=60"]
+    try:
+        code, text, error = launch("train.sbatch", *arguments, settings=settings)
+        assert code == 2, text + error
+        assert "no space left" in error
+        assert "no space left" in (disk / "tiny" / "stopped").read_text()
+        subprocess.run(["mount", "-o", "remount,size=99m", str(disk)], check=True)
+        code, text, error = launch("train.sbatch", *arguments, settings=settings)
+        assert code == 0, text + error
+        lines = [json.loads(line) for line in (disk / "tiny" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
 @pytest.mark.slow
@@ -184,18 +224,46 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
     raise AssertionError(f"step {step} was not reached")
 
 
+def test_an_old_start_that_comes_back_leaves_the_run_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "in_use").write_text("job 12 start 1\n")
+    (tmp_path / "diverged").write_text("not this start's to act upon\n")
+    script = (
+        f"source {ROOT}/slurm/launch.sh; run_dir={tmp_path} claim='job 12 start 0' first_checkpoint=none; "
+        "SLURM_JOB_ID=12; scontrol() { echo asked >&2; }; trap release_run_folder EXIT; finish_job 1"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "has been taken over by job 12 start 1" in done.stdout
+    assert done.stderr == ""
+    assert (tmp_path / "in_use").read_text() == "job 12 start 1\n"
+    assert not (tmp_path / "stopped").exists()
+
+
+def test_only_the_newest_start_of_a_job_queues_it_again() -> None:
+    answers = {"0": "scontrol requeue 12", "1": ""}
+    for started, expected in answers.items():
+        script = (
+            f"source {ROOT}/slurm/launch.sh; SLURM_JOB_ID=12 SLURM_RESTART_COUNT={started}; timeout() {{ shift; "
+            '"$@"; }; scontrol() { [[ $1 = requeue ]] && echo "scontrol $*" || echo "JobId=12 Restarts=0 x=y"; }; '
+            "queue_again"
+        )
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == expected
+        assert (done.returncode == 0) == bool(expected)
+
+
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        ({"files": ["finished"], "code": 143}, "done"),
-        ({"code": 0}, "again"),
-        ({"code": 2}, "stop"),
-        ({"files": ["diverged"], "code": 143}, "stop"),
-        ({"code": 137}, "again"),
-        ({"code": 137, "stuck": 3}, "stuck"),
-        ({"code": 137, "stuck": 3, "latest": "step_0000009"}, "again"),
-        ({"code": 0, "cancelled": "yes"}, "cancelled"),
-        ({"files": ["finished"], "code": 0, "cancelled": "yes"}, "done"),
+        ({"files": ["finished"]}, "done"),
+        ({}, "again"),
+        ({"files": ["refused"]}, "stop"),
+        ({"files": ["diverged"]}, "stop"),
+        ({"stuck": 3}, "stuck"),
+        ({"stuck": 3, "latest": "step_0000009"}, "again"),
+        ({"cancelled": "yes"}, "cancelled"),
+        ({"files": ["diverged"], "cancelled": "yes"}, "stop"),
+        ({"files": ["finished"], "cancelled": "yes"}, "done"),
     ],
 )
 def test_what_follows_a_run_is_decided_by_its_folder(state: dict[str, object], expected: str, tmp_path: Path) -> None:
@@ -205,7 +273,7 @@ def test_what_follows_a_run_is_decided_by_its_folder(state: dict[str, object], e
         (tmp_path / name).touch()
     script = (
         f"source {ROOT}/slurm/launch.sh; run_dir={tmp_path}; first_checkpoint=step_0000005; ITT_MAX_RESTARTS=3; "
-        f"num_stuck={state.get('stuck', 0)}; cancelled={state.get('cancelled', '')}; next_action {state['code']}"
+        f"num_stuck={state.get('stuck', 0)}; cancelled={state.get('cancelled', '')}; next_action"
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected

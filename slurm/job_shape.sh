@@ -1,0 +1,52 @@
+# The job's shape and its rendezvous: nodes, tasks, the host of rank 0. Sourced by launch.sh, never run.
+# shellcheck shell=bash disable=SC2154
+
+nodes=1 tasks_per_node=1
+
+asked_for() { # JOB_FILE OPTION: what its #SBATCH line says
+    sed -nE "s/^#SBATCH[[:space:]]+--$2=([^[:space:]]+).*/\1/p" "$1" | head -1
+}
+
+find_shape() { # JOB_FILE
+    if in_slurm; then
+        nodes=${SLURM_JOB_NUM_NODES:-1}
+        local num_tasks=${SLURM_NTASKS:-$((nodes * ${SLURM_NTASKS_PER_NODE:-1}))}
+        ((num_tasks % nodes == 0)) ||
+            fail "the job has $num_tasks tasks on $nodes nodes; ask for --ntasks-per-node, the same on each node"
+        tasks_per_node=$((num_tasks / nodes))
+        local gpus=${SLURM_GPUS_ON_NODE:-0}
+        [ "$gpus" = 0 ] || [ "$gpus" = "$tasks_per_node" ] ||
+            fail "the job has $tasks_per_node tasks but $gpus GPUs per node; a task drives one GPU, so ask for as many"
+        return
+    fi
+    nodes=${asked_nodes:-$(asked_for "$1" nodes)} nodes=${nodes:-1}
+    tasks_per_node=$(asked_for "$1" ntasks-per-node) tasks_per_node=${tasks_per_node:-1}
+    if [ "$mode" = run ]; then
+        local gpus=${ITT_LOCAL_PROCESSES:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')}
+        nodes=1 tasks_per_node=$gpus
+        if [ "$gpus" = 0 ]; then
+            tasks_per_node=1
+            tasks_per_node=$(plan minimum) || exit
+        fi
+    fi
+}
+
+find_host_of_rank_0() { # MASTER_ADDR and MASTER_PORT from the job's real hosts; each must resolve
+    local hosts host attempt
+    if ! in_slurm; then
+        export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 10000))
+        return
+    fi
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    [ ${#hosts[@]} = "$nodes" ] || fail "scontrol lists ${#hosts[@]} hosts for a job of $nodes nodes"
+    for host in "${hosts[@]}"; do
+        host+=${ITT_MASTER_SUFFIX:-}
+        for attempt in 1 2 3; do
+            getent hosts "$host" >/dev/null && continue 2
+            [ "$attempt" = 3 ] || sleep 2 # name servers have bad moments
+        done
+        fail "host $host of this job does not resolve on $(hostname); correct ITT_MASTER_SUFFIX in cluster.env or DNS"
+    done
+    export MASTER_ADDR=${hosts[0]}${ITT_MASTER_SUFFIX:-}
+    export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+}

@@ -1,0 +1,41 @@
+# Jobs of one task: text to indexed data, export and evaluation. Sourced by launch.sh, never run.
+# shellcheck shell=bash disable=SC2034,SC2154
+
+run_one() { # COMMAND...: stops at the warning and is queued again; the tools continue where they were
+    trap 'on_signal USR1' USR1
+    local launch=()
+    ! in_slurm || launch=(srun --nodes=1 --ntasks=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --mpi=none "${container[@]}")
+    cd "$checkout" || exit
+    PYTHONPATH=$code "${launch[@]}" "$ITT_PYTHON" "$@" &
+    children=($!)
+    wait_for_children
+    if [ -n "$warned" ] && in_slurm && queue_again; then exit 0; fi
+    return "$status"
+}
+
+preprocess() { # JOB_FILE ARGUMENT...
+    shift
+    load_cluster
+    local workers=()
+    [[ " $* " == *" --workers"* ]] || [ -z "${SLURM_CPUS_PER_TASK:-}" ] || workers=(--workers "$SLURM_CPUS_PER_TASK")
+    run_one tools/preprocess.py "$@" "${workers[@]}"
+}
+
+evaluate() { # JOB_FILE RUN_FOLDER ARGUMENT...
+    [ $# -ge 2 ] || fail "name the run folder to evaluate: sbatch $1 runs/466m_itt_x4 [options of tools/evaluate.py]"
+    local name tasks=()
+    run_dir=$2
+    shift 2
+    load_cluster
+    [ -z "${ITT_RUN_ROOT:-}" ] || [[ $run_dir != runs/* ]] || run_dir=$ITT_RUN_ROOT/${run_dir#runs/}
+    [[ $run_dir == /* ]] || run_dir=$checkout/$run_dir
+    name=$(newest_checkpoint)
+    [ "$name" != none ] || fail "$run_dir has no checkpoint; name a run folder that holds checkpoints/latest"
+    [[ " $* " == *" --tasks"* || " $* " == *" --heldout"* || " $* " == *" --task-dir"* ]] || tasks=(--tasks paper)
+    if [ ! -f "$run_dir/export/$name/config.json" ]; then
+        run_one tools/export_hf.py --checkpoint "$run_dir/checkpoints/$name" --output "$run_dir/export/$name" \
+            --dtype bfloat16 || exit
+    fi
+    run_one tools/evaluate.py --model "$run_dir/export/$name" --output "$run_dir/evaluation/$name" --overwrite \
+        "${tasks[@]}" "$@"
+}

@@ -1,0 +1,62 @@
+# The tasks: a look at every node first, starting them, passing signals on, waiting for all. Sourced by launch.sh, never
+# run.
+# shellcheck shell=bash disable=SC2034,SC2154
+
+children=() warned='' cancelled='' status=0
+
+# USR1 is the warning before a time limit; TERM and INT come from people, from preemption and from the limit itself.
+# srun passes USR1 on to the tasks but would answer TERM by killing them; Slurm sends them its own TERM.
+on_signal() {
+    if [ "$1" = USR1 ]; then warned=yes; else cancelled=yes; fi
+    say "received $1; all ranks save a checkpoint and stop"
+    [ ${#children[@]} = 0 ] || kill -USR1 "${children[@]}" 2>/dev/null
+}
+
+check_nodes() { # the doctor on every node; its words count, not srun's exit code
+    [ "${ITT_PREFLIGHT:-yes}" = yes ] && in_slurm || return 0
+    PYTHONPATH=$snapshot srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --mpi=none --label \
+        "${container[@]}" "$ITT_PYTHON" "$snapshot/tools/doctor.py" >"$run_dir/preflight.txt" 2>&1
+    [ "$(grep -cE '^ *[0-9]+: healthy' "$run_dir/preflight.txt")" != "$nodes" ] || return 0
+    grep -E 'problem|rror' "$run_dir/preflight.txt" | head -20
+    say "the preflight failed; see $run_dir/preflight.txt"
+    return 1
+}
+
+start_on_cluster() { # COMMAND...
+    local options=()
+    read -ra options <<<"${ITT_SRUN_OPTIONS:-}"
+    srun --nodes="$nodes" --ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node" \
+        --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait="$ITT_STRAGGLER_S" --mpi=none \
+        --chdir="$checkout" "${container[@]}" "${options[@]}" "$@" &
+    children=($!)
+}
+
+start_here() { # COMMAND...
+    local rank leash=()
+    cd "$checkout" || exit
+    # Ranks end with their launcher, else the next one would find the folder unclaimed while they still write to it.
+    ! setpriv --pdeathsig KILL true 2>/dev/null || leash=(setpriv --pdeathsig KILL)
+    for ((rank = 0; rank < tasks_per_node; rank++)); do
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$tasks_per_node "${leash[@]}" "$@" &
+        children+=($!)
+    done
+}
+
+wait_for_children() { # sets status: the first that is not 0; a rank that ends gives the others ITT_STRAGGLER_S
+    local child left code_of_child first_end=''
+    status=0
+    while [ ${#children[@]} -gt 0 ]; do
+        left=()
+        for child in "${children[@]}"; do
+            if kill -0 "$child" 2>/dev/null; then left+=("$child"); continue; fi
+            wait "$child"
+            code_of_child=$?
+            first_end=${first_end:-$SECONDS}
+            [ "$status" != 0 ] || status=$code_of_child
+        done
+        children=("${left[@]}")
+        [ -z "$first_end" ] || ((SECONDS - first_end < ITT_STRAGGLER_S)) || kill -KILL "${children[@]}" 2>/dev/null
+        sleep 0.5 &
+        wait $! # a trap interrupts this wait, not the sleep of a foreground process
+    done
+}

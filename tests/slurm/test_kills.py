@@ -1,0 +1,150 @@
+"""kill -9 of one process of a run at random moments, in and out of saves: every restart ends at the same loss.
+
+Runs on this machine alone, through the launcher. `ITT_TEST_KILLS=30` in the environment asks for more moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.architecture.sources import ROOT
+
+pytestmark = pytest.mark.timeout(3600)
+
+NUM_STEPS = 16
+SETTINGS = (
+    "parallel.tensor=2",
+    "parallel.sequence=true",
+    f"schedule.steps={NUM_STEPS}",
+    "checkpoint.save_interval_steps=2",
+    "validation.interval_steps=5",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of two ranks on this machine that can be started again and again."""
+
+    recipe: Path
+    settings: dict[str, str]
+    name: str
+
+    @property
+    def run_dir(self) -> Path:
+        return self.recipe.parent / "runs" / self.name
+
+    def start(self) -> subprocess.Popen[str]:
+        arguments = [str(ROOT / "slurm" / "train.sbatch"), str(self.recipe), *SETTINGS]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        return subprocess.Popen(
+            ["bash", *arguments, f"logging.run_dir=runs/{self.name}"],
+            env={**environment, **self.settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self) -> str:
+        process = self.start()
+        text, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, text
+        return text
+
+    def records(self) -> list[dict[str, Any]]:
+        metrics = self.run_dir / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [record for record in records if "loss" in record]
+
+    def is_saving(self) -> bool:
+        return any((self.run_dir / "checkpoints").glob(".writing_*"))
+
+    def latest(self) -> int:
+        marker = self.run_dir / "checkpoints" / "latest"
+        return int(marker.read_text().strip().removeprefix("step_")) if marker.exists() else 0
+
+    def numbers(self) -> list[tuple[int, float, float]]:
+        return [(record["step"], record["loss"], record["grad_norm"]) for record in self.records()]
+
+
+@pytest.fixture
+def whole(recipe: Path, settings: dict[str, str]) -> Run:
+    """The same run, never disturbed."""
+    with Path(settings["ITT_CLUSTER_ENV"]).open("a") as file:
+        file.write("ITT_STRAGGLER_S=5\n")
+    run = Run(recipe, settings, "whole")
+    run.finish()
+    assert [step for step, _, _ in run.numbers()] == list(range(1, NUM_STEPS + 1))
+    return run
+
+
+def test_a_rank_killed_at_any_moment_changes_no_loss(whole: Run) -> None:
+    num_kills = int(os.environ.get("ITT_TEST_KILLS", "2"))
+    chance = random.Random("moments to kill at")
+    torn = 0
+    for number in range(num_kills):
+        run = Run(whole.recipe, whole.settings, f"killed_{number}")
+        torn += kill_and_restart(run, chance, in_save=number % 2 == 0)
+        assert run.numbers() == whole.numbers()
+    print(f"{num_kills} kills, {torn} of them left a torn checkpoint, {num_kills} times the same {NUM_STEPS} losses")
+
+
+def kill_and_restart(run: Run, chance: random.Random, *, in_save: bool) -> bool:
+    """Kill a rank once, then run to the end. Returns whether the kill left a checkpoint half written."""
+    process = run.start()
+    wait_until(lambda: bool(run.records()), process)
+    if in_save:
+        nth = chance.randrange(1, NUM_STEPS // 2)  # each save shows up in `latest`
+        wait_until(lambda: run.latest() >= 2 * (nth - 1) and run.is_saving(), process)
+    time.sleep(chance.uniform(0.0, 0.05 if in_save else 2.0))
+    victim = chance.choice(ranks_of(process))
+    victim.kill()
+    text, _ = process.communicate(timeout=120)
+    torn, kept = run.is_saving(), run.latest()
+    print(f"killed at step {len(run.records())}, {'in' if torn else 'out of'} a save; newest checkpoint {kept}")
+    if (run.run_dir / "finished").exists():
+        return torn  # too late: the other rank had no more need of it
+    assert process.returncode != 0, text
+    assert "Traceback" not in text or "the same command continues" in text
+    text = run.finish()
+    assert kept == 0 or re.search(rf"resumed from \S*step_0*{kept}\b", text), text
+    assert not run.is_saving(), "the torn checkpoint is still there"
+    return torn
+
+
+def test_ranks_end_with_their_launcher(whole: Run) -> None:
+    run = Run(whole.recipe, whole.settings, "orphans")
+    process = run.start()
+    wait_until(lambda: len(run.records()) >= 3, process)
+    ranks = ranks_of(process)
+    process.kill()
+    process.wait(timeout=10)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not [rank for rank in alive if rank.status() != psutil.STATUS_ZOMBIE]
+    run.finish()
+    assert run.numbers() == whole.numbers()
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The launcher's tasks, rank 0 first."""
+    children = psutil.Process(process.pid).children()
+    return sorted((child for child in children if "task.py" in " ".join(child.cmdline())), key=lambda each: each.pid)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, "the run ended, or hangs"
+        time.sleep(0.002)

@@ -1,0 +1,98 @@
+"""The life of a long job on a real cluster: time limits, chains, arrays, divergence, preflights. Minutes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.architecture.sources import ROOT
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import FOUR_BY_ONE, TWO_BY_TWO, Shape, Submitted, submit
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+# Slurm looks at limits every 30 s and warns up to a minute early, so the warning comes within the first minute.
+REAL_LIMIT = ("--time=1", "--signal=B:USR1@15")
+LONG = ("schedule.steps=400", "checkpoint.save_interval_steps=150", "validation.interval_steps=100")
+
+
+@pytest.mark.parametrize(("nodes", "shape"), [("cluster", TWO_BY_TWO), ("cluster_of_four", FOUR_BY_ONE)])
+def test_a_time_limit_changes_no_loss(
+    nodes: str, shape: Shape, recipe: Path, settings: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    cluster = request.getfixturevalue(nodes)
+    whole = submit(cluster, recipe, settings, *LONG, name="whole", shape=shape)
+    assert whole.end(timeout_s=600) == "COMPLETED", whole.text()
+    job = submit(cluster, recipe, settings, *REAL_LIMIT, *LONG, shape=shape)
+    assert job.end(timeout_s=900) == "COMPLETED", job.text()
+    assert job.num_restarts() >= 1, job.text()
+    assert job.text().count("received USR1") == job.num_restarts(), job.text()
+    job.assert_same_as(whole)
+    print(f"{shape.nodes} x {shape.tasks_per_node}: {job.num_restarts()} restarts by time limits, 400 equal losses")
+
+
+def test_a_chain_continues_where_the_link_before_stopped(
+    cluster: Cluster, recipe: Path, settings: dict[str, str]
+) -> None:
+    text = (ROOT / "slurm" / "train.sbatch").read_text()
+    for asked, small in (
+        ("ntasks-per-node=8", "ntasks-per-node=1"),
+        ("gpus-per-node=8", "gpus-per-node=1"),
+        ("cpus-per-task=8", "cpus-per-task=1"),
+        ("output=", f"output={recipe.parent}/"),
+    ):
+        assert asked in text
+        text = text.replace(asked, small)
+    job_file = recipe.parent / "small.sbatch"
+    job_file.write_text(text)
+    done = subprocess.run(
+        ["bash", str(job_file), str(recipe), "--chain=2", "schedule.steps=60"],
+        cwd=ROOT,
+        env=cluster.environment(settings),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    job = Submitted(cluster, first, recipe.parent / "runs" / "tiny", recipe.parent / f"tiny-{first}.log")
+    job.wait_for_step(3)
+    cluster.command("scancel", "--signal=USR1", "--batch", first)
+    assert job.end() == "COMPLETED", job.text()
+    assert "cannot be queued again; the next of its chain" in job.text()
+    job.job_id, job.log = second, recipe.parent / f"tiny-{second}.log"
+    assert job.end() == "COMPLETED", job.text()
+    assert "resumed from" in job.text()
+    assert [record["step"] for record in job.records()] == list(range(1, 61))
+
+
+def test_the_tasks_of_an_array_are_links_of_a_chain(cluster: Cluster, recipe: Path, settings: dict[str, str]) -> None:
+    job = submit(cluster, recipe, settings, "--array=1-3%1", "--no-requeue", "schedule.steps=60")
+    links = [f"{job.job_id}_{number}" for number in (1, 2, 3)]
+    for link, step in zip(links[:2], (3, 20), strict=True):
+        job.wait_for_step(step, of=link)
+        cluster.command("scancel", "--signal=USR1", "--batch", link)
+        assert cluster.wait_for_end(link) == "COMPLETED", job.text()
+    assert cluster.wait_for_end(links[2]) == "COMPLETED", job.text()
+    assert all(cluster.job(link)["Restarts"] == "0" for link in links)
+    assert job.text().count("resumed from") == 2
+    assert [record["step"] for record in job.records()] == list(range(1, 61))
+
+
+def test_a_diverged_run_is_not_queued_again(cluster: Cluster, recipe: Path, settings: dict[str, str]) -> None:
+    job = submit(cluster, recipe, settings, "optimizer.learning_rate=1.0e+30", "optimizer.clip_grad_norm=0.0")
+    assert job.end() == "FAILED", job.text()
+    assert job.num_restarts() == 0
+    assert "no longer finite" in (job.run_dir / "stopped").read_text()
+
+
+def test_the_preflight_looks_at_every_node(cluster: Cluster, recipe: Path, settings: dict[str, str]) -> None:
+    file = Path(settings["ITT_CLUSTER_ENV"])
+    file.write_text(file.read_text().replace("ITT_PREFLIGHT=no", "ITT_PREFLIGHT=yes"))
+    job = submit(cluster, recipe, settings, "schedule.steps=2")
+    assert job.end() == "COMPLETED", job.text()
+    report = (job.run_dir / "preflight.txt").read_text()
+    assert "0: healthy" in report
+    assert "1: healthy" in report
