@@ -13,9 +13,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_itt.config.run import RunConfig
+from megatron_itt.training.optimizer_state import from_common_form, to_common_form
 
 # The layout of the optimizer's state on disk that any tensor, pipeline and data-parallel size can read.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+_TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -40,6 +42,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
     for part in _parts(optimizer):
         if _is_torch_adam(part):
             _keep_step_when_loading(part)
+        _use_fused_kernel(part)
     return optimizer
 
 
@@ -67,11 +70,16 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
         for part in _parts(optimizer):
             if _is_torch_adam(part) and not part.optimizer.state:
                 part._init_optimizer_states_with_dummy_values()
-    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(SHARDING))
+    state = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(SHARDING))
+    if not loading:
+        to_common_form(state)
+    return state
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
-    """Put a loaded state into the optimizer."""
+    """Put a loaded state into the optimizer, whichever AdamW wrote it."""
+    inner = next(_parts(optimizer)).optimizer
+    from_common_form(loaded, inner.param_groups[0], counts_per_tensor=isinstance(inner, _TORCH_ADAMS))
     optimizer.load_state_dict(loaded)
     for part in _parts(optimizer):
         if _is_torch_adam(part):
@@ -85,7 +93,14 @@ def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
 
 
 def _is_torch_adam(part: Any) -> bool:
-    return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    return isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, _TORCH_ADAMS)
+
+
+def _use_fused_kernel(part: Any) -> None:
+    """Let torch's AdamW update each parameter by one kernel; megatron-core offers no setting for it."""
+    if isinstance(part.optimizer, _TORCH_ADAMS):
+        for group in part.optimizer.param_groups:
+            group.update(fused=True, foreach=False)
 
 
 def _keep_step_when_loading(part: Any) -> None:

@@ -90,12 +90,10 @@ def _microbatches(trainer: Any, step: int) -> list[dict[str, torch.Tensor]]:
 def _picks_of_validation(trainer: Any) -> dict[tuple[int, int, int], torch.Tensor]:
     """Who thinks, after training, in this rank's micro-batches of one more global batch."""
     from megatron_itt.model.trace import RoutingRecorder
-    from megatron_itt.training.step import _run_schedule
 
     recorder, place = RoutingRecorder(), trainer.place
-    batches = _microbatches(trainer, NUM_STEPS)
     with torch.no_grad(), trainer.built.control.override(recorder=recorder):
-        _run_schedule(trainer, iter(batches), len(batches), forward_only=True, recorder=recorder)
+        _run_schedule(trainer, NUM_STEPS, recorder, forward_only=True)
     return {
         (microbatch * place.data_parallel_size + place.data_parallel_rank, layer_idx, step): entry.picked
         for (microbatch, layer_idx, step), entry in recorder.records.items()
@@ -107,7 +105,6 @@ def observe_gradients(place: ProcessPlace, config: RunConfig) -> dict[str, torch
     from megatron_itt.model.initialisation import global_name
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
-    from megatron_itt.training.step import _run_schedule
 
     parallel_place = start_parallel(config, place=place)
     try:
@@ -115,7 +112,7 @@ def observe_gradients(place: ProcessPlace, config: RunConfig) -> dict[str, torch
         for chunk in trainer.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
-        _run_schedule(trainer, iter(_microbatches(trainer, 0)), trainer.num_microbatches)
+        _run_schedule(trainer, 0)
         return {
             global_name(name, chunk): parameter.main_grad.clone()
             for chunk in trainer.built.chunks
@@ -123,3 +120,19 @@ def observe_gradients(place: ProcessPlace, config: RunConfig) -> dict[str, torch
         }
     finally:
         stop_parallel()
+
+
+def _run_schedule(trainer: Any, step: int, recorder: Any = None, *, forward_only: bool = False) -> None:
+    """This rank's micro-batches of a step through megatron-core's schedule, without an update."""
+    from megatron_itt.training.step import _ForwardStep
+
+    batches, chunks = _microbatches(trainer, step), trainer.wrapped
+    trainer.forward_backward(
+        forward_step_func=_ForwardStep(trainer.place.device, recorder),
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=trainer.config.model.seq_length,
+        micro_batch_size=trainer.config.batch.micro,
+        forward_only=forward_only,
+    )
