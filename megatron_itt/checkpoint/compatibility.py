@@ -25,6 +25,9 @@ def check_resumable(state: RunState, config: RunConfig, *, data_fingerprint: str
     for section, key in _ORDER_KEYS:
         if saved[section][key] != wanted[section][key]:
             differences.append(f"{section}.{key} was {saved[section][key]!r} and is now {wanted[section][key]!r}")
+    separate = saved["data"].get("reset_at_document_end", False)
+    if separate != wanted["data"]["reset_at_document_end"]:
+        differences.append(f"data.reset_at_document_end was {separate!r} and is now {not separate!r}")
     if state.data_fingerprint != data_fingerprint:
         differences.append(
             f"the data fingerprint was {state.data_fingerprint} and is now {data_fingerprint} (files, weights, "

@@ -45,6 +45,7 @@ class DataConfig:
     loader: Literal["torch", "dali"] = "torch"  # who brings batches to the device; both give the same ones
     max_epochs: PositiveFloat = 4.0  # a domain repeated more often than this is refused
     cache_dir: str | None = None  # of the sample indices; None: beside the data
+    reset_at_document_end: bool = False  # positions and attention begin anew at each document of a sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

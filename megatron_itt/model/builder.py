@@ -18,6 +18,7 @@ from megatron_itt.config.run import RunConfig
 from megatron_itt.model.initialisation import initialise_weights
 from megatron_itt.model.layer import ThinkingLayer
 from megatron_itt.model.parts import LayerParts, import_parts
+from megatron_itt.model.separate_documents import SeparateDocumentsModel
 from megatron_itt.model.specs import decoder_specs
 from megatron_itt.model.trace import RoutingControl
 
@@ -120,7 +121,8 @@ def _build_chunk(
     model = config.model
     stage = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
     specs = decoder_specs(transformer, config.thinking, control, parts=parts, virtual_stage=virtual_stage)
-    return GPTModel(
+    model_class = SeparateDocumentsModel if config.data.reset_at_document_end else GPTModel
+    return model_class(
         config=transformer,
         transformer_layer_spec=specs,
         vocab_size=model.vocab_size,

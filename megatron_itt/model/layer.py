@@ -74,15 +74,18 @@ class ThinkingLayer(TransformerLayer):
         if gain is not None:
             hidden = gain.to(hidden.dtype) * hidden
         if any(plan.shares) and plan.rule == "topk":
-            hidden = self._think_in_rows(hidden, plan, kwargs["rotary_pos_emb"])
+            hidden = self._think_in_rows(hidden, plan, kwargs["rotary_pos_emb"], kwargs.get("attention_mask"))
         elif any(plan.shares):
             for step, share in enumerate(plan.shares, start=1):
                 if share > 0:
                     hidden = self._think_masked(hidden, step, plan, kwargs)
         return self._touch_parameters(hidden, plan)
 
-    def _think_in_rows(self, hidden: Tensor, plan: RoutingPlan, rotary: Tensor) -> Tensor:
-        """Routed steps with a fixed number of tokens: only the picked rows are computed. [p, b, h] -> [p, b, h]."""
+    def _think_in_rows(self, hidden: Tensor, plan: RoutingPlan, rotary: Tensor, mask: Tensor | None) -> Tensor:
+        """Routed steps with a fixed number of tokens: only the picked rows are computed. [p, b, h] -> [p, b, h].
+
+        mask: the full pass's, bool [b, 1, s, s], where it is not causal alone.
+        """
         states = self._gather_sequence(hidden)  # [p, b, h] -> [s, b, h]
         keys_values: routed_attention.KeysValues | None = None
         changed: Tensor | None = None  # positions whose keys and values are out of date
@@ -96,9 +99,9 @@ class ThinkingLayer(TransformerLayer):
                 plan.record(self.layer_idx, step, logits, routing.positions_to_mask(positions, states.shape[0]))
             if self.switches.attend == "all":
                 keys_values = routed_attention.refresh_keys_values(self, keys_values, states, changed, rotary)
-                context = routed_attention.attend_all(self, states, positions, keys_values, rotary)
+                context = routed_attention.attend_all(self, states, positions, keys_values, rotary, mask=mask)
             else:
-                context = routed_attention.attend_selected(self, states, positions, rotary)
+                context = routed_attention.attend_selected(self, states, positions, rotary, mask=mask)
             states = self._update_rows(states, context, logits / plan.temperature, positions, step)
             # Where skipped tokens change too, every key and value is out of date.
             changed = None if self._changes_skipped else positions
@@ -150,7 +153,8 @@ class ThinkingLayer(TransformerLayer):
             picked = routing.pick_above(whole, tau.to(whole.dtype))
         plan.record(self.layer_idx, step, whole, picked)
         if self.switches.attend == "selected":
-            kwargs = {**kwargs, "attention_mask": routed_attention.forbid_skipped_keys(picked)}
+            forbidden = routed_attention.forbid_skipped_keys(picked, kwargs.get("attention_mask"))
+            kwargs = {**kwargs, "attention_mask": forbidden}
         return self._apply_masked(hidden, step, self._own_part(picked), logits / plan.temperature, kwargs)
 
     def _apply_masked(

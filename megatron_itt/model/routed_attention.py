@@ -41,19 +41,35 @@ def refresh_keys_values(
     return KeysValues(put_rows(previous.keys, changed, fresh.keys), put_rows(previous.values, changed, fresh.values))
 
 
-def attend_all(layer: Any, states: Tensor, positions: Tensor, keys_values: KeysValues, rotary: Tensor) -> Tensor:
-    """Picked queries over all keys at or before them. states [s, b, h], positions [k, b] -> context [k, b, a*d]."""
+def attend_all(
+    layer: Any,
+    states: Tensor,
+    positions: Tensor,
+    keys_values: KeysValues,
+    rotary: Tensor,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Picked queries over all keys at or before them. states [s, b, h], positions [k, b] -> context [k, b, a*d].
+
+    mask: bool [b, 1, s, s], true where the full pass forbids attention, if that is not causal alone.
+    """
     weight = _grouped_weight(layer)[:, :-2]  # [g, a/g, d, h]
     normalised = _enter_heads(layer, layer.input_layernorm(take_rows(states, positions)))
     query = functional.linear(normalised, weight.reshape(-1, weight.shape[-1]))
     query = query.view(*positions.shape, -1, weight.shape[2])  # [k, b, a, d]
     query = _rotate(layer, query, rotary_at(rotary, positions))
-    forbidden = forbid_later_keys(positions, states.shape[0])
+    forbidden = forbid_later_keys(positions, states.shape[0]) if mask is None else take_queries(mask, positions)
     return layer.self_attention.core_attention(query, keys_values.keys, keys_values.values, forbidden)
 
 
-def attend_selected(layer: Any, states: Tensor, positions: Tensor, rotary: Tensor) -> Tensor:
-    """Picked queries over picked keys, causal. states [s, b, h], positions [k, b] -> context [k, b, a*d]."""
+def attend_selected(
+    layer: Any, states: Tensor, positions: Tensor, rotary: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
+    """Picked queries over picked keys, causal. states [s, b, h], positions [k, b] -> context [k, b, a*d].
+
+    mask: as in `attend_all`.
+    """
     grouped = _grouped_weight(layer)
     normalised = _enter_heads(layer, layer.input_layernorm(take_rows(states, positions)))
     mixed = functional.linear(normalised, grouped.reshape(-1, grouped.shape[-1]))
@@ -61,12 +77,13 @@ def attend_selected(layer: Any, states: Tensor, positions: Tensor, rotary: Tenso
     query = mixed[..., :-2, :].flatten(2, 3)
     angles = rotary_at(rotary, positions)
     query, key = _rotate(layer, query, angles), _rotate(layer, mixed[..., -2, :], angles)
-    return layer.self_attention.core_attention(query, key, mixed[..., -1, :], None)
+    forbidden = None if mask is None else take_keys(take_queries(mask, positions), positions)
+    return layer.self_attention.core_attention(query, key, mixed[..., -1, :], forbidden)
 
 
 def rotary_at(rotary: Tensor, positions: Tensor) -> Tensor:
-    """Rotary angles of the picked tokens' original positions. rotary [s, 1, 1, d], positions [k, b] -> [k, b, 1, d]."""
-    return rotary[:, 0, 0][positions].unsqueeze(2)
+    """Rotary angles of the picked tokens. rotary [s, 1 or b, 1, d], positions [k, b] -> [k, b, 1, d]."""
+    return take_rows(rotary.expand(-1, positions.shape[1], -1, -1), positions)
 
 
 def forbid_later_keys(positions: Tensor, num_keys: int) -> Tensor:
@@ -75,15 +92,27 @@ def forbid_later_keys(positions: Tensor, num_keys: int) -> Tensor:
     return (keys > positions.t().unsqueeze(-1)).unsqueeze(1)
 
 
-def forbid_skipped_keys(picked: Tensor) -> Tensor:
+def take_queries(mask: Tensor, positions: Tensor) -> Tensor:
+    """The rows of picked queries. mask [b, 1, s, n], positions [k, b] -> [b, 1, k, n]."""
+    return mask.gather(2, positions.t()[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))
+
+
+def take_keys(mask: Tensor, positions: Tensor) -> Tensor:
+    """The columns of picked keys. mask [b, 1, k, n], positions [j, b] -> [b, 1, k, j]."""
+    return mask.gather(3, positions.t()[:, None, None, :].expand(-1, 1, mask.shape[2], -1))
+
+
+def forbid_skipped_keys(picked: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal mask over picked keys only. picked bool [s, b] -> bool [b, 1, s, s], true where forbidden.
 
-    A token always sees itself, so that rows of skipped tokens (computed, then dropped) stay finite.
+    A token always sees itself, so that rows of skipped tokens (computed, then dropped) stay finite. What `mask` (the
+    full pass's, if that is not causal alone) forbids stays forbidden.
     """
     steps = torch.arange(picked.shape[0], device=picked.device)
     later = steps > steps.unsqueeze(-1)
     hidden = ~picked.t().unsqueeze(1) & (steps != steps.unsqueeze(-1))
-    return (later | hidden).unsqueeze(1)
+    forbidden = (later | hidden).unsqueeze(1)
+    return forbidden if mask is None else forbidden | mask
 
 
 def _project_keys_values(layer: Any, states: Tensor, rotary: Tensor) -> KeysValues:

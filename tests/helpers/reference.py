@@ -34,10 +34,12 @@ def reference_forward(
     *,
     budget: Sequence[float] | None = None,
     routing: str | None = None,
+    starts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Run one sequence through the whole model.
 
-    `budget` replaces `thinking.capacity` (shares per routed step), `routing` replaces `thinking.routing`.
+    `budget` replaces `thinking.capacity` (shares per routed step), `routing` replaces `thinking.routing`. `starts`
+    holds, per token, the place where its document begins: it sees nothing before that, and counts positions from there.
     """
     matrices = {name: _as_array(value) for name, value in weights.items()}
     shares = list(thinking.capacity if budget is None else budget)
@@ -49,7 +51,7 @@ def reference_forward(
     scores: dict[tuple[int, int], Array] = {}
     hidden: list[Array] = []
     for layer_idx in range(shape.num_layers):
-        layer = BaseLayer(matrices, layer_idx, shape)
+        layer = BaseLayer(matrices, layer_idx, shape, starts)
         if not _thinks(layer_idx, thinking, shape.num_layers):
             rows = layer.apply(rows, rows)
         elif thinking.kind == "loop":
@@ -168,7 +170,10 @@ def _thinks(layer_idx: int, thinking: Any, num_layers: int) -> bool:
 class BaseLayer:
     """One base layer f(Q; C) with the extra weights of thinking, if it has any."""
 
-    def __init__(self, matrices: Mapping[str, Array], layer_idx: int, shape: Any) -> None:
+    def __init__(
+        self, matrices: Mapping[str, Array], layer_idx: int, shape: Any, starts: Sequence[int] | None = None
+    ) -> None:
+        self.starts = starts
         prefix = f"decoder.layers.{layer_idx}."
         own = {name.removeprefix(prefix): value for name, value in matrices.items() if name.startswith(prefix)}
         self.num_heads = shape.num_attention_heads
@@ -209,13 +214,13 @@ class BaseLayer:
         queries, keys, values = [], [], []
         for group in range(self.num_groups):
             start = group * (per_group + 2)
-            queries += [self._rotate(heads[start + head], position) for head in range(per_group)]
-            keys.append(self._rotate(heads[start + per_group], position))
+            queries += [self._rotate(heads[start + head], self._count(position)) for head in range(per_group)]
+            keys.append(self._rotate(heads[start + per_group], self._count(position)))
             values.append(heads[start + per_group + 1])
         return queries, keys, values
 
     def _attend(self, queries: list[Array], position: int, memory: Mapping[int, Any]) -> Array:
-        visible = [other for other in sorted(memory) if other <= position]
+        visible = [other for other in sorted(memory) if position - self._count(position) <= other <= position]
         outputs = []
         for head, query in enumerate(queries):
             group = head // (self.num_heads // self.num_groups)
@@ -226,6 +231,10 @@ class BaseLayer:
                 sum(value / total * memory[other][2][group] for value, other in zip(exponentials, visible, strict=True))
             )
         return np.concatenate(outputs)
+
+    def _count(self, position: int) -> int:
+        """The token's position in its document."""
+        return position if self.starts is None else position - self.starts[position]
 
     def _rotate(self, head: Array, position: int) -> Array:
         """RoPE by the token's position in the whole sequence; channel j pairs with j + d/2."""

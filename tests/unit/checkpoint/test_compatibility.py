@@ -41,6 +41,7 @@ def test_layouts_budgets_and_rates_may_change(sections: dict[str, Any]) -> None:
         ({"thinking": {"layers": [0]}}, "thinking.layers"),
         ({"batch": {"global": 8}}, "batch.global was 4 and is now 8"),
         ({"schedule": {"steps": 9}}, "schedule.steps was 5 and is now 9"),
+        ({"data": {"reset_at_document_end": True}}, "data.reset_at_document_end was False and is now True"),
     ],
 )
 def test_another_architecture_or_order_of_samples_is_refused(sections: dict[str, Any], part: str) -> None:
