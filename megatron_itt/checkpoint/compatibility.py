@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_itt.checkpoint.state import RunState
@@ -16,42 +17,65 @@ _FREE_THINKING_KEYS = (
 )
 _FREE_MODEL_KEYS = ("init_std",)
 _ORDER_KEYS = (("batch", "global"), ("schedule", "steps"), ("optimizer", "distributed"), ("precision", "dtype"))
+# Of these, what a person may allow to differ: the weights still fit, but the order of samples or the rates change.
+_ALLOWABLE = ("data", "data.reset_at_document_end", "schedule.steps")
 
 
-def check_resumable(state: RunState, config: RunConfig, *, data_fingerprint: str | None) -> None:
-    """Raise CheckpointError naming every difference that makes continuing wrong."""
+def check_resumable(
+    state: RunState, config: RunConfig, *, data_fingerprint: str | None, allow_changed: Iterable[str] = ()
+) -> None:
+    """Raise CheckpointError naming every difference that makes continuing wrong.
+
+    `allow_changed` names sections or keys (`data`, `data.blend`, `schedule.steps`) whose change is wanted; it has no
+    say over what the weights depend on.
+    """
     saved, wanted = state.recipe, dump_config(config)
-    differences = _differences(saved, wanted)
+    found = _differences(saved, wanted)
     for section, key in _ORDER_KEYS:
         if saved[section][key] != wanted[section][key]:
-            differences.append(f"{section}.{key} was {saved[section][key]!r} and is now {wanted[section][key]!r}")
+            found.append((f"{section}.{key}", f"was {saved[section][key]!r} and is now {wanted[section][key]!r}"))
     separate = saved["data"].get("reset_at_document_end", False)
     if separate != wanted["data"]["reset_at_document_end"]:
-        differences.append(f"data.reset_at_document_end was {separate!r} and is now {not separate!r}")
+        found.append(("data.reset_at_document_end", f"was {separate!r} and is now {not separate!r}"))
     if state.data_fingerprint != data_fingerprint:
-        differences.append(
-            f"the data fingerprint was {state.data_fingerprint} and is now {data_fingerprint} (files, weights, "
-            "sequence length or seed changed)"
-        )
-    if differences:
+        change = f"was {state.data_fingerprint} and is now {data_fingerprint}"
+        found.append(("data", f"fingerprint {change} (files, weights, sequence length or seed changed)"))
+    given = tuple(allow_changed)
+    refused = [(name, change) for name, change in found if not _is_allowed(name, given)]
+    if refused:
+        listed = "; ".join(f"{name} {change}" for name, change in refused)
         raise CheckpointError(
-            f"the checkpoint of step {state.step} does not fit this recipe: {'; '.join(differences)}; use the recipe "
-            "it was made with, or another logging.run_dir"
+            f"the checkpoint of step {state.step} does not fit this recipe: {listed}; use the recipe it was made with, "
+            f"or another logging.run_dir{_way_out([name for name, _ in refused])}"
         )
 
 
-def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def _is_allowed(name: str, given: Iterable[str]) -> bool:
+    """Whether a person named this key, its section, or (for the data as a whole) a part of it."""
+    return name in _ALLOWABLE and any(
+        one == name or name.startswith(f"{one}.") or one.startswith(f"{name}.") for one in given
+    )
+
+
+def _way_out(names: list[str]) -> str:
+    """What --allow-changed would let pass, if that is all there is."""
+    if not set(names) <= set(_ALLOWABLE):
+        return ""
+    return f", or {' '.join(f'--allow-changed={name}' for name in names)} if that is what you want"
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, str]]:
+    """Keys of the model that differ, each with how."""
     found = []
     for section in _MODEL_KEYS:
         for key in sorted(saved[section].keys() | wanted[section].keys()):
             free = _FREE_THINKING_KEYS if section == "thinking" else _FREE_MODEL_KEYS
             before, after = saved[section].get(key), wanted[section].get(key)
             if key == "capacity" and _count_steps(before) != _count_steps(after):
-                found.append(
-                    f"thinking.capacity had {_count_steps(before)} routed steps and now has {_count_steps(after)}"
-                )
+                change = f"had {_count_steps(before)} routed steps and now has {_count_steps(after)}"
+                found.append(("thinking.capacity", change))
             elif key not in free and before != after:
-                found.append(f"{section}.{key} was {before!r} and is now {after!r}")
+                found.append((f"{section}.{key}", f"was {before!r} and is now {after!r}"))
     return found
 
 

@@ -12,9 +12,9 @@ from megatron_itt.errors import CheckpointError
 from tests.helpers.one_rank import tiny_recipe
 
 
-def check(*, fingerprint: str = "data", **sections: Any) -> None:
+def check(*, fingerprint: str = "data", allow: tuple[str, ...] = (), **sections: Any) -> None:
     state = new_run_state(tiny_recipe(), step=3, data_fingerprint="data")
-    check_resumable(state, tiny_recipe(**sections), data_fingerprint=fingerprint)
+    check_resumable(state, tiny_recipe(**sections), data_fingerprint=fingerprint, allow_changed=allow)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,28 @@ def test_another_architecture_or_order_of_samples_is_refused(sections: dict[str,
 def test_changed_data_is_refused() -> None:
     with pytest.raises(CheckpointError, match="data fingerprint"):
         check(fingerprint="other")
+
+
+@pytest.mark.parametrize("allow", ["data", "data.blend", "data.blend.code.path"])
+def test_changed_data_that_is_wanted_is_accepted(allow: str) -> None:
+    check(fingerprint="other", allow=(allow,))
+    with pytest.raises(CheckpointError, match=r"schedule\.steps was 5"):
+        check(fingerprint="other", allow=(allow,), schedule={"steps": 9})
+
+
+@pytest.mark.parametrize("allow", ["schedule", "schedule.steps"])
+def test_a_longer_run_that_is_wanted_is_accepted(allow: str) -> None:
+    check(allow=(allow,), schedule={"steps": 9})
+
+
+def test_what_the_weights_depend_on_cannot_be_allowed() -> None:
+    with pytest.raises(CheckpointError, match=r"model\.hidden_size was 32"):
+        check(allow=("model", "model.hidden_size"), model={"hidden_size": 64})
+
+
+def test_the_way_out_is_named_where_there_is_one() -> None:
+    with pytest.raises(CheckpointError, match=r"--allow-changed=schedule\.steps --allow-changed=data"):
+        check(fingerprint="other", schedule={"steps": 9})
+    with pytest.raises(CheckpointError) as caught:
+        check(fingerprint="other", batch={"global": 8})
+    assert "--allow-changed" not in str(caught.value)
