@@ -188,6 +188,11 @@ def _sequence_problems(config: RunConfig) -> Iterator[str]:
                 f"validation.budgets[{position}] has {len(budget)} shares but thinking.capacity has "
                 f"{config.thinking.num_routed_steps} routed steps; give one share per routed step"
             )
+        elif config.thinking.residual == "replace" and 0 in budget:
+            yield (
+                f"validation.budgets[{position}] contains 0 but thinking.residual is replace, where a step that nobody "
+                "takes leaves states that no trained step ended with; use shares above 0, or residual: accumulate"
+            )
     for key, budget in budgets.items():
         for share in budget:
             if 0 < share * seq_length < 0.5:

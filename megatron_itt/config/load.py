@@ -16,10 +16,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_itt.config.check import find_problems
+from megatron_itt.config.refused import reason_of_key, reason_of_value
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 
 _RUN_CONFIG = TypeAdapter(RunConfig)
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's names for keys that do not exist
 _UNION_BRANCHES = ("int", "float", "str", "none", "RunConfig", "fixed", "sampled")
 
 
@@ -46,15 +48,40 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def parse_config(data: dict[str, Any], *, source: str = "recipe") -> RunConfig:
-    """Turn plain data (for example the recipe stored in a checkpoint) into a checked `RunConfig`."""
-    try:
-        config = _RUN_CONFIG.validate_json(json.dumps(data))
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_describe(item) for item in error.errors())) from None
-    problems = find_problems(config)
-    if problems:
+    """Turn plain data (for example the recipe stored in a checkpoint) into a checked `RunConfig`.
+
+    Raises ConfigError naming all problems at once; rules between keys are looked at once every value is of its type.
+    """
+    config, problems = _validate(data)
+    if config is not None:
+        problems += find_problems(config)
+    if problems or config is None:
         raise ConfigError(f"{source}: " + "; ".join(problems))
     return config
+
+
+def _validate(data: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+    """The config, without the keys that are unknown, and a problem for each of those; None where a value is wrong."""
+    try:
+        return _RUN_CONFIG.validate_json(json.dumps(data)), []
+    except ValidationError as error:
+        found = error.errors()
+    problems = [_describe(item) for item in found]
+    if not all(item["type"] in _UNKNOWN for item in found):
+        return None, problems
+    known = json.loads(json.dumps(data))
+    for item in found:
+        _remove(known, [str(part) for part in item["loc"] if not _is_union_branch(part)])
+    try:
+        return _RUN_CONFIG.validate_json(json.dumps(known)), problems
+    except ValidationError as error:
+        return None, problems + [_describe(item) for item in error.errors() if item["type"] not in _UNKNOWN]
+
+
+def _remove(data: dict[str, Any], keys: list[str]) -> None:
+    for key in keys[:-1]:
+        data = data.get(key, {})
+    data.pop(keys[-1], None)
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
@@ -129,14 +156,15 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 def _describe(item: Any) -> str:
     """One pydantic error as `key: value, rule, way out`."""
     location = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part)) or "recipe"
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    value = json.dumps(item["input"], default=str)[:60]
+    if item["type"] in _UNKNOWN:
         parent, _, key = location.rpartition(".")
-        return f"unknown key {location}{_near_miss(parent, key)}"
+        reason = reason_of_key(location)
+        return f"{location} is {value}: {reason}" if reason else f"unknown key {location}{_near_miss(parent, key)}"
     if item["type"] in ("missing", "missing_argument"):
         return f"{location} is missing; set it in the recipe or on the command line"
-    rule = item["msg"][0].lower() + item["msg"][1:]
-    value = json.dumps(item["input"], default=str)
-    return f"{location} is {value[:60]}: {rule}"
+    rule = reason_of_value(location, item["input"]) or item["msg"][0].lower() + item["msg"][1:]
+    return f"{location} is {value}: {rule}"
 
 
 def _is_union_branch(part: int | str) -> bool:

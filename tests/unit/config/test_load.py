@@ -110,6 +110,10 @@ def test_bad_settings_are_named_with_the_rule(tmp_path: Path, override: str, par
         ),
         (["thinking.skip=literal", "thinking.reweight=symmetric"], ["skip is literal", "reweight is symmetric"]),
         (["thinking.layers=[]"], ["thinking.layers is []", "name at least one layer"]),
+        (
+            ["thinking.residual=replace", "validation.budgets=[[0.5, 0.0, 0.5]]"],
+            ["validation.budgets[0] contains 0", "thinking.residual is replace", "use shares above 0"],
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_named_with_the_rule(
@@ -139,6 +143,48 @@ def test_everything_wrong_with_a_layout_is_reported_at_once(tmp_path: Path) -> N
         "choose one",
     ]
     for part in expected:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        (
+            "parallel.context=2",
+            ["parallel.context is 2", "one choice over the whole sequence", "parallel.sequence: true"],
+        ),
+        ("parallel.context_parallel_size=4", ["parallel.context_parallel_size is 4", "context parallelism"]),
+        ("parallel.expert=2", ["parallel.expert is 2", "mixture-of-experts", "remove it"]),
+        ("model.num_experts=8", ["model.num_experts is 8", "mixture-of-experts", "remove it"]),
+        ("model.moe_router_topk=2", ["model.moe_router_topk is 2", "mixture-of-experts"]),
+        ("precision.fp8=true", ["precision.fp8 is true", "fp8 is not supported", "use precision.dtype: bf16"]),
+        ("precision.dtype=fp8", ['precision.dtype is "fp8"', "fp8 is not supported", "use precision.dtype: bf16"]),
+        ("precision.dtype=fp16", ['precision.dtype is "fp16"', "loss scaling", "use bf16"]),
+        ("precision.dtype=fp64", ['precision.dtype is "fp64"', "'bf16' or 'fp32'"]),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_the_reason(tmp_path: Path, override: str, parts: list[str]) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    message = str(caught.value)
+    assert "\n" not in message and "unknown key" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_refused_and_unknown_keys_are_listed_with_the_broken_rules(tmp_path: Path) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    overrides = ["parallel.context=2", "model.num_experts=8", "thinking.capcity=[0.5]", "parallel.tensor=3"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [*overrides, "thinking.layers=[9]"])
+    for part in (
+        "context parallelism",
+        "mixture-of-experts",
+        "thinking.capacity?",
+        "parallel.tensor is 3",
+        "contains 9",
+    ):
         assert part in str(caught.value)
 
 
