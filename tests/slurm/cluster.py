@@ -215,7 +215,7 @@ class Cluster:
             "ReturnToService": 2,
             "JobRequeue": 1,
             "SlurmctldTimeout": 30,
-            "SlurmdTimeout": 10,
+            "SlurmdTimeout": 20,
             "KillWait": 20,
             "MinJobAge": 3600,
             "GresTypes": "gpu",

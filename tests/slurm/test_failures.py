@@ -18,8 +18,9 @@ from tests.slurm.jobs import TWO_BY_TWO, Submitted, submit
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 NUM_FAILURES = 3
-LONGEST_WAIT_S = 30.0  # from the start of a job's tasks: starting takes about half of it
-LENGTH = ("schedule.steps=500", "checkpoint.save_interval_steps=20", "validation.interval_steps=50")
+NUM_STEPS = 240
+LONGEST_WAIT_S = 60.0  # from the start of a job's tasks, which alone takes 15 s or more
+LENGTH = (f"schedule.steps={NUM_STEPS}", "checkpoint.save_interval_steps=20", "validation.interval_steps=50")
 
 
 @pytest.mark.parametrize("kind", ["power", "network"])
@@ -33,25 +34,45 @@ def test_a_job_outlives_failing_nodes_with_the_same_losses(
     job = submit(cluster, recipe, settings, *LENGTH, shape=TWO_BY_TWO)
     chance = random.Random(f"failing nodes: {kind}")
     for number in range(1, NUM_FAILURES + 1):
-        strike(job, kind, node=chance.choice(cluster.nodes), wait_s=chance.uniform(1.0, LONGEST_WAIT_S), number=number)
+        wait_for_start(job)
+        wait_s, last_step = chance.uniform(1.0, LONGEST_WAIT_S), number * NUM_STEPS // (NUM_FAILURES + 1)
+        wait_for_moment(job, wait_s=wait_s, last_step=last_step)
+        strike(job, kind, chance.choice(cluster.nodes))
     assert job.end(timeout_s=900) == "COMPLETED", job.text()
-    assert job.num_restarts() == NUM_FAILURES, job.text()
+    assert job.num_restarts() >= NUM_FAILURES, job.text()
     job.assert_same_as(whole)
+    print(f"{kind}: {job.num_restarts()} restarts, {NUM_STEPS} equal losses")
 
 
-def strike(job: Submitted, kind: str, *, node: str, wait_s: float, number: int) -> None:
-    """Let a node fail a while after the job's tasks have started; repair it when Slurm has queued the job again."""
-    cluster = job.cluster
-    cluster.wait_until(lambda: job.text().count("rank 0 at") == number, f"start {number}\n{job.text()}", timeout_s=120)
-    time.sleep(wait_s)
-    assert not cluster.has_ended(job.job_id), f"the job ended before it was struck\n{job.text()}"
+def wait_for_start(job: Submitted) -> None:
+    """Wait until the newest start of the job has started its tasks."""
+
+    def started() -> bool:
+        return job.text().count("rank 0 at") > job.num_restarts()
+
+    job.cluster.wait_until(started, f"the tasks start\n{job.text()}", timeout_s=180)
+
+
+def wait_for_moment(job: Submitted, *, wait_s: float, last_step: int) -> None:
+    """Wait for a time, but not beyond a step: the job must not end before it was struck."""
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline and not any(record["step"] >= last_step for record in job.records()):
+        time.sleep(0.1)
+    assert not job.cluster.has_ended(job.job_id), job.text()
+
+
+def strike(job: Submitted, kind: str, node: str) -> None:
+    """Let a node fail; repair it when Slurm has queued the job again."""
+    cluster, before, began = job.cluster, job.num_restarts(), time.monotonic()
     done = job.records()[-1]["step"] if job.records() else 0
-    print(f"{kind} of {node} fails {wait_s:.1f} s after start {number}, at step {done}")
+    saving = any((job.run_dir / "checkpoints").glob(".writing_*"))
     cluster.cut_power(node) if kind == "power" else cluster.network.cut(node)
     try:
-        cluster.wait_until(lambda: job.num_restarts() == number, f"restart {number}\n{job.text()}", timeout_s=180)
+        cluster.wait_until(lambda: job.num_restarts() > before, f"a restart\n{job.text()}", timeout_s=240)
     finally:
         cluster.start_node(node) if kind == "power" else cluster.network.heal(node)
+    passed = time.monotonic() - began
+    print(f"{kind} of {node} failed at step {done}, saving: {saving}; queued again after {passed:.0f} s")
 
 
 def test_a_short_break_of_the_network_is_waited_out(cluster: Cluster, recipe: Path, settings: dict[str, str]) -> None:
