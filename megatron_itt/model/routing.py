@@ -57,9 +57,9 @@ def threshold_for(share: float, logit_quantiles: Tensor) -> Tensor:
     Linear interpolation at 1 - share; a share of 1 gives minus infinity, 0 gives infinity.
     """
     if share >= 1.0:
-        return logit_quantiles.new_tensor(-math.inf)
+        return logit_quantiles.new_full((), -math.inf)
     if share <= 0.0:
-        return logit_quantiles.new_tensor(math.inf)
+        return logit_quantiles.new_full((), math.inf)
     place = (1.0 - share) * (NUM_QUANTILES - 1)
     low = math.floor(place)
     high = min(low + 1, NUM_QUANTILES - 1)

@@ -1,4 +1,4 @@
-"""What a routed step sends under sequence parallelism, counted at the collectives themselves.
+"""What a routed step sends under sequence parallelism, counted at the collectives themselves; and that nobody waits.
 
 One full pass of a plain layer exchanges s rows four times forward (gather, scatter, gather, scatter). A routed step
 exchanges its k picked rows four times, and the first one gathers the s rows of the states once before that.
@@ -18,6 +18,7 @@ from megatron_itt.config import RunConfig
 from megatron_itt.config.environment import ProcessPlace
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import tiny_recipe
+from tests.helpers.waiting import WatchOperations
 
 PARALLEL = {"tensor": 2, "sequence": True}
 LARGE = 1000  # bytes; smaller messages are not rows of hidden states
@@ -39,8 +40,8 @@ class CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_layer(place: ProcessPlace, config: RunConfig) -> tuple[list[int], list[int]]:
-    """Sizes of the collectives of layer 1, forward and backward."""
+def count_layer(place: ProcessPlace, config: RunConfig) -> tuple[list[int], list[int], list[str]]:
+    """Sizes of the collectives of layer 1, forward and backward; and its operations that let the host wait."""
     from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
@@ -51,12 +52,12 @@ def count_layer(place: ProcessPlace, config: RunConfig) -> tuple[list[int], list
         hidden = torch.randn(model.seq_length // config.parallel.tensor, config.batch.micro, model.hidden_size)
         rotary = chunk.rotary_pos_emb(model.seq_length)
         hidden.requires_grad_(True)
-        forward, backward = CountCollectives(), CountCollectives()
-        with forward:
+        forward, backward, watch = CountCollectives(), CountCollectives(), WatchOperations()
+        with watch, forward:
             output, _ = chunk.decoder.layers[1](hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
-        with backward:
+        with watch, backward:
             output.sum().backward()
-        return _large(forward.sizes), _large(backward.sizes)
+        return _large(forward.sizes), _large(backward.sizes), watch.waiting
     finally:
         stop_parallel()
 
@@ -73,18 +74,23 @@ def recipe(capacity: list[float], **thinking: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[str, tuple[list[int], list[int]]]:
+def counted() -> dict[str, tuple[list[int], list[int], list[str]]]:
     jobs: dict[str, Callable[[], RunConfig]] = {
         "plain": lambda: recipe([]),
         "one": lambda: recipe([0.5]),
         "two": lambda: recipe([0.5, 0.5]),
         "selected": lambda: recipe([0.5], attend="selected"),
+        "topp": lambda: recipe([0.5], routing="topp"),
+        "threshold": lambda: recipe([0.5], routing="threshold", attend="selected"),
+        "recompute": lambda: recipe([0.5, 0.5], recompute="routed"),
     }
     results = run_ranks(2, count_layer, [(make(),) for make in jobs.values()])
     return {name: ranks[0] for name, ranks in zip(jobs, results, strict=True)}
 
 
-def test_a_routed_step_sends_at_most_what_a_full_pass_sends(counted: dict[str, tuple[list[int], list[int]]]) -> None:
+def test_a_routed_step_sends_at_most_what_a_full_pass_sends(
+    counted: dict[str, tuple[list[int], list[int], list[str]]],
+) -> None:
     for direction in (0, 1):
         plain = sum(counted["plain"][direction])
         first = sum(counted["one"][direction]) - plain
@@ -93,7 +99,7 @@ def test_a_routed_step_sends_at_most_what_a_full_pass_sends(counted: dict[str, t
 
 
 def test_the_exchanges_of_a_routed_step_are_four_of_the_picked_rows(
-    counted: dict[str, tuple[list[int], list[int]]],
+    counted: dict[str, tuple[list[int], list[int], list[str]]],
 ) -> None:
     config = recipe([0.5])
     row = config.batch.micro * config.model.hidden_size * 4
@@ -102,3 +108,7 @@ def test_the_exchanges_of_a_routed_step_are_four_of_the_picked_rows(
     assert counted["one"][0] == [whole] * 5 + [picked] * 4
     assert counted["two"][0] == [whole] * 5 + [picked] * 8
     assert counted["selected"][0] == counted["one"][0]
+
+
+def test_no_rank_waits_for_its_data(counted: dict[str, tuple[list[int], list[int], list[str]]]) -> None:
+    assert {name: found[2] for name, found in counted.items()} == {name: [] for name in counted}

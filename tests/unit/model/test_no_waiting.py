@@ -1,0 +1,77 @@
+"""A thinking layer's forward and backward pass never let the host wait for the data, and no shape depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_itt.model.trace import RoutingRecorder
+from tests.helpers.one_rank import built_model, tiny_recipe
+from tests.helpers.waiting import WatchOperations
+
+SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"attend": "selected"},
+    {"residual": "replace"},
+    {"reweight": "symmetric"},
+    {"skip": "literal"},
+    {"recompute": "routed"},
+    {"recompute": "layer"},
+    {"routing": "topp"},
+    {"routing": "threshold", "attend": "selected"},
+    {"routing": "threshold", "capacity": [1.0, 0.5]},
+    {"routing": "none"},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_training_a_thinking_layer_waits_for_nothing(switches: dict[str, Any]) -> None:
+    config = tiny_recipe(thinking=switches)
+    seen = []
+    with built_model(config, dtype=torch.float32) as built:
+        layer = built.thinking_layers()[0]
+        built.control.recorder = RoutingRecorder()
+        rotary = built.chunks[0].rotary_pos_emb(config.model.seq_length)
+        layer.train()
+        # Gradients exist from the first pass on, so that both passes add to them.
+        for seed in (0, 1, 2):
+            torch.manual_seed(seed)
+            hidden = torch.randn(config.model.seq_length, 2, config.model.hidden_size).requires_grad_(True)
+            with WatchOperations() as watch:
+                output, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+                output.square().sum().backward()
+            seen.append(watch)
+    assert [watch.waiting for watch in seen] == [[], [], []]
+    assert seen[1].shapes == seen[2].shapes
+    assert len(seen[1].shapes) > 100  # the watch did see the layer, backward included
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_fill_(x > 0, 0.0)[x > 1],
+        lambda x: torch.unique(x),
+        lambda x: torch.repeat_interleave((x > 0).long()),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_the_watch_sees_what_waits(operation: Callable[[Tensor], Any]) -> None:
+    with WatchOperations() as watch:
+        operation(torch.randn(8))
+    assert watch.waiting
+
+
+def test_the_watch_lets_pass_what_does_not_wait() -> None:
+    with WatchOperations() as watch:
+        scores = torch.randn(8)
+        order = torch.sort(scores, stable=True).indices
+        torch.where(scores > 0, scores, torch.zeros(8)).gather(0, order)[order]
+    assert not watch.waiting
