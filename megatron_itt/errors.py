@@ -7,7 +7,9 @@ from __future__ import annotations
 
 
 class IttError(Exception):
-    """Base of every error that a command reports as one line with exit code 2."""
+    """Base of every error that a command reports as one line, with exit code 2 unless its class says otherwise."""
+
+    exit_code = 2
 
 
 class ConfigError(IttError):

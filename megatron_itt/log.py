@@ -56,14 +56,14 @@ def silence_known_warnings() -> None:
 def run_command(main: Callable[[], int]) -> int:
     """Run a command's `main` and turn its errors into exit codes.
 
-    Returns what `main` returns; 2 after a one-line message for bad input (`IttError`) or a full disk, and 130 for an
-    interrupt from the keyboard. Any other exception is a bug and keeps its traceback.
+    Returns what `main` returns; after a one-line message, the code of an `IttError` (2 for bad input) or 2 for a full
+    disk; and 130 for an interrupt from the keyboard. Any other exception is a bug and keeps its traceback.
     """
     try:
         return main()
     except IttError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -21,7 +21,7 @@ _EXAMPLE = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: finished, stopped by a signal with a checkpoint, or checked; 1: failed; 2: bad input."""
+    """Exit code 0: finished, checked, or saved after a signal; 1: failed; 2: bad input; 3: diverged."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_itt.train",
         description="Pretrain an Inner Thinking Transformer, a loop baseline or a LLaMA from a recipe.",
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             )
             return 0
         train(config, parts=parts)
-    except IttError:
+    except IttError as error:
         if place.local_rank != 0:
-            return 2  # the first process of each node says it for all
+            return error.exit_code  # the first process of each node says it for all
         raise
     return 0
 

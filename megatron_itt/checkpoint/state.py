@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ _EXTRA_STATE = "_extra_state"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunState:
-    """How far a run is, and what it reads. `recipe` is the resolved recipe as plain data."""
+    """How far a run is, and what it reads. `recipe` is the resolved recipe as plain data.
+
+    `loop` is what the training loop remembers from step to step.
+    """
 
     recipe: dict[str, Any]
     step: int
@@ -29,6 +32,7 @@ class RunState:
     consumed_tokens: int
     data_fingerprint: str | None = None
     tokenizer_sha256: str | None = None
+    loop: dict[str, Any] = field(default_factory=dict)
     project_version: str = __version__
     format_version: int = FORMAT_VERSION
 

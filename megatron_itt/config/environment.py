@@ -72,3 +72,8 @@ def disable_tokenizer_threads() -> None:
 def set_cuda_determinism() -> None:
     """Ask cuBLAS for reproducible reductions; needed before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def launcher_claim() -> str | None:
+    """Who the launcher says holds the run folder (the text of its `in_use` file); None without a launcher."""
+    return os.environ.get("ITT_CLAIM") or None

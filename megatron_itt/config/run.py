@@ -105,22 +105,54 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class WandbConfig:
+    """Weights & Biases: `offline` writes into the run folder, to be sent later with `wandb sync`."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None  # None: the run folder's name
+    mode: Literal["online", "offline"] = "online"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class ProfileConfig:
+    """A window of steps to profile, on these ranks; touching RUN/profile_now profiles rank 0 at any time."""
+
+    start: PositiveInt  # the first step of the window
+    steps: PositiveInt = 2
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class LoggingConfig:
     """Where a run writes, and how often it speaks."""
 
     run_dir: str
     interval_steps: PositiveInt = 10
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
+    profile: ProfileConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class RuntimeConfig:
-    """Seed, determinism and device."""
+    """Seed, determinism and device; what guards a long run.
+
+    A spike is a loss or gradient norm more than `spike_factor` robust deviations above the median of the last
+    `spike_window` steps. `spike_policy` says what happens to a step that spikes or is not finite: `none` (a spike
+    passes, a non-finite step ends the run), `skip` (weights stay as they are), or `rollback` (they go back to the last
+    checkpoint, and the data in between is not read again). The weights are never changed by a non-finite step.
+    """
 
     seed: NonNegativeInt = 1234
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_minutes: PositiveFloat = 10.0  # of a collective, before the run gives up
+    timeout_minutes: PositiveFloat = 10.0  # of a collective, before the run names the ranks that are missing and ends
+    spike_policy: Literal["none", "skip", "rollback"] = "none"
+    spike_factor: PositiveFloat = 10.0
+    spike_window: Annotated[int, Field(ge=8)] = 64
+    max_recoveries: NonNegativeInt = 5  # rollbacks of a run, or skipped steps in a row, before it ends as diverged
+    replica_check_steps: NonNegativeInt = 1000  # compare the weights of replicas this often and before saves; 0: never
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -89,7 +89,8 @@ def _join_job(place: ProcessPlace, device: torch.device, *, timeout_minutes: flo
     if dist.is_initialized():
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
-    timeout = timedelta(minutes=timeout_minutes)
+    # The watchdog of training says who is missing when the time is up; the groups' own, mute limit comes later.
+    timeout = timedelta(minutes=1.5 * timeout_minutes, seconds=30)
     if place.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_itt.checkpoint.compatibility import check_resumable
 from megatron_itt.checkpoint.layout import checkpoint_root, find_latest
@@ -52,9 +53,19 @@ class Checkpointer:
         load_trainer(trainer, point.folder)
         get_logger().info("resumed from %s", point.folder)
 
-    def save(self, trainer: Trainer, step: int, *, validation_loss: float | None = None) -> None:
-        """Save after optimizer step `step`; `validation_loss` is that of this very step, if it was measured."""
-        state = new_run_state(self._config, step=step, **self._facts)
+    def save(
+        self,
+        trainer: Trainer,
+        step: int,
+        *,
+        validation_loss: float | None = None,
+        loop: dict[str, Any] | None = None,
+    ) -> None:
+        """Save after optimizer step `step`; `validation_loss` is that of this very step, if it was measured.
+
+        `loop` is what the loop remembers from step to step, as plain data.
+        """
+        state = new_run_state(self._config, step=step, loop=loop or {}, **self._facts)
         keep_last = self._config.checkpoint.keep_last
         folder = save_checkpoint(trainer_state(trainer, loading=False), state, self._root, keep_last=keep_last)
         get_logger().info("saved %s", folder)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -20,51 +22,51 @@ from megatron_itt.log import configure_logging, get_logger
 from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
 from megatron_itt.training.assemble import Trainer, build_trainer
 from megatron_itt.training.checkpointing import Checkpointer
-from megatron_itt.training.metrics import StepClock, console_line, peak_flops_per_s
-from megatron_itt.training.run_folder import LOG_FILE, is_finished, mark_diverged, mark_finished, prepare_run_folder
+from megatron_itt.training.guards import StepGuard, TrainingDivergedError, Verdict
+from megatron_itt.training.reporter import Reporter
+from megatron_itt.training.run_folder import LOG_FILE, mark_diverged, mark_finished, opened_run_folder
 from megatron_itt.training.signals import StopRequest
-from megatron_itt.training.sinks import Sinks
-from megatron_itt.training.step import Batch, StepResult, train_step
-from megatron_itt.training.validation import headline_loss, run_validation, validation_lines
-
-
-class TrainingDivergedError(IttError):
-    """Loss or gradient norm is no longer a number."""
+from megatron_itt.training.sinks import check_sinks
+from megatron_itt.training.step import Batch, Watch, train_step
+from megatron_itt.training.validation import headline_loss, run_validation
+from megatron_itt.training.watchdog import start_watchdog
+from megatron_itt.training.weight_checks import are_weights_finite, check_replicas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A trainer with its data and outputs, at a step."""
+    """A trainer with its data and outputs, at a step. `validation_due`: a signal cut off that step's validation."""
 
     trainer: Trainer
     datasets: Datasets
     checkpointer: Checkpointer
+    watch: Watch
+    report: Reporter
     run_dir: Path
     first_step: int
+    validation_due: bool
 
 
 def train(config: RunConfig, *, parts: ChosenParts | None = None) -> bool:
     """Run a recipe to its last step, resuming from the newest checkpoint in its run folder.
 
     Every process of the job calls this. Returns whether the run is complete; False after a signal asked it to stop, in
-    which case a checkpoint was saved. `parts` is logged. Raises IttError subclasses for bad input before training starts.
+    which case a checkpoint was saved. `parts` is logged. Raises IttError subclasses for bad input, and
+    TrainingDivergedError.
     """
     tokenizer = check_inputs(config)
     stop = StopRequest()  # before the slow part of starting: a warning that arrives there is not lost
     try:
         place = start_parallel(config)
         run_dir = Path(config.logging.run_dir)
-        if is_finished(run_dir):
-            configure_logging(rank=place.rank)
-            get_logger().info("%s is finished already; choose another logging.run_dir to train again", run_dir)
-            return True
-        if place.is_main:
-            prepare_run_folder(config)
-        dist.barrier()
-        configure_logging(rank=place.rank, log_file=str(run_dir / LOG_FILE))
-        if parts is not None:
-            get_logger().info(str(parts))
-        return _run_to_end(_start_or_resume(config, place, tokenizer, run_dir), stop)
+        with _opened_run_folder(config, place) as has_work:
+            configure_logging(rank=place.rank, log_file=str(run_dir / LOG_FILE) if has_work else None)
+            if not has_work:
+                get_logger().info("%s is finished already; choose another logging.run_dir to train again", run_dir)
+                return True
+            if parts is not None:
+                get_logger().info(str(parts))
+            return _run_to_end(_start_or_resume(config, place, tokenizer, stop))
     finally:
         stop_parallel()
         stop.restore()
@@ -79,33 +81,59 @@ def check_inputs(config: RunConfig) -> Tokenizer:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(tokenizer, config.model.vocab_size)
     check_loader(config.data.loader)
+    check_sinks(config)
     resolve_blend(config)
     return tokenizer
 
 
-def _start_or_resume(config: RunConfig, place: ParallelPlace, tokenizer: Tokenizer, run_dir: Path) -> Run:
-    logger = get_logger()
+@contextmanager
+def _opened_run_folder(config: RunConfig, place: ParallelPlace) -> Iterator[bool]:
+    """Hold the run folder within a block: the main process claims and fills it, and tells the others how that went.
+
+    Yields whether there is something left to do.
+    """
+    with ExitStack() as held:
+        outcome: list[Any] = [None]
+        if place.is_main:
+            try:
+                outcome = [held.enter_context(opened_run_folder(config))]
+            except IttError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], IttError):
+            raise outcome[0]
+        yield outcome[0]
+
+
+def _start_or_resume(config: RunConfig, place: ParallelPlace, tokenizer: Tokenizer, stop: StopRequest) -> Run:
+    run_dir = Path(config.logging.run_dir)
     blend = resolve_blend(config)
-    logger.info(blend.table())
+    get_logger().info(blend.table())
     checkpointer = Checkpointer(config, run_dir, data_fingerprint=blend.fingerprint, tokenizer_sha256=tokenizer.sha256)
     point = checkpointer.find_resume_point()
     datasets = build_datasets(config, tokenizer=tokenizer)
     trainer = build_trainer(config, place)
+    watch = Watch(guard=StepGuard(config.runtime), stop=stop)
+    first_step = 0
+    memory: dict[str, Any] = {"validation_due": True}
     if point is not None:
         checkpointer.resume(trainer, point)
+        first_step, memory = point.state.step, point.state.loop
+        watch.guard.restore(memory.get("guard", {}))
     return Run(
         trainer=trainer,
         datasets=datasets,
         checkpointer=checkpointer,
+        watch=watch,
+        report=Reporter(trainer, resume_step=first_step),
         run_dir=run_dir,
-        first_step=0 if point is None else point.state.step,
+        first_step=first_step,
+        validation_due=bool(datasets.validation) and memory.get("validation_due", False),
     )
 
 
-def _run_to_end(run: Run, stop: StopRequest) -> bool:
+def _run_to_end(run: Run) -> bool:
     trainer, config = run.trainer, run.trainer.config
-    main = trainer.place.is_main
-    sinks = Sinks(run.run_dir, enabled=main, tensorboard=config.logging.tensorboard, resume_step=run.first_step)
     loader = open_loader(
         config.data.loader,
         run.datasets.train,
@@ -116,74 +144,108 @@ def _run_to_end(run: Run, stop: StopRequest) -> bool:
         data_parallel_rank=trainer.place.data_parallel_rank,
         data_parallel_size=trainer.place.data_parallel_size,
     )
+    watchdog = start_watchdog(run.watch.pulse, limit_s=60 * config.runtime.timeout_minutes, device=trainer.place.device)
     try:
-        if run.first_step == 0:
-            _validate(run, sinks, 0)
-        step = _step_until_stopped(run, sinks, stop, loader)
+        step, is_complete = _step_until_stopped(run, loader)
         run.checkpointer.finish()
     finally:
+        watchdog.stop()
         loader.close()
-        sinks.close()
-    if step < config.schedule.steps:
+        run.report.close()
+    if not is_complete:
         get_logger().info("stopped after step %d by a signal; the same command continues", step)
         return False
-    if main:
+    if trainer.place.is_main:
         mark_finished(run.run_dir, step)
     get_logger().info("finished %d steps; results are in %s", step, run.run_dir)
     return True
 
 
-def _step_until_stopped(run: Run, sinks: Sinks, stop: StopRequest, loader: Loader) -> int:
-    """Train, log, validate and save. Returns the number of steps done."""
-    trainer, config = run.trainer, run.trainer.config
-    clock = StepClock(config, trainer.place.world_size, peak_flops_per_s(trainer.place.device))
-    batches = _timed(loader, clock)
-    for step in range(run.first_step + 1, config.schedule.steps + 1):
-        clock.restart()
-        result = train_step(trainer, batches, step)
-        record = clock.record(step, result)
-        sinks.write(record)
-        if not result.is_finite:
-            _give_up(run, step, result)
-        last = step == config.schedule.steps
-        if last or step == run.first_step + 1 or step % config.logging.interval_steps == 0:
-            get_logger().info(console_line(record, config.schedule.steps, clock.time_left_s(step)))
-        validated = last or step % config.validation.interval_steps == 0
-        loss = _validate(run, sinks, step) if validated else None
-        stopping = stop.is_agreed(trainer.place.device)
-        if last or stopping or step % config.checkpoint.save_interval_steps == 0:
-            run.checkpointer.save(trainer, step, validation_loss=loss)
-        else:
-            run.checkpointer.poll()
-        if stopping:
-            return step
-    return config.schedule.steps
+def _step_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
+    """Train to the last step or a request to stop. Returns the number of steps done, and whether that is all."""
+    num_steps = run.trainer.config.schedule.steps
+    if run.validation_due and _validate(run, run.first_step) is None:
+        return run.first_step, False
+    batches = _timed(loader, run.report)
+    for step in range(run.first_step + 1, num_steps + 1):
+        run.report.begin(step)
+        closely = run.report.looks_closely(step)
+        result = train_step(run.trainer, batches, step, watch=run.watch, closely=closely)
+        run.watch.pulse.beat("after the update", step)
+        run.report.end(step, result)
+        must_save = result.verdict.action != "accept" and _recover(run, step, result.verdict)
+        stopping, validation_due = _tend(run, step, stopping=result.stopping, must_save=must_save)
+        if stopping and (step < num_steps or validation_due):
+            return step, False
+    return num_steps, True
 
 
-def _give_up(run: Run, step: int, result: StepResult) -> None:
+def _tend(run: Run, step: int, *, stopping: bool, must_save: bool) -> tuple[bool, bool]:
+    """What is due after a step: validate, compare replicas, save. Returns whether to stop, and whether to validate yet.
+
+    A request to stop puts validation off until the run continues; the checkpoint comes first.
+    """
+    config, last = run.trainer.config, step == run.trainer.config.schedule.steps
+    validation_due = bool(run.datasets.validation) and (last or step % config.validation.interval_steps == 0)
+    loss = None
+    if validation_due and not stopping:
+        loss = _validate(run, step)
+        stopping = validation_due = loss is None
+    saving = last or stopping or must_save or step % config.checkpoint.save_interval_steps == 0
+    check_every = config.runtime.replica_check_steps
+    if check_every and (saving or step % check_every == 0):
+        check_replicas(run.trainer.built)
+    if not saving:
+        run.checkpointer.poll()
+        return stopping, validation_due
+    run.watch.pulse.beat("saving", step)
+    if not are_weights_finite(run.trainer.built):
+        _give_up(run, step, "the weights are no longer finite, so they are not saved")
+    memory = {"guard": run.watch.guard.state(), "validation_due": validation_due}
+    run.checkpointer.save(run.trainer, step, validation_loss=loss, loop=memory)
+    return stopping or run.watch.stop.is_agreed(run.trainer.place.device), validation_due
+
+
+def _recover(run: Run, step: int, verdict: Verdict) -> bool:
+    """Do what the guard says about a bad step. Returns whether a checkpoint is needed, so that it happens only once."""
+    reason = f"{verdict.reason}; the weights are as they were before step {step}"
+    if verdict.action == "stop":
+        _give_up(run, step, verdict.reason)
+    run.checkpointer.finish()
+    point = run.checkpointer.find_resume_point() if verdict.action == "rollback" else None
+    if point is None:
+        run.report.event(step, "skip", reason)
+        return False
+    run.checkpointer.resume(run.trainer, point)
+    run.trainer.schedule.step(increment=step - point.state.step)  # the learning rate goes by the data read
+    reason = f"{verdict.reason}; back to the weights of step {point.state.step}, on to the data of step {step + 1}"
+    run.report.event(step, "rollback", reason, to_step=point.state.step)
+    return True
+
+
+def _give_up(run: Run, step: int, problem: str) -> None:
     reason = (
-        f"step {step}: loss is {result.loss} and the gradient norm {result.grad_norm}; the last checkpoint is intact; "
-        "lower optimizer.learning_rate or look at the data of this step"
+        f"step {step}: {problem}; the last checkpoint is from before; lower optimizer.learning_rate, look at the data "
+        "of this step, or set runtime.spike_policy"
     )
+    run.report.event(step, "diverged", reason)
     if run.trainer.place.is_main:
         mark_diverged(run.run_dir, reason)
     raise TrainingDivergedError(reason)
 
 
-def _timed(loader: Loader, clock: StepClock) -> Iterator[Batch]:
+def _timed(loader: Loader, report: Reporter) -> Iterator[Batch]:
     while True:
         started = time.perf_counter()
         batch = next(loader)
-        clock.waited(time.perf_counter() - started)
+        report.waited(time.perf_counter() - started)
         yield batch
 
 
-def _validate(run: Run, sinks: Sinks, step: int) -> float | None:
-    """Returns the mean loss at the first budget; None without validation data."""
-    if not run.datasets.validation:
+def _validate(run: Run, step: int) -> float | None:
+    """The mean loss at the first budget; None if the job was asked to stop meanwhile."""
+    record = run_validation(run.trainer, run.datasets.validation, step, watch=run.watch)
+    if record is None:
         return None
-    record = run_validation(run.trainer, run.datasets.validation, step)
-    sinks.write(record)
-    for line in validation_lines(record):
-        get_logger().info(line)
+    run.report.validation(record)
     return headline_loss(record)

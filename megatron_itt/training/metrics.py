@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.accounting.gpus import peak_of
 from megatron_itt.config.run import RunConfig
-from megatron_itt.training.step import StepResult
+
+if TYPE_CHECKING:
+    from megatron_itt.training.step import StepResult
 
 Record = dict[str, Any]
 
@@ -21,6 +24,13 @@ def peak_flops_per_s(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has had allocated on its GPU; on CPU, what it holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 @dataclass(slots=True)
@@ -58,6 +68,7 @@ class StepClock:
             "mfu": self._mfu(step_s),
             "step_time_s": step_s,
             "data_wait_s": self._data_wait_s,
+            **({} if result.verdict.action == "accept" else {"skipped": True}),
         }
 
     def time_left_s(self, step: int) -> float:
@@ -79,7 +90,7 @@ def console_line(record: Record, num_steps: int, time_left_s: float) -> str:
         f"step {record['step']:>{len(str(num_steps))}}/{num_steps} | loss {record['loss']:.4f} | "
         f"grad {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e} | "
         f"{record['tokens_per_second']:,.0f} tokens/s{mfu} | data {1000 * record['data_wait_s']:.0f} ms | "
-        f"left {format_duration(time_left_s)}"
+        f"{record['memory_bytes'] / 2**30:.1f} GiB | left {format_duration(time_left_s)}"
     )
 
 

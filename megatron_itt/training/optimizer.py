@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -44,6 +45,26 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
             _keep_step_when_loading(part)
         _use_fused_kernel(part)
     return optimizer
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Make the reduced gradients ready for an update and return their norm over the whole model. A collective call."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update_weights(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip the gradients that `gradient_norm` made ready, by that norm, and step. A collective call."""
+    for part in _parts(optimizer):
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
 
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

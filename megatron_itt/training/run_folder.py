@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from megatron_itt import __version__
 from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError
+from megatron_itt.training.run_lock import claimed
 
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -21,17 +24,32 @@ LOG_FILE = "log.txt"
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformers", "tokenizers", "transformer-engine-torch", "apex")
 
 
-def prepare_run_folder(config: RunConfig) -> Path:
-    """Create the folder and write the resolved recipe and the versions; ConfigError when it cannot be written."""
+@contextmanager
+def opened_run_folder(config: RunConfig) -> Iterator[bool]:
+    """Create the run folder and hold it within a block. Yields False, and writes nothing, if the run is finished.
+
+    Writes the resolved recipe and the versions. ConfigError when it cannot be written, or another job is at work there.
+    """
     run_dir = Path(config.logging.run_dir)
+    if is_finished(run_dir):
+        yield False
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
+    with claimed(run_dir):
+        _describe_run(config, run_dir)
+        yield True
+
+
+def _describe_run(config: RunConfig, run_dir: Path) -> None:
+    try:
         (run_dir / DIVERGED_FILE).unlink(missing_ok=True)
         write_atomically(run_dir / RECIPE_FILE, config_to_yaml(config))
         write_atomically(run_dir / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2) + "\n")
     except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
         raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
-    return run_dir
 
 
 def describe_environment() -> dict[str, str | None]:

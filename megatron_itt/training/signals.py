@@ -23,9 +23,16 @@ class StopRequest:
             raise KeyboardInterrupt
         self.received = number
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether this process was asked; the loop tells the others in the exchange of each step."""
+        return self.received is not None
+
     def is_agreed(self, device: torch.device) -> bool:
         """Whether any process of the job was asked to stop; the same answer on all. A collective call."""
-        flag = torch.tensor([0 if self.received is None else 1], dtype=torch.int32, device=device)
+        if dist.get_world_size() == 1:
+            return self.is_requested
+        flag = torch.tensor([self.is_requested], dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 

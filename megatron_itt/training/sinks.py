@@ -1,35 +1,73 @@
-"""Where records go: metrics.jsonl and TensorBoard, on the main process only. The console is the logger's."""
+"""Where records go: metrics.jsonl, TensorBoard and W&B, on the main process only. The console is the logger's."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from megatron_itt.config import RunConfig, dump_config
+from megatron_itt.config.run import WandbConfig
+from megatron_itt.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
+_WANDB_ID_FILE = "wandb_id"
 Record = dict[str, Any]
+
+
+def check_sinks(config: RunConfig) -> None:
+    """ConfigError if the recipe asks for an output whose package is not installed."""
+    if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logging.wandb is set but wandb is not installed; pip install wandb, or remove logging.wandb")
+
+
+class _Sink(Protocol):
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Sinks:
     """All outputs of a run's records; on other processes than the main one, nothing."""
 
-    def __init__(self, run_dir: Path, *, enabled: bool, tensorboard: bool, resume_step: int) -> None:
-        self._jsonl = _JsonlSink(run_dir / METRICS_FILE, resume_step) if enabled else None
-        self._tensorboard = _TensorBoardSink(run_dir / "tensorboard", resume_step) if enabled and tensorboard else None
+    def __init__(self, config: RunConfig, *, enabled: bool, resume_step: int) -> None:
+        self._sinks: list[_Sink] = []
+        run_dir = Path(config.logging.run_dir)
+        if not enabled:
+            return
+        self._sinks.append(_JsonlSink(run_dir / METRICS_FILE, resume_step))
+        if config.logging.tensorboard:
+            self._sinks.append(_TensorBoardSink(run_dir / "tensorboard", resume_step))
+        if config.logging.wandb is not None:
+            self._sinks.append(_WandbSink(config.logging.wandb, run_dir, dump_config(config)))
 
     def write(self, record: Record) -> None:
-        """Write one training or validation record everywhere."""
-        if self._jsonl is not None:
-            self._jsonl.write(record)
-        if self._tensorboard is not None:
-            self._tensorboard.write(record)
+        """Write one training, validation or event record everywhere."""
+        for sink in self._sinks:
+            sink.write(record)
 
     def close(self) -> None:
         """Flush and close."""
-        if self._jsonl is not None:
-            self._jsonl.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+def scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """The numbers of a record under the names that charts show them by."""
+    for name, value in record.items():
+        if name != "step" and isinstance(value, int | float):
+            yield f"train/{name}", value
+    for entry in record.get("routing", ()):
+        place = f"routing/layer{entry['layer']}_step{entry['step']}"
+        for name, value in entry.items():
+            if name not in ("layer", "step") and value is not None:
+                yield f"{place}/{name}", value
+    for entry in record.get("validation", ()):
+        budget = "default" if entry["budget"] is None else ",".join(f"{share:g}" for share in entry["budget"])
+        yield f"validation/{entry['domain']}/{budget}", entry["loss"]
 
 
 class _JsonlSink:
@@ -65,7 +103,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
 
 
 class _TensorBoardSink:
-    """Scalars under train/ and validation/."""
+    """Scalars under train/, routing/ and validation/; events as text."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -73,13 +111,43 @@ class _TensorBoardSink:
         self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
 
     def write(self, record: Record) -> None:
-        step = record["step"]
-        for entry in record.get("validation", ()):
-            budget = "default" if entry["budget"] is None else ",".join(f"{share:g}" for share in entry["budget"])
-            self._writer.add_scalar(f"validation/{entry['domain']}/{budget}", entry["loss"], step)
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(f"train/{name}", value, step)
+        for name, value in scalars(record):
+            self._writer.add_scalar(name, value, record["step"])
+        if "event" in record:
+            self._writer.add_text(record["event"], record["reason"], record["step"])
 
     def close(self) -> None:
         self._writer.close()
+
+
+class _WandbSink:
+    """The same scalars at Weights & Biases; a resumed run continues the one that it began."""
+
+    def __init__(self, settings: WandbConfig, run_dir: Path, recipe: dict[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name or run_dir.name,
+            mode=settings.mode,
+            dir=str(run_dir),
+            config=recipe,
+            id=_wandb_id(run_dir),
+            resume="allow" if settings.mode == "online" else None,
+        )
+
+    def write(self, record: Record) -> None:
+        found = dict(scalars(record))
+        if found:
+            self._run.log(found, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    path = run_dir / _WANDB_ID_FILE
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:16] + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,30 +14,51 @@ from torch import Tensor
 
 from megatron_itt.model.quantiles import update_quantiles
 from megatron_itt.model.trace import RoutingRecorder
+from megatron_itt.training.agreement import agree
 from megatron_itt.training.assemble import Trainer
 from megatron_itt.training.capacity import training_capacity, training_temperature
+from megatron_itt.training.guards import ACCEPTED, StepGuard, Verdict
+from megatron_itt.training.metrics import peak_memory_bytes
+from megatron_itt.training.optimizer import gradient_norm, update_weights
+from megatron_itt.training.signals import StopRequest
+from megatron_itt.training.watchdog import Pulse
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one optimizer step reports: mean loss per token (nats), global gradient norm, and the rate it used."""
+    """What one optimizer step reports: mean loss per token (nats), global gradient norm, and the rate it used.
+
+    `verdict` says whether the weights were updated. `stopping`: a process of the job was asked to stop. After a step
+    that was looked at closely, `memory_bytes` is the most that a rank has used and `recorder` holds who thought.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
+    verdict: Verdict = ACCEPTED
+    stopping: bool = False
+    memory_bytes: int = 0
+    recorder: RoutingRecorder | None = None
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether loss and gradient norm are numbers."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watch:
+    """What goes along with the steps of a run: a judge of numbers, requests to stop, and a pulse for the watchdog."""
+
+    guard: StepGuard
+    stop: StopRequest
+    pulse: Pulse = field(default_factory=Pulse)
 
 
-def train_step(trainer: Trainer, batches: Iterator[Batch], step: int) -> StepResult:
+def train_step(
+    trainer: Trainer, batches: Iterator[Batch], step: int, *, watch: Watch | None = None, closely: bool = False
+) -> StepResult:
     """Forward and backward over the micro-batches of optimizer step `step` (from 1), then the update.
 
-    Reduces and clips gradients, steps the weights, the learning rate and the router quantiles.
+    Reduces and clips gradients, steps the weights, the learning rate and the router quantiles. With a `watch`, weights
+    and quantiles change only if its guard accepts loss and gradient norm; the learning rate moves on in any case.
     """
     for chunk in trainer.wrapped:
         chunk.train()
@@ -46,31 +66,67 @@ def train_step(trainer: Trainer, batches: Iterator[Batch], step: int) -> StepRes
     trainer.optimizer.zero_grad()
     recorder = RoutingRecorder()
     budget, temperature = training_capacity(trainer.config, step), training_temperature(trainer.config, step)
+    forward = _ForwardStep(trainer.place.device, recorder, None if watch is None else watch.pulse)
+    if watch is not None:
+        watch.pulse.beat("forward and backward", step)
     with trainer.built.control.override(budget=budget, temperature=temperature, recorder=recorder):
-        losses = _run_schedule(trainer, batches, trainer.num_microbatches, recorder=recorder)
-    loss = _mean_over_job([entry["loss"] for entry in losses], trainer)
+        losses = _run_schedule(trainer, batches, trainer.num_microbatches, forward)
+    grad_norm = gradient_norm(trainer.optimizer)
+    report = agree(
+        loss=torch.stack([entry["loss"] for entry in losses]).double().mean() if losses else None,
+        grad_norm=grad_norm,
+        stop=watch is not None and watch.stop.is_requested,
+        memory_bytes=peak_memory_bytes(trainer.place.device) if closely else 0,
+        device=trainer.place.device,
+    )
+    verdict = ACCEPTED if watch is None else watch.guard.judge(report)
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = trainer.optimizer.step()
+    if verdict is ACCEPTED:
+        _update(trainer, recorder, grad_norm)
     trainer.schedule.step(increment=1)
-    group = parallel_state.get_data_parallel_group()
-    decay = trainer.config.thinking.quantile_decay
-    update_quantiles(trainer.built.thinking_layers(), recorder, group=group, decay=decay)
     return StepResult(
-        loss=loss, grad_norm=math.nan if grad_norm is None else float(grad_norm), learning_rate=learning_rate
+        loss=report.loss,
+        grad_norm=report.grad_norm,
+        learning_rate=learning_rate,
+        verdict=verdict,
+        stopping=report.stopping,
+        memory_bytes=report.memory_bytes,
+        recorder=recorder if closely else None,
     )
 
 
+def _update(trainer: Trainer, recorder: RoutingRecorder, grad_norm: float) -> None:
+    update_weights(trainer.optimizer, grad_norm)
+    group = parallel_state.get_data_parallel_group()
+    decay = trainer.config.thinking.quantile_decay
+    update_quantiles(trainer.built.thinking_layers(), recorder, group=group, decay=decay)
+
+
 def validation_loss(
-    trainer: Trainer, batches: Sequence[Batch], *, budget: Sequence[float] | None = None, routing: str | None = None
-) -> float:
-    """Mean loss per token (nats) over micro-batches that every data-parallel rank has equally many of."""
+    trainer: Trainer,
+    batches: Sequence[Batch],
+    *,
+    budget: Sequence[float] | None = None,
+    routing: str | None = None,
+    watch: Watch | None = None,
+) -> float | None:
+    """Mean loss per token (nats) over micro-batches that every data-parallel rank has equally many of.
+
+    With a `watch`, None as soon as the job is asked to stop: that is looked at after each step's worth of batches.
+    """
     for chunk in trainer.wrapped:
         chunk.eval()
-    with torch.no_grad(), trainer.built.control.override(budget=budget, routing=routing):
-        entries = _run_schedule(trainer, iter(batches), len(batches), forward_only=True)
+    forward = _ForwardStep(trainer.place.device, None, None if watch is None else watch.pulse)
+    portion = len(batches) if watch is None else trainer.num_microbatches
     total = torch.zeros(2, dtype=torch.float64)
-    for entry in entries:
-        total += torch.stack([entry["loss_sum"].double().cpu(), entry["num_tokens"].double().cpu()])
+    for begin in range(0, len(batches), portion):
+        part = batches[begin : begin + portion]
+        with torch.no_grad(), trainer.built.control.override(budget=budget, routing=routing):
+            entries = _run_schedule(trainer, iter(part), len(part), forward, forward_only=True)
+        for entry in entries:
+            total += torch.stack([entry["loss_sum"].double().cpu(), entry["num_tokens"].double().cpu()])
+        if watch is not None and watch.stop.is_agreed(trainer.place.device):
+            return None
     summed = _sum_over_job(total.to(trainer.place.device, torch.float64))
     return float(summed[0] / summed[1])
 
@@ -79,9 +135,9 @@ def _run_schedule(
     trainer: Trainer,
     batches: Iterator[Batch],
     num_microbatches: int,
+    forward: _ForwardStep,
     *,
     forward_only: bool = False,
-    recorder: RoutingRecorder | None = None,
 ) -> list[dict[str, Tensor]]:
     """Drive megatron-core's schedule; returns the loss entries, which exist on the last pipeline stage only."""
     chunks = trainer.wrapped
@@ -90,7 +146,7 @@ def _run_schedule(
         buffered = [next(batches) for _ in range(num_microbatches)]
         iterators = [iter(buffered) for _ in chunks]
     return trainer.forward_backward(
-        forward_step_func=_ForwardStep(trainer.place.device, recorder),
+        forward_step_func=forward,
         data_iterator=iterators,
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
@@ -103,12 +159,17 @@ def _run_schedule(
 class _ForwardStep:
     """megatron-core's forward-step callback: one micro-batch through one model chunk."""
 
-    def __init__(self, device: torch.device, recorder: RoutingRecorder | None) -> None:
+    def __init__(
+        self, device: torch.device, recorder: RoutingRecorder | None = None, pulse: Pulse | None = None
+    ) -> None:
         self.device = device
         self.recorder = recorder
+        self.pulse = pulse
         self.calls: dict[int, int] = {}
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        if self.pulse is not None:
+            self.pulse.beat(self.pulse.phase)
         batch = {name: value.to(self.device, non_blocking=True) for name, value in next(data_iterator).items()}
         if self.recorder is not None:
             self.recorder.microbatch = self.calls.get(id(model), 0)
@@ -125,13 +186,6 @@ def _reduce_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, dict[
     loss = loss_sum / num_tokens.clamp(min=1.0)
     # The schedule scales the returned loss in place, so the report gets its own copy.
     return loss, {"loss": loss.detach().clone(), "loss_sum": loss_sum.detach(), "num_tokens": num_tokens}
-
-
-def _mean_over_job(losses: list[Tensor], trainer: Trainer) -> float:
-    """Mean of the micro-batch losses over data-parallel ranks, known on every rank of every pipeline stage."""
-    local = torch.stack(losses).double().mean() if losses else torch.zeros((), dtype=torch.float64)
-    summed = _sum_over_job(local.to(trainer.place.device).reshape(1))
-    return float(summed[0]) / trainer.place.data_parallel_size
 
 
 def _sum_over_job(values: Tensor) -> Tensor:

@@ -12,17 +12,22 @@ from torch.utils.data import Dataset
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.loader import validation_batches
 from megatron_itt.training.assemble import Trainer
-from megatron_itt.training.step import Batch, validation_loss
+from megatron_itt.training.step import Batch, Watch, validation_loss
 
 
-def run_validation(trainer: Trainer, datasets: Mapping[str, Dataset[Any]], step: int) -> dict[str, Any]:
-    """Mean loss (nats per token) and perplexity of every domain at every budget."""
+def run_validation(
+    trainer: Trainer, datasets: Mapping[str, Dataset[Any]], step: int, *, watch: Watch
+) -> dict[str, Any] | None:
+    """Mean loss (nats per token) and perplexity of every domain at every budget; None if the job was asked to stop."""
+    watch.pulse.beat("validation", step)
     entries = []
     batches = {domain: _batches(trainer, dataset) for domain, dataset in datasets.items()}
     for budget in validation_budgets(trainer.config):
         shares = None if budget is None else list(budget)
         for domain, parts in batches.items():
-            loss = validation_loss(trainer, parts, budget=budget)
+            loss = validation_loss(trainer, parts, budget=budget, watch=watch)
+            if loss is None:
+                return None
             entries.append({"budget": shares, "domain": domain, "loss": loss, "perplexity": _perplexity(loss)})
     return {"step": step, "validation": entries}
 

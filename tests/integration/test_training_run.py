@@ -194,10 +194,20 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 def test_a_run_that_diverges_says_so_and_leaves_a_marker(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(recipe, "optimizer.learning_rate=1e30", "optimizer.clip_grad_norm=0.0") == 2
+    hot = ["optimizer.learning_rate=1e30", "optimizer.clip_grad_norm=0.0"]
+    assert run(recipe, *hot, "checkpoint.save_interval_steps=5") == 3
     assert "loss is nan" in capsys.readouterr().err
     assert "loss is nan" in (tmp_path / "run/diverged").read_text()
     assert not (tmp_path / "run/finished").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hot = ["optimizer.learning_rate=1e37", "optimizer.clip_grad_norm=0.0"]
+    assert run(recipe, *hot, "schedule.warmup_steps=0", "checkpoint.save_interval_steps=1") == 3
+    assert "the weights are no longer finite" in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_check_and_print_config_train_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,230 @@
+"""A thread beside training that notices when a collective hangs, says which ranks did not arrive, and ends the process.
+
+Every rank publishes where it stands in the job's store every few seconds. A rank that has waited for others longer than
+the limit reads what all have published, and tells three kinds apart: ranks that publish no more (stopped or dead),
+ranks that are busy elsewhere, and ranks that are behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_itt.config.environment import ProcessPlace, process_place
+from megatron_itt.log import get_logger
+
+EXIT_CODE = 1
+_LONGEST_INTERVAL_S = 10.0
+_STORE_LIMIT_S = 10.0
+# Frames of these files mean that a rank waits for others.
+_WAITING_FILES = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "param_and_grad_buffer.py")
+_OWN_FILES = "/megatron_itt/"
+_SELF = "/training/watchdog.py"
+
+
+class Pulse:
+    """How far this process is: the loop beats it whenever it gets somewhere."""
+
+    def __init__(self) -> None:
+        self.step, self.phase, self.num_beats = 0, "starting", 0
+        self._last_beat = time.monotonic()
+
+    def beat(self, phase: str, step: int | None = None) -> None:
+        """Note that `phase` begins (of `step`, or of the step before)."""
+        self.phase = phase
+        self.step = self.step if step is None else step
+        self.num_beats += 1
+        self._last_beat = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last beat."""
+        return time.monotonic() - self._last_beat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """Where a rank stands, as it publishes it; `sequence` grows with each publication."""
+
+    rank: int
+    host: str
+    pid: int
+    sequence: int
+    step: int
+    phase: str
+    num_beats: int
+    waiting: bool
+    place: str
+
+    def describe(self) -> str:
+        """The rank with its process and place, for a message."""
+        return f"rank {self.rank} (process {self.pid} on {self.host}): step {self.step}, {self.phase}, at {self.place}"
+
+
+class NoWatchdog:
+    """For a job of one process: there is nobody to wait for."""
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+
+def start_watchdog(pulse: Pulse, *, limit_s: float, device: torch.device) -> Watchdog | NoWatchdog:
+    """Watch this process from its main thread on, which must be the calling one; `stop` ends that."""
+    place = process_place()
+    if place.world_size == 1:
+        return NoWatchdog()
+    return Watchdog(pulse, place, limit_s=limit_s, device=device)
+
+
+class Watchdog:
+    """Publishes this rank's pulse, and ends the process when it has waited for other ranks longer than `limit_s`."""
+
+    def __init__(self, pulse: Pulse, place: ProcessPlace, *, limit_s: float, device: torch.device) -> None:
+        self._pulse, self._place, self._limit_s = pulse, place, limit_s
+        # On a GPU, Python waits for its own device, whatever the device waits for.
+        self._waits_anywhere = device.type == "cuda"
+        self._interval_s = min(_LONGEST_INTERVAL_S, limit_s / 4)
+        self._main_thread = threading.get_ident()
+        self._stopping = threading.Event()
+        self._sequence = 0
+        self._store: Any = None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread: from here on nothing is watched."""
+        self._stopping.set()
+        self._thread.join(timeout=_STORE_LIMIT_S)
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(self._interval_s):
+            standing = self._standing()
+            _within(_STORE_LIMIT_S, partial(self._publish, standing))
+            waiting = standing.waiting or self._waits_anywhere
+            if waiting and self._pulse.idle_s > self._limit_s and not self._stopping.is_set():
+                self._give_up(standing)
+
+    def _publish(self, standing: Standing) -> None:
+        if self._store is None:
+            limit = timedelta(seconds=_STORE_LIMIT_S)
+            self._store = dist.TCPStore(
+                self._place.master_address, self._place.master_port, None, False, limit, wait_for_workers=False
+            )
+        self._store.set(_key(standing.rank), json.dumps(asdict(standing)))
+
+    def _standing(self) -> Standing:
+        self._sequence += 1
+        waiting, place = where_is(sys._current_frames().get(self._main_thread))
+        pulse = self._pulse
+        return Standing(
+            rank=self._place.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            sequence=self._sequence,
+            step=pulse.step,
+            phase=pulse.phase,
+            num_beats=pulse.num_beats,
+            waiting=waiting,
+            place=place,
+        )
+
+    def _give_up(self, standing: Standing) -> None:
+        before = _within(_STORE_LIMIT_S, self._read_all)
+        time.sleep(2.5 * self._interval_s)
+        after = _within(_STORE_LIMIT_S, self._read_all)
+        if self._stopping.is_set() or self._pulse.idle_s <= self._limit_s:
+            return  # it went on after all
+        message = explain(standing, before, after, world_size=self._place.world_size, waited_s=self._pulse.idle_s)
+        get_logger().error("error: %s", message)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        if self._place.rank == 0:
+            time.sleep(2 * self._interval_s)  # it keeps the store that the others read
+        os._exit(EXIT_CODE)
+
+    def _read_all(self) -> dict[int, Standing]:
+        ranks = range(self._place.world_size)
+        found = [rank for rank in ranks if self._store.check([_key(rank)])]
+        return {rank: Standing(**json.loads(self._store.get(_key(rank)))) for rank in found}
+
+
+def explain(
+    own: Standing,
+    before: Mapping[int, Standing] | None,
+    after: Mapping[int, Standing] | None,
+    *,
+    world_size: int,
+    waited_s: float,
+) -> str:
+    """Who is missing, from two readings of all standings some intervals apart; None: the store did not answer."""
+    head = f"rank {own.rank} has waited {waited_s:.0f} s for other ranks (runtime.timeout_minutes), at {own.place}; "
+    if before is None or after is None:
+        return (
+            head + "rank 0, which keeps the job's store, does not answer: its process has stopped or its node is gone"
+        )
+    silent = [rank for rank in range(world_size) if rank not in after or _is_silent(rank, before, after)]
+    if silent:
+        return head + "no sign of life from " + "; ".join(_describe(rank, after) for rank in silent)
+    elsewhere = [standing for standing in after.values() if not standing.waiting]
+    if elsewhere:
+        return head + "not arrived: " + "; ".join(standing.describe() for standing in elsewhere)
+    least = min((standing.step, standing.num_beats) for standing in after.values())
+    behind = [standing for standing in after.values() if (standing.step, standing.num_beats) == least]
+    if len(behind) < world_size:
+        return head + "behind the others: " + "; ".join(standing.describe() for standing in behind)
+    return head + "every rank waits at the same place: look at the network or the devices"
+
+
+def where_is(frame: FrameType | None) -> tuple[bool, str]:
+    """Whether a thread with this innermost frame waits for other ranks, and the line of ours that it is at."""
+    waiting, place = False, "an unknown place"
+    found = False
+    while frame is not None and not found:
+        name = frame.f_code.co_filename
+        waiting = waiting or any(part in name for part in _WAITING_FILES)
+        if _OWN_FILES in name and not name.endswith(_SELF):
+            place = f"{name.rpartition(_OWN_FILES)[2]}:{frame.f_lineno} ({frame.f_code.co_name})"
+            found = True
+        frame = frame.f_back
+    return waiting, place
+
+
+def _is_silent(rank: int, before: Mapping[int, Standing], after: Mapping[int, Standing]) -> bool:
+    return rank in before and before[rank].sequence == after[rank].sequence
+
+
+def _describe(rank: int, standings: Mapping[int, Standing]) -> str:
+    return standings[rank].describe() if rank in standings else f"rank {rank}, which never published where it stands"
+
+
+def _key(rank: int) -> str:
+    return f"megatron_itt/standing/{rank}"
+
+
+def _within(limit_s: float, action: Callable[[], Any]) -> Any:
+    """The action's result, or None when it fails or takes longer: a store whose process is stopped answers nothing."""
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except Exception as error:  # the store's errors are RuntimeErrors of several kinds
+            get_logger().debug("store: %s", error)
+
+    thread = threading.Thread(target=run, name="watchdog store", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return results[0] if results else None
