@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_itt.errors import EvaluationError
 from megatron_itt.log import configure_logging, run_command
 
 EPILOG = """examples:
@@ -24,10 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     # After parsing: --help must not wait for torch and lm-eval.
     from megatron_itt.evaluation.exported_model import parse_budget
     from megatron_itt.evaluation.harness import EvaluationRequest, evaluate_export, paper_task_names, task_names_in
-    from megatron_itt.evaluation.heldout import prepare_heldout
+    from megatron_itt.evaluation.heldout import parse_domains, prepare_heldout
 
     texts = prepare_heldout(
-        _domains(args.heldout), task_dir=args.task_dir, text_key=args.text_key, num_records=args.heldout_records
+        parse_domains(args.heldout), task_dir=args.task_dir, text_key=args.text_key, num_records=args.heldout_records
     )
     if args.tasks is None:
         tasks = task_names_in(args.task_dir) if args.task_dir is not None else []
@@ -88,17 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     return parser
-
-
-def _domains(pairs: list[str]) -> dict[str, list[Path]]:
-    """Read DOMAIN=FILE arguments; files of one domain are joined."""
-    domains: dict[str, list[Path]] = {}
-    for pair in pairs:
-        domain, equals, file = pair.partition("=")
-        if not equals or not domain or not file:
-            raise EvaluationError(f"--heldout is {pair!r}; write DOMAIN=FILE, as in code=data/code.jsonl.zst")
-        domains.setdefault(domain, []).append(Path(file))
-    return domains
 
 
 def _positive(text: str) -> int:

@@ -13,6 +13,17 @@ from megatron_itt.evaluation.tasks import HeldoutSettings, write_heldout_tasks
 PLAIN_TEXT = (".txt", ".md", ".rst")
 
 
+def parse_domains(pairs: list[str]) -> dict[str, list[Path]]:
+    """Read DOMAIN=FILE arguments; files of one domain are joined."""
+    domains: dict[str, list[Path]] = {}
+    for pair in pairs:
+        domain, equals, file = pair.partition("=")
+        if not equals or not domain or not file:
+            raise EvaluationError(f"--heldout is {pair!r}; write DOMAIN=FILE, as in code=data/code.jsonl.zst")
+        domains.setdefault(domain, []).append(Path(file))
+    return domains
+
+
 def prepare_heldout(
     files: Mapping[str, Sequence[Path]], *, task_dir: Path | None = None, text_key: str = "text", num_records: int = 200
 ) -> dict[str, list[str]]:

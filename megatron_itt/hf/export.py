@@ -14,8 +14,15 @@ from torch import Tensor
 from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.checkpoint.state import RunState
 from megatron_itt.config.run import RunConfig
+from megatron_itt.data.tokenizer import load_tokenizer
 from megatron_itt.errors import ExportError
-from megatron_itt.hf.folder import copy_tokenizer, model_settings, special_token_ids, write_configs
+from megatron_itt.hf.folder import (
+    copy_tokenizer,
+    model_settings,
+    special_token_ids,
+    tokenizer_identity,
+    write_configs,
+)
 from megatron_itt.hf.model_card import CardFacts, render_card
 from megatron_itt.hf.parity import ParityResult, build_hf_model, check_parity
 from megatron_itt.hf.weight_map import megatron_to_hf
@@ -64,7 +71,10 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, options: Expor
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        tokenizer = _add_tokenizer(staging, config, options)
+        tokenizer = _add_tokenizer(staging, config, run_state, options)
+        identity = None if tokenizer is None else tokenizer_identity(staging)
+        if identity is not None:
+            settings["tokenizer_sha256"] = identity  # evaluation refuses another one in its place
         special_tokens = {} if tokenizer is None else special_token_ids(tokenizer, config.model.vocab_size)
         parity = None
         if options.check:
@@ -87,7 +97,7 @@ def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _add_tokenizer(folder: Path, config: RunConfig, options: ExportOptions) -> Any | None:
+def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options: ExportOptions) -> Any | None:
     """Copy the tokenizer and load the copy; None if none is wanted."""
     if not options.with_tokenizer:
         return None
@@ -98,6 +108,12 @@ def _add_tokenizer(folder: Path, config: RunConfig, options: ExportOptions) -> A
         )
     if options.tokenizer is None and ("/" in source or source.startswith(".")) and not Path(source).exists():
         raise ExportError(f"data.tokenizer of the recipe is {source}, which is not there; pass --tokenizer DIR.")
+    trained_with = run_state.tokenizer_sha256
+    if trained_with is not None and load_tokenizer(source).sha256 != trained_with:
+        raise ExportError(
+            f"tokenizer {source} is not the one that the model was trained with ({trained_with[:12]}); pass that one "
+            "with --tokenizer, or --no-tokenizer to export without one."
+        )
     copy_tokenizer(source, folder)
     from transformers import AutoTokenizer
 

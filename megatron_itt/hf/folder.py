@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
+from megatron_itt.data.sentencepiece_model import load_sentencepiece
+from megatron_itt.data.tokenizer import load_tokenizer
 from megatron_itt.errors import ExportError
 
-REMOTE_CODE_FILES = ("configuration_itt.py", "thinking_itt.py", "cache_itt.py", "layers_itt.py", "modeling_itt.py")
+REMOTE_CODE_FILES = (
+    "configuration_itt.py",
+    "thinking_itt.py",
+    "cache_itt.py",
+    "memory_itt.py",
+    "layers_itt.py",
+    "modeling_itt.py",
+)
 AUTO_MAP = {"AutoConfig": "configuration_itt.ITTConfig", "AutoModelForCausalLM": "modeling_itt.ITTForCausalLM"}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -73,9 +82,14 @@ def write_configs(folder: Path, settings: dict[str, Any], *, dtype: str, special
 def copy_tokenizer(tokenizer: str | Path, folder: Path) -> None:
     """Put the tokenizer into the folder: the files of a local one as they are, else what the hub's name loads.
 
-    Raises ExportError when there is none.
+    A SentencePiece `.model` comes with its conversion to `tokenizer.json`. Raises ExportError when there is none.
     """
     source = Path(tokenizer)
+    model = source / "tokenizer.model" if source.is_dir() and not (source / "tokenizer.json").is_file() else source
+    if model.suffix == ".model" and model.is_file():
+        load_sentencepiece(model).save(folder)
+        _widen_tokenizer_config(folder)
+        return
     if source.is_dir():
         found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
         if not found:
@@ -97,6 +111,11 @@ def copy_tokenizer(tokenizer: str | Path, folder: Path) -> None:
             f"tokenizer {tokenizer} is neither a folder here nor loadable by name ({reason}); pass --tokenizer DIR, or "
             "--no-tokenizer to export without one."
         ) from None
+
+
+def tokenizer_identity(folder: Path) -> str | None:
+    """Hash of what decides token ids in an exported folder; None where no `tokenizer.json` says it."""
+    return load_tokenizer(folder).sha256 if (folder / "tokenizer.json").is_file() else None
 
 
 def _widen_tokenizer_config(folder: Path) -> None:

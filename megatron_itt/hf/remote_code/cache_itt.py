@@ -1,18 +1,15 @@
-"""Keys and values of one forward call and, across calls, of a decoded batch.
-
-A layer asks its memory for what a set of queries may attend to; `DenseMemory` answers from this call's tokens alone,
-`CachedMemory` from a `LayerCache` that also holds earlier calls. Masks are made here, weights are not.
+"""Keys and values of a decoded batch, kept across calls. What attention sees of them is in memory_itt.py.
 
 What a cached layer holds, no entry twice and no padding token at all:
 - plain layer: one store of the pass over all tokens ("base");
-- thinking layer whose unchanged tokens keep their keys (attend=all): base, and one pool with an entry for y(0) of
-  every token plus one for each token that changed at a step that another step follows; an entry knows the step that
-  created it and the step that replaced it, so that step t attends to created < t <= replaced;
+- thinking layer whose unchanged tokens keep their keys (attend=all): base, and one pool ("states") with an entry for
+  y(0) of every token plus one for each token that changed at a step that another step follows; an entry knows the
+  steps at which it stands for its token;
 - other thinking layers (attend=selected, loop, all tokens changing): base, and one store per routed step.
 Rows of a batch grow at their own pace, so each store keeps its own length per row.
 
-Shape legend: b rows, g key/value heads, d head size, c tokens of this call, n selected tokens of the batch, k most
-selected in a row, P places in a store. A column is a token's place in its row, padding included, over all calls.
+Shape legend: b rows, g key/value heads, d head size, n selected tokens of the batch, k most selected in a row,
+P places in a store, T thinking steps. A column is a token's place in its row, padding included, over all calls.
 """
 
 from __future__ import annotations
@@ -25,17 +22,21 @@ from transformers.cache_utils import Cache
 
 from .thinking_itt import NO_COLUMN, Selection
 
-GROWTH = 1.25
+GROWTH = 1.5
 GRANULE = 16
 
 
 class Keys(NamedTuple):
-    """What queries attend to: k, v [b, g, P, d]; mask [b, 1, k, P] (true = attend) or None; causal if square."""
+    """What queries attend to: k, v [b, g, P, d]; mask [b, 1, k, P] (true = attend) or None; causal if square.
+
+    lengths: places in use per row, where rows may be read one by one.
+    """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
-    causal: bool
+    causal: bool = False
+    lengths: list[int] | None = None
 
 
 def visible(key_columns: Tensor, query_columns: Tensor, live: Tensor | None = None) -> Tensor:
@@ -49,137 +50,109 @@ def visible(key_columns: Tensor, query_columns: Tensor, live: Tensor | None = No
     return (mask | (query_columns < 0)[:, :, None])[:, None]
 
 
-class DenseMemory:
-    """Memory of one call without a cache; differentiable, and of the same shape whoever is picked."""
-
-    def __init__(self, real: Tensor | None, columns: Tensor) -> None:
-        """real [b, c] or None without padding; columns [b, c]."""
-        self.real = real
-        self.columns = columns
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-
-    def _key_columns(self) -> Tensor:
-        return self.columns if self.real is None else self.columns.masked_fill(~self.real, NO_COLUMN)
-
-    def exchange(self, name: int, tokens: Selection, k: Tensor, v: Tensor, queries: Selection) -> Keys:
-        """Remember k, v [n, g, d] of `tokens` under `name` and return what `queries` see of that store."""
-        del name
-        k, v = tokens.pad(k).transpose(1, 2), tokens.pad(v).transpose(1, 2)
-        full = tokens is queries and tokens.even and self.real is None
-        if full and tokens.width == self.columns.shape[1]:
-            return Keys(k, v, None, tokens.width > 1)
-        key_columns = tokens.pad(tokens.take(self._key_columns()), NO_COLUMN)
-        return Keys(k, v, visible(key_columns, queries.pad(queries.take(self.columns), NO_COLUMN)), False)
-
-    def begin_states(self, everyone: Selection, k: Tensor, v: Tensor) -> None:
-        """Remember k, v [n, g, d] of y(0) of every token."""
-        self.k, self.v = everyone.pad(k), everyone.pad(v)
-
-    def change_states(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
-        """Replace k, v [n, g, d] of `tokens`, which changed at `step`."""
-        del step
-        assert self.k is not None and self.v is not None, "begin_states comes first"
-        self.k, self.v = tokens.put(self.k, k), tokens.put(self.v, v)
-
-    def read_states(self, step: int, queries: Selection) -> Keys:
-        """Every token's state as it stands before `step`, for `queries`."""
-        del step
-        assert self.k is not None and self.v is not None, "begin_states comes first"
-        mask = visible(self._key_columns(), queries.pad(queries.take(self.columns), NO_COLUMN))
-        return Keys(self.k.transpose(1, 2), self.v.transpose(1, 2), mask, False)
-
-
 class SlotStore:
     """Growing keys and values of a batch, each row with its own length.
 
-    keys, values [b, g, P, d]; columns [b, P], NO_COLUMN where unused; length [b]. With `versioned`, also the step
-    that created each entry and the step that replaced it.
+    keys, values [b, g, P, d]; columns [b, P], NO_COLUMN where unused; live [steps, b, P]: does the entry stand for its
+    token at that reading step; length [b], and the same on the host in lengths.
     """
 
-    def __init__(self, *, versioned: bool = False) -> None:
-        self.versioned = versioned
+    def __init__(self, num_read_steps: int = 1) -> None:
+        """num_read_steps: steps that read this store and may see different entries."""
+        self.num_read_steps = num_read_steps
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.marks: dict[str, Tensor] = {}
+        self.columns: Tensor | None = None
+        self.live: Tensor | None = None
         self.length: Tensor | None = None
-        self.max_length = 0
-        self.even = True
+        self.lengths: list[int] = []
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows hold the same number of entries."""
+        return not self.lengths or min(self.lengths) == max(self.lengths)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None, "append comes first"
+        assert self.columns is not None and self.live is not None, "append comes first"
+        return self.keys, self.values, self.columns, self.live
 
     def _reserve(self, batch: int, extra: int, like: Tensor) -> None:
         """Make room for `extra` more places per row; like [n, g, d] gives sizes, dtype and device."""
         capacity = 0 if self.keys is None else self.keys.shape[2]
         needed = max(1, self.max_length + extra)
-        if self.keys is not None and needed <= capacity:
+        if needed <= capacity:
             return
         grown = max(needed, int(capacity * GROWTH)) if capacity else needed
         grown = (grown + GRANULE - 1) // GRANULE * GRANULE
         keys = like.new_zeros((batch, like.shape[1], grown, like.shape[2]))
         values = torch.zeros_like(keys)
-        marks = {"column": torch.full((batch, grown), NO_COLUMN, dtype=torch.int32, device=like.device)}
-        if self.versioned:
-            marks["created"] = torch.zeros((batch, grown), dtype=torch.int8, device=like.device)
-            marks["replaced"] = torch.zeros_like(marks["created"])
-        if self.keys is None or self.values is None:
+        columns = torch.full((batch, grown), NO_COLUMN, dtype=torch.int32, device=like.device)
+        live = torch.zeros((self.num_read_steps, batch, grown), dtype=torch.bool, device=like.device)
+        if self.keys is None:
             self.length = torch.zeros(batch, dtype=torch.long, device=like.device)
+            self.lengths = [0] * batch
         else:
-            keys[:, :, :capacity] = self.keys
-            values[:, :, :capacity] = self.values
-            for name, mark in self.marks.items():
-                marks[name][:, :capacity] = mark
-        self.keys, self.values, self.marks = keys, values, marks
+            old_keys, old_values, old_columns, old_live = self._tensors()
+            keys[:, :, :capacity] = old_keys
+            values[:, :, :capacity] = old_values
+            columns[:, :capacity] = old_columns
+            live[:, :, :capacity] = old_live
+        self.keys, self.values, self.columns, self.live = keys, values, columns, live
 
-    def append(self, tokens: Selection, columns: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Add k, v [n, g, d] of `tokens` at columns [n]; returns their places [n]."""
-        batch = tokens.mask.shape[0]
-        self._reserve(batch, tokens.width, k)
-        assert self.keys is not None and self.values is not None and self.length is not None, "reserved above"
+    def append(self, tokens: Selection, columns: Tensor, k: Tensor, v: Tensor, *, created: int = 0) -> Tensor:
+        """Add k, v [n, g, d] of `tokens` at columns [n]; returns their places [n].
+
+        created: the step that made these states; reading steps after it (1-based) see them.
+        """
+        self._reserve(tokens.mask.shape[0], tokens.width, k)
+        all_keys, all_values, all_columns, live = self._tensors()
+        assert self.length is not None, "reserved above"
         place = self.length[tokens.row] + tokens.rank
         if self.even and tokens.even:
             span = slice(self.max_length, self.max_length + tokens.width)
-            self.keys[:, :, span] = tokens.pad(k).transpose(1, 2)
-            self.values[:, :, span] = tokens.pad(v).transpose(1, 2)
+            all_keys[:, :, span] = tokens.pad(k).transpose(1, 2)
+            all_values[:, :, span] = tokens.pad(v).transpose(1, 2)
+            all_columns[:, span] = tokens.pad(columns).to(torch.int32)
+            live[created:, :, span] = True
         else:
-            self.keys[tokens.row, :, place] = k
-            self.values[tokens.row, :, place] = v
-        self.marks["column"][tokens.row, place] = columns.to(torch.int32)
+            all_keys[tokens.row, :, place] = k
+            all_values[tokens.row, :, place] = v
+            all_columns[tokens.row, place] = columns.to(torch.int32)
+            live[created:, tokens.row, place] = True
         self.length = self.length + tokens.mask.sum(dim=1)
-        if self.even and tokens.even:
-            self.max_length += tokens.width
-        else:
-            self._measure()
+        self.lengths = [length + count for length, count in zip(self.lengths, tokens.counts, strict=True)]
         return place
 
-    def _measure(self) -> None:
-        assert self.length is not None, "nothing stored"
-        lengths = self.length.tolist()
-        self.max_length, self.even = max(lengths), min(lengths) == max(lengths)
+    def replace(self, tokens: Selection, place: Tensor, step: int) -> None:
+        """The entries of `tokens` at place [n] no longer stand for their tokens after `step`."""
+        live = self._tensors()[3]
+        live[step:, tokens.row, place] = False
 
-    def mark(self, name: str, tokens: Selection, place: Tensor, step: int) -> None:
-        """Set "created" or "replaced" of the entries of `tokens` at place [n]."""
-        self.marks[name][tokens.row, place] = step
+    def read(self, query_columns: Tensor, *, step: int = 1, newest: bool = False) -> Keys:
+        """What queries at query_columns [b, k] see at the reading step `step` (1-based).
 
-    def read(self, query_columns: Tensor, *, step: int | None = None, newest: bool = False) -> Keys:
-        """What queries at query_columns [b, k] see; with `step`, only entries that live at that step.
-
-        newest: the queries are the tokens appended last, so that a single one per row sees every entry.
+        newest: each row has one query at most, its last column so far, so that every entry lies at or before it.
         """
-        assert self.keys is not None and self.values is not None, "append comes before read"
+        keys, values, columns, live = self._tensors()
         used = slice(0, max(1, self.max_length))
-        k, v = self.keys[:, :, used], self.values[:, :, used]
-        live = None
-        if step is not None:
-            live = (self.marks["created"][:, used] < step) & (self.marks["replaced"][:, used] >= step)
-        elif newest and self.even and query_columns.shape[1] == 1:
-            return Keys(k, v, None, False)
-        return Keys(k, v, visible(self.marks["column"][:, used], query_columns, live), False)
+        k, v, live = keys[:, :, used], values[:, :, used], live[step - 1, :, used]
+        if not newest:
+            return Keys(k, v, visible(columns[:, used], query_columns, live))
+        if self.even and self.num_read_steps == 1:
+            return Keys(k, v, None, lengths=self.lengths)
+        return Keys(k, v, live[:, None, None], lengths=self.lengths)
 
     def num_entries(self) -> int:
-        return 0 if self.length is None else int(self.length.sum())
+        return sum(self.lengths)
 
     def nbytes(self) -> int:
         """Bytes allocated, spare room included."""
-        held = [*self.marks.values(), *(tensor for tensor in (self.keys, self.values) if tensor is not None)]
+        held = [tensor for tensor in (self.keys, self.values, self.columns, self.live) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def entry_nbytes(self) -> int:
@@ -190,28 +163,29 @@ class SlotStore:
 
     def select_rows(self, rows: Tensor) -> None:
         """Row r becomes the former row rows[r]."""
-        if self.keys is None or self.values is None or self.length is None:
+        if self.keys is None or self.length is None:
             return
+        keys, values, columns, live = self._tensors()
         rows = rows.to(self.length.device)
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        self.marks = {name: mark.index_select(0, rows) for name, mark in self.marks.items()}
+        self.keys, self.values = keys.index_select(0, rows), values.index_select(0, rows)
+        self.columns, self.live = columns.index_select(0, rows), live.index_select(1, rows)
         self.length = self.length.index_select(0, rows)
-        self._measure()
+        self.lengths = self.length.tolist()
 
     def crop(self, num_columns: int) -> None:
         """Forget the entries of every token at column `num_columns` or later."""
-        if self.keys is None or self.values is None or self.length is None:
+        if self.keys is None:
             return
-        column = self.marks["column"]
-        keep = (column >= 0) & (column < num_columns)
+        keys, values, columns, live = self._tensors()
+        keep = (columns >= 0) & (columns < num_columns)
         order = (~keep).to(torch.int8).argsort(dim=1, stable=True)
-        wide = order[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
-        self.keys, self.values = self.keys.gather(2, wide), self.values.gather(2, wide)
-        self.marks = {name: mark.gather(1, order) for name, mark in self.marks.items()}
+        wide = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        self.keys, self.values = keys.gather(2, wide), values.gather(2, wide)
         self.length = keep.sum(dim=1)
+        self.lengths = self.length.tolist()
         unused = torch.arange(keep.shape[1], device=keep.device) >= self.length[:, None]
-        self.marks["column"] = self.marks["column"].masked_fill(unused, NO_COLUMN)
-        self._measure()
+        self.columns = columns.gather(1, order).masked_fill(unused, NO_COLUMN)
+        self.live = live.gather(2, order.expand_as(live)) & ~unused
 
 
 class LayerCache:
@@ -226,60 +200,11 @@ class LayerCache:
     def __init__(self) -> None:
         self.stores: dict[str, SlotStore] = {}
 
-    def store(self, name: str) -> SlotStore:
+    def store(self, name: str, num_read_steps: int = 1) -> SlotStore:
         """The store of that name, made on first use."""
         if name not in self.stores:
-            self.stores[name] = SlotStore(versioned=name == "states")
+            self.stores[name] = SlotStore(num_read_steps)
         return self.stores[name]
-
-
-class CachedMemory:
-    """Memory of one call on top of what a `LayerCache` holds from earlier calls."""
-
-    def __init__(self, layer_cache: LayerCache, columns: Tensor, num_steps: int, everyone_real: Selection) -> None:
-        """columns [b, c] of this call's tokens; everyone_real selects the tokens that are not padding."""
-        self.cache = layer_cache
-        self.columns = columns
-        self.num_steps = num_steps
-        self.everyone_real = everyone_real
-        self.place = torch.zeros_like(columns)
-
-    def _real(self, tokens: Selection, k: Tensor, v: Tensor) -> tuple[Selection, Tensor, Tensor]:
-        """Drop padding from k, v [n, g, d] of a selection of all tokens; picked tokens contain none."""
-        if tokens.num_tokens == self.everyone_real.num_tokens or tokens.num_tokens < tokens.mask.numel():
-            return tokens, k, v
-        flat = self.everyone_real.mask.flatten()
-        return self.everyone_real, k[flat], v[flat]
-
-    def _query_columns(self, queries: Selection) -> Tensor:
-        return queries.pad(queries.take(self.columns), NO_COLUMN)
-
-    def exchange(self, name: int, tokens: Selection, k: Tensor, v: Tensor, queries: Selection) -> Keys:
-        """As DenseMemory.exchange; name 0 is the base pass, t the store of step t."""
-        store = self.cache.store("base" if name == 0 else f"step_{name}")
-        stored, k, v = self._real(tokens, k, v)
-        store.append(stored, stored.take(self.columns), k, v)
-        return store.read(self._query_columns(queries), newest=tokens is queries)
-
-    def begin_states(self, everyone: Selection, k: Tensor, v: Tensor) -> None:
-        """As DenseMemory.begin_states."""
-        self._add_states(0, *self._real(everyone, k, v))
-
-    def change_states(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
-        """As DenseMemory.change_states."""
-        self.cache.store("states").mark("replaced", tokens, tokens.take(self.place), step)
-        self._add_states(step, tokens, k, v)
-
-    def _add_states(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
-        store = self.cache.store("states")
-        place = store.append(tokens, tokens.take(self.columns), k, v)
-        store.mark("created", tokens, place, step)
-        store.mark("replaced", tokens, place, self.num_steps)
-        self.place = tokens.put(self.place, place)
-
-    def read_states(self, step: int, queries: Selection) -> Keys:
-        """As DenseMemory.read_states."""
-        return self.cache.store("states").read(self._query_columns(queries), step=step)
 
 
 class ITTCache(Cache):

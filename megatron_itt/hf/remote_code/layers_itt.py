@@ -1,6 +1,6 @@
 """One layer of the Inner Thinking Transformer: attention, MLP, and the thinking steps around them.
 
-Who thinks is decided in thinking_itt.py, what attention sees in cache_itt.py. Imports torch and transformers only;
+Who thinks is decided in thinking_itt.py, what attention sees in memory_itt.py. Imports torch and transformers only;
 this file is copied into every export and works there alone.
 
 What a thinking layer computes (f is the whole layer; keys and values from the context C, original positions, causal):
@@ -32,13 +32,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_itt import CachedMemory, DenseMemory, ITTCache, Keys
+from .cache_itt import ITTCache, Keys
 from .configuration_itt import ITTConfig
+from .memory_itt import CachedMemory, DenseMemory
 from .thinking_itt import (
     NUM_QUANTILE_INTERVALS,
     Selection,
@@ -85,6 +88,22 @@ class ITTRMSNorm(nn.Module):
         return self.weight * wide.to(hidden.dtype)
 
 
+class ITTLinear(nn.Linear):
+    """A linear layer without bias that multiplies a handful of rows on the CPU from the other side.
+
+    BLAS kernels for few rows pack the weights anew at each call; with the operands exchanged they do not, which takes
+    4 to 31 float32 rows to about 0.7 of the time (MKL). Full passes come in multiples of 32 rows and never get here.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__(num_inputs, num_outputs, bias=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if rows.dim() == 2 and 4 <= rows.shape[0] < 32 and rows.device.type == "cpu" and rows.dtype == torch.float32:
+            return (self.weight @ rows.t()).t().contiguous()
+        return super().forward(rows)
+
+
 def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of rows [n, heads, d] with cos, sin [n, d], halves paired as in LLaMA."""
     first, second = rows.chunk(2, dim=-1)
@@ -94,15 +113,20 @@ def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class ITTAttention(nn.Module):
     """Attention whose queries and keys may come from different sets of tokens."""
 
-    def __init__(self, config: ITTConfig) -> None:
+    is_causal = True
+
+    def __init__(self, config: ITTConfig, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         query_size, key_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = ITTLinear(config.hidden_size, query_size)
+        self.k_proj = ITTLinear(config.hidden_size, key_size)
+        self.v_proj = ITTLinear(config.hidden_size, key_size)
+        self.o_proj = ITTLinear(query_size, config.hidden_size)
 
     def keys_values(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """normed [m, h] whose first n rows count, cos, sin [n, d] -> k, v [n, g, d], k rotated."""
@@ -114,15 +138,44 @@ class ITTAttention(nn.Module):
     def forward(self, normed: Tensor, cos: Tensor, sin: Tensor, queries: Selection, keys: Keys) -> Tensor:
         """normed [m, h] whose first n rows are `queries`, cos, sin [n, d] -> [m, h], attending to `keys`."""
         q = rotate(self.q_proj(normed)[: cos.shape[0]].unflatten(-1, (-1, self.head_dim)), cos, sin)
-        q, k, v = queries.pad(q).transpose(1, 2), keys.k, keys.v
-        grouped = self.num_groups > 1
-        if grouped and keys.mask is not None:
-            k, v = (t.repeat_interleave(self.num_groups, dim=1) for t in (k, v))
-            grouped = False
+        if keys.lengths is not None and q.device.type == "cpu":
+            out = self._attend_row_by_row(q, queries.rows(), keys)
+        else:
+            out = queries.unpad(self._attend(queries.pad(q).transpose(1, 2), keys).flatten(2))
+        return self.o_proj(queries.fill_up(out))
+
+    def _attend(self, q: Tensor, keys: Keys) -> Tensor:
+        """q [b, H, k, d] -> [b, k, H, d]."""
+        k, v = keys.k, keys.v
+        implementation = self.config._attn_implementation
+        if keys.mask is None and implementation not in (None, "sdpa", "eager"):
+            attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
+            out, _ = attend(self, q, k, v, None, dropout=0.0, scaling=self.scaling, is_causal=keys.causal)
+            return out
+        if q.shape[2] == 1:
+            # The queries of a group share their keys, so they stand in for several positions; nothing is repeated.
+            grouped = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim)
+            out = nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=keys.mask, scale=self.scaling)
+            return out.reshape(q.shape).transpose(1, 2)
+        enable_gqa = self.num_key_value_groups > 1
+        if enable_gqa and keys.mask is not None:
+            k, v = (t.repeat_interleave(self.num_key_value_groups, dim=1) for t in (k, v))
+            enable_gqa = False
         out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=keys.mask, is_causal=keys.causal, scale=self.head_dim**-0.5, enable_gqa=grouped
+            q, k, v, attn_mask=keys.mask, is_causal=keys.causal, scale=self.scaling, enable_gqa=enable_gqa
         )
-        return self.o_proj(queries.fill_up(queries.unpad(out.transpose(1, 2).flatten(2))))
+        return out.transpose(1, 2)
+
+    def _attend_row_by_row(self, q: Tensor, rows: list[int], keys: Keys) -> Tensor:
+        """One query in each of `rows`: q [n, H, d] -> [n, H d]; reads these rows' keys only, each to its length."""
+        assert keys.lengths is not None, "the caller looked"
+        outs = []
+        for index, row in enumerate(rows):
+            used = slice(0, keys.lengths[row])
+            mask = None if keys.mask is None else keys.mask[row : row + 1, :, :, used]
+            alone = Keys(keys.k[row : row + 1, :, used], keys.v[row : row + 1, :, used], mask)
+            outs.append(self._attend(q[index : index + 1, :, None], alone).flatten(2)[:, 0])
+        return torch.cat(outs)
 
 
 class ITTMLP(nn.Module):
@@ -130,9 +183,9 @@ class ITTMLP(nn.Module):
 
     def __init__(self, config: ITTConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = ITTLinear(config.hidden_size, config.intermediate_size)
+        self.up_proj = ITTLinear(config.hidden_size, config.intermediate_size)
+        self.down_proj = ITTLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, normed: Tensor) -> Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(normed)) * self.up_proj(normed))
@@ -164,17 +217,17 @@ class ITTThinking(nn.Module):
             self.logit_quantiles = before.to(after.device, torch.float32)
         return self
 
-    def choose(self, hidden: Tensor, step: int, call: Call) -> tuple[Selection, Tensor]:
-        """Who thinks at routed step `step` in 1 .. T-1: hidden [b, c, h] -> selection, logits [b, c]."""
-        assert self.router is not None and self.logit_quantiles is not None, "a routed step has a router"
+    def bars(self, call: Call) -> Tensor:
+        """What the rule of this call compares with, [b, T-1]: thresholds, or shares of the sequence."""
+        assert self.logit_quantiles is not None, "a routed step has a table"
+        return thresholds(self.logit_quantiles, call.shares) if call.routing == "threshold" else call.shares
+
+    def choose(self, hidden: Tensor, step: int, call: Call, bars: Tensor) -> tuple[Selection, Tensor]:
+        """Who thinks at routed step `step` in 1 .. T-1: hidden [b, c, h], `bars` above -> selection, logits [b, c]."""
+        assert self.router is not None, "a routed step has a router"
         logits = router_logits(hidden, self.router[step - 1])
-        share = call.shares[:, step - 1]
-        real = call.everyone_real.mask
-        if call.routing == "threshold":
-            mask = pick_threshold(logits, thresholds(self.logit_quantiles[step - 1], share), real)
-        else:
-            mask = (pick_topk if call.routing == "topk" else pick_topp)(logits, share, real)
-        return Selection.from_mask(mask, call.granule), logits
+        pick = {"threshold": pick_threshold, "topk": pick_topk, "topp": pick_topp}[call.routing]
+        return Selection.from_mask(pick(logits, bars[:, step - 1], call.everyone_real.mask), call.granule), logits
 
 
 class ITTDecoderLayer(GradientCheckpointingLayer):
@@ -187,7 +240,7 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         self.kind = config.thinking["kind"] if thinks else "none"
         self.switches = config.thinking
         self.num_steps = config.num_routed_steps + 1 if thinks else 1
-        self.self_attn = ITTAttention(config)
+        self.self_attn = ITTAttention(config, layer_idx)
         self.mlp = ITTMLP(config)
         self.input_layernorm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -246,22 +299,24 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         state = state if phi is None else state * phi.to(state.dtype)
         if self.keeps_keys and self.num_steps > 1:
             memory.begin_states(call.everyone, *self._keys_values(state, call.everyone, call))
+        routed = self.switches["routing"] != "none" and self.num_steps > 1
+        bars = self.thinking.bars(call) if routed else None
         picks: list[Tensor] = []
         for step in range(1, self.num_steps):
-            state, picked = self._think_once(state, step, call, memory)
+            state, picked = self._think_once(state, step, call, memory, bars=bars)
             picks.append(picked.mask & call.everyone_real.mask)
         if not picks:
             return state, call.everyone.mask.new_zeros((state.shape[0], 0, state.shape[1]))
         return state, torch.stack(picks, dim=1)
 
     def _think_once(
-        self, state: Tensor, step: int, call: Call, memory: DenseMemory | CachedMemory
+        self, state: Tensor, step: int, call: Call, memory: DenseMemory | CachedMemory, *, bars: Tensor | None
     ) -> tuple[Tensor, Selection]:
         """One routed step: the new state [b, c, h] and who was picked."""
         weight: Tensor | None = None
         picked = call.everyone
-        if self.switches["routing"] != "none":
-            picked, logits = self.thinking.choose(state, step, call)
+        if bars is not None:
+            picked, logits = self.thinking.choose(state, step, call, bars)
             weight = gate(logits, self.switches["gate"])
         context = picked if self.switches["attend"] == "selected" else call.everyone
         if self.keeps_keys:

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .cache_itt import ITTCache
 from .configuration_itt import ITTConfig
-from .layers_itt import Call, ITTDecoderLayer, ITTRMSNorm, ITTThinking
+from .layers_itt import Call, ITTDecoderLayer, ITTLinear, ITTRMSNorm, ITTThinking
 from .thinking_itt import Selection
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -59,6 +59,7 @@ class ITTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ITTDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flash_attn = True  # for passes over all tokens without padding; masked ones take SDPA
 
     def __init__(self, config: ITTConfig) -> None:
         super().__init__(config)
@@ -110,7 +111,7 @@ class ITTModel(ITTPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._resolve_cache(past_key_values, use_cache)
         routing = self._resolve_routing(routing, cache)
-        shares = self._resolve_budget(thinking_budget, routing, hidden)
+        shares = self._resolve_budget(thinking_budget, routing, hidden, cache)
         call = self._describe_call(hidden, attention_mask, position_ids, cache, shares=shares, routing=routing)
         states: list[Tensor] = []
         picks: list[Tensor] = []
@@ -158,7 +159,7 @@ class ITTModel(ITTPreTrainedModel):
             )
         return routing
 
-    def _resolve_budget(self, budget: Any, routing: str, hidden: Tensor) -> Tensor:
+    def _resolve_budget(self, budget: Any, routing: str, hidden: Tensor, cache: ITTCache | None) -> Tensor:
         """Shares [b, T-1] float64 on the model's device, from a list, a list per row, or the model's default."""
         thinking = self.config.thinking
         if budget is not None and routing == "none":
@@ -174,7 +175,8 @@ class ITTModel(ITTPreTrainedModel):
             )
         if not bool(((shares >= 0) & (shares <= 1)).all()):
             raise ValueError(f"thinking_budget is {shares.tolist()}; each share of tokens must be in [0, 1].")
-        if routing == "threshold" and bool(((shares > 0) & (shares < 1)).any()):
+        starts = cache is None or cache.num_columns == 0
+        if starts and routing == "threshold" and bool(((shares > 0) & (shares < 1)).any()):
             self._require_quantiles()
         return shares.to(hidden.device).expand(batch, num_routed)
 
@@ -250,7 +252,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ITTModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = ITTLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def forward(
@@ -290,7 +292,8 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             output_routing=output_routing,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        last = outputs.last_hidden_state[:, kept]
+        logits = self.lm_head(last.flatten(0, 1)).unflatten(0, last.shape[:2])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -27,7 +27,8 @@ class Selection:
     """Some tokens of a [b, c] block: flat for products with weights, padded per row for attention.
 
     row, col, rank [n]: batch row, column in the block, and how many selected tokens precede it in its row.
-    width: places per row after padding. even: every row selects `width` tokens, so padding is only a view.
+    counts: selected tokens per row, on the host. width: places per row after padding. even: every row selects `width`
+    tokens, so padding is only a view.
     granule: sizes are rounded up to multiples of it. BLAS and attention kernels treat a handful of left-over rows
     differently, so without rounding a token's last bits would depend on how many others are picked after it.
     """
@@ -36,6 +37,7 @@ class Selection:
     row: Tensor
     col: Tensor
     rank: Tensor
+    counts: tuple[int, ...]
     width: int
     even: bool
     granule: int = 1
@@ -44,10 +46,10 @@ class Selection:
     def from_mask(mask: Tensor, granule: int = 1) -> Selection:
         """Select where mask [b, c] is true."""
         row, col = mask.nonzero(as_tuple=True)
-        rank = (mask.cumsum(dim=1) - 1)[row, col]
-        counts = mask.sum(dim=1).tolist()
+        rank = torch.zeros_like(col) if mask.shape[1] == 1 else (mask.cumsum(dim=1) - 1)[row, col]
+        counts = tuple(mask.sum(dim=1).tolist())
         width = round_up(max(counts), granule)
-        return Selection(mask, row, col, rank, width, min(counts) == width, granule)
+        return Selection(mask, row, col, rank, counts, width, min(counts) == width, granule)
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +67,10 @@ class Selection:
         """flat [n, ...] with zero rows appended up to a multiple of the granule."""
         missing = round_up(flat.shape[0], self.granule) - flat.shape[0]
         return torch.cat((flat, flat.new_zeros((missing, *flat.shape[1:])))) if missing else flat
+
+    def rows(self) -> list[int]:
+        """Rows of the batch with at least one selected token, ascending."""
+        return [row for row, count in enumerate(self.counts) if count]
 
     def unpad(self, padded: Tensor) -> Tensor:
         """padded [b, width, ...] -> [n, ...]."""
@@ -125,13 +131,16 @@ def pick_topp(logits: Tensor, share: Tensor, real: Tensor) -> Tensor:
 
 
 def thresholds(logit_quantiles: Tensor, share: Tensor) -> Tensor:
-    """tau(rho): linear interpolation of the quantiles at 1 - rho. logit_quantiles [1025], share [b] -> [b].
+    """tau(rho): linear interpolation of the quantiles at 1 - rho. logit_quantiles [T-1, 1025], share and result
+    [b, T-1].
 
     A share of 1 gives -inf (all think), a share of 0 +inf (nobody does).
     """
     place = (1.0 - share.double()) * NUM_QUANTILE_INTERVALS
     low = place.floor().long().clamp(0, NUM_QUANTILE_INTERVALS - 1)
-    tau = torch.lerp(logit_quantiles[low], logit_quantiles[low + 1], (place - low).to(logit_quantiles.dtype))
+    step = torch.arange(share.shape[1], device=share.device)
+    below, above = logit_quantiles[step, low], logit_quantiles[step, low + 1]
+    tau = torch.lerp(below, above, (place - low).to(logit_quantiles.dtype))
     tau = tau.masked_fill(share >= 1, float("-inf"))
     return tau.masked_fill(share <= 0, float("inf"))
 

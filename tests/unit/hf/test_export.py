@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
 from megatron_itt.config import parse_config
 from megatron_itt.config.environment import ProcessPlace
 from megatron_itt.config.run import RunConfig
-from megatron_itt.errors import CheckpointError, ExportError
+from megatron_itt.errors import CheckpointError, ConfigError, ExportError
 from megatron_itt.hf import export, parity
 from megatron_itt.hf.export import ExportOptions, export_checkpoint
 from megatron_itt.hf.folder import model_settings
@@ -107,6 +108,10 @@ SWITCHES: list[dict[str, Any]] = [
     ITT | {"step_encoding": False},
     ITT | {"gate": "tanh"},
     ITT | {"update": "delta"},
+    ITT | {"reweight": "symmetric"},
+    ITT | {"skip": "literal"},
+    ITT | {"routing": "topp", "reweight": "symmetric"},
+    ITT | {"routing": "threshold", "skip": "literal"},
     ITT | {"attend": "selected", "reweight": "symmetric"},
     ITT | {"attend": "selected", "skip": "literal"},
     {"kind": "itt", "capacity": [1.0]},
@@ -114,21 +119,72 @@ SWITCHES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("thinking", SWITCHES, ids=str)
-def test_logits_equal_the_training_model_in_float64(thinking: dict[str, Any], tmp_path: Path) -> None:
-    config = _config(tmp_path, thinking)
-    built = _start(config, torch.float64)
+def _largest_difference(config: RunConfig, dtype: torch.dtype) -> float:
+    """Largest difference of logits between the training model and its export, relative to the largest logit."""
+    built = _start(config, dtype)
     state = {name: value for name, value in built.chunks[0].state_dict().items() if isinstance(value, torch.Tensor)}
     hf_model = build_hf_model(model_settings(config.model, config.thinking), megatron_to_hf(state, config.model))
-    hf_model.to(torch.float64)
+    hf_model.to(dtype)
     tokens = torch.randint(0, 300, (2, 50), generator=torch.Generator().manual_seed(0))
+    worst = 0.0
     for routing, budget in parity._routing_cases(config, hf_model):
         expected = forward_logits(built, tokens, budget=budget, routing=routing)
         given = {} if routing is None else {"routing": routing, "thinking_budget": budget}
         with torch.no_grad():
             logits = hf_model(tokens, **given).logits
-        # Float64 on both sides: only the order of sums may differ.
-        assert float((logits - expected).abs().max() / expected.abs().max()) <= 1e-10
+        worst = max(worst, float((logits - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+# Only the order of sums may differ between the two models.
+PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=["float64", "float32"])
+@pytest.mark.parametrize("thinking", [{"kind": "none"}, *SWITCHES], ids=str)
+def test_logits_equal_the_training_model(
+    thinking: dict[str, Any], dtype: torch.dtype, tolerance: float, tmp_path: Path
+) -> None:
+    assert _largest_difference(_config(tmp_path, thinking), dtype) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "shape", [{"num_query_groups": 1}, {"num_query_groups": None}, {"tie_embeddings": True}], ids=str
+)
+@pytest.mark.parametrize("thinking", [{"kind": "none"}, {"kind": "loop", "capacity": [1.0]}, ITT], ids=str)
+def test_logits_equal_the_training_model_with_grouped_and_tied_weights(
+    thinking: dict[str, Any], shape: dict[str, Any], tmp_path: Path
+) -> None:
+    assert _largest_difference(_config(tmp_path, thinking, **shape), torch.float64) <= 1e-10
+
+
+def _every_combination() -> list[dict[str, Any]]:
+    """All settings of the method's switches that a recipe may combine."""
+    values = {
+        "routing": ("topk", "topp", "threshold", "none"),
+        "residual": ("accumulate", "replace"),
+        "step_encoding": (True, False),
+        "gate": ("sigmoid", "tanh"),
+        "reweight": ("selected", "symmetric"),
+        "attend": ("all", "selected"),
+        "update": ("full", "delta"),
+        "skip": ("keep", "literal"),
+    }
+    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
+
+
+@pytest.mark.slow
+def test_logits_equal_the_training_model_for_every_combination_of_switches(tmp_path: Path) -> None:
+    compared = 0
+    for switches in _every_combination():
+        try:
+            config = _config(tmp_path, ITT | switches)
+        except ConfigError:
+            continue
+        assert _largest_difference(config, torch.float64) <= 1e-10, switches
+        stop_parallel()
+        compared += 1
+    assert compared == 180
 
 
 def test_an_exported_folder_is_complete_and_continues_text(

@@ -164,3 +164,45 @@ def test_cropping_to_an_absolute_length_and_to_nothing(build: Callable) -> None:
     assert cache.num_entries()["1.base"] == 10
     cache.crop(-5)
     assert cache.get_seq_length() == 0
+
+
+def _continue(model: Any, batch: Any, budget: dict, generator: torch.Generator, cache: Any) -> torch.Tensor:
+    """Logits of the columns of batch = (tokens, mask) after those in the cache, in random chunks."""
+    (tokens, mask), parts, start = batch, [], cache.get_seq_length()
+    for span in _chunks(generator, tokens.shape[1] - start):
+        seen = slice(start + span.start, start + span.stop)
+        output = model(tokens[:, seen], mask[:, : seen.stop], past_key_values=cache, use_cache=True, **budget)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_200_random_batches_decode_exactly_through_crops_and_reorderings(part: int, build: Callable) -> None:
+    generator = torch.Generator().manual_seed(100 + part)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    for number in range(50):
+        pattern = PATTERNS[draw(0, len(PATTERNS) - 1)] | {"num_key_value_heads": (1, 2, 4)[draw(0, 2)]}
+        model = build(seed=number, **pattern)
+        rows, length = draw(1, 5), draw(4, 40)
+        tokens, mask = _batch(generator, length, rows=rows, side=("left", "right")[draw(0, 1)])
+        budget = _random_budget(model, rows, generator)
+        with torch.no_grad():
+            full = model(tokens, attention_mask=mask, **budget).logits
+            cache = model(tokens[:, :1], mask[:, :1], use_cache=True, **budget).past_key_values
+            decoded = _continue(model, (tokens, mask), budget, generator, cache)
+            assert float((decoded - full[:, 1:]).abs().amax(-1)[mask[:, 1:].bool()].max()) <= ATOL
+            kept, order = draw(1, length), torch.randint(0, rows, (rows,), generator=generator)
+            cache.crop(kept)
+            cache.reorder_cache(order)
+            extra = torch.randint(0, 61, (rows, 7), generator=generator)
+            tokens = torch.cat((tokens[order, :kept], extra), 1)
+            mask = torch.cat((mask[order, :kept], torch.ones_like(extra)), 1)
+            budget = {key: shares[order] for key, shares in budget.items()}
+            decoded = _continue(model, (tokens, mask), budget, generator, cache)
+            full = model(tokens, attention_mask=mask, **budget).logits[:, kept:]
+            assert float((decoded - full).abs().max()) <= ATOL

@@ -42,9 +42,11 @@ def test_topp_keeps_the_smallest_prefix_that_reaches_the_share() -> None:
 
 
 def test_threshold_interpolates_the_quantiles_at_one_minus_the_share() -> None:
-    quantiles = torch.arange(NUM_QUANTILE_INTERVALS + 1).float()
-    tau = thresholds(quantiles, torch.tensor([0.25, 0.5 + 0.25 / 1024, 1.0, 0.0]))
-    assert tau.tolist() == pytest.approx([768.0, 511.75, float("-inf"), float("inf")])
+    one_step = torch.arange(NUM_QUANTILE_INTERVALS + 1).float()
+    shares = torch.tensor([[0.25, 0.25], [0.5 + 0.25 / 1024, 0.25], [1.0, 0.25], [0.0, 0.25]])
+    tau = thresholds(torch.stack((one_step, 2 * one_step)), shares)
+    assert tau[:, 0].tolist() == pytest.approx([768.0, 511.75, float("-inf"), float("inf")])
+    assert tau[:, 1].tolist() == [1536.0] * 4
 
 
 def test_threshold_looks_at_each_row_with_its_own_tau() -> None:

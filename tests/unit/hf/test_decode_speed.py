@@ -1,0 +1,60 @@
+"""The decode speed measurement counts what it should; how fast a machine is, no test says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_itt.errors import ExportError
+from megatron_itt.hf.decode_speed import DecodeCase, measure_decode_speed
+from megatron_itt.hf.remote_code.layers_itt import ITTLinear
+
+ROOT = Path(__file__).resolve().parents[3]
+SMALL = {"hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 50}
+
+
+def test_a_budget_of_everything_needs_the_flops_that_can_be_counted_by_hand() -> None:
+    case = DecodeCase(**SMALL, capacity=(1.0,), batch_size=3, num_prompt_tokens=8, num_new_tokens=4, num_repeats=1)
+    times = measure_decode_speed(case)
+    key_value, other = 2 * 32 * 16, 2 * 32 * 32 + 3 * 32 * 48
+    attention = 4 * 32 * (8 + 2.5)
+    plain = 2 * (2 * (key_value + other) + attention) + 2 * 32 * 50
+    assert times.mean_share == 1.0
+    assert times.flops_ratio == pytest.approx(1 + (2 * (key_value + other) + attention + 2 * 32) / plain)
+    assert times.weight_bytes_ratio == pytest.approx(1 + (key_value + other) / (2 * (key_value + other) + 32 * 50))
+    assert times.itt_s > 0 and times.llama_s > 0
+
+
+def test_thresholds_are_fitted_to_the_random_routers() -> None:
+    case = DecodeCase(**SMALL, capacity=(0.5, 0.5), batch_size=8, num_prompt_tokens=24, num_new_tokens=6, num_repeats=1)
+    assert 0.25 < measure_decode_speed(case).mean_share < 0.75
+
+
+def test_a_case_without_tokens_is_refused() -> None:
+    with pytest.raises(ExportError, match="num_new_tokens is 0"):
+        measure_decode_speed(DecodeCase(**SMALL, num_new_tokens=0))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 17, 31, 32])
+def test_a_handful_of_rows_is_multiplied_right(num_rows: int) -> None:
+    torch.manual_seed(0)
+    linear = ITTLinear(24, 40)
+    rows = torch.randn(num_rows, 24)
+    expected = (rows.double() @ linear.weight.double().t()).float()
+    # float32 sums of 24 products
+    assert torch.allclose(linear(rows), expected, rtol=0, atol=1e-5)
+    assert linear(rows).is_contiguous()
+
+
+def test_the_command_explains_itself_and_refuses_nonsense() -> None:
+    helped = subprocess.run(
+        [sys.executable, "tools/decode_speed.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert helped.returncode == 0 and "example: python tools/" in helped.stdout
+    command = [sys.executable, "tools/decode_speed.py", "--capacity", "2"]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 2 and "shares in (0, 1]" in failed.stderr
