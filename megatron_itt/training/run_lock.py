@@ -1,7 +1,8 @@
-"""One job at a time on a run folder: the file `in_use` names its owner. slurm/launch.sh follows the same rules.
+"""One job at a time on a run folder: the file `in_use` names its owner. slurm/run_folder.sh follows the same rules.
 
-An owner is `job ID` (a Slurm job) or `process PID on HOST`. A claim whose owner is gone is taken over; a process on
-another host cannot be asked, and counts as alive.
+An owner is `job ID start N` (a Slurm job, and how often it was queued again) or `process PID on HOST`. A claim whose
+owner is gone is taken over; a process on another host, or a job without Slurm at hand, cannot be asked, and counts as
+alive.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def claimed(run_dir: Path) -> Iterator[None]:
 def is_alive(owner: str) -> bool:
     """Whether the owner of a claim may still be at work."""
     words = owner.split()
-    if len(words) == 2 and words[0] == "job":
+    if len(words) >= 2 and words[0] == "job":
         return _is_job_alive(words[1])
     if len(words) == 4 and words[0] == "process" and words[1].isdigit():
         return words[3] != socket.gethostname() or _is_process_alive(int(words[1]))
@@ -90,5 +91,7 @@ def _is_job_alive(job: str) -> bool:
             ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=30, check=False
         )
     except (OSError, subprocess.SubprocessError):
-        return False
+        return True  # one that cannot be asked about
+    if done.returncode != 0:
+        return "Invalid job id" not in done.stderr
     return any(state in done.stdout for state in _LIVING_STATES)
