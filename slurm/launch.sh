@@ -4,7 +4,7 @@
 #
 #   launch.sh JOB_FILE train RECIPE [options] [section.key=value ...]
 #   launch.sh JOB_FILE evaluate RUN_FOLDER [options of tools/evaluate.py]
-#   launch.sh JOB_FILE preprocess [options of tools/preprocess.py]
+#   launch.sh JOB_FILE preprocess [--parts=N] [options of tools/preprocess.py]
 #
 # Exit code 0: finished, or stopped with a checkpoint and (under Slurm) queued again; 1: failed; 2: bad input.
 set -uo pipefail

@@ -13,12 +13,32 @@ run_one() { # COMMAND...: stops at the warning and is queued again; the tools co
     return "$status"
 }
 
-preprocess() { # JOB_FILE ARGUMENT...
-    shift
+preprocess() { # JOB_FILE ARGUMENT...; in an array job each task makes a part, and the last to finish merges
+    local argument parts='' given=() workers=() part=()
+    for argument in "${@:2}"; do
+        case $argument in
+            --parts=*) parts=${argument#*=} ;;
+            *) given+=("$argument") ;;
+        esac
+    done
     load_cluster
-    local workers=()
-    [[ " $* " == *" --workers"* ]] || [ -z "${SLURM_CPUS_PER_TASK:-}" ] || workers=(--workers "$SLURM_CPUS_PER_TASK")
-    run_one tools/preprocess.py "$@" "${workers[@]}"
+    find_part "$1"
+    [[ " ${given[*]} " == *" --workers"* ]] || [ -z "${SLURM_CPUS_PER_TASK:-}" ] || workers=(--workers "$SLURM_CPUS_PER_TASK")
+    run_one tools/preprocess.py "${given[@]}" "${workers[@]}" "${part[@]}"
+}
+
+find_part() { # JOB_FILE: sets part from the place of this task in its array
+    [[ ${parts:-1} =~ ^[1-9][0-9]*$ ]] || fail "--parts is $parts; give the number of parts, 1 or more"
+    if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        [ -z "$parts" ] || fail "--parts is for array jobs: sbatch --array=0-$((parts - 1)) $1 --parts=$parts ..."
+        return
+    fi
+    # shellcheck disable=SC2153
+    [ -n "$parts" ] || ((SLURM_ARRAY_TASK_MIN == 0 && SLURM_ARRAY_TASK_COUNT == SLURM_ARRAY_TASK_MAX + 1)) ||
+        fail "the array does not run from 0 to N - 1 without gaps; use --array=0-15, or, to run some of 16 parts again," \
+            "--array=3,7 and --parts=16 after the file"
+    parts=${parts:-$SLURM_ARRAY_TASK_COUNT}
+    part=(--part "$SLURM_ARRAY_TASK_ID/$parts")
 }
 
 evaluate() { # JOB_FILE RUN_FOLDER ARGUMENT...

@@ -7,14 +7,18 @@ import os
 import sys
 
 from megatron_itt.data.engine import ENGINES
-from megatron_itt.data.preprocess import PreprocessOptions, preprocess
+from megatron_itt.data.preprocess import Outcome, PreprocessOptions, preprocess, preprocess_part
+from megatron_itt.data.shares import parse_share
 from megatron_itt.log import configure_logging, run_command
 
 EXAMPLE = """example:
   python tools/preprocess.py --input corpus/code --tokenizer runs/tokenizer --output-prefix data/code --workers 8
 
 An interrupted run continues when the same command is given again. Lines that give no document are listed in
-PREFIX.rejected.jsonl. An <end of document> token is appended to every document unless --no-append-eod is given."""
+PREFIX.rejected.jsonl. An <end of document> token is appended to every document unless --no-append-eod is given.
+
+Several machines that see the same folders share the work: each runs the same command with its own --part I/N, in any
+order or at the same time, and the one that finishes last merges. slurm/preprocess.sbatch does this as an array job."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,39 +54,55 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="continue from finished shards in PREFIX.partial/ (default: yes)",
     )
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--part", metavar="I/N", help="make only this part of the shards; the last part to finish merges")
+    who.add_argument("--merge", action="store_true", help="make nothing, merge the parts, which must all be made")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, write the dataset, print what was written."""
+    """Parse the command line, write the dataset or a part of it, print what was written."""
     arguments = build_parser().parse_args(argv)
     configure_logging()
-    outcome = preprocess(
-        PreprocessOptions(
-            inputs=tuple(arguments.input),
-            tokenizer=arguments.tokenizer,
-            output_prefix=arguments.output_prefix,
-            text_key=arguments.text_key,
-            append_eod=arguments.append_eod,
-            append_bos=arguments.append_bos,
-            min_length=arguments.min_length,
-            deduplicate=arguments.deduplicate,
-            num_workers=arguments.workers,
-            max_bad_fraction=arguments.max_bad_fraction,
-            engine=arguments.tokenizer_engine,
-            resume=arguments.resume,
-            show_progress=not arguments.quiet,
-        )
+    options = PreprocessOptions(
+        inputs=tuple(arguments.input),
+        tokenizer=arguments.tokenizer,
+        output_prefix=arguments.output_prefix,
+        text_key=arguments.text_key,
+        append_eod=arguments.append_eod,
+        append_bos=arguments.append_bos,
+        min_length=arguments.min_length,
+        deduplicate=arguments.deduplicate,
+        num_workers=arguments.workers,
+        max_bad_fraction=arguments.max_bad_fraction,
+        engine=arguments.tokenizer_engine,
+        resume=arguments.resume,
+        show_progress=not arguments.quiet,
     )
+    if arguments.part is None:
+        print(describe(arguments.output_prefix, preprocess(options, merge_only=arguments.merge)))
+        return 0
+    part = preprocess_part(options, parse_share(arguments.part))
+    print(f"{arguments.output_prefix}: part {arguments.part} is made, {part.num_shards} shards")
+    if part.merged is not None:
+        print(describe(arguments.output_prefix, part.merged))
+    else:
+        shown = ", ".join(map(str, part.waiting_for[:8])) + (", ..." if len(part.waiting_for) > 8 else "")
+        print(
+            f"{arguments.output_prefix}: {len(part.waiting_for)} parts are not made yet ({shown}); the last one merges"
+        )
+    return 0
+
+
+def describe(prefix: str, outcome: Outcome) -> str:
+    """One line about a finished dataset."""
     manifest = outcome.manifest
     state = "already done" if outcome.reused else f"written in {manifest.wall_seconds:.1f} s"
-    print(
-        f"{arguments.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-        f"{manifest.rejected:,} rejected, {manifest.duplicates:,} duplicates, "
-        f"{manifest.text_bytes / 1e6:.1f} MB of text ({state})"
+    return (
+        f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.rejected:,} rejected, "
+        f"{manifest.duplicates:,} duplicates, {manifest.text_bytes / 1e6:.1f} MB of text ({state})"
     )
-    return 0
 
 
 if __name__ == "__main__":

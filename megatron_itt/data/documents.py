@@ -114,6 +114,14 @@ class DocumentReader:
 
     def _document_of(self, line: bytes | None) -> str | Rejection:
         self.lines += 1
+        try:
+            text = orjson.loads(line)[self.text_key]  # type: ignore[arg-type] # None is refused like any other
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return self._document_of_odd(line)
+        return text if type(text) is str and text else self._check_text(text)
+
+    def _document_of_odd(self, line: bytes | None) -> str | Rejection:
+        """A line that does not give a text at once: why, unless it is a byte order mark that hides it."""
         if line is None:
             return Rejection(self.lines, f"longer than {self.max_line_bytes:,} bytes")
         if self.lines == 1 and self.segment.offset == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,9 @@ import numpy as np
 from megatron_itt.data.indexed import bin_path, idx_path, write_index
 from megatron_itt.data.shards import ShardRecord, ShardTask, naming_file
 
-_COPY_BYTES = 1 << 26
-_COPY_THREADS = 4
+_COPY_BYTES = 1 << 22
+_KERNEL_COPY_BYTES = 1 << 30
+_NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 Shard = tuple[ShardTask, ShardRecord]
 
@@ -42,13 +44,13 @@ def rejected_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.rejected.jsonl")
 
 
-def merge_parts(prefix: str, folder: Path, parts: Sequence[Part], dtype: np.dtype) -> str:
+def merge_parts(prefix: str, folder: Path, parts: Sequence[Part], dtype: np.dtype, *, num_threads: int) -> str:
     """Concatenate parts, in order, into `PREFIX.bin` and `PREFIX.idx`; return the SHA-256 of the index.
 
     Both are built in `folder` (on the same disk) and renamed when complete. Memory does not grow with the data.
     """
     merged_bin, merged_idx = folder / "merged.bin", folder / "merged.idx"
-    _concatenate(merged_bin, [(part.tokens_path, part.tokens * dtype.itemsize) for part in parts])
+    _concatenate(merged_bin, [(part.tokens_path, part.tokens * dtype.itemsize) for part in parts], num_threads)
 
     def length_chunks() -> Iterator[np.ndarray]:
         for part in parts:
@@ -85,17 +87,15 @@ def write_rejected(prefix: str, folder: Path, shards: Sequence[Shard]) -> None:
     building.replace(final)
 
 
-def _concatenate(target: Path, parts: Sequence[tuple[Path, int]]) -> None:
+def _concatenate(target: Path, parts: Sequence[tuple[Path, int]], num_threads: int) -> None:
     """Copy files side by side into one: every part knows its place, so threads need no order."""
-    total = sum(size for _, size in parts)
+    offsets = np.cumsum([0, *(size for _, size in parts)])
     with naming_file(target):
         descriptor = os.open(target, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
         try:
-            if total:
-                os.posix_fallocate(descriptor, 0, total)  # a full disk shows here, not after an hour
-            offsets = np.cumsum([0, *(size for _, size in parts)])[:-1].tolist()
-            with ThreadPoolExecutor(_COPY_THREADS) as pool:
-                jobs = zip(parts, offsets, strict=True)
+            os.ftruncate(descriptor, int(offsets[-1]))
+            with ThreadPoolExecutor(num_threads) as pool:
+                jobs = zip(parts, offsets[:-1].tolist(), strict=True)
                 for _ in pool.map(lambda job: _copy(descriptor, job[0][0], job[0][1], job[1]), jobs):
                     pass
         finally:
@@ -103,16 +103,29 @@ def _concatenate(target: Path, parts: Sequence[tuple[Path, int]]) -> None:
 
 
 def _copy(target: int, source_path: Path, size: int, offset: int) -> None:
+    """Copy inside the kernel, which some file systems do without moving data; else through a buffer."""
     with source_path.open("rb") as source:
-        copied = 0
+        copied = _copy_in_kernel(source.fileno(), target, size, offset)
         while copied < size:
             chunk = os.pread(source.fileno(), min(_COPY_BYTES, size - copied), copied)
             assert chunk, f"{source_path} became shorter while it was merged"
-            view = memoryview(chunk)
-            while view:
-                written = os.pwrite(target, view, offset + copied)
-                view = view[written:]
-                copied += written
+            copied += os.pwrite(target, chunk, offset + copied)
+
+
+def _copy_in_kernel(source: int, target: int, size: int, offset: int) -> int:
+    """Copy from the start of `source` to `offset` of `target`; return how much the kernel was willing to copy."""
+    copied = 0
+    while copied < size:
+        try:
+            step = os.copy_file_range(source, target, min(_KERNEL_COPY_BYTES, size - copied), copied, offset + copied)
+        except OSError as error:
+            if error.errno in _NOT_IN_KERNEL:
+                break
+            raise
+        if step == 0:
+            break
+        copied += step
+    return copied
 
 
 def _make_durable(path: Path) -> None:

@@ -1,41 +1,45 @@
-"""Raw text to one indexed dataset: plan shards, have workers make them, merge, publish, describe.
+"""Raw text to one indexed dataset: plan shards, have workers make them, then have them merged and published.
 
 What a worker does is in `shards.py`; nothing here touches a document. The bytes written depend on the inputs, the
-tokenizer and the options, never on the number of workers or on interruptions.
+tokenizer and the options, never on the number of workers, on parts made elsewhere, or on interruptions.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_itt import __version__
-from megatron_itt.data.dedup import without_duplicates
-from megatron_itt.data.documents import file_sha256
 from megatron_itt.data.engine import Engine, choose_engine
-from megatron_itt.data.indexed import bin_path, idx_path, token_dtype
-from megatron_itt.data.manifest import Manifest, check_sizes, manifest_content, manifest_path, read_manifest
-from megatron_itt.data.merge import Part, Shard, merge_parts, rejected_path, write_rejected
-from megatron_itt.data.shards import EncodingOptions, ShardRecord, ShardTask, make_shard, write_json_atomically
+from megatron_itt.data.manifest import Manifest
+from megatron_itt.data.merge import Shard
+from megatron_itt.data.publish import Publication, existing_output, publish
+from megatron_itt.data.shards import EncodingOptions, ShardRecord, ShardTask, finished_shard, make_shard
+from megatron_itt.data.shares import (
+    FolderLock,
+    Share,
+    check_plan,
+    claim,
+    enter_as_done,
+    plan_content,
+    shares_of_missing,
+    working_on,
+)
 from megatron_itt.data.sources import HUB, Segment, find_sources, split_source
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
-from megatron_itt.data.workers import Finished, run_tasks
+from megatron_itt.data.workers import Finished, TaskFunction, run_tasks
 from megatron_itt.errors import ConfigError, DataError
 
 MIN_SHARD_BYTES = 1 << 19
 MAX_SHARD_BYTES = 1 << 26
 _SHARDS_WANTED = 64
-# Options that decide the bytes; a dataset or a partial one made with others is never taken for this one.
-_DECISIVE = ("tokenizer_sha256", "text_key", "append_eod", "append_bos", "min_length", "deduplicate")
+_MIN_COPY_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,40 +70,111 @@ class Outcome:
     reused: bool
 
 
-def preprocess(options: PreprocessOptions) -> Outcome:
+@dataclass(frozen=True, kw_only=True)
+class PartOutcome:
+    """A part is made. `waiting_for`: the parts that are not; when there is none, `merged` is the whole."""
+
+    num_shards: int
+    waiting_for: tuple[Share, ...] = ()
+    merged: Outcome | None = None
+
+
+def preprocess(options: PreprocessOptions, *, merge_only: bool = False) -> Outcome:
     """Write `PREFIX.bin`, `PREFIX.idx` and `PREFIX.json`; with rejected lines also `PREFIX.rejected.jsonl`.
 
-    Continues from finished shards in `PREFIX.partial/` after an interruption. Raises `DataError` for damaged input, too
-    many bad lines, or an output that was made otherwise; nothing is published then.
+    Continues from finished shards in `PREFIX.partial/` after an interruption; with `merge_only` all of them must be
+    there. Raises `DataError` for damaged input, too many bad lines, or an output that was made otherwise; nothing is
+    published then.
     """
+    job = _plan_job(options, None)
+    existing = job.existing()
+    if existing is not None:
+        return existing
+    with _lock_of(job.folder) as lock:
+        lock.take(shared=False)
+        if merge_only:
+            check_plan(job.folder, job.plan)
+            return _publish(job, _finished_shards(job))
+        claim(job.folder, job.plan, alone=True, resume=options.resume, strict=False)
+        return _publish(job, _make_shards(job.tasks, options))
+
+
+def preprocess_part(options: PreprocessOptions, share: Share) -> PartOutcome:
+    """Make one part of the shards; the process that finishes last also merges, so that `preprocess` is not needed.
+
+    Any number of processes, on machines that see the same folders, may do this at the same time with the same options.
+    Raises as `preprocess` does, and when another process works with other options or on the same part.
+    """
+    if not options.resume:
+        raise ConfigError(
+            "--no-resume would delete what other parts have made; delete the .partial folder instead, then start all"
+        )
+    job = _plan_job(options, share)
+    mine = share.of(job.tasks)
+    existing = job.existing()
+    if existing is not None:
+        return PartOutcome(num_shards=len(mine), merged=existing)
+    with _lock_of(job.folder) as lock:
+        if lock.take(shared=True):
+            claim(job.folder, job.plan, alone=True, resume=True, strict=True)
+            lock.share()
+        claim(job.folder, job.plan, alone=False, resume=True, strict=True)
+        with working_on(job.folder, share, mine):
+            _make_shards(mine, options)
+        missing = enter_as_done(job.folder, share)
+        if missing:
+            return PartOutcome(num_shards=len(mine), waiting_for=tuple(missing))
+        lock.wait_until_alone()
+        merged = job.existing() or _publish(job, _finished_shards(job))
+        return PartOutcome(num_shards=len(mine), merged=merged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be done, the same in every process that takes part."""
+
+    options: PreprocessOptions
+    tokenizer: Tokenizer
+    encoding: EncodingOptions
+    sources: list[Segment]
+    folder: Path
+    tasks: list[ShardTask]
+    plan: dict[str, Any]
+    started: float
+
+    def existing(self) -> Outcome | None:
+        """The output, where it is there already and what is asked for."""
+        manifest = existing_output(self.options.output_prefix, self.encoding, self.sources)
+        return None if manifest is None else Outcome(manifest=manifest, reused=True)
+
+
+def _plan_job(options: PreprocessOptions, share: Share | None) -> _Job:
     started = time.monotonic()
     tokenizer = load_tokenizer(options.tokenizer)
     _check_options(options, tokenizer)
-    engine = choose_engine(tokenizer, options.engine)
-    encoding = _encoding_options(options, tokenizer, engine)
+    encoding = _encoding_options(options, tokenizer, choose_engine(tokenizer, options.engine))
     sources = find_sources(options.inputs)
-    existing = _existing_output(options.output_prefix, encoding, sources)
-    if existing is not None:
-        return Outcome(manifest=existing, reused=True)
     folder = Path(f"{options.output_prefix}.partial")
-    with _locked(folder):
-        _claim(folder, encoding, resume=options.resume)
-        tasks = plan_shards(sources, encoding, folder, options.shard_bytes)
-        shards = _make_shards(tasks, options)
-        _check_rejections(options, folder, shards)
-        dtype = token_dtype(tokenizer.vocab_size)
-        parts = (
-            without_duplicates(shards, folder, dtype) if options.deduplicate else [Part.of(*item) for item in shards]
-        )
-        idx_sha256 = merge_parts(options.output_prefix, folder, parts, dtype)
-        seconds = round(time.monotonic() - started, 3)
-        written = _Written(
-            records=[record for _, record in shards], parts=parts, idx_sha256=idx_sha256, seconds=seconds
-        )
-        manifest = _describe(options.output_prefix, tokenizer, encoding, written)
-        write_json_atomically(manifest_path(options.output_prefix), manifest_content(manifest))
-    shutil.rmtree(folder)
-    return Outcome(manifest=manifest, reused=False)
+    tasks = plan_shards(sources, encoding, folder, options.shard_bytes)
+    return _Job(
+        options=options,
+        tokenizer=tokenizer,
+        encoding=encoding,
+        sources=sources,
+        folder=folder,
+        tasks=tasks,
+        plan=plan_content(encoding, tasks, share),
+        started=started,
+    )
+
+
+@contextmanager
+def _lock_of(folder: Path) -> Iterator[FolderLock]:
+    lock = FolderLock(folder)
+    try:
+        yield lock
+    finally:
+        lock.close()
 
 
 def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
@@ -149,178 +224,66 @@ def plan_shards(
     ]
 
 
-def _existing_output(prefix: str, encoding: EncodingOptions, sources: Sequence[Segment]) -> Manifest | None:
-    """The manifest of an output that is already what is asked for; None where there is no output.
-
-    Raises `DataError` when an output exists that is not, or that cannot be told.
-    """
-    manifest = read_manifest(prefix)
-    if manifest is None:
-        present = [path for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
-        if present and not Path(f"{prefix}.partial").is_dir():
-            raise DataError(f"{present[0]} exists without a manifest; choose another --output-prefix or delete it")
-        return None
-    wanted = asdict(encoding)
-    for name in _DECISIVE:
-        if manifest.options.get(name) != wanted[name]:
-            raise DataError(
-                f"{manifest_path(prefix)} was made with {name} {manifest.options.get(name)!r}, not {wanted[name]!r}; "
-                "choose another --output-prefix or delete the old files"
-            )
-    _check_same_sources(prefix, manifest, sources)
-    check_sizes(prefix, manifest)
-    return manifest
-
-
-def _check_same_sources(prefix: str, manifest: Manifest, sources: Sequence[Segment]) -> None:
-    recorded = {source["path"]: source for source in manifest.sources}
-    way_out = "choose another --output-prefix or delete the old files"
-    if list(recorded) != [source.path for source in sources]:
-        raise DataError(
-            f"{manifest_path(prefix)} was made from other inputs ({len(recorded)} files, the first is "
-            f"{next(iter(recorded), None)}); {way_out}"
-        )
-    for source in sources:
-        known = recorded[source.path]
-        same = known["size"] == source.size
-        if same and known["modified_ns"] != source.modified_ns:
-            same = len(known["sha256"]) == 1 and known["sha256"][0] == file_sha256(source.path)
-        if not same:
-            raise DataError(f"input {source.path} changed since {manifest_path(prefix)} was written; {way_out}")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second run with the same prefix; the lock ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with Path(f"{folder}.lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{folder} is in use by another run of preprocess; wait for it to end") from error
-        try:
-            yield
-        finally:
-            Path(f"{folder}.lock").unlink(missing_ok=True)
-
-
-def _claim(folder: Path, encoding: EncodingOptions, *, resume: bool) -> None:
-    """Make `folder` this run's: continue one made with the same options, refuse one made with others."""
-    plan_path = folder / "plan.json"
-    decisive = {name: asdict(encoding)[name] for name in _DECISIVE}
-    if plan_path.is_file() and resume:
-        try:
-            previous = json.loads(plan_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{plan_path} is damaged; delete {folder} or pass --no-resume") from error
-        changed = [name for name in _DECISIVE if previous.get(name) != decisive[name]]
-        if changed:
-            name = changed[0]
-            raise DataError(
-                f"{folder} was begun with {name} {previous.get(name)!r}, not {decisive[name]!r}; "
-                "delete it or pass --no-resume to start again"
-            )
-    elif any(folder.iterdir()):
-        if not plan_path.is_file() and resume:
-            raise DataError(f"{folder} exists and was not written by preprocess; delete it or choose another prefix")
-        shutil.rmtree(folder)
-        folder.mkdir()
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink(missing_ok=True)
-    write_json_atomically(plan_path, decisive)
-
-
 def _make_shards(tasks: Sequence[ShardTask], options: PreprocessOptions) -> list[Shard]:
-    """Have every shard made; return them in order. Shows input MB/s, tokens/s and ETA."""
-    records: dict[int, ShardRecord] = {}
+    """Have every shard made; return them in order."""
+    records = _run(make_shard, tasks, options, "tokenize")
+    return [(task, records[idx]) for idx, task in enumerate(tasks)]
+
+
+def _finished_shards(job: _Job) -> list[Shard]:
+    """Every shard, made by whomever and checked here. Raises `DataError` naming the parts that miss some."""
+    records = _run(_find_shard, job.tasks, job.options, "check")
+    missing = {idx for idx, record in records.items() if record is None}
+    if missing:
+        parts = shares_of_missing(job.folder, missing.__contains__, len(job.tasks))
+        raise DataError(
+            f"{job.folder}: {len(missing)} of {len(job.tasks)} shards are missing or damaged, of part "
+            f"{', '.join(parts)}; run --part {parts[0]}{' and the others' if len(parts) > 1 else ''} again, or the "
+            "command without --part and --merge to make them here"
+        )
+    return [(task, records[idx]) for idx, task in enumerate(job.tasks)]
+
+
+def _find_shard(task: ShardTask, report: Callable[[tuple[int, ...]], None]) -> ShardRecord | None:
+    """A task for the pool: the record of a finished shard, or None."""
+    record = finished_shard(task)
+    report((sum(segment.length for segment in task.segments), 0, 0))
+    return record
+
+
+def _run(
+    function: TaskFunction, tasks: Sequence[ShardTask], options: PreprocessOptions, description: str
+) -> dict[int, Any]:
+    """Run the tasks in the pool; results by number. Shows input MB/s, tokens/s and ETA."""
+    results: dict[int, Any] = {}
     total = sum(segment.length for task in tasks for segment in task.segments)
     tokens = 0
     started = time.monotonic()
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=not options.show_progress) as bar:
-        for event in run_tasks(make_shard, tasks, options.num_workers):
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=not options.show_progress) as bar:
+        for event in run_tasks(function, tasks, options.num_workers):
             if isinstance(event, Finished):
-                records[event.task_idx] = event.result
+                results[event.task_idx] = event.result
                 continue
             input_bytes, _, new_tokens = event.counts
             tokens += new_tokens
             rate = tokens / max(time.monotonic() - started, 1e-9)
             bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
             bar.update(input_bytes)
-    return [(task, records[idx]) for idx, task in enumerate(tasks)]
+    return results
 
 
-def _check_rejections(options: PreprocessOptions, folder: Path, shards: Sequence[Shard]) -> None:
-    """List what was rejected, and refuse the whole when it is too much or leaves nothing."""
-    documents = sum(record.documents for _, record in shards)
-    rejected = sum(record.rejected for _, record in shards)
-    write_rejected(options.output_prefix, folder, shards)
-    if rejected > options.max_bad_fraction * (documents + rejected):
-        raise DataError(
-            f"{rejected} of {documents + rejected} lines give no document, more than --max-bad-fraction "
-            f"{options.max_bad_fraction}; see {rejected_path(options.output_prefix)}, mend the input or raise the limit"
-        )
-    if documents == 0:
-        raise DataError(
-            f"the inputs of {options.output_prefix} contain no document; check --input, --text-key and --min-length"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Written:
-    """What went into the published files."""
-
-    records: list[ShardRecord]
-    parts: list[Part]
-    idx_sha256: str
-    seconds: float
-
-
-def _describe(prefix: str, tokenizer: Tokenizer, encoding: EncodingOptions, written: _Written) -> Manifest:
-    records, parts = written.records, written.parts
-    documents = sum(part.documents for part in parts)
-    dtype = token_dtype(tokenizer.vocab_size)
-    return Manifest(
-        version=__version__,
-        tokenizer={
-            "path": tokenizer.path,
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "eod": tokenizer.eod,
-            "engine": encoding.engine,
-            "engine_version": encoding.engine_version,
-        },
-        options={key: value for key, value in asdict(encoding).items() if key != "tokenizer"},
-        sources=_merge_segments(records),
-        documents=documents,
-        tokens=sum(part.tokens for part in parts),
-        rejected=sum(record.rejected for record in records),
-        too_short=sum(record.too_short for record in records),
-        duplicates=sum(record.documents for record in records) - documents,
-        text_bytes=sum(record.text_bytes for record in records),
-        dtype=dtype.name,
-        bin_bytes=bin_path(prefix).stat().st_size,
-        idx_bytes=idx_path(prefix).stat().st_size,
-        idx_sha256=written.idx_sha256,
-        bin_parts=[[part.tokens * dtype.itemsize, part.crc32] for part in parts],
-        wall_seconds=written.seconds,
+def _publish(job: _Job, shards: list[Shard]) -> Outcome:
+    manifest = publish(
+        Publication(
+            prefix=job.options.output_prefix,
+            folder=job.folder,
+            tokenizer=job.tokenizer,
+            encoding=job.encoding,
+            max_bad_fraction=job.options.max_bad_fraction,
+            num_threads=max(_MIN_COPY_THREADS, job.options.num_workers),
+            started=job.started,
+        ),
+        shards,
     )
-
-
-def _merge_segments(records: Sequence[ShardRecord]) -> list[dict[str, Any]]:
-    """Per input file: size, lines, and the hash of each part that was read on its own."""
-    sources: dict[str, dict[str, Any]] = {}
-    for segment in (segment for record in records for segment in record.segments):
-        source = sources.setdefault(
-            segment["path"],
-            {
-                "path": segment["path"],
-                "kind": segment["kind"],
-                "size": segment["size"],
-                "modified_ns": segment["modified_ns"],
-                "lines": 0,
-                "sha256": [],
-            },
-        )
-        source["lines"] += segment["lines"]
-        source["sha256"].append(segment["sha256"])
-    return list(sources.values())
+    shutil.rmtree(job.folder)
+    return Outcome(manifest=manifest, reused=False)

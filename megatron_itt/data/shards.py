@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,10 +29,10 @@ from megatron_itt.data.sources import Segment
 from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.errors import DataError
 
-_BATCH_CHARS = 1 << 19
-_BATCH_DOCUMENTS = 1024
+_BATCH_CHARS = 1 << 20
+_BATCH_DOCUMENTS = 4096
 _CRC_CHUNK = 1 << 22
-_CHECK_INTERVAL_BATCHES = 4
+_CHECK_INTERVAL_BATCHES = 8  # of some 1 MB; the first of every shard is among them
 _CHECK_MAX_CHARS = 1 << 14
 
 
@@ -137,13 +138,14 @@ class _ShardWriter:
         self.engine = engine
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.record = ShardRecord(fingerprint=task.fingerprint, crc32=dict.fromkeys(task.options.file_kinds, 0))
+        self._tag = uuid.uuid4().hex[:12]  # processes on other machines may have this one's number
         self._num_batches = 0
         self._files: dict[str, BinaryIO] = {}
         for suffix in task.options.file_kinds:
             self._files[suffix] = self._temporary(suffix).open("wb")
 
     def _temporary(self, suffix: str) -> Path:
-        return self.task.file(f"{suffix}.{os.getpid()}.tmp")
+        return self.task.file(f"{suffix}.{self._tag}.tmp")
 
     def read_segment(self, segment: Segment, report: Callable[[tuple[int, ...]], None]) -> None:
         reader = DocumentReader(segment, text_key=self.task.options.text_key)
@@ -161,14 +163,17 @@ class _ShardWriter:
         """(line, text) pairs in batches of bounded size; rejected lines are written as they come."""
         batch: list[tuple[int, str]] = []
         chars = 0
+        min_length = self.task.options.min_length
         for item in reader:
             if isinstance(item, Rejection):
                 self._reject(reader.segment, item.line, item.reason)
-            elif len(item) < self.task.options.min_length:
+                continue
+            size = len(item)
+            if size < min_length:
                 self.record.too_short += 1
-            else:
-                batch.append((reader.lines, item))
-                chars += len(item)
+                continue
+            batch.append((reader.lines, item))
+            chars += size
             if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
                 yield batch
                 batch, chars = [], 0
@@ -187,8 +192,8 @@ class _ShardWriter:
             texts = [text for text, length in zip(texts, lengths, strict=True) if length > 0]
             lengths = lengths[lengths > 0]
         flat, lengths = self._add_marks(flat, lengths)
-        self._append("tokens", flat.astype(self.dtype).tobytes())
-        self._append("lengths", lengths.astype(np.int32).tobytes())
+        self._append("tokens", flat.astype(self.dtype, copy=False).data)
+        self._append("lengths", lengths.astype(np.int32).data)
         if self.task.options.deduplicate:
             self._append("hashes", b"".join(map(text_hash, texts)))
         text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
@@ -220,7 +225,7 @@ class _ShardWriter:
         if len(longer) == 0 or not (options.append_bos or options.append_eod):
             return flat, longer
         ends = np.cumsum(longer)
-        marked = np.empty(int(ends[-1]), dtype=flat.dtype)
+        marked = np.empty(int(ends[-1]), dtype=self.dtype)
         is_text = np.ones(len(marked), dtype=bool)
         if options.append_eod:
             is_text[ends - 1] = False
@@ -237,20 +242,18 @@ class _ShardWriter:
         self._append("rejected.jsonl", json.dumps(row).encode() + b"\n")
         self.record.rejected += 1
 
-    def _append(self, suffix: str, data: bytes) -> None:
+    def _append(self, suffix: str, data: bytes | memoryview) -> None:
         with naming_file(self.task.file(suffix)):
             self._files[suffix].write(data)
         self.record.crc32[suffix] = zlib.crc32(data, self.record.crc32[suffix])
 
     def publish(self) -> ShardRecord:
-        """Make the files durable and give them their names, the record last."""
+        """Give the files their names, the record last. After a power cut its checksums tell whether they survived."""
         for suffix, stream in self._files.items():
             with naming_file(self.task.file(suffix)):
-                stream.flush()
-                os.fsync(stream.fileno())
                 stream.close()
             self._temporary(suffix).replace(self.task.file(suffix))
-        write_json_atomically(self.task.file("json"), asdict(self.record))
+        write_json_atomically(self.task.file("json"), asdict(self.record), durable=False)
         return self.record
 
     def close(self) -> None:
@@ -280,15 +283,16 @@ class naming_file:  # noqa: N801 - used like a function
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
-def write_json_atomically(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is either whole or absent, and durable."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def write_json_atomically(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
+    """Write a JSON file that is either whole or absent; `durable`: also after a power cut."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with naming_file(path), temporary.open("w", encoding="utf-8") as stream:
             json.dump(content, stream, indent=1)
             stream.write("\n")
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
