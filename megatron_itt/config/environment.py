@@ -70,8 +70,9 @@ def disable_tokenizer_threads() -> None:
 
 
 def set_cuda_determinism() -> None:
-    """Ask cuBLAS for reproducible reductions; needed before the first CUDA call."""
+    """Ask cuBLAS and TransformerEngine for reproducible reductions; needed before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 
 
 def launcher_claim() -> str | None:
