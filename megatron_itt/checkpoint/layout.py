@@ -1,13 +1,17 @@
-"""Names and places of checkpoints in a run folder, atomic publishing, the `latest` marker and retention. No torch.
+"""Names and places of checkpoints in a run folder, atomic publishing, and the `latest` marker. No torch.
 
-runs/NAME/checkpoints/step_0001000/   one checkpoint: megatron-core's files and run_state.json
-runs/NAME/checkpoints/latest          name of the newest complete one
+runs/NAME/checkpoints/step_0001000/           one checkpoint: megatron-core's files, run_state.json, hashes.json
+runs/NAME/checkpoints/latest                  name of the newest one, written last
+runs/NAME/checkpoints/.writing_step_.../      one that is being written, or that a crash left half-written
+runs/NAME/checkpoints/damaged_step_.../       one whose files changed after it was saved, set aside by a run
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 
 from megatron_itt.errors import CheckpointError
@@ -15,6 +19,7 @@ from megatron_itt.errors import CheckpointError
 STATE_FILE = "run_state.json"
 LATEST_FILE = "latest"
 _NAME = re.compile(r"step_(\d{7,})$")
+_WRITING, _REPLACED, _DAMAGED = ".writing_", ".replaced_", "damaged_"
 
 
 def checkpoint_root(run_dir: str | Path) -> Path:
@@ -27,65 +32,116 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:07d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that a published checkpoint comes after, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints under `root`, oldest first."""
+    """Published checkpoints under `root`, oldest first. Their files may have been damaged since."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if _NAME.match(path.name) and (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted((path for path in root.iterdir() if _NAME.match(path.name) and path.is_dir()), key=step_of)
+
+
+def list_candidates(root: Path) -> list[Path]:
+    """Published checkpoints in the order in which to continue from them: the one `latest` names, then newest first."""
+    newest_first = list_checkpoints(root)[::-1]
+    marked = _read_marker(root)
+    return sorted(newest_first, key=lambda path: path.name != marked)
 
 
 def find_latest(root: Path) -> Path | None:
-    """The newest complete checkpoint under `root`: the one that `latest` names, else the highest step; None if none."""
-    marker = root / LATEST_FILE
-    if marker.is_file():
-        named = root / marker.read_text(encoding="utf-8").strip()
-        if (named / STATE_FILE).is_file():
-            return named
-    complete = list_checkpoints(root)
-    return complete[-1] if complete else None
+    """The checkpoint under `root` that `latest` names, else the one of the highest step; None if there is none."""
+    return next(iter(list_candidates(root)), None)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder from what a user may name: itself, a `checkpoints` folder, or a run folder.
 
-    Raises CheckpointError when there is no complete checkpoint.
+    Raises CheckpointError when there is no checkpoint.
     """
     given = Path(path)
     if not given.is_dir():
         raise CheckpointError(f"checkpoint {given} does not exist; name a run folder or one of its checkpoints")
-    if (given / STATE_FILE).is_file():
+    if (given / STATE_FILE).is_file() or _NAME.match(given.name):
         return given
     for root in (given, checkpoint_root(given)):
         latest = find_latest(root)
         if latest is not None:
             return latest
-    raise CheckpointError(
-        f"{given} holds no complete checkpoint ({STATE_FILE} is missing); name a run folder or one of its checkpoints"
-    )
+    raise CheckpointError(f"{given} holds no complete checkpoint; name a run folder or one of its checkpoints")
 
 
-def staging_path(root: Path, step: int) -> Path:
-    """Where a checkpoint is written before it is published."""
-    return root / f".writing_{checkpoint_name(step)}"
+def new_staging_path(root: Path, step: int) -> Path:
+    """Where to write a checkpoint before it is published: a new place each time, where no dead writer still writes."""
+    return root / f"{_WRITING}{checkpoint_name(step)}_{uuid.uuid4().hex[:8]}"
 
 
-def publish(root: Path, step: int) -> Path:
-    """Make a fully written checkpoint visible under its name, then point `latest` at it."""
+def publish(staging: Path, step: int) -> Path:
+    """Make a fully written checkpoint visible under its name, then point `latest` at it. Durable when it returns."""
+    root = staging.parent
     final = root / checkpoint_name(step)
+    replaced = root / f"{_REPLACED}{final.name}"
+    flush_folder(staging)
     if final.exists():
-        shutil.rmtree(final)
-    staging_path(root, step).replace(final)
-    marker = root / f".{LATEST_FILE}"
-    marker.write_text(final.name + "\n", encoding="utf-8")
-    marker.replace(root / LATEST_FILE)
+        final.replace(replaced)
+    staging.replace(final)
+    flush_folder(root)
+    point_latest_at(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
-def prune(root: Path, keep_last: int) -> list[Path]:
-    """Remove all but the newest `keep_last` checkpoints, and leftovers of interrupted writes; returns what went."""
-    removed = list_checkpoints(root)[:-keep_last]
-    removed += [path for path in root.glob(".writing_*") if path.is_dir()]
+def point_latest_at(checkpoint: Path) -> None:
+    """Write the `latest` marker in one step."""
+    root = checkpoint.parent
+    marker = root / f".{LATEST_FILE}"
+    marker.write_text(checkpoint.name + "\n", encoding="utf-8")
+    flush_file(marker)
+    marker.replace(root / LATEST_FILE)
+    flush_folder(root)
+
+
+def remove_leftovers(root: Path) -> list[Path]:
+    """Remove what crashed saves left half-written; returns what went. Nothing may be saving under `root` meanwhile."""
+    if not root.is_dir():
+        return []
+    for path in root.glob(f"{_REPLACED}*"):
+        final = root / path.name.removeprefix(_REPLACED)
+        if not final.exists():  # the crash came between the two renames of publish
+            path.replace(final)
+    removed = [*root.glob(f"{_WRITING}*"), *root.glob(f"{_REPLACED}*")]
     for path in removed:
         shutil.rmtree(path)
     return removed
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that nothing takes it for one; returns its new place."""
+    place = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+    if place.exists():
+        place = checkpoint.with_name(f"{place.name}_{uuid.uuid4().hex[:8]}")
+    return checkpoint.replace(place)
+
+
+def flush_file(path: Path) -> None:
+    """Have the system write a file's contents to its storage."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the system write a folder's list of names to its storage."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_marker(root: Path) -> str | None:
+    try:
+        return (root / LATEST_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -3,37 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_itt.checkpoint.layout import resolve_checkpoint
+from megatron_itt.checkpoint.safe_read import SafeCommonStrategy, SafeShardedStrategy
 from megatron_itt.checkpoint.state import RunState, load_model_state, read_run_state, sharded_model_state
+from megatron_itt.checkpoint.verify import check_together
 from megatron_itt.config.environment import ProcessPlace
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.errors import CheckpointError
 from megatron_itt.model.builder import BuiltModel, build_model
 from megatron_itt.parallel.groups import start_parallel
 
+_UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError),
+    *(pickle.UnpicklingError, CheckpointingException, CheckpointException),
+)
+
 
 def load_sharded_state(sharded_state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Fill a sharded state from a checkpoint folder. CheckpointError when files are missing or damaged."""
+    """Fill a sharded state from a checkpoint folder; no code in its files is run.
+
+    CheckpointError when files are missing or damaged, or hold something else than tensors and plain values.
+    """
+    strategies = {"sharded_strategy": SafeShardedStrategy(), "common_strategy": SafeCommonStrategy()}
     try:
-        return dist_checkpointing.load(sharded_state, str(checkpoint))
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split())[:300]
+        return dist_checkpointing.load(sharded_state, str(checkpoint), **strategies)
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {reason}); use an earlier checkpoint"
+            f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {reason[:150]} ... {reason[-250:]}); use "
+            "an earlier checkpoint"
         ) from error
 
 
 def load_model_for_inference(
     checkpoint: str | Path, *, dtype: torch.dtype = torch.float32
 ) -> tuple[BuiltModel, RunConfig, RunState]:
-    """The whole model of a checkpoint on this one process's CPU, in evaluation mode, whatever layout wrote it."""
+    """The whole model of a checkpoint on this one process's CPU, in evaluation mode, whatever layout wrote it.
+
+    CheckpointError when its files are not as they were saved.
+    """
     folder = resolve_checkpoint(checkpoint)
+    check_together(folder)
     state = read_run_state(folder)
     config = single_process_config(state.config)
     place = ProcessPlace(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)

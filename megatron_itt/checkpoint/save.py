@@ -1,54 +1,222 @@
-"""Writing a checkpoint: megatron-core's distributed format, all ranks at once, published when complete."""
+"""Writing a checkpoint: megatron-core's distributed format, all ranks at once, published when complete.
+
+Saving has three parts: plan and copy (training waits), write and hash (by processes of their own, in the background on
+request), publish (all ranks agree that everything is written; then hashes, name, `latest`, retention).
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_itt.checkpoint.layout import checkpoint_name, prune, publish, staging_path
+from megatron_itt.checkpoint.hashes import HASHES_FILE, FileRecord, hash_files, list_files, write_hashes
+from megatron_itt.checkpoint.layout import checkpoint_name, flush_file, flush_folder, new_staging_path, publish
+from megatron_itt.checkpoint.retention import Retention, prune
+from megatron_itt.checkpoint.space import check_space
 from megatron_itt.checkpoint.state import RunState, write_run_state
 from megatron_itt.errors import CheckpointError
+from megatron_itt.log import get_logger
 
 _FULL_BYTES = 1 << 20  # a write that failed with less than this left failed for want of room
+_PARTIAL_HASHES = ".hashes_{rank}.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Save:
+    """A save that is planned and copied, but not published."""
+
+    request: AsyncRequest
+    state: RunState
+    staging: Path
+
+
+class CheckpointWriter:
+    """Saves the checkpoints of a run, one at a time. All ranks call every method at the same point."""
+
+    def __init__(self, root: Path, retention: Retention, *, asynchronous: bool = False) -> None:
+        self._root = root
+        self._retention = retention
+        self._asynchronous = asynchronous
+        self._queue = AsyncCallsQueue()
+        self._pending: _Save | None = None
+
+    def save(self, sharded_state: dict[str, Any], state: RunState) -> None:
+        """Save the state of all ranks; published when this returns, or in the background by `poll` or `finish`.
+
+        A crash or a full disk on the way leaves the earlier checkpoints and `latest` as they were.
+        """
+        self.finish()
+        started = time.perf_counter()
+        staging = _open_staging(self._root, sharded_state, state.step)
+        with _clear_errors(staging, state.step):
+            request = _plan(sharded_state, staging)
+            save = _Save(request=request, state=state, staging=staging)
+            if not self._asynchronous:
+                _write_here(request)
+                self._publish(save)
+                return
+            self._queue.schedule_async_request(request._replace(finalize_fns=[partial(self._publish, save)]))
+            self._pending = save
+        waited = time.perf_counter() - started
+        get_logger().info("saving step %d in the background; training waited %.2f s", state.step, waited)
+
+    def poll(self) -> None:
+        """Publish a background save if all ranks have written theirs; CheckpointError when it failed."""
+        self._settle(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for a background save and publish it; CheckpointError when it failed."""
+        self._settle(blocking=True)
+
+    def _settle(self, *, blocking: bool) -> None:
+        save, self._pending = self._pending, None
+        if save is None:
+            return
+        with _clear_errors(save.staging, save.state.step):
+            if not self._queue.maybe_finalize_async_calls(blocking=blocking):
+                self._pending = save
+
+    def _publish(self, save: _Save) -> None:
+        """Agree that all is written, then make it a checkpoint."""
+        _agree(lambda: _check_room(self._root))
+        for finalize in save.request.finalize_fns:
+            finalize()
+        _agree(lambda: self._complete(save))
+
+    def _complete(self, save: _Save) -> None:
+        if dist.get_rank() != 0:
+            return
+        write_run_state(save.state, save.staging)
+        _write_hashes(save.staging)
+        folder = publish(save.staging, save.state.step)
+        prune(self._root, self._retention)
+        get_logger().info("saved %s", folder)
 
 
 def save_checkpoint(sharded_state: dict[str, Any], state: RunState, root: Path, *, keep_last: int) -> Path:
-    """Write `sharded_state` of all ranks and `run_state.json`, publish, then remove old checkpoints.
+    """Save one checkpoint and publish it before returning. Returns its folder."""
+    CheckpointWriter(root, Retention(keep_last=keep_last)).save(sharded_state, state)
+    return root / checkpoint_name(state.step)
 
-    A crash or a full disk in between leaves the earlier checkpoints and `latest` as they were. Returns the folder.
-    """
-    is_main = dist.get_rank() == 0
-    staging = staging_path(root, state.step)
-    if is_main:
-        shutil.rmtree(staging, ignore_errors=True)
+
+def _open_staging(root: Path, sharded_state: dict[str, Any], step: int) -> Path:
+    """Check that there is room, and create the folder to write into."""
+    check_space(sharded_state, root, step)
+    place: list[Any] = [None]
+    if dist.get_rank() == 0:
+        staging = new_staging_path(root, step)
         staging.mkdir(parents=True)
+        place = [staging]
+    dist.broadcast_object_list(place, src=0)
+    return place[0]
+
+
+def _plan(sharded_state: dict[str, Any], staging: Path) -> AsyncRequest:
+    """Decide which rank writes what, and bind it to what hashes these files."""
+    request = dist_checkpointing.save(
+        sharded_state, str(staging), validate_access_integrity=True, async_sharded_save=True
+    )
+    if request.async_fn is None:
+        return request
+    write = partial(_write_and_hash, request.async_fn, staging, dist.get_rank())
+    return request._replace(async_fn=write)
+
+
+def _write_here(request: AsyncRequest) -> None:
+    if request.async_fn is not None:
+        bucket_position = 1  # of the tensors among megatron-core's arguments: staged in host memory first
+        arguments = list(request.async_fn_args)
+        arguments[bucket_position] = request.preload_fn()
+        request.async_fn(*arguments, **request.async_fn_kwargs)
     dist.barrier()
+
+
+def _write_and_hash(write: Callable[..., None], staging: Path, rank: int, *arguments: Any) -> None:
+    """Write this rank's files, then leave their hashes beside them. May run in a process of its own.
+
+    megatron-core reports a failed write itself; a failed hash shows as a file without one.
+    """
+    write(*arguments)
     try:
-        dist_checkpointing.save(sharded_state, str(staging), validate_access_integrity=True)
-        dist.barrier()
-        if is_main:
-            write_run_state(state, staging)
-            publish(root, state.step)
-            prune(root, keep_last)
+        records = hash_files(staging, [path.name for path in staging.glob(f"__{rank}_*.distcp")])
+        path = staging / _PARTIAL_HASHES.format(rank=rank)
+        path.write_text(json.dumps({name: asdict(record) for name, record in records.items()}), encoding="utf-8")
+        flush_folder(staging)
+    except OSError:
+        get_logger().exception("hashing the files of rank %d failed", rank)
+
+
+def _write_hashes(staging: Path) -> None:
+    """Collect what the ranks hashed, hash the small files of the main process, and write the list."""
+    records: dict[str, FileRecord] = {}
+    for path in staging.glob(_PARTIAL_HASHES.format(rank="*")):
+        records |= {name: FileRecord(**record) for name, record in json.loads(path.read_text()).items()}
+        path.unlink()
+    rest = [name for name in list_files(staging) if name not in records]
+    unhashed = [name for name in rest if name.endswith(".distcp")]
+    if unhashed:
+        raise CheckpointError(f"the ranks that wrote {', '.join(unhashed)} did not hash them; their logs say why")
+    write_hashes(staging, {**records, **hash_files(staging, rest)})
+    for name in [*rest, HASHES_FILE]:
+        flush_file(staging / name)
+
+
+def _check_room(root: Path) -> None:
+    if dist.get_rank() == 0 and shutil.disk_usage(root).free < _FULL_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _agree(act: Callable[[], None]) -> None:
+    """Run `act` on all ranks; where one fails, all raise."""
+    problem: BaseException | None = None
+    try:
+        act()
+    except Exception as error:
+        problem = error
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, None if problem is None else repr(problem))
+    if problem is not None:
+        raise problem
+    others = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
+    if others:
+        raise CheckpointError(f"saving failed on {'; '.join(others)}")
+
+
+@contextmanager
+def _clear_errors(staging: Path, step: int) -> Iterator[None]:
+    """Turn what went wrong in a save into one line, and remove what it wrote."""
+    try:
+        yield
     except (Exception, CheckpointException) as error:
+        root = staging.parent
         disk_is_full = _is_full_disk(error, root)
         shutil.rmtree(staging, ignore_errors=True)
-        if not disk_is_full:
-            raise
-        raise CheckpointError(
-            f"no space left to save step {state.step} in {root}; the earlier checkpoints are intact; free space and "
-            "run the same command again"
-        ) from error
-    dist.barrier()
-    return root / checkpoint_name(state.step)
+        if disk_is_full:
+            raise CheckpointError(
+                f"no space left to save step {step} in {root}; the earlier checkpoints are intact; free space and run "
+                "the same command again"
+            ) from error
+        if isinstance(error, OSError | CheckpointException):
+            reason = " ".join(str(error).split())[-300:]
+            raise CheckpointError(
+                f"step {step} could not be saved in {root} ({reason}); the earlier checkpoints are intact"
+            ) from error
+        raise
 
 
 def _is_full_disk(error: BaseException, folder: Path) -> bool:

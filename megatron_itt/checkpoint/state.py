@@ -23,7 +23,8 @@ _EXTRA_STATE = "_extra_state"
 class RunState:
     """How far a run is, and what it reads. `recipe` is the resolved recipe as plain data.
 
-    `loop` is what the training loop remembers from step to step.
+    `loop` is what the training loop remembers from step to step; `validation_loss` was measured at this very step;
+    the random states are those of `world_size` ranks under the recipe's layout.
     """
 
     recipe: dict[str, Any]
@@ -33,6 +34,8 @@ class RunState:
     data_fingerprint: str | None = None
     tokenizer_sha256: str | None = None
     loop: dict[str, Any] = field(default_factory=dict)
+    validation_loss: float | None = None
+    world_size: int | None = None
     project_version: str = __version__
     format_version: int = FORMAT_VERSION
 

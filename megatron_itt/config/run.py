@@ -98,10 +98,15 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class CheckpointConfig:
-    """When to save, and how many checkpoints to keep."""
+    """When to save, which checkpoints to keep, and how. A run returns to the newest intact one."""
 
     save_interval_steps: PositiveInt = 1000
     keep_last: PositiveInt = 3
+    initial_weights: str | None = None  # run folder or checkpoint whose weights a new run starts from, at step 0
+    keep_every_steps: PositiveInt | None = None  # checkpoints of multiples of this stay for good
+    keep_best: bool = True  # the one of the lowest validation loss stays, of those saved at a step that validates
+    asynchronous: bool = False  # write in the background; takes host memory for a copy of what a rank saves
+    verify: bool = True  # compare large files with their hashes before continuing; small files always are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_itt.checkpoint.compatibility import check_resumable
-from megatron_itt.checkpoint.layout import checkpoint_root, find_latest
+from megatron_itt.checkpoint.layout import checkpoint_root
 from megatron_itt.checkpoint.load import load_sharded_state
-from megatron_itt.checkpoint.save import save_checkpoint
+from megatron_itt.checkpoint.random_states import KEY as RANDOM_STATES
+from megatron_itt.checkpoint.random_states import restore_random_states, sharded_random_states
+from megatron_itt.checkpoint.retention import Retention
+from megatron_itt.checkpoint.save import CheckpointWriter
 from megatron_itt.checkpoint.state import (
     RunState,
     load_model_state,
@@ -17,6 +20,7 @@ from megatron_itt.checkpoint.state import (
     read_run_state,
     sharded_model_state,
 )
+from megatron_itt.checkpoint.verify import find_intact
 from megatron_itt.config.run import RunConfig
 from megatron_itt.log import get_logger
 from megatron_itt.training.assemble import Trainer
@@ -37,11 +41,20 @@ class Checkpointer:
     def __init__(self, config: RunConfig, run_dir: Path, *, data_fingerprint: str, tokenizer_sha256: str) -> None:
         self._config = config
         self._root = checkpoint_root(run_dir)
-        self._facts = {"data_fingerprint": data_fingerprint, "tokenizer_sha256": tokenizer_sha256}
+        self._facts: dict[str, Any] = {"data_fingerprint": data_fingerprint, "tokenizer_sha256": tokenizer_sha256}
+        wanted = config.checkpoint
+        retention = Retention(
+            keep_last=wanted.keep_last, keep_every_steps=wanted.keep_every_steps, keep_best=wanted.keep_best
+        )
+        self._writer = CheckpointWriter(self._root, retention, asynchronous=wanted.asynchronous)
 
     def find_resume_point(self) -> ResumePoint | None:
-        """Where the run continues; None: it starts anew. CheckpointError when the recipe does not fit."""
-        folder = find_latest(self._root)
+        """Where the run continues: at its newest intact checkpoint; None: it starts anew.
+
+        CheckpointError when the recipe does not fit, or when there are checkpoints and all are damaged.
+        """
+        self._writer.finish()
+        folder = find_intact(self._root, contents=self._config.checkpoint.verify)
         if folder is None:
             return None
         state = read_run_state(folder)
@@ -50,7 +63,10 @@ class Checkpointer:
 
     def resume(self, trainer: Trainer, point: ResumePoint) -> None:
         """Bring a new trainer to the state of a checkpoint."""
-        load_trainer(trainer, point.folder)
+        same_layout = (
+            point.state.world_size == trainer.place.world_size and point.state.config.parallel == self._config.parallel
+        )
+        load_trainer(trainer, point.folder, with_random_states=same_layout)
         get_logger().info("resumed from %s", point.folder)
 
     def save(
@@ -65,24 +81,36 @@ class Checkpointer:
 
         `loop` is what the loop remembers from step to step, as plain data.
         """
-        state = new_run_state(self._config, step=step, loop=loop or {}, **self._facts)
-        keep_last = self._config.checkpoint.keep_last
-        folder = save_checkpoint(trainer_state(trainer, loading=False), state, self._root, keep_last=keep_last)
-        get_logger().info("saved %s", folder)
+        state = new_run_state(
+            self._config,
+            step=step,
+            loop=loop or {},
+            validation_loss=validation_loss,
+            world_size=trainer.place.world_size,
+            **self._facts,
+        )
+        self._writer.save(trainer_state(trainer, loading=False), state)
 
     def poll(self) -> None:
-        """Between steps: publish a save that ended in the background. Raises what went wrong there."""
+        """Between steps: publish a save that ended in the background. CheckpointError when it failed."""
+        self._writer.poll()
 
     def finish(self) -> None:
-        """Before the run ends or stops: wait for saves in the background and publish them."""
+        """Before the run ends or stops: wait for a background save and publish it. CheckpointError when it failed."""
+        self._writer.finish()
 
 
-def load_trainer(trainer: Trainer, checkpoint: Path) -> None:
-    """Fill model, optimizer and schedule from a checkpoint written under any layout."""
-    loaded = load_sharded_state(trainer_state(trainer, loading=True), checkpoint)
+def load_trainer(trainer: Trainer, checkpoint: Path, *, with_random_states: bool = False) -> None:
+    """Fill model, optimizer and schedule from a checkpoint written under any layout; random states from one's own."""
+    wanted = trainer_state(trainer, loading=True)
+    if not with_random_states:
+        del wanted[RANDOM_STATES]
+    loaded = load_sharded_state(wanted, checkpoint)
     load_model_state(trainer.built.chunks, loaded)
     load_optimizer_state(trainer.optimizer, loaded["optimizer"])
     trainer.schedule.load_state_dict(loaded["schedule"])
+    if with_random_states:
+        restore_random_states(loaded[RANDOM_STATES])
 
 
 def load_weights(trainer: Trainer, checkpoint: Path) -> None:
@@ -91,8 +119,13 @@ def load_weights(trainer: Trainer, checkpoint: Path) -> None:
     trainer.optimizer.reload_model_params()  # the float32 copies that bf16 training steps
 
 
-def trainer_state(trainer: Trainer, *, loading: bool) -> dict[str, object]:
-    """The sharded state of model, optimizer and schedule, to save or to be filled by a load."""
+def trainer_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
+    """The sharded state of model, optimizer, schedule and random generators, to save or to be filled by a load."""
     model_state = sharded_model_state(trainer.built.chunks)
     optimizer_state = sharded_optimizer_state(trainer.optimizer, model_state, loading=loading)
-    return {**model_state, "optimizer": optimizer_state, "schedule": trainer.schedule.state_dict()}
+    return {
+        **model_state,
+        "optimizer": optimizer_state,
+        "schedule": trainer.schedule.state_dict(),
+        RANDOM_STATES: sharded_random_states(),
+    }

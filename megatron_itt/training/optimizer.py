@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_itt.config.run import RunConfig
+from megatron_itt.training.optimizer_shards import move_own_shares
 from megatron_itt.training.optimizer_state import from_common_form, to_common_form
 
 # The layout of the optimizer's state on disk that any tensor, pipeline and data-parallel size can read.
@@ -41,6 +43,8 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
         chunks,
     )
     for part in _parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            move_own_shares(part)
         if _is_torch_adam(part):
             _keep_step_when_loading(part)
         _use_fused_kernel(part)
@@ -91,7 +95,11 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
         for part in _parts(optimizer):
             if _is_torch_adam(part) and not part.optimizer.state:
                 part._init_optimizer_states_with_dummy_values()
-    state = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(SHARDING))
+    gc.freeze()  # megatron-core looks for garbage here while training waits; move_own_shares makes none
+    try:
+        state = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(SHARDING))
+    finally:
+        gc.unfreeze()
     if not loading:
         to_common_form(state)
     return state

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_itt.training.run_lock import claimed
 
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
+ENVIRONMENT_HISTORY_FILE = "environment_history.jsonl"  # one line for each start of the run
 FINISHED_FILE = "finished"
 DIVERGED_FILE = "diverged"
 LOG_FILE = "log.txt"
@@ -47,9 +49,18 @@ def _describe_run(config: RunConfig, run_dir: Path) -> None:
     try:
         (run_dir / DIVERGED_FILE).unlink(missing_ok=True)
         write_atomically(run_dir / RECIPE_FILE, config_to_yaml(config))
-        write_atomically(run_dir / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2) + "\n")
+        _record_environment(run_dir)
     except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
         raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
+
+
+def _record_environment(run_dir: Path) -> None:
+    """Write the versions of this start, and add them to those of all starts."""
+    facts = describe_environment()
+    write_atomically(run_dir / ENVIRONMENT_FILE, json.dumps(facts, indent=2) + "\n")
+    start = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), **facts}
+    with (run_dir / ENVIRONMENT_HISTORY_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")
 
 
 def describe_environment() -> dict[str, str | None]:

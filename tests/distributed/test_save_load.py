@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_itt.config import RunConfig
 from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.errors import CheckpointError
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import NUM_STEPS, Observed, observe_steps
@@ -43,12 +48,12 @@ LAYOUTS = [
 ]
 
 
-def recipe(layout: Layout, *, distributed: bool, dtype: str = "fp32") -> RunConfig:
+def recipe(layout: Layout, *, distributed: bool, dtype: str = "fp32", overlap: bool = False) -> RunConfig:
     return tiny_recipe(
         model={"num_query_groups": 4},
         parallel=layout.parallel,
         batch={"global": 8, "micro": 1},
-        optimizer={"distributed": distributed, "weight_decay": 0.1},
+        optimizer={"distributed": distributed, "weight_decay": 0.1, "overlap_grad_reduce": overlap},
         precision={"dtype": dtype},
     )
 
@@ -132,3 +137,103 @@ def test_bf16_runs_continue_under_other_layouts(tmp_path: Path, distributed: boo
         expected = continued[saved, LAYOUTS[0].name]
         assert observed.losses == pytest.approx(expected.losses, rel=BF16_TOLERANCE), (saved, loaded)
         assert observed.validation == pytest.approx(expected.validation, rel=BF16_TOLERANCE), (saved, loaded)
+
+
+def whole_and_in_two_parts(place: ProcessPlace, config: RunConfig, root: str) -> tuple[Observed, Observed, Observed]:
+    """The same steps without and with a checkpoint in between."""
+    parts = save_in_the_middle(place, config, root), continue_from(place, config, root)
+    return observe_steps(place, config), *parts
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        (LAYOUTS[0], [{"distributed": True}, {"distributed": False, "dtype": "bf16"}]),
+        (LAYOUTS[1], [{"distributed": True, "overlap": True}, {"distributed": False}]),
+    ],
+    ids=["one rank", "two ranks"],
+)
+def test_the_same_layout_continues_bit_for_bit(tmp_path: Path, layout: Layout, options: list[dict[str, Any]]) -> None:
+    configs = [recipe(layout, **option) for option in options]
+    jobs = [(config, str(tmp_path / str(number))) for number, config in enumerate(configs)]
+    for ranks in run_ranks(layout.world_size, whole_and_in_two_parts, jobs):
+        for whole, first, second in ranks:
+            assert first.losses + second.losses == whole.losses
+            assert first.grad_norms + second.grad_norms == whole.grad_norms
+            assert second.validation == whole.validation
+            assert all(second.quantiles[layer].equal(table) for layer, table in whole.quantiles.items())
+
+
+def draw_before_and_after(place: ProcessPlace, config: RunConfig, root: str) -> tuple[list[float], list[float]]:
+    """Random numbers of every kind after a save, and again after loading it."""
+    from megatron_itt.checkpoint.save import save_checkpoint
+    from megatron_itt.checkpoint.state import new_run_state
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.checkpointing import load_trainer, trainer_state
+
+    parallel_place = start_parallel(config, place=place)
+    try:
+        trainer = build_trainer(config, parallel_place)
+        for _ in range(place.rank + 1):
+            draw()
+        state = trainer_state(trainer, loading=False)
+        folder = save_checkpoint(state, new_run_state(config, step=1), Path(root), keep_last=1)
+        before = draw()
+        load_trainer(trainer, folder, with_random_states=True)
+        return before, draw()
+    finally:
+        stop_parallel()
+
+
+def draw() -> list[float]:
+    """Numbers from Python, numpy, torch and megatron-core's tracker; also those that a generator keeps for later."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    numbers = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.standard_normal(), torch.rand(1).item()]
+    with get_cuda_rng_tracker().fork():
+        return [*numbers, torch.rand(1).item()]
+
+
+def test_random_states_of_every_rank_continue(tmp_path: Path) -> None:
+    config = recipe(LAYOUTS[2], distributed=True)
+    (ranks,) = run_ranks(2, draw_before_and_after, [(config, str(tmp_path))])
+    for before, after in ranks:
+        assert before == after
+    assert ranks[0][0] != ranks[1][0]
+
+
+def choose(place: ProcessPlace, config: RunConfig, root: str) -> str:
+    """The checkpoint that all ranks agree on, or why there is none."""
+    from megatron_itt.checkpoint.verify import find_intact
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+
+    start_parallel(config, place=place)
+    try:
+        found = find_intact(Path(root))
+        return "none" if found is None else found.name
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        stop_parallel()
+
+
+def test_ranks_agree_on_the_newest_intact_checkpoint(tmp_path: Path) -> None:
+    """Each rank reads a part of the files; damage that one of them finds counts for all."""
+    config = recipe(LAYOUTS[1], distributed=True)
+    save_in_the_middle(ONE_PROCESS, recipe(LAYOUTS[0], distributed=True), str(tmp_path / "a"))
+    for name in ("a", "b"):
+        root = tmp_path / name
+        if name == "b":
+            shutil.copytree(tmp_path / "a", root)
+        shutil.copytree(checkpoint_in(str(root)), root / "step_0000009")
+        for folder in root.glob("step_*") if name == "b" else [root / "step_0000009"]:
+            data = next(folder.glob("*.distcp"))
+            data.write_bytes(data.read_bytes()[:-1] + b"?")
+    (root / "latest").write_text("step_0000009")
+    jobs = [(config, str(tmp_path / name)) for name in ("a", "b", "c")]
+    intact, damaged, absent = run_ranks(2, choose, jobs)
+    assert intact == ["step_0000003"] * 2
+    assert damaged[0] == damaged[1]
+    assert "step_0000003" in damaged[0] and "step_0000009" in damaged[0]
+    assert absent == ["none"] * 2

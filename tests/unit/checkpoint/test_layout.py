@@ -1,4 +1,4 @@
-"""Checkpoint folders: publishing, the latest marker, retention, and what a user may name."""
+"""Checkpoint folders: publishing, the latest marker, leftovers of crashes, and what a user may name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from megatron_itt.checkpoint.layout import (
     STATE_FILE,
     checkpoint_name,
     find_latest,
-    prune,
+    list_candidates,
+    new_staging_path,
     publish,
+    remove_leftovers,
     resolve_checkpoint,
-    staging_path,
+    set_aside,
 )
 from megatron_itt.checkpoint.state import new_run_state, read_run_state, write_run_state
 from megatron_itt.errors import CheckpointError
@@ -22,10 +24,10 @@ from tests.helpers.one_rank import tiny_recipe
 
 
 def save(root: Path, step: int) -> Path:
-    folder = staging_path(root, step)
+    folder = new_staging_path(root, step)
     folder.mkdir(parents=True)
     write_run_state(new_run_state(tiny_recipe(), step=step), folder)
-    return publish(root, step)
+    return publish(folder, step)
 
 
 def test_publishing_moves_the_marker_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -36,17 +38,51 @@ def test_publishing_moves_the_marker_and_leaves_nothing_behind(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST_FILE, first.name, second.name]
 
 
-def test_pruning_keeps_the_newest_and_removes_interrupted_writes(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save(tmp_path, step)
-    staging_path(tmp_path, 4).mkdir()
-    prune(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.glob("*step*")) == [checkpoint_name(2), checkpoint_name(3)]
+def test_half_written_checkpoints_are_not_found_and_are_removed(tmp_path: Path) -> None:
+    whole = save(tmp_path, 3)
+    half = new_staging_path(tmp_path, 4)
+    half.mkdir()
+    (half / "__0_0.distcp").write_text("half")
+    assert list_candidates(tmp_path) == [whole]
+    assert remove_leftovers(tmp_path) == [half]
+    assert list_candidates(tmp_path) == [whole]
+    assert not half.exists()
 
 
-def test_an_unpublished_checkpoint_is_not_found(tmp_path: Path) -> None:
-    staging_path(tmp_path, 7).mkdir(parents=True)
-    assert find_latest(tmp_path) is None
+def test_no_two_saves_write_into_the_same_folder(tmp_path: Path) -> None:
+    """A writer that outlived its run cannot touch what the next run writes."""
+    assert new_staging_path(tmp_path, 7) != new_staging_path(tmp_path, 7)
+
+
+def test_a_step_that_is_saved_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+    (save(tmp_path, 3) / "old").touch()
+    assert not (save(tmp_path, 3) / "old").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST_FILE, checkpoint_name(3)]
+
+
+def test_a_crash_between_the_renames_of_such_a_save_loses_nothing(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    folder.rename(tmp_path / f".replaced_{folder.name}")
+    new_staging_path(tmp_path, 3).mkdir()
+    remove_leftovers(tmp_path)
+    assert list_candidates(tmp_path) == [folder]
+    assert read_run_state(folder).step == 3
+
+
+def test_candidates_come_in_the_order_to_try_them(tmp_path: Path) -> None:
+    first, second, third = (save(tmp_path, step) for step in (1, 2, 3))
+    assert list_candidates(tmp_path) == [third, second, first]
+    (tmp_path / LATEST_FILE).write_text(second.name)
+    assert list_candidates(tmp_path) == [second, third, first]
+    (tmp_path / LATEST_FILE).write_bytes(b"\xff\xfe")
+    assert list_candidates(tmp_path) == [third, second, first]
+
+
+def test_a_checkpoint_set_aside_is_no_candidate_but_still_there(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert set_aside(save(tmp_path, 2)).is_dir()
+    assert list_candidates(tmp_path) == []
+    assert len(list(tmp_path.glob("damaged_*"))) == 2
 
 
 def test_a_marker_that_points_nowhere_falls_back_to_the_newest(tmp_path: Path) -> None:
