@@ -6,7 +6,9 @@ Work is counted in true forward FLOPs; backward is proportional.
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,15 +18,28 @@ from megatron_itt.config.run import RunConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineCut:
-    """Layers (0-based) of every model chunk in order of depth, and the work of every stage over a plain layer's."""
+    """Layers (0-based) of every model chunk in order of depth, and the work of every stage over a plain layer's.
+
+    `least_cost` is what the busiest stage has at least, however whole layers are given to stages.
+    """
 
     chunks: tuple[tuple[int, ...], ...]
     stage_costs: tuple[float, ...]
+    least_cost: float
 
     @property
     def imbalance(self) -> float:
         """Work of the busiest stage over the mean: 1 is perfect, the excess is time that the other stages wait."""
-        return max(self.stage_costs) * len(self.stage_costs) / sum(self.stage_costs)
+        return max(self.stage_costs) / self._mean
+
+    @property
+    def least_imbalance(self) -> float:
+        """The imbalance that no cut between layers can go below."""
+        return self.least_cost / self._mean
+
+    @property
+    def _mean(self) -> float:
+        return sum(self.stage_costs) / len(self.stage_costs)
 
 
 def cut_pipeline(config: RunConfig) -> PipelineCut:
@@ -40,7 +55,7 @@ def cut_pipeline(config: RunConfig) -> PipelineCut:
     work = [sum(costs[layer_idx] for layer_idx in chunk) for chunk in chunks]
     work[-1] += head
     stage_costs = tuple(sum(work[stage::num_stages]) for stage in range(num_stages))
-    return PipelineCut(chunks=chunks, stage_costs=stage_costs)
+    return PipelineCut(chunks=chunks, stage_costs=stage_costs, least_cost=_least_cost(costs, head, num_stages))
 
 
 def layer_costs(config: RunConfig) -> tuple[list[float], float]:
@@ -53,6 +68,32 @@ def layer_costs(config: RunConfig) -> tuple[list[float], float]:
     deep = layer if thinking.kind == "none" else forward_flops(model, replace(thinking, layers=(0,))).total - plain.head
     costs = [deep / layer if layer_idx in thinks else 1.0 for layer_idx in range(config.model.num_layers)]
     return costs, plain.head / layer
+
+
+def _least_cost(costs: Sequence[float], head: float, num_stages: int) -> float:
+    """The smallest possible work of the busiest stage when any stage may take any layers, in any order.
+
+    Layers cost 1 or as much as a thinking layer, so a stage is two counts, and one stage has the head besides.
+    """
+    deep = max(costs)
+    num_deep = sum(cost == deep for cost in costs) if deep > 1.0 else 0
+    num_plain = len(costs) - num_deep
+
+    def fits(limit: float) -> bool:
+        if head > limit:
+            return False
+        most = [0.0] + [-math.inf] * num_deep  # by number of thinking layers placed: plain layers that find room
+        for stage in range(num_stages):
+            room = limit - head if stage == 0 else limit
+            plain = [math.floor(left + 1e-9) for left in (room - deep * n for n in range(num_deep + 1)) if left > -1e-9]
+            most = [
+                max(most[placed - n] + fit for n, fit in enumerate(plain) if n <= placed)
+                for placed in range(num_deep + 1)
+            ]
+        return most[num_deep] >= num_plain
+
+    works = sorted(a + deep * b + c for a in range(num_plain + 1) for b in range(num_deep + 1) for c in (0.0, head))
+    return works[bisect.bisect_left(works, True, key=fits)]
 
 
 def _cut(costs: Sequence[float], head: float, num_chunks: int) -> list[int]:

@@ -43,7 +43,12 @@ def _pipeline_report(config: RunConfig) -> dict[str, Any] | None:
     if config.parallel.pipeline == 1:
         return None
     cut = cut_pipeline(config)
-    return {"chunks": cut.chunks, "stage_costs": cut.stage_costs, "imbalance": cut.imbalance}
+    return {
+        "chunks": cut.chunks,
+        "stage_costs": cut.stage_costs,
+        "imbalance": cut.imbalance,
+        "least": cut.least_imbalance,
+    }
 
 
 def flops_report(config: RunConfig) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def _pipeline_line(pipeline: Mapping[str, Any]) -> str:
     costs = ", ".join(f"{cost:.2f}" for cost in pipeline["stage_costs"])
     return (
         f"pipeline          layers {chunks}; work per stage {costs} plain layers; the busiest has "
-        f"{pipeline['imbalance']:.3f} of the mean"
+        f"{pipeline['imbalance']:.3f} of the mean (whole layers allow no less than {pipeline['least']:.3f})"
     )
 
 
