@@ -117,6 +117,7 @@ def _rectangles(base: Any) -> list[Any]:
     return parts
 
 
+@torch.no_grad()
 def _take_shares(part: Any, loaded: dict[int, Any]) -> None:
     for position, (parameter, _, _) in enumerate(_own_ranges(part)):
         flat = {name: torch.cat([box.flatten() for box in boxes]) for name, boxes in loaded[position].items()}
