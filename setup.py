@@ -34,7 +34,7 @@ REQUIRED = [
 
 # apex is deliberately in no list: the package of that name on PyPI is not NVIDIA's.
 EXTRAS = {
-    "data": ["datasets>=5.2,<6", "gigatoken>=0.10,<0.11", "pyarrow>=20"],
+    "data": ["datasets>=5.2,<6", "gigatoken>=0.10,<0.11", "pyarrow>=20", "sentencepiece>=0.2.1"],
     "eval": ["lm-eval[hf]==0.4.13", "datasets>=5.2,<6"],
     "analysis": ["matplotlib>=3.9"],
     "dali": ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"],

@@ -46,6 +46,7 @@ REQUIRED = {
 EXTRAS = {
     "datasets": ("datasets", "no text from the Hugging Face hub (extra: data)"),
     "pyarrow": ("pyarrow", "no parquet input (extra: data)"),
+    "sentencepiece": ("sentencepiece", "no SentencePiece .model tokenizers (extra: data)"),
     "lm-eval": ("lm_eval", "tools/evaluate.py cannot run the benchmark tasks (extra: eval)"),
     "matplotlib": ("matplotlib", "no static plots (extra: analysis)"),
     "gigatoken": (

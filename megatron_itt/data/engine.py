@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import tokenizers
 
 from megatron_itt.data.tokenizer import Tokenizer
 from megatron_itt.errors import ConfigError, DataError
@@ -45,17 +44,15 @@ class Engine(Protocol):
 
 
 class HuggingFaceEngine:
-    """The `tokenizers` library; the reference for every other engine."""
-
-    name = "hf"
-    version = tokenizers.__version__
+    """The tokenizer's own library, `tokenizers` or sentencepiece; the reference for every other engine."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = tokenizer.backend
+        self.name, self.version = tokenizer.library
+        self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids of all texts [total] and ids per text [texts]."""
-        ids = [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        ids = self._tokenizer.encode_batch(texts)
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         flat = np.empty(int(lengths.sum()), dtype=np.uint32)
         position = 0

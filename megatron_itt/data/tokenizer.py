@@ -1,7 +1,8 @@
 """Tokenizers: training one, loading one, its identity. Encoding engines are in `engine.py`.
 
-A tokenizer is a Hugging Face folder (`tokenizer.json` + `tokenizer_config.json`). It is read with the `tokenizers`
-library alone: `transformers` takes seconds to import, and every preprocessing worker would pay that.
+A tokenizer is a Hugging Face folder (`tokenizer.json` + `tokenizer_config.json`) or a SentencePiece `.model`
+(`sentencepiece_model.py`). Folders are read with the `tokenizers` library alone: `transformers` takes seconds to
+import, and every preprocessing worker would pay that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron_itt.config import RunConfig
 from megatron_itt.errors import ConfigError, DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -57,6 +59,11 @@ class Tokenizer:
         return OrderedDict(**{"class": type(self).__name__, "sha256": self.sha256})
 
     @property
+    def library(self) -> tuple[str, str]:
+        """Which library encodes, and its version."""
+        return "hf", tokenizers.__version__
+
+    @property
     def json_path(self) -> Path:
         """The `tokenizer.json` that was read."""
         return _json_path(Path(self.path))
@@ -75,11 +82,16 @@ class Tokenizer:
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """Load a tokenizer folder, a `tokenizer.json`, or a name on the Hugging Face hub.
+    """Load a tokenizer folder, a `tokenizer.json`, a SentencePiece `.model`, or a name on the Hugging Face hub.
 
-    Raises `DataError` when it is missing, unreadable or has no end-of-document token.
+    A folder without `tokenizer.json` may hold a `tokenizer.model`. Raises `DataError` when it is missing, unreadable or
+    has no end-of-document token.
     """
     path = _resolve(str(name_or_path))
+    if path.suffix == ".model":
+        from megatron_itt.data.sentencepiece_model import load_sentencepiece
+
+        return load_sentencepiece(path)
     json_path = _json_path(path)
     try:
         content = json.loads(json_path.read_text(encoding="utf-8"))
@@ -106,6 +118,13 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         bos=_first_id(backend, [special.get("bos_token")]),
         pad=_first_id(backend, [special.get("pad_token"), PADDING]),
     )
+
+
+def recipe_tokenizer(config: RunConfig) -> Tokenizer:
+    """Load the tokenizer that a recipe names. Raises `ConfigError` when it names none, else as `load_tokenizer`."""
+    if config.data.tokenizer is None:
+        raise ConfigError("data.tokenizer is not set; name the tokenizer that the data was made with")
+    return load_tokenizer(config.data.tokenizer)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
@@ -170,9 +189,11 @@ def _resolve(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file() or (path / "tokenizer.json").is_file():
         return path
+    if (path / "tokenizer.model").is_file():
+        return path / "tokenizer.model"
     if path.is_dir():
         raise DataError(
-            f"{path} has no tokenizer.json; convert other formats with "
+            f"{path} has neither tokenizer.json nor tokenizer.model; convert other formats with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(DIR) from transformers"
         )
     if path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:

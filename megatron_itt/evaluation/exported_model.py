@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_itt.data.tokenizer import load_tokenizer
 from megatron_itt.errors import EvaluationError
 from megatron_itt.hf.load import open_export
 
@@ -96,6 +97,7 @@ def load_export(folder: Path | str, *, device: str = "auto", dtype: str = "auto"
     config = read_export_config(folder)
     place = _resolve_device(device)
     kind = "float32" if dtype == "auto" and place == "cpu" else dtype
+    _check_tokenizer(folder, config)
     model, tokenizer = open_export(folder, dtype=kind)
     model = model.to(place)
     if len(tokenizer) > model.config.vocab_size:
@@ -104,6 +106,16 @@ def load_export(folder: Path | str, *, device: str = "auto", dtype: str = "auto"
             "tokenizer that the model was trained with"
         )
     return ExportedModel(folder=folder, model=model, tokenizer=tokenizer, trained_budget=trained_budget(config))
+
+
+def _check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
+    """The tokenizer in the folder is the one that the model was trained with, where the export says which."""
+    recorded = config.get("tokenizer_sha256")
+    if recorded is not None and load_tokenizer(folder).sha256 != recorded:
+        raise EvaluationError(
+            f"the tokenizer in {folder} is not the one that the model was exported with ({str(recorded)[:12]}); export "
+            "the model again with tools/export_hf.py"
+        )
 
 
 def _resolve_device(device: str) -> str:
