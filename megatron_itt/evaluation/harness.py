@@ -36,6 +36,7 @@ from megatron_itt.evaluation.results import write_results
 from megatron_itt.log import get_logger
 
 _BOOTSTRAP_ITERATIONS = 1000
+_FILE_READERS = ("arrow", "csv", "json", "parquet", "text")
 _PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers")
 
 
@@ -167,11 +168,11 @@ class TaskPlan:
                 hint = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists the tasks of lm-eval"
                 raise EvaluationError(f"task {name!r} is unknown; {hint}")
 
-    def _leaves(self, name: str) -> Iterator[dict[str, Any]]:
-        """Configurations of the single tasks under a task, group or tag."""
+    def _leaves(self, name: str) -> Iterator[tuple[dict[str, Any], Path]]:
+        """Configurations of the single tasks under a task, group or tag, and the folders of their files."""
         entry = self.manager.task_index[name]
         if entry.kind.name == "TASK":
-            yield entry.cfg or {}
+            yield entry.cfg or {}, Path.cwd() if entry.yaml_path is None else entry.yaml_path.parent
             return
         inside = (entry.cfg or {}).get("task", []) if entry.kind.name == "GROUP" else sorted(entry.tags)
         for member in inside if isinstance(inside, list) else [inside]:
@@ -181,10 +182,10 @@ class TaskPlan:
 
     def _check_data(self, name: str, data_root: Path | None) -> None:
         """Refuse before anything is loaded, and name the missing file. Hub data sets are not looked up here."""
-        for leaf in self._leaves(name):
+        for leaf, folder in self._leaves(name):
             for file in _data_files(leaf):
-                if "://" not in file and not Path(file).is_file():
-                    raise EvaluationError(f"task {name!r} reads {Path(file).resolve()}, which does not exist")
+                if "://" not in file and not (folder / file).is_file():
+                    raise EvaluationError(f"task {name!r} reads {folder / file}, which does not exist")
             source = leaf.get("dataset_path")
             if data_root is None or not isinstance(source, str) or "/" not in source:
                 continue
@@ -196,11 +197,14 @@ class TaskPlan:
                 )
 
     def _load(self, name: str) -> list[Any]:
+        leaves = list(self._leaves(name))
+        # Files named without a folder lie beside the task's own; lm-eval would look in the working folder.
+        beside = next((folder for leaf, folder in leaves if _data_files(leaf)), None)
         try:
-            with _quiet_harness():
+            with _quiet_harness(), working_directory(beside or Path.cwd()):
                 found = self.manager.load([name])
         except (OSError, ValueError) as error:
-            sources = sorted({str(leaf.get("dataset_path")) for leaf in self._leaves(name)})
+            sources = sorted({str(leaf.get("dataset_path")) for leaf, _ in leaves})
             reason = " ".join(str(error).split())[:300]
             raise EvaluationError(
                 f"task {name!r} cannot read its data set {', '.join(sources)}: {reason}; give a local copy: --data-root"
@@ -235,7 +239,9 @@ def _existing_folder(folder: Path) -> Path:
 
 
 def _data_files(leaf: Mapping[str, Any]) -> list[str]:
-    """Local files that a task configuration names in `dataset_kwargs.data_files`."""
+    """Local files that a task configuration names in `dataset_kwargs.data_files`; those of a hub data set are there."""
+    if leaf.get("dataset_path") not in _FILE_READERS:
+        return []
     files = (leaf.get("dataset_kwargs") or {}).get("data_files") or []
     groups = files.values() if isinstance(files, dict) else [files]
     return [str(file) for group in groups for file in (group if isinstance(group, list) else [group])]

@@ -102,8 +102,9 @@ def write_heldout_tasks(
 ) -> list[str]:
     """Write both tasks (YAML and jsonl) into `output_dir`, replacing a former set, and return their names.
 
-    `documents` maps a domain to its held-out texts. The same documents and settings give the same bytes, apart from
-    the absolute path of the data in the YAML (lm-eval has no path relative to a task file).
+    `documents` maps a domain to its held-out texts. The same documents and settings give the same bytes. The YAML names
+    its data without a folder, so that the whole folder can move; lm-eval on its own looks in the working folder and is
+    therefore started in this one.
     """
     settings = settings or HeldoutSettings()
     records = {
@@ -120,7 +121,7 @@ def write_heldout_tasks(
     for name, rows in records.items():
         lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
         (partial / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        settings_yaml = _task_yaml(name, output_dir / f"{name}.jsonl")
+        settings_yaml = _task_yaml(name, f"{name}.jsonl")
         (partial / f"{name}.yaml").write_text(yaml.safe_dump(settings_yaml, sort_keys=False), encoding="utf-8")
     if output_dir.exists():
         _remove_task_dir(output_dir)
@@ -173,11 +174,11 @@ def _draw_span(text: str, settings: HeldoutSettings, generator: random.Random) -
     return text[max(0, start - settings.num_context_characters) : start], text[start:end]
 
 
-def _task_yaml(name: str, data_file: Path) -> dict[str, Any]:
+def _task_yaml(name: str, data_file: str) -> dict[str, Any]:
     common = {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data_file)}},
+        "dataset_kwargs": {"data_files": {"test": data_file}},
         "test_split": "test",
         "doc_to_text": "{{context}}",
         "num_fewshot": 0,

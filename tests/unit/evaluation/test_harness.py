@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets.config
@@ -70,7 +72,7 @@ def test_heldout_tasks_run_in_the_harness_with_errors_and_perplexity(
 
 
 def test_every_budget_is_a_run_and_the_harness_alone_gives_the_same_scores(
-    itt_dir: Path, task_dir: Path, tmp_path: Path
+    itt_dir: Path, task_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -88,6 +90,7 @@ def test_every_budget_is_a_run_and_the_harness_alone_gives_the_same_scores(
     assert [tuple(run["thinking_budget"]) for run in runs] == list(budgets)
     perplexities = [_scores(run)["heldout_last_word", "perplexity"] for run in runs]
     assert len(set(perplexities)) == 3
+    monkeypatch.chdir(task_dir)
     unaided = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(itt_dir), "trust_remote_code": True, "dtype": "float32"},
@@ -99,6 +102,18 @@ def test_every_budget_is_a_run_and_the_harness_alone_gives_the_same_scores(
     )
     expected = unaided["results"]["heldout_last_word"]["perplexity,none"]
     assert perplexities[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_task_folder_can_move(llama_dir: Path, task_dir: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(task_dir, moved)
+    request = EvaluationRequest(
+        model=llama_dir, output=tmp_path / "out", tasks=HELDOUT_TASKS, task_dirs=[moved], limit=2, device="cpu"
+    )
+    assert len(evaluate_export(request)["runs"]) == 1
+    (moved / "heldout_last_word.jsonl").unlink()
+    with pytest.raises(EvaluationError, match=r"elsewhere/heldout_last_word\.jsonl, which does not exist"):
+        evaluate_export(replace(request, output=tmp_path / "again"))
 
 
 def test_prompts_beyond_the_context_are_counted(

@@ -59,7 +59,7 @@ def test_written_tasks_are_equal_bytes_and_replace_their_former_set(documents: D
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert len(before) == 4
     data_file = yaml.safe_load(before["heldout_last_word.yaml"])["dataset_kwargs"]["data_files"]["test"]
-    assert Path(data_file).is_file()
+    assert (folder / data_file).is_file() and "/" not in data_file
 
 
 def test_a_task_folder_with_other_files_is_left_alone(documents: Documents, tmp_path: Path) -> None:
