@@ -26,6 +26,7 @@ from megatron_itt.parallel.groups import choose_device, start_parallel, stop_par
 _WARM_UP_STEPS = 2
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 _MATRIX_REPEATS = 10
+STOCK = "stock GPTModel"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +60,16 @@ def compared_models(base: RunConfig) -> dict[str, RunConfig]:
     }
 
 
+def against_stock(base: RunConfig) -> dict[str, RunConfig]:
+    """megatron-core's own GPTModel from its local specs, and our plain model of the same shape."""
+    plain = compared_models(base)["LLaMA"]
+    return {STOCK: plain, "LLaMA": plain}
+
+
 def measure_steps(models: Mapping[str, RunConfig], *, num_repeats: int) -> list[StepTime]:
     """Time `num_repeats` optimizer steps of each model on made-up tokens, the models taking turns."""
+    from megatron_itt.model.builder import build_model
+    from megatron_itt.model.stock import build_stock_model
     from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import train_step
 
@@ -68,7 +77,10 @@ def measure_steps(models: Mapping[str, RunConfig], *, num_repeats: int) -> list[
     place = start_parallel(first)
     try:
         rate = matrix_rate(place.device, first.precision.dtype)
-        trainers = {name: build_trainer(config, place) for name, config in models.items()}
+        trainers = {
+            name: build_trainer(config, place, build=build_stock_model if name == STOCK else build_model)
+            for name, config in models.items()
+        }
         times: dict[str, list[float]] = {name: [] for name in models}
         peaks: dict[str, int] = {}
         for turn in range(_WARM_UP_STEPS + num_repeats):

@@ -12,6 +12,7 @@ from megatron_itt.log import run_command, silence_known_warnings
 EPILOG = """examples:
   python tools/benchmark.py
   python tools/benchmark.py --recipe recipes/162m/itt_x4.yaml model.num_layers=2 batch.global=1 batch.micro=1
+  python tools/benchmark.py --stock --repeats 25
 """
 
 
@@ -27,15 +28,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed steps per model (default: 5)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR")
     parser.add_argument("--name", default="training_step", help="name of the result files (default: %(default)s)")
+    parser.add_argument("--stock", action="store_true", help="compare with megatron-core's own GPTModel instead")
     arguments = parser.parse_intermixed_args(argv)
     silence_known_warnings()
     from megatron_itt.config import load_config
 
     config = load_config(arguments.recipe, arguments.overrides)
     print(use_parts(config.precision.parts, device=config.runtime.device))
-    from megatron_itt.benchmark import compared_models, measure_steps, write_results
+    from megatron_itt.benchmark import against_stock, compared_models, measure_steps, write_results
 
-    rows = measure_steps(compared_models(config), num_repeats=arguments.repeats)
+    models = against_stock(config) if arguments.stock else compared_models(config)
+    rows = measure_steps(models, num_repeats=arguments.repeats)
     print(write_results(rows, config, arguments.output, arguments.name))
     print(f"written to {arguments.output}")
     return 0

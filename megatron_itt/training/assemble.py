@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,12 @@ class Trainer:
         return self.config.batch.global_size // (self.config.batch.micro * self.place.data_parallel_size)
 
 
-def build_trainer(config: RunConfig, place: ParallelPlace) -> Trainer:
-    """Build this rank's part of the run, at step 0."""
+def build_trainer(
+    config: RunConfig, place: ParallelPlace, *, build: Callable[..., BuiltModel] = build_model
+) -> Trainer:
+    """Build this rank's part of the run, at step 0; `build` makes the model, with the arguments of `build_model`."""
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    built = build_model(config, dtype=dtype, device=place.device)
+    built = build(config, dtype=dtype, device=place.device)
     wrapped = [_wrap(built, position, config) for position in range(len(built.chunks))]
     optimizer = build_optimizer(config, wrapped)
     _connect(built, wrapped, optimizer, config)

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_itt.benchmark import compared_models, format_table, measure_steps, require_gpu, write_results
+from megatron_itt.benchmark import (
+    against_stock,
+    compared_models,
+    format_table,
+    measure_steps,
+    require_gpu,
+    write_results,
+)
 from megatron_itt.errors import ConfigError, EvaluationError
 from megatron_itt.gpu_check import compare_precisions
 from tests.helpers.one_rank import tiny_recipe
@@ -25,6 +32,12 @@ def test_all_models_are_timed_and_written(tmp_path: Path) -> None:
     assert format_table(rows) in table
     assert (tmp_path / "steps.md").read_text().strip() == table.strip()
     assert len(json.loads((tmp_path / "steps.json").read_text())["rows"]) == 6
+
+
+def test_the_stock_model_is_timed_beside_ours() -> None:
+    stock, ours = measure_steps(against_stock(tiny_recipe()), num_repeats=1)
+    assert (stock.name, ours.name) == ("stock GPTModel", "LLaMA")
+    assert stock.flops == ours.flops and stock.median_s > 0
 
 
 def test_bfloat16_agrees_with_float32_within_its_precision() -> None:

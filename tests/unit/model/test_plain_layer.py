@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_itt.model.layer import ThinkingLayer
-from tests.helpers.one_rank import built_model, tiny_recipe
+from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
 LAYER = 1  # a thinking layer of the tiny recipe
 ONE_STEP: dict[str, Any] = {"capacity": []}
@@ -107,3 +107,18 @@ def test_alpha_of_zero_adds_nothing() -> None:
         stock = run_layer(built, stock_layer(built, thinking), torch.float32)
         observed = run_layer(built, thinking, torch.float32)
     assert torch.equal(observed[0], stock[0])
+
+
+def test_the_plain_model_is_megatron_cores_own_model() -> None:
+    """Same parameters, and the same logits but for the order of float32 sums in attention and norms."""
+    config = tiny_recipe(thinking={"kind": "none", "capacity": []})
+    tokens = random_tokens(config)
+    with built_model(config, dtype=torch.float32) as built:
+        from megatron_itt.model.builder import forward_logits
+        from megatron_itt.model.stock import build_stock_model
+
+        stock = build_stock_model(config, dtype=torch.float32, device=torch.device("cpu"))
+        names = [name for name, _ in built.chunks[0].named_parameters()]
+        assert [name for name, _ in stock.chunks[0].named_parameters()] == names
+        logits, expected = forward_logits(built, tokens), forward_logits(stock, tokens)
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
