@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -54,6 +55,7 @@ def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> P
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        distributed_timeout_minutes=_group_timeout_minutes(config.runtime.timeout_minutes),
         create_gloo_process_groups=dist.get_backend() != "fake",  # gloo would look for ranks that do not exist
     )
     seed_everything(config.runtime.seed, deterministic=config.runtime.deterministic)
@@ -85,12 +87,16 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _group_timeout_minutes(timeout_minutes: float) -> int:
+    """The limit of the groups themselves, which end in silence: training's watchdog, which names ranks, comes first."""
+    return math.ceil(1.5 * timeout_minutes) + 1
+
+
 def _join_job(place: ProcessPlace, device: torch.device, *, timeout_minutes: float) -> None:
     if dist.is_initialized():
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
-    # The watchdog of training says who is missing when the time is up; the groups' own, mute limit comes later.
-    timeout = timedelta(minutes=1.5 * timeout_minutes, seconds=30)
+    timeout = timedelta(minutes=_group_timeout_minutes(timeout_minutes))
     if place.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return

@@ -29,6 +29,7 @@ from megatron_itt.log import get_logger
 EXIT_CODE = 1
 _LONGEST_INTERVAL_S = 10.0
 _STORE_LIMIT_S = 10.0
+_INTERVALS_OF_SILENCE = 3  # without a publication before a rank counts as silent
 # Frames of these files mean that a rank waits for others.
 _WAITING_FILES = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "param_and_grad_buffer.py")
 _OWN_FILES = "/megatron_itt/"
@@ -111,13 +112,17 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopping.wait(self._interval_s):
-            standing = self._standing()
-            _within(_STORE_LIMIT_S, partial(self._publish, standing))
+            standing = self._publish()
             waiting = standing.waiting or self._waits_anywhere
             if waiting and self._pulse.idle_s > self._limit_s and not self._stopping.is_set():
                 self._give_up(standing)
 
-    def _publish(self, standing: Standing) -> None:
+    def _publish(self) -> Standing:
+        standing = self._standing()
+        _within(_STORE_LIMIT_S, partial(self._store_standing, standing))
+        return standing
+
+    def _store_standing(self, standing: Standing) -> None:
         if self._store is None:
             limit = timedelta(seconds=_STORE_LIMIT_S)
             self._store = dist.TCPStore(
@@ -143,7 +148,9 @@ class Watchdog:
 
     def _give_up(self, standing: Standing) -> None:
         before = _within(_STORE_LIMIT_S, self._read_all)
-        time.sleep(2.5 * self._interval_s)
+        for _ in range(_INTERVALS_OF_SILENCE):  # others may be doing the same: all keep publishing
+            self._stopping.wait(self._interval_s)
+            self._publish()
         after = _within(_STORE_LIMIT_S, self._read_all)
         if self._stopping.is_set() or self._pulse.idle_s <= self._limit_s:
             return  # it went on after all
@@ -152,7 +159,7 @@ class Watchdog:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         if self._place.rank == 0:
-            time.sleep(2 * self._interval_s)  # it keeps the store that the others read
+            time.sleep(_INTERVALS_OF_SILENCE * self._interval_s)  # it keeps the store that the others read
         os._exit(EXIT_CODE)
 
     def _read_all(self) -> dict[int, Standing]:
@@ -190,16 +197,17 @@ def explain(
 
 def where_is(frame: FrameType | None) -> tuple[bool, str]:
     """Whether a thread with this innermost frame waits for other ranks, and the line of ours that it is at."""
-    waiting, place = False, "an unknown place"
-    found = False
-    while frame is not None and not found:
+    waiting, innermost = False, ""
+    while frame is not None:
         name = frame.f_code.co_filename
         waiting = waiting or any(part in name for part in _WAITING_FILES)
-        if _OWN_FILES in name and not name.endswith(_SELF):
-            place = f"{name.rpartition(_OWN_FILES)[2]}:{frame.f_lineno} ({frame.f_code.co_name})"
-            found = True
+        is_own = _OWN_FILES in name and not name.endswith(_SELF)
+        place = f"{name.rpartition(_OWN_FILES if is_own else '/')[2]}:{frame.f_lineno} ({frame.f_code.co_name})"
+        if is_own:
+            return waiting, place
+        innermost = innermost or place
         frame = frame.f_back
-    return waiting, place
+    return waiting, innermost or "an unknown place"
 
 
 def _is_silent(rank: int, before: Mapping[int, Standing], after: Mapping[int, Standing]) -> bool:

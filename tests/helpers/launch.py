@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,3 +58,12 @@ def _run_rank(
         )
         results.append(function(place, *job))
     torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+def start_rank(rank: int, command: list[str], port: int) -> subprocess.Popen[str]:
+    """One rank of a job of two on this machine: `python COMMAND`, its output in one pipe."""
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **variables, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )

@@ -56,5 +56,5 @@ def test_a_store_that_does_not_answer_points_to_rank_0() -> None:
 def test_a_thread_in_our_code_does_not_wait_for_others() -> None:
     waiting, place = where_is(sys._getframe())
     assert not waiting
-    assert place == "an unknown place"  # tests are no code of the package
+    assert place.startswith("test_watchdog.py:")  # no code of the package is running: the innermost line
     assert where_is(None) == (False, "an unknown place")
