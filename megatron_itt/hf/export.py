@@ -15,7 +15,6 @@ from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.checkpoint.state import RunState
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.tokenizer import load_tokenizer
-from megatron_itt.data.tokenizer import load_tokenizer
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.folder import (
     copy_tokenizer,
@@ -109,12 +108,6 @@ def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options
         )
     if options.tokenizer is None and ("/" in source or source.startswith(".")) and not Path(source).exists():
         raise ExportError(f"data.tokenizer of the recipe is {source}, which is not there; pass --tokenizer DIR.")
-    trained_with = run_state.tokenizer_sha256
-    if trained_with is not None and load_tokenizer(source).sha256 != trained_with:
-        raise ExportError(
-            f"tokenizer {source} is not the one that the model was trained with ({trained_with[:12]}); pass that one "
-            "with --tokenizer, or --no-tokenizer to export without one."
-        )
     trained_with = run_state.tokenizer_sha256
     if trained_with is not None and load_tokenizer(source).sha256 != trained_with:
         raise ExportError(

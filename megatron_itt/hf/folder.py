@@ -13,8 +13,6 @@ from typing import Any
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.data.sentencepiece_model import load_sentencepiece
 from megatron_itt.data.tokenizer import load_tokenizer
-from megatron_itt.data.sentencepiece_model import load_sentencepiece
-from megatron_itt.data.tokenizer import load_tokenizer
 from megatron_itt.errors import ExportError
 
 REMOTE_CODE_FILES = (
@@ -113,11 +111,6 @@ def copy_tokenizer(tokenizer: str | Path, folder: Path) -> None:
             f"tokenizer {tokenizer} is neither a folder here nor loadable by name ({reason}); pass --tokenizer DIR, or "
             "--no-tokenizer to export without one."
         ) from None
-
-
-def tokenizer_identity(folder: Path) -> str | None:
-    """Hash of what decides token ids in an exported folder; None where no `tokenizer.json` says it."""
-    return load_tokenizer(folder).sha256 if (folder / "tokenizer.json").is_file() else None
 
 
 def tokenizer_identity(folder: Path) -> str | None:

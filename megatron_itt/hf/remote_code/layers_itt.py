@@ -258,7 +258,9 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         memory: DenseMemory | CachedMemory = DenseMemory(call.real, call.columns)
         if past_key_values is not None:
             layer_cache = past_key_values.layers[self.layer_idx]
-            memory = CachedMemory(layer_cache, call.columns, self.num_steps, call.everyone_real)
+            memory = CachedMemory(
+                layer_cache, call.columns, self.num_steps, everyone_real=call.everyone_real, real=call.real
+            )
         everyone = call.everyone
         keys = memory.exchange(0, everyone, *self._keys_values(hidden, everyone, call), everyone)
         state = everyone.put(hidden, self._f(everyone.take(hidden), everyone, call, keys))

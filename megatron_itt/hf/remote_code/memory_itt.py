@@ -60,8 +60,10 @@ class DenseMemory:
 class CachedMemory:
     """Memory of one call on top of what a `LayerCache` holds from earlier calls."""
 
-    def __init__(self, layer_cache: LayerCache, columns: Tensor, num_steps: int, everyone_real: Selection) -> None:
-        """columns [b, c] of this call's tokens; everyone_real selects the tokens that are not padding."""
+    def __init__(
+        self, layer_cache: LayerCache, columns: Tensor, num_steps: int, *, everyone_real: Selection, real: Tensor | None
+    ) -> None:
+        """columns [b, c] of this call's tokens; everyone_real selects those that are not padding; real as above."""
         self.cache = layer_cache
         self.columns = columns
         self.num_steps = num_steps
@@ -69,6 +71,8 @@ class CachedMemory:
         # One token per row, and no padding among them: what is stored lies at or before it.
         self.newest = columns.shape[1] == 1 and everyone_real.num_tokens == columns.shape[0]
         self.place = torch.zeros_like(columns)
+        # A first call sees its own tokens alone: they are stored, and read as without a cache, one entry per token.
+        self.dense = None if layer_cache.stores else DenseMemory(real, columns)
 
     def _real(self, tokens: Selection, k: Tensor, v: Tensor) -> tuple[Selection, Tensor, Tensor]:
         """Drop padding from k, v [n, g, d] of a selection of all tokens; picked tokens contain none."""
@@ -86,18 +90,24 @@ class CachedMemory:
     def exchange(self, name: int, tokens: Selection, k: Tensor, v: Tensor, queries: Selection) -> Keys:
         """As DenseMemory.exchange; name 0 is the base pass, t the store of step t."""
         store = self.cache.store("base" if name == 0 else f"step_{name}")
-        stored, k, v = self._real(tokens, k, v)
-        store.append(stored, stored.take(self.columns), k, v)
+        stored, stored_k, stored_v = self._real(tokens, k, v)
+        store.append(stored, stored.take(self.columns), stored_k, stored_v)
+        if self.dense is not None:
+            return self.dense.exchange(name, tokens, k, v, queries)
         return store.read(self._query_columns(queries), newest=self.newest)
 
     def begin_states(self, everyone: Selection, k: Tensor, v: Tensor) -> None:
         """As DenseMemory.begin_states."""
         self._add_states(0, *self._real(everyone, k, v))
+        if self.dense is not None:
+            self.dense.begin_states(everyone, k, v)
 
     def change_states(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
         """As DenseMemory.change_states."""
         self._states().replace(tokens, tokens.take(self.place), step)
         self._add_states(step, tokens, k, v)
+        if self.dense is not None:
+            self.dense.change_states(step, tokens, k, v)
 
     def _add_states(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
         place = self._states().append(tokens, tokens.take(self.columns), k, v, created=step)
@@ -105,4 +115,6 @@ class CachedMemory:
 
     def read_states(self, step: int, queries: Selection) -> Keys:
         """As DenseMemory.read_states."""
+        if self.dense is not None:
+            return self.dense.read_states(step, queries)
         return self._states().read(self._query_columns(queries), step=step, newest=self.newest)

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .cache_itt import ITTCache
 from .configuration_itt import ITTConfig
 from .layers_itt import Call, ITTDecoderLayer, ITTLinear, ITTRMSNorm, ITTThinking
+from .memory_itt import DenseMemory as DenseMemory  # transformers 4 copies those files only that this one imports
 from .thinking_itt import Selection
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.decode_speed import DecodeCase, measure_decode_speed
+from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
 from megatron_itt.hf.remote_code.layers_itt import ITTLinear
+from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = {"hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 50}
@@ -48,6 +51,26 @@ def test_a_handful_of_rows_is_multiplied_right(num_rows: int) -> None:
     # float32 sums of 24 products
     assert torch.allclose(linear(rows), expected, rtol=0, atol=1e-5)
     assert linear(rows).is_contiguous()
+
+
+@pytest.mark.slow
+def test_cached_decoding_of_512_tokens_is_eight_times_faster_than_recomputing_the_prefix() -> None:
+    torch.manual_seed(0)
+    thinking = {"kind": "itt", "layers": [1, 3], "capacity": [0.5, 0.5, 0.5]}
+    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12}
+    model = ITTForCausalLM(ITTConfig(**shape, vocab_size=4000, thinking=thinking)).eval()
+    for layer_idx in (1, 3):
+        model.model.layers[layer_idx].thinking.logit_quantiles.copy_(torch.linspace(-0.5, 0.5, 1025).expand(3, -1))
+    prompt = torch.randint(0, 4000, (1, 16))
+    keys = {"do_sample": False, "pad_token_id": 0}
+    model.generate(prompt, max_new_tokens=4, **keys)
+    seconds = {}
+    for use_cache in (True, False):
+        started = time.perf_counter()
+        model.generate(prompt, max_new_tokens=512, use_cache=use_cache, **keys)
+        seconds[use_cache] = time.perf_counter() - started
+    print(f"cached {seconds[True]:.1f} s, recomputing {seconds[False]:.1f} s")
+    assert seconds[False] >= 8 * seconds[True]
 
 
 def test_the_command_explains_itself_and_refuses_nonsense() -> None:

@@ -93,3 +93,11 @@ def test_the_card_states_the_training_facts() -> None:
     plain = render_card(model_settings(SHAPE, ThinkingConfig()), facts)
     assert "thinking_budget" not in plain and "trust_remote_code" not in plain
     assert card.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_the_model_file_imports_every_other_file_of_the_remote_code_itself() -> None:
+    """transformers 4 copies the files that the model's file imports, not those that they import."""
+    text = (REMOTE_CODE / "modeling_itt.py").read_text(encoding="utf-8")
+    for name in set(REMOTE_CODE_FILES) - {"modeling_itt.py"}:
+        assert f"from .{name.removesuffix('.py')} import" in text, name
+    assert set(REMOTE_CODE_FILES) == {path.name for path in REMOTE_CODE.glob("*_itt.py")}
