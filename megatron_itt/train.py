@@ -32,6 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
     parser.add_argument("--check", action="store_true", help="check recipe, layout and data, then stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML, then stop")
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="data, a key of data, or schedule.steps, which may differ from the checkpoint's; repeat for several",
+    )
     arguments = parser.parse_intermixed_args(argv)
     silence_known_warnings()
     config = load_config(arguments.recipe, arguments.overrides)
@@ -52,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{arguments.recipe}: recipe, layout of {place.world_size} process(es), tokenizer and data fit; {parts}"
             )
             return 0
-        train(config, parts=parts)
+        train(config, parts=parts, allow_changed=arguments.allow_changed)
     except IttError as error:
         if place.local_rank != 0:
             return error.exit_code  # the first process of each node says it for all

@@ -146,7 +146,7 @@ train() { # JOB_FILE RECIPE ARGUMENT...
     check_nodes || finish_job 1
     [ -z "$warned$cancelled" ] || finish_job 0
     say "$recipe: $nodes node(s) x $tasks_per_node, rank 0 at $MASTER_ADDR:$MASTER_PORT, from $first_checkpoint"
-    local command=("$ITT_PYTHON" "$snapshot/slurm/task.py" "$snapshot/recipe.yaml")
+    local command=("$ITT_PYTHON" "$snapshot/slurm/task.py" "$snapshot/recipe.yaml" "${allowed[@]}")
     if in_slurm; then start_on_cluster "${command[@]}"; else start_here "${command[@]}"; fi
     wait_for_children
     finish_job "$status"

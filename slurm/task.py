@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
 
+# A warning waits until the training listens: it must not end a task that is still importing.
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_itt.errors import CheckpointError, ConfigError, DataError  # noqa: E402
@@ -42,9 +45,10 @@ def run() -> int:
 
 
 def note_refusal(run_dir: Path, reason: str) -> None:
-    """Tell the launcher that starting again will not help; a folder that cannot be written is told by the exit code."""
+    """Tell the launcher that starting again will not help, unless the run folder is another start's by now."""
     with contextlib.suppress(OSError):
-        (run_dir / "refused").write_text(f"{reason}\n", encoding="utf-8")
+        if (run_dir / "in_use").read_text(encoding="utf-8").strip() == os.environ.get("ITT_CLAIM"):
+            (run_dir / "refused").write_text(f"{reason}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,16 @@ class ResumePoint:
 class Checkpointer:
     """The checkpoints of one run. Every method is called by all ranks at the same point."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, data_fingerprint: str, tokenizer_sha256: str) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        *,
+        data_fingerprint: str,
+        tokenizer_sha256: str,
+        allow_changed: Sequence[str] = (),
+    ) -> None:
+        self._config, self._allow_changed = config, tuple(allow_changed)
         self._root = checkpoint_root(run_dir)
         self._facts: dict[str, Any] = {"data_fingerprint": data_fingerprint, "tokenizer_sha256": tokenizer_sha256}
         wanted = config.checkpoint
@@ -58,7 +67,12 @@ class Checkpointer:
         if folder is None:
             return None
         state = read_run_state(folder)
-        check_resumable(state, self._config, data_fingerprint=self._facts["data_fingerprint"])
+        check_resumable(
+            state,
+            self._config,
+            data_fingerprint=self._facts["data_fingerprint"],
+            allow_changed=self._allow_changed,
+        )
         return ResumePoint(folder=folder, state=state)
 
     def resume(self, trainer: Trainer, point: ResumePoint) -> None:

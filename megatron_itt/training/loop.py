@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +47,12 @@ class Run:
     validation_due: bool
 
 
-def train(config: RunConfig, *, parts: ChosenParts | None = None) -> bool:
+def train(config: RunConfig, *, parts: ChosenParts | None = None, allow_changed: Sequence[str] = ()) -> bool:
     """Run a recipe to its last step, resuming from the newest checkpoint in its run folder.
 
     Every process of the job calls this. Returns whether the run is complete; False after a signal asked it to stop, in
-    which case a checkpoint was saved. `parts` is logged. Raises IttError subclasses for bad input, and
-    TrainingDivergedError.
+    which case a checkpoint was saved. `parts` is logged; `allow_changed` names what may differ from the checkpoint that
+    the run continues from. Raises IttError subclasses for bad input, and TrainingDivergedError.
     """
     tokenizer = check_inputs(config)
     stop = StopRequest()  # before the slow part of starting: a warning that arrives there is not lost
@@ -66,7 +66,7 @@ def train(config: RunConfig, *, parts: ChosenParts | None = None) -> bool:
                 return True
             if parts is not None:
                 get_logger().info(str(parts))
-            return _run_to_end(_start_or_resume(config, place, tokenizer, stop))
+            return _run_to_end(_start_or_resume(config, place, tokenizer, stop, allow_changed=allow_changed))
     finally:
         stop_parallel()
         stop.restore()
@@ -105,11 +105,19 @@ def _opened_run_folder(config: RunConfig, place: ParallelPlace) -> Iterator[bool
         yield outcome[0]
 
 
-def _start_or_resume(config: RunConfig, place: ParallelPlace, tokenizer: Tokenizer, stop: StopRequest) -> Run:
+def _start_or_resume(
+    config: RunConfig, place: ParallelPlace, tokenizer: Tokenizer, stop: StopRequest, *, allow_changed: Sequence[str]
+) -> Run:
     run_dir = Path(config.logging.run_dir)
     blend = resolve_blend(config)
     get_logger().info(blend.table())
-    checkpointer = Checkpointer(config, run_dir, data_fingerprint=blend.fingerprint, tokenizer_sha256=tokenizer.sha256)
+    checkpointer = Checkpointer(
+        config,
+        run_dir,
+        data_fingerprint=blend.fingerprint,
+        tokenizer_sha256=tokenizer.sha256,
+        allow_changed=allow_changed,
+    )
     point = checkpointer.find_resume_point()
     datasets = build_datasets(config, tokenizer=tokenizer)
     trainer = build_trainer(config, place)

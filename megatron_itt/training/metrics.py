@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from megatron_itt.accounting.flops import forward_flops
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+KIBI = 1024  # what the kernel counts resident memory in
+
 
 def peak_flops_per_s(device: torch.device) -> float | None:
     """The device's dense bf16 rate, or None where it is not known (CPUs, other GPUs)."""
@@ -27,10 +29,10 @@ def peak_flops_per_s(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has had allocated on its GPU; on CPU, what it holds now."""
+    """The most memory that this process has had allocated on its GPU, or, on CPU, resident (the program included)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBI
 
 
 @dataclass(slots=True)

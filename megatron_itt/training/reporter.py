@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_itt.accounting.gpus import GIBI
+from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.log import get_logger
 from megatron_itt.training.assemble import Trainer
 from megatron_itt.training.metrics import Record, StepClock, console_line, peak_flops_per_s
@@ -27,6 +29,8 @@ class Reporter:
             config.logging.profile, Path(config.logging.run_dir), rank=place.rank, device=place.device
         )
         self._collapse = CollapseWarnings()
+        self._memory_estimate = max(stage.total for stage in rank_memory(config, place.world_size))
+        self._memory_bytes = 0
 
     def looks_closely(self, step: int) -> bool:
         """Whether a step is one of those that the console shows and that routing is measured in."""
@@ -47,7 +51,8 @@ class Reporter:
         record = self._clock.record(step, result)
         entries = []
         if result.recorder is not None:
-            record["memory_bytes"] = result.memory_bytes
+            self._memory_bytes = max(self._memory_bytes, result.memory_bytes)
+            record.update(memory_bytes=result.memory_bytes, memory_estimate_bytes=self._memory_estimate)
             accepted = result.verdict.action == "accept"
             entries = routing_entries(self._trainer, result.recorder, step) if accepted else []
             if entries:
@@ -71,7 +76,10 @@ class Reporter:
             get_logger().info(line)
 
     def close(self) -> None:
-        """Flush everything."""
+        """Say how much memory it took, and flush everything."""
+        if self._memory_bytes:
+            used, estimate = self._memory_bytes / GIBI, self._memory_estimate / GIBI
+            get_logger().info("memory: %.2f GiB at most on a rank, %.2f GiB estimated", used, estimate)
         self._profiler.close()
         self._sinks.close()
 

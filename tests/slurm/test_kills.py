@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -124,6 +125,22 @@ def kill_and_restart(run: Run, chance: random.Random, *, in_save: bool) -> bool:
     return torn
 
 
+@pytest.mark.slow
+def test_a_warning_during_the_start_is_heeded_after_the_first_step(whole: Run) -> None:
+    run = Run(whole.recipe, whole.settings, "early")
+    process = run.start()
+    wait_until(lambda: len(ranks_of(process)) == 2, process)
+    time.sleep(0.5)  # the interpreter itself, before its first line, cannot be helped
+    process.send_signal(signal.SIGUSR1)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert "stopped after step" in text
+    assert 0 < run.latest() < NUM_STEPS
+    run.finish()
+    assert run.numbers() == whole.numbers()
+
+
+@pytest.mark.slow
 def test_ranks_end_with_their_launcher(whole: Run) -> None:
     run = Run(whole.recipe, whole.settings, "orphans")
     process = run.start()

@@ -155,9 +155,12 @@ def test_this_machine_trains_stops_at_a_signal_and_continues(
     assert code == 0, error
     assert "resumed from" in text
     assert (run_dir / "finished").is_file()
+    assert re.search(r"memory: \d+\.\d\d GiB at most on a rank, \d+\.\d\d GiB estimated", text), text
     assert not (run_dir / "in_use").exists()
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    last = next(line for line in lines if line["step"] == 12 and "loss" in line)
+    assert last["memory_bytes"] > last["memory_estimate_bytes"] > 0  # of so small a model, most is the program
     code, text, _ = launch(*command[1:], settings=settings)
     assert code == 0
     assert "is finished already" in text
@@ -171,6 +174,21 @@ def test_missing_data_stops_a_run_for_good(recipe: Path, tmp_path: Path, setting
     assert "Traceback" not in error
     assert "data/lost" in (tmp_path / "runs" / "tiny" / "stopped").read_text()
     assert "stopped for good" in text
+
+
+@pytest.mark.slow
+def test_a_change_that_is_allowed_reaches_the_training(recipe: Path, tmp_path: Path, settings: dict[str, str]) -> None:
+    run_dir, longer = tmp_path / "runs" / "tiny", "schedule.steps=6"
+    assert launch("train.sbatch", str(recipe), "schedule.steps=3", settings=settings)[0] == 0
+    (run_dir / "finished").unlink()
+    code, _, error = launch("train.sbatch", str(recipe), longer, settings=settings)
+    assert code == 2
+    assert "schedule.steps was 3 and is now 6" in error
+    assert "--allow-changed=schedule.steps" in error
+    code, text, error = launch("train.sbatch", str(recipe), longer, "--allow-changed=schedule", settings=settings)
+    assert code == 0, text + error
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 7))
 
 
 @pytest.mark.slow
