@@ -1,8 +1,10 @@
 """SentencePiece `.model` files (Llama-2's kind) as tokenizers: ids are those of the sentencepiece library itself.
 
 For exports and fast engines the model is also converted to the `tokenizers` library. That conversion follows
-sentencepiece in all but one rare case: where two overlapping pairs would merge into the same piece, sentencepiece takes
-the left one, and `tokenizers` has no such rule. sentencepiece is optional (extra: data).
+sentencepiece but for two rare cases: where two overlapping pairs would merge into the same piece, sentencepiece takes
+the left one, and `tokenizers` has no such rule; and models that normalise text (Llama-2's does not) treat some
+characters that belong together, such as zero-width joiners, otherwise. Models of type unigram are not taken: converted,
+they give other ids too often. sentencepiece is optional (extra: data).
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer
 from megatron_itt.errors import DataError
+from megatron_itt.log import get_logger
 
-_UNIGRAM, _BPE = 1, 2
+_UNIGRAM, _BPE = 1, 2  # model types; the first is the format's default
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"
 
@@ -91,6 +94,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face tokenizer folder: the conversion, the names of the special tokens, and the `.model`."""
+        if self.model.charsmap:
+            get_logger().warning(
+                "%s normalises text; its conversion in %s may give rare characters other ids", self.path, folder
+            )
         names = {"bos_token": self.bos, "eos_token": self.eod, "pad_token": self.pad, "unk_token": self._unknown}
         special = {name: self.model.pieces[token].text for name, token in names.items() if token != NO_TOKEN}
         config = {
@@ -142,23 +149,22 @@ def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
 
 def convert(model: ModelFile, *, with_special: bool) -> tokenizers.Tokenizer:
     """The model in the `tokenizers` library; `with_special`: control pieces in a text become their special tokens."""
-    if model.model_type not in (_UNIGRAM, _BPE) or model.whitespace_as_suffix:
-        raise DataError("only SentencePiece models of type bpe or unigram with whitespace as prefix can be used")
+    if model.model_type != _BPE or model.whitespace_as_suffix:
+        raise DataError(
+            "only SentencePiece models of type bpe with whitespace as prefix can be used; save others as a Hugging "
+            "Face folder with transformers, and use that"
+        )
     names = [piece.text for piece in model.pieces]
     unknown = next((place for place, piece in enumerate(model.pieces) if piece.kind == _UNKNOWN), None)
-    if model.model_type == _BPE:
-        vocabulary = {name: place for place, name in enumerate(names)}
-        core: Any = models.BPE(
-            vocabulary,
-            list(_merges(model)),
-            unk_token=None if unknown is None else names[unknown],
-            fuse_unk=True,
-            byte_fallback=model.byte_fallback,
-        )
-    else:
-        scored = [(piece.text, piece.score) for piece in model.pieces]
-        core = models.Unigram(scored, unk_id=unknown, byte_fallback=model.byte_fallback)
-    converted = tokenizers.Tokenizer(core)
+    vocabulary = {name: place for place, name in enumerate(names)}
+    merging = models.BPE(
+        vocabulary,
+        list(_merges(model)),
+        unk_token=None if unknown is None else names[unknown],
+        fuse_unk=True,
+        byte_fallback=model.byte_fallback,
+    )
+    converted = tokenizers.Tokenizer(merging)
     steps = list(_normalisation(model))
     if steps:
         converted.normalizer = normalizers.Sequence(steps)

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_itt.config import load_config
 from megatron_itt.data.blend import resolve_blend
 from megatron_itt.data.indexed import read_index
+from megatron_itt.data.url_list import DOMAINS
 from megatron_itt.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -100,3 +104,39 @@ def test_data_without_a_manifest_is_used(domains: Any, make_config: Any) -> None
     blend = resolve_blend(make_config(domains))
     assert blend.domains[0].tokenizer_sha256 is None
     assert blend.domains[0].training_tokens > 0
+
+
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/*.yaml") if path.parent.name not in ("base", "debug"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_recipes_blend_redpajama_by_its_weights_and_validate_on_two_million_tokens(recipe: Path) -> None:
+    config = load_config(recipe)
+    weights = {name: domain.weight for name, domain in config.data.blend.items()}
+    assert weights == {name: facts.weight for name, facts in DOMAINS.items()}
+    assert sum(weights.values()) == pytest.approx(1.0)
+    assert config.data.blend["book"].path is None  # no longer distributed
+    assert config.validation.tokens == 2_000_000
+    assert config.data.max_epochs == 4
+
+
+def test_validation_is_split_off_before_training_and_is_the_same_for_compared_models(
+    domains: Any, make_config: Any
+) -> None:
+    first = resolve_blend(make_config(domains))
+    other = resolve_blend(make_config(domains, seed=3, steps=11, global_batch=4, max_epochs=50.0))
+    for one, two in zip(first.domains, other.domains, strict=True):
+        assert (one.first_validation_document, one.validation_tokens) == (
+            two.first_validation_document,
+            two.validation_tokens,
+        )
+        assert 0 < one.first_validation_document < one.num_documents
+
+
+def test_the_table_has_a_line_per_domain_with_its_scaled_weight(domains: Any, make_config: Any) -> None:
+    lines = resolve_blend(make_config(domains)).table().splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["code", "0.6667"], ["docs", "0.3333"]]
+    header = lines[0].split("  ")
+    assert [cell.strip() for cell in header if cell.strip()] == [
+        *("domain", "weight", "documents", "train tokens", "needed", "epochs", "validation tokens"),
+    ]

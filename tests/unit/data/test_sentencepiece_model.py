@@ -31,7 +31,6 @@ LLAMA = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
-    "unigram": {"model_type": "unigram", "byte_fallback": True, "normalization_rule_name": "identity"},
     "without bytes": {**LLAMA, "byte_fallback": False},
     "no prefix": {**LLAMA, "add_dummy_prefix": False, "user_defined_symbols": ["<sep>"], "pad_id": 3},
 }
@@ -80,6 +79,7 @@ def train(path: Path, **options: Any) -> Path:
         vocab_size=450,
         minloglevel=2,
         num_threads=1,
+        hard_vocab_limit=False,
         **options,
     )
     path.write_bytes(content.getvalue())
@@ -88,8 +88,7 @@ def train(path: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="session", params=KINDS)
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = {"hard_vocab_limit": False, **KINDS[request.param]}
-    return train(tmp_path_factory.mktemp("model") / "tokenizer.model", **options)
+    return train(tmp_path_factory.mktemp("model") / "tokenizer.model", **KINDS[request.param])
 
 
 @pytest.fixture(scope="session")
@@ -202,11 +201,11 @@ def test_damaged_models_are_refused_or_whole(llama: Path, tmp_path: Path) -> Non
 
 
 def test_models_that_cannot_be_used_are_named(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="of type bpe or unigram"):
-        load_tokenizer(train(tmp_path / "chars.model", model_type="char"))
+    with pytest.raises(DataError, match=r"of type bpe .*Hugging Face folder"):
+        load_tokenizer(train(tmp_path / "unigram.model", model_type="unigram", byte_fallback=True))
     with pytest.raises(DataError, match="no end-of-document token"):
         load_tokenizer(train(tmp_path / "endless.model", **LLAMA, eos_id=-1))
-    with pytest.raises(DataError, match="type bpe or unigram"):
+    with pytest.raises(DataError, match="of type bpe"):
         convert(ModelFile(pieces=[Piece(text="a")], whitespace_as_suffix=True), with_special=False)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(DataError, match=r"needs the sentencepiece library.*pip install 'megatron-itt\[data\]'"):

@@ -1,0 +1,201 @@
+"""A folder of files that is built once and then read by many: published whole, locked while built, checked before use.
+
+What stands in it is the builder's business (`datasets.py`: sample indices). Several processes, jobs and nodes may ask
+for the same folder on a shared disk. The lock saves work and is not needed for safety: a folder gets its name by one
+rename, when it is complete and on disk, and every file of it is listed with its size and CRC-32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_itt.errors import DataError
+from megatron_itt.log import get_logger
+
+CONTENTS = "contents.json"  # in every complete folder: {file: [bytes, CRC-32]}
+HEARTBEAT_S = 5.0
+ABANDONED_S = 180.0  # without a heartbeat; shared disks may show a change of times a minute late
+_POLL_S = 0.2
+_MESSAGE_EVERY_S = 30.0
+_CHUNK = 8 << 20
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
+    """Make sure that `folder` is there, complete and undamaged; `build(path)` fills a new one. Returns whether it did.
+
+    Waits, with a message, while another process builds it; takes over from one that died. Raises `DataError` when the
+    place cannot be written to.
+    """
+    lock = _Lock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        while (fault := find_fault(folder)) is not None:
+            if not lock.try_to_take():
+                lock.wait_a_little(folder)
+                continue
+            try:
+                fault = find_fault(folder)  # it may have been published between the look and the lock
+                if fault is not None:
+                    _build(folder, build, fault)
+                    return True
+            finally:
+                lock.release()
+    except OSError as error:
+        raise DataError(
+            f"{folder.parent} cannot hold the sample indices: {error.strerror or error}; set data.cache_dir to a "
+            "folder that every process can write to, with enough space"
+        ) from error
+    return False
+
+
+def find_fault(folder: Path) -> str | None:
+    """What is wrong with a published folder, None if nothing. Reads every file of it."""
+    if not folder.is_dir():
+        return "does not exist"
+    try:
+        listed = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+        for name, (size, crc) in listed.items():
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                return f"{name} is missing" if found is None else f"{name} has {found} bytes instead of {size}"
+            if _crc32(path) != crc:
+                return f"{name} has other content than was written"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{CONTENTS} is missing or unreadable ({error})"
+    return None
+
+
+def _build(folder: Path, build: Callable[[Path], None], fault: str) -> None:
+    """Build beside the final place, then rename. Called with the lock held."""
+    if folder.exists():
+        get_logger().warning("%s: %s; building it again", folder, fault)
+        damaged = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}")
+        folder.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    for leftover in folder.parent.glob(f"{folder.name}.building-*"):  # of builders that were killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
+    building.mkdir(parents=True)
+    try:
+        build(building)
+        _write_contents(building)
+        _rename_unless_there(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_contents(folder: Path) -> None:
+    listed = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        listed[path.name] = [path.stat().st_size, _crc32(path)]
+        _sync(path)
+    (folder / CONTENTS).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    _sync(folder / CONTENTS)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rename_unless_there(building: Path, folder: Path) -> None:
+    try:
+        building.rename(folder)
+    except OSError:
+        if find_fault(folder) is not None:  # else another builder was faster, with the same content
+            raise
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+class _Lock:
+    """A lock file that its holder touches every few seconds, for disks where `flock` may not reach other nodes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._seen: tuple[Any, ...] | None = None  # of somebody else's lock: content and time of the last touch
+        self._seen_at = 0.0
+        self._told_at = -_MESSAGE_EVERY_S
+
+    def try_to_take(self) -> bool:
+        """Take the lock if nobody holds it."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        try:
+            handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(holder, file)
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._touch, name="lock", daemon=True)
+        self._thread.start()
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._stop.set()
+        assert self._thread is not None, "released a lock that was not taken"
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def wait_a_little(self, folder: Path) -> None:
+        """Wait for the holder, or remove the lock of one that is dead."""
+        now = time.monotonic()
+        try:
+            seen = (self._path.read_text(encoding="utf-8"), self._path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            return  # released in between
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, now
+        if now - self._seen_at > ABANDONED_S or _is_dead(seen[0]):
+            get_logger().warning("%s was left behind by a process that died; taking over", self._path)
+            self._path.unlink(missing_ok=True)
+            return
+        if now - self._told_at >= _MESSAGE_EVERY_S:
+            get_logger().info("waiting for another process that builds %s (%s)", folder, seen[0].strip())
+            self._told_at = now
+        time.sleep(_POLL_S)
+
+    def _touch(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            try:
+                os.utime(self._path)
+            except OSError:
+                return  # removed by somebody who took this process for dead: both build, one publishes
+
+
+def _is_dead(holder: str) -> bool:
+    """Whether the holder ran on this machine and is gone."""
+    try:
+        content = json.loads(holder)
+        if content["host"] != socket.gethostname():
+            return False
+        os.kill(int(content["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, TypeError, KeyError, OSError):
+        return False  # just being written, or not ours to signal: its heartbeat decides
+    return False

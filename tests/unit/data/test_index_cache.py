@@ -1,0 +1,153 @@
+"""A folder built once: published whole, rebuilt when damaged, one builder at a time, dead builders replaced."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_itt.data import index_cache
+from megatron_itt.data.index_cache import build_once, find_fault
+from megatron_itt.errors import DataError
+
+
+def fill(place: Path) -> None:
+    (place / "index.npy").write_bytes(b"numbers" * 1000)
+    (place / "index.txt").write_text("what they are")
+
+
+def build_slowly(folder: Path, answers: multiprocessing.Queue[tuple[int, bool]]) -> None:
+    def build(place: Path) -> None:
+        (place / "builder").write_text(str(os.getpid()))
+        time.sleep(0.5)
+        fill(place)
+
+    answers.put((os.getpid(), build_once(folder, build)))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.parent.iterdir())
+
+
+def test_it_is_built_once_and_then_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "key"
+    assert build_once(folder, fill)
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert not build_once(folder, lambda place: pytest.fail("built again"))
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    assert names(folder) == ["key"]
+
+
+def test_of_processes_that_start_at_once_one_builds(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "key"
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [context.Process(target=build_slowly, args=(folder, answers)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    (builder,) = [pid for pid, built in found.items() if built]
+    assert (folder / "builder").read_text() == str(builder)
+    assert find_fault(folder) is None
+    assert names(folder) == ["key"]
+
+
+def damage_size(folder: Path) -> None:
+    os.truncate(folder / "index.npy", 100)
+
+
+def damage_content(folder: Path) -> None:
+    with (folder / "index.npy").open("r+b") as file:
+        file.seek(3000)
+        file.write(b"\0")
+
+
+def damage_list(folder: Path) -> None:
+    (folder / index_cache.CONTENTS).write_text('{"index.npy": [7')
+
+
+def remove_file(folder: Path) -> None:
+    (folder / "index.txt").unlink()
+
+
+def remove_list(folder: Path) -> None:
+    (folder / index_cache.CONTENTS).unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_size, damage_content, damage_list, remove_file, remove_list])
+def test_a_damaged_folder_is_built_again(tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "key"
+    build_once(folder, fill)
+    damage(folder)  # type: ignore[operator]
+    fault = find_fault(folder)
+    assert fault is not None
+    assert build_once(folder, fill)
+    assert find_fault(folder) is None
+    assert names(folder) == ["key"]
+
+
+def test_a_builder_that_fails_publishes_nothing_and_lets_go(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+
+    def fail(place: Path) -> None:
+        fill(place)
+        raise DataError("no such document")
+
+    with pytest.raises(DataError, match="no such document"):
+        build_once(folder, fail)
+    assert names(folder) == []
+    assert build_once(folder, fill)
+
+
+def test_what_a_killed_builder_left_is_taken_over(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    process = multiprocessing.get_context("fork").Process(target=build_once, args=(folder, lambda _: time.sleep(60)))
+    process.start()
+    while not list(tmp_path.glob("key.building-*")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert len(names(folder)) == 2  # the lock and the half-built folder
+    assert build_once(folder, fill)
+    assert names(folder) == ["key"]
+
+
+def test_a_lock_of_another_machine_counts_while_it_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(index_cache, "ABANDONED_S", 0.6)
+    folder, lock = tmp_path / "key", tmp_path / "key.lock"
+    lock.write_text(json.dumps({"host": f"not-{socket.gethostname()}", "pid": 1, "token": "x"}))
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(0.1):
+            os.utime(lock)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    built: list[float] = []
+    waiting = threading.Thread(target=lambda: (build_once(folder, fill), built.append(time.monotonic())))
+    waiting.start()
+    time.sleep(1.5)
+    assert not folder.exists()  # far longer than a lock without a beat is honoured
+    stop.set()
+    beating.join()
+    stopped = time.monotonic()
+    waiting.join(timeout=30)
+    assert built and built[0] - stopped < 20
+    assert find_fault(folder) is None
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"cannot hold the sample indices: .*; set data\.cache_dir"):
+        build_once(tmp_path / "file" / "key", fill)
