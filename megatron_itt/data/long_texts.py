@@ -7,11 +7,11 @@ behind it. Tokenizers of another kind get their texts whole.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import orjson
 
 from megatron_itt.data.engine import Encoded, Engine
 from megatron_itt.data.tokenizer import Tokenizer
@@ -33,13 +33,27 @@ class PiecewiseEngine:
         """Ids of all texts [total] and ids per text [texts]."""
         if all(len(text) <= LONG_CHARS for text in texts):
             return self._engine.encode(texts)
-        parts: list[np.ndarray] = []
-        lengths: list[int] = []
-        for text in texts:
-            pieces = [self._engine.encode([piece])[0].astype(np.uint32) for piece in cut(text)]
-            parts.append(np.concatenate(pieces))
-            lengths.append(len(parts[-1]))
-        return np.concatenate(parts), np.array(lengths, dtype=np.int64)
+        flat: list[np.ndarray] = []
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        for group in _grouped((idx, piece) for idx, text in enumerate(texts) for piece in cut(text)):
+            ids, piece_lengths = self._engine.encode([piece for _, piece in group])
+            flat.append(ids.astype(np.uint32))
+            np.add.at(lengths, [idx for idx, _ in group], piece_lengths)
+        return np.concatenate(flat), lengths
+
+
+def _grouped(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Consecutive pieces, with the numbers of their texts, in groups of some `LONG_CHARS` characters."""
+    group: list[tuple[int, str]] = []
+    chars = 0
+    for idx, piece in pieces:
+        group.append((idx, piece))
+        chars += len(piece)
+        if chars >= LONG_CHARS:
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
 
 
 def bound_memory(engine: Engine, tokenizer: Tokenizer) -> Engine:
@@ -49,7 +63,7 @@ def bound_memory(engine: Engine, tokenizer: Tokenizer) -> Engine:
 
 def may_be_cut(tokenizer: Tokenizer) -> bool:
     """Whether texts may be cut behind a line feed: byte-level words, nothing that looks across them."""
-    content = json.loads(tokenizer.backend.to_str())
+    content = orjson.loads(tokenizer.backend.to_str())
     words = content.get("pre_tokenizer") or {}
     plain = (
         words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words.get("add_prefix_space", True)

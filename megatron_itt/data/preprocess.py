@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_itt.data.engine import Engine, choose_engine
 from megatron_itt.data.manifest import Manifest
 from megatron_itt.data.merge import Shard
 from megatron_itt.data.publish import Publication, existing_output, publish
-from megatron_itt.data.shards import EncodingOptions, ShardRecord, ShardTask, finished_shard, make_shard
+from megatron_itt.data.shards import EncodingOptions, ShardRecord, ShardTask, finished_shard, make_shard, prepare_tools
 from megatron_itt.data.shares import (
     FolderLock,
     Share,
@@ -33,7 +34,7 @@ from megatron_itt.data.shares import (
 )
 from megatron_itt.data.sources import HUB, Segment, find_sources, split_source
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
-from megatron_itt.data.workers import Finished, TaskFunction, run_tasks
+from megatron_itt.data.workers import Finished, TaskFunction, Workers
 from megatron_itt.errors import ConfigError, DataError
 
 MIN_SHARD_BYTES = 1 << 19
@@ -86,17 +87,20 @@ def preprocess(options: PreprocessOptions, *, merge_only: bool = False) -> Outco
     there. Raises `DataError` for damaged input, too many bad lines, or an output that was made otherwise; nothing is
     published then.
     """
-    job = _plan_job(options, None)
-    existing = job.existing()
-    if existing is not None:
-        return existing
+    with _start(options) as workers:
+        job = _plan_job(options, None)
+        existing = job.existing()
+        return _preprocess_new(job, workers, merge_only=merge_only) if existing is None else existing
+
+
+def _preprocess_new(job: _Job, workers: Workers, *, merge_only: bool) -> Outcome:
     with _lock_of(job.folder) as lock:
         lock.take(shared=False)
         if merge_only:
             check_plan(job.folder, job.plan)
-            return _publish(job, _finished_shards(job))
-        claim(job.folder, job.plan, alone=True, resume=options.resume, strict=False)
-        return _publish(job, _make_shards(job.tasks, options))
+            return _publish(job, _finished_shards(job, workers))
+        claim(job.folder, job.plan, alone=True, resume=job.options.resume, strict=False)
+        return _publish(job, _make_shards(job, job.tasks, workers))
 
 
 def preprocess_part(options: PreprocessOptions, share: Share) -> PartOutcome:
@@ -109,23 +113,28 @@ def preprocess_part(options: PreprocessOptions, share: Share) -> PartOutcome:
         raise ConfigError(
             "--no-resume would delete what other parts have made; delete the .partial folder instead, then start all"
         )
-    job = _plan_job(options, share)
+    with _start(options) as workers:
+        job = _plan_job(options, share)
+        existing = job.existing()
+        if existing is not None:
+            return PartOutcome(num_shards=len(share.of(job.tasks)), merged=existing)
+        return _make_part(job, share, workers)
+
+
+def _make_part(job: _Job, share: Share, workers: Workers) -> PartOutcome:
     mine = share.of(job.tasks)
-    existing = job.existing()
-    if existing is not None:
-        return PartOutcome(num_shards=len(mine), merged=existing)
     with _lock_of(job.folder) as lock:
         if lock.take(shared=True):
             claim(job.folder, job.plan, alone=True, resume=True, strict=True)
             lock.share()
         claim(job.folder, job.plan, alone=False, resume=True, strict=True)
         with working_on(job.folder, share, mine):
-            _make_shards(mine, options)
+            _make_shards(job, mine, workers)
         missing = enter_as_done(job.folder, share)
         if missing:
             return PartOutcome(num_shards=len(mine), waiting_for=tuple(missing))
         lock.wait_until_alone()
-        merged = job.existing() or _publish(job, _finished_shards(job))
+        merged = job.existing() or _publish(job, _finished_shards(job, workers))
         return PartOutcome(num_shards=len(mine), merged=merged)
 
 
@@ -168,6 +177,13 @@ def _plan_job(options: PreprocessOptions, share: Share | None) -> _Job:
     )
 
 
+def _start(options: PreprocessOptions) -> Workers:
+    """Start the workers, which load the tokenizer while this process plans."""
+    if options.num_workers < 1:
+        raise ConfigError(f"--workers is {options.num_workers}; it must be at least 1")
+    return Workers(options.num_workers, partial(prepare_tools, options.tokenizer, options.engine))
+
+
 @contextmanager
 def _lock_of(folder: Path) -> Iterator[FolderLock]:
     lock = FolderLock(folder)
@@ -178,8 +194,6 @@ def _lock_of(folder: Path) -> Iterator[FolderLock]:
 
 
 def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
-    if options.num_workers < 1:
-        raise ConfigError(f"--workers is {options.num_workers}; it must be at least 1")
     if not 0 <= options.max_bad_fraction <= 1:
         raise ConfigError(f"--max-bad-fraction is {options.max_bad_fraction}; a fraction lies in [0, 1]")
     if options.min_length < 1:
@@ -224,15 +238,15 @@ def plan_shards(
     ]
 
 
-def _make_shards(tasks: Sequence[ShardTask], options: PreprocessOptions) -> list[Shard]:
+def _make_shards(job: _Job, tasks: Sequence[ShardTask], workers: Workers) -> list[Shard]:
     """Have every shard made; return them in order."""
-    records = _run(make_shard, tasks, options, "tokenize")
+    records = _run(make_shard, tasks, workers, "tokenize" if job.options.show_progress else None)
     return [(task, records[idx]) for idx, task in enumerate(tasks)]
 
 
-def _finished_shards(job: _Job) -> list[Shard]:
+def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
     """Every shard, made by whomever and checked here. Raises `DataError` naming the parts that miss some."""
-    records = _run(_find_shard, job.tasks, job.options, "check")
+    records = _run(_find_shard, job.tasks, workers, "check" if job.options.show_progress else None)
     missing = {idx for idx, record in records.items() if record is None}
     if missing:
         parts = shares_of_missing(job.folder, missing.__contains__, len(job.tasks))
@@ -252,15 +266,15 @@ def _find_shard(task: ShardTask, report: Callable[[tuple[int, ...]], None]) -> S
 
 
 def _run(
-    function: TaskFunction, tasks: Sequence[ShardTask], options: PreprocessOptions, description: str
+    function: TaskFunction, tasks: Sequence[ShardTask], workers: Workers, description: str | None
 ) -> dict[int, Any]:
-    """Run the tasks in the pool; results by number. Shows input MB/s, tokens/s and ETA."""
+    """Have the tasks done; results by number. With a description shows input MB/s, tokens/s and ETA."""
     results: dict[int, Any] = {}
     total = sum(segment.length for task in tasks for segment in task.segments)
     tokens = 0
     started = time.monotonic()
-    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=not options.show_progress) as bar:
-        for event in run_tasks(function, tasks, options.num_workers):
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=description is None) as bar:
+        for event in workers.run(function, tasks):
             if isinstance(event, Finished):
                 results[event.task_idx] = event.result
                 continue

@@ -99,7 +99,7 @@ def make_shard(task: ShardTask, report: Callable[[tuple[int, ...]], None]) -> Sh
     if record is not None:
         report((sum(segment.length for segment in task.segments), 0, 0))
         return record
-    tokenizer, engine = _tools(task.options.tokenizer, task.options.tokenizer_sha256, task.options.engine)
+    tokenizer, engine = _tools(task.options)
     writer = _ShardWriter(task, tokenizer, engine)
     try:
         for segment in task.segments:
@@ -119,14 +119,32 @@ def finished_shard(task: ShardTask) -> ShardRecord | None:
     return record if record.fingerprint == task.fingerprint and checksums == record.crc32 else None
 
 
+def prepare_tools(path: str, engine: str) -> None:
+    """Load a tokenizer and its engine before they are needed; names on the hub are left to the first task."""
+    if not Path(path).exists():
+        return
+    for name in ("gigatoken", "hf") if engine == "auto" else (engine,):
+        with contextlib.suppress(DataError):
+            _load_tools(path, name)
+            return
+
+
 @lru_cache(maxsize=1)
-def _tools(path: str, sha256: str, engine: str) -> tuple[Tokenizer, Engine]:
+def _load_tools(path: str, engine: str) -> tuple[Tokenizer, Engine]:
     """The tokenizer and engine of this process, loaded once."""
     disable_tokenizer_threads()
     tokenizer = load_tokenizer(path)
-    if tokenizer.sha256 != sha256:
-        raise DataError(f"tokenizer {path} changed while its data was being written; run the command again")
     return tokenizer, bound_memory(choose_engine(tokenizer, engine), tokenizer)
+
+
+def _tools(options: EncodingOptions) -> tuple[Tokenizer, Engine]:
+    """What encodes, checked to be what the options say."""
+    tokenizer, engine = _load_tools(options.tokenizer, options.engine)
+    if tokenizer.sha256 != options.tokenizer_sha256:
+        raise DataError(
+            f"tokenizer {options.tokenizer} changed while its data was being written; run the command again"
+        )
+    return tokenizer, engine
 
 
 class _ShardWriter:
@@ -150,8 +168,8 @@ class _ShardWriter:
     def read_segment(self, segment: Segment, report: Callable[[tuple[int, ...]], None]) -> None:
         reader = DocumentReader(segment, text_key=self.task.options.text_key)
         reported = 0
-        for texts in self._batches(reader):
-            text_bytes, tokens = self._write(texts, reader)
+        for texts, lines in self._batches(reader):
+            text_bytes, tokens = self._write(texts, lines, segment)
             position = min(reader.position, segment.length or reader.position)
             report((position - reported, text_bytes, tokens))
             reported = position
@@ -159,9 +177,10 @@ class _ShardWriter:
         entry = {**asdict(segment), "lines": reader.lines, "sha256": reader.sha256}
         self.record.segments.append(entry)
 
-    def _batches(self, reader: DocumentReader) -> Iterator[list[tuple[int, str]]]:
-        """(line, text) pairs in batches of bounded size; rejected lines are written as they come."""
-        batch: list[tuple[int, str]] = []
+    def _batches(self, reader: DocumentReader) -> Iterator[tuple[list[str], list[int]]]:
+        """Texts and their lines, in batches of bounded size; rejected lines are written as they come."""
+        texts: list[str] = []
+        lines: list[int] = []
         chars = 0
         min_length = self.task.options.min_length
         for item in reader:
@@ -172,23 +191,23 @@ class _ShardWriter:
             if size < min_length:
                 self.record.too_short += 1
                 continue
-            batch.append((reader.lines, item))
+            texts.append(item)
+            lines.append(reader.lines)
             chars += size
-            if chars >= _BATCH_CHARS or len(batch) >= _BATCH_DOCUMENTS:
-                yield batch
-                batch, chars = [], 0
-        if batch:
-            yield batch
+            if chars >= _BATCH_CHARS or len(texts) >= _BATCH_DOCUMENTS:
+                yield texts, lines
+                texts, lines, chars = [], [], 0
+        if texts:
+            yield texts, lines
 
-    def _write(self, batch: list[tuple[int, str]], reader: DocumentReader) -> tuple[int, int]:
+    def _write(self, texts: list[str], lines: list[int], segment: Segment) -> tuple[int, int]:
         """Encode a batch and append it; return its bytes of text and its tokens."""
-        texts = [text for _, text in batch]
         flat, lengths = self.engine.encode(texts)
         self._check_engine(texts)
         if not lengths.all():
-            for (line, _), length in zip(batch, lengths, strict=True):
+            for line, length in zip(lines, lengths, strict=True):
                 if length == 0:
-                    self._reject(reader.segment, line, "its text encodes to no token")
+                    self._reject(segment, line, "its text encodes to no token")
             texts = [text for text, length in zip(texts, lengths, strict=True) if length > 0]
             lengths = lengths[lengths > 0]
         flat, lengths = self._add_marks(flat, lengths)

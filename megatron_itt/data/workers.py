@@ -6,6 +6,7 @@ message; when a worker is killed, the parent knows which task was lost. Tasks re
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,48 +36,43 @@ class Finished(Generic[Result]):
     result: Result
 
 
-def run_tasks(function: TaskFunction, tasks: Sequence[Task], num_workers: int) -> Iterator[Progress | Finished[Any]]:
-    """Run `function` on every task and yield progress and results as they come, in any order.
+class Workers:
+    """Processes that wait for tasks. With `num_workers` 1 there is none, and everything runs in this process.
 
-    With one worker everything runs in this process. An exception in a task ends the other workers and is raised here.
-    Raises `DataError` when a worker process dies.
+    `prepare` runs once in each of them, before any task and beside whatever this process does meanwhile; an error in it
+    is left to the tasks, which meet it again. Use it with `with`: the processes end with the block.
     """
-    if num_workers <= 1:
-        yield from _run_here(function, tasks)
-        return
-    pool = _Pool(function, min(num_workers, max(1, len(tasks))))
-    try:
-        yield from pool.run(tasks)
-    finally:
-        pool.stop()
 
-
-def _run_here(function: TaskFunction, tasks: Sequence[Task]) -> Iterator[Progress | Finished[Any]]:
-    for task_idx, task in enumerate(tasks):
-        reports: list[tuple[int, ...]] = []
-        result = function(task, reports.append)
-        yield from map(Progress, reports)
-        yield Finished(task_idx, result)
-
-
-class _Pool:
-    def __init__(self, function: TaskFunction, num_workers: int) -> None:
+    def __init__(self, num_workers: int, prepare: Callable[[], Any] | None = None) -> None:
         context = multiprocessing.get_context("spawn")  # forking a process with tokenizer threads can deadlock
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        for _ in range(num_workers):
+        for _ in range(num_workers if num_workers > 1 else 0):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(function, there), daemon=True)
+            process = context.Process(target=_work, args=(there, prepare), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Progress | Finished[Any]]:
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def run(self, function: TaskFunction, tasks: Sequence[Task]) -> Iterator[Progress | Finished[Any]]:
+        """Run `function` on every task and yield progress and results as they come, in any order.
+
+        An exception in a task is raised here. Raises `DataError` when a worker process dies.
+        """
+        if not self._pipes:
+            yield from _run_here(function, tasks)
+            return
         waiting = iter(enumerate(tasks))
         busy: dict[Connection, int] = {}
         for pipe in self._pipes:
-            self._give(pipe, waiting, busy)
+            self._give(pipe, function, waiting, busy)
         while busy:
             for pipe in cast("list[Connection]", wait(list(busy))):
                 message = self._receive(pipe)
@@ -86,14 +82,20 @@ class _Pool:
                     yield message
                     continue
                 yield Finished(busy.pop(pipe), message)
-                self._give(pipe, waiting, busy)
+                self._give(pipe, function, waiting, busy)
 
-    def _give(self, pipe: Connection, waiting: Iterator[tuple[int, Any]], busy: dict[Connection, int]) -> None:
+    def _give(
+        self,
+        pipe: Connection,
+        function: TaskFunction,
+        waiting: Iterator[tuple[int, Any]],
+        busy: dict[Connection, int],
+    ) -> None:
         following = next(waiting, None)
         if following is not None:
             busy[pipe], task = following
             try:
-                pipe.send(task)
+                pipe.send((function, task))
             except OSError as error:
                 raise self._death(pipe) from error
 
@@ -113,6 +115,7 @@ class _Pool:
         )
 
     def stop(self) -> None:
+        """End the processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -120,12 +123,29 @@ class _Pool:
             process.join()
 
 
-def _work(function: TaskFunction, pipe: Connection) -> None:
+def _run_here(function: TaskFunction, tasks: Sequence[Task]) -> Iterator[Progress | Finished[Any]]:
+    for task_idx, task in enumerate(tasks):
+        reports: list[tuple[int, ...]] = []
+        result = function(task, reports.append)
+        yield from map(Progress, reports)
+        yield Finished(task_idx, result)
+
+
+def run_tasks(function: TaskFunction, tasks: Sequence[Task], num_workers: int) -> Iterator[Progress | Finished[Any]]:
+    """Run `function` on every task in processes of their own; see `Workers`. They end with the iteration."""
+    with Workers(min(num_workers, max(1, len(tasks)))) as workers:
+        yield from workers.run(function, tasks)
+
+
+def _work(pipe: Connection, prepare: Callable[[], Any] | None) -> None:
     """The life of a worker: a task, its progress, its result, until the parent closes the pipe."""
     try:
+        if prepare is not None:
+            with contextlib.suppress(Exception):
+                prepare()
         while True:
             try:
-                task = pipe.recv()
+                function, task = pipe.recv()
             except EOFError:
                 return
             try:

@@ -39,7 +39,7 @@ def test_an_array_job_on_two_nodes_makes_the_bytes_of_one_process(
 
     states, logs = run_array([2], "--parts=3")
     assert states == ["COMPLETED"], logs
-    assert "2 parts are not made yet (0/3, 1/3)" in logs[0]
+    assert "not made yet, in all 2: 0/3, 1/3; the last one merges" in logs[0]
     assert not Path(f"{prefix}.bin").exists()
 
     states, logs = run_array([0, 1], "--parts=3")

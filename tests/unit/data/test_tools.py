@@ -12,7 +12,15 @@ import pytest
 from tests.unit.data.conftest import make_texts, write_jsonl
 
 ROOT = Path(__file__).parents[3]
-TOOLS = ("preprocess", "train_tokenizer", "verify_data", "make_sample_corpus")
+TOOLS = (
+    "preprocess",
+    "train_tokenizer",
+    "verify_data",
+    "make_sample_corpus",
+    "data_speed",
+    "download_redpajama",
+    "build_index",
+)
 
 
 def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -53,6 +61,29 @@ def test_train_preprocess_verify(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "manifest agrees: fine" in done.stdout
     assert "document 149" in done.stdout
+
+
+def test_parts_and_their_merge_on_the_command_line(tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", make_texts(50))
+    command = ("--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "set", "--workers", 1)
+    done = run("preprocess", *command, "--part", "1/2", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "not made yet, in all 1: 0/2; the last one merges" in done.stdout
+    done = run("preprocess", *command, "--merge", "--quiet")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "of part 0/2; run --part 0/2 again" in done.stderr
+    done = run("preprocess", *command, "--part", "0/2", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "50 documents" in done.stdout
+
+
+def test_speed_is_measured_and_nothing_is_left(tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", make_texts(50))
+    done = run("data_speed", "--input", source, "--tokenizer", tokenizer_dir, "--workers", 1, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("engine alone", "whole command", "tokens/s", "peak of all processes"):
+        assert part in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 @pytest.mark.parametrize(
