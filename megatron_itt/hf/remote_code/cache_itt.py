@@ -54,7 +54,7 @@ class SlotStore:
     """Growing keys and values of a batch, each row with its own length.
 
     keys, values [b, g, P, d]; columns [b, P], NO_COLUMN where unused; live [steps, b, P]: does the entry stand for its
-    token at that reading step; length [b], and the same on the host in lengths.
+    token at that reading step; lengths: places in use per row, on the host.
     """
 
     def __init__(self, num_read_steps: int = 1) -> None:
@@ -64,7 +64,6 @@ class SlotStore:
         self.values: Tensor | None = None
         self.columns: Tensor | None = None
         self.live: Tensor | None = None
-        self.length: Tensor | None = None
         self.lengths: list[int] = []
 
     @property
@@ -94,7 +93,6 @@ class SlotStore:
         columns = torch.full((batch, grown), NO_COLUMN, dtype=torch.int32, device=like.device)
         live = torch.zeros((self.num_read_steps, batch, grown), dtype=torch.bool, device=like.device)
         if self.keys is None:
-            self.length = torch.zeros(batch, dtype=torch.long, device=like.device)
             self.lengths = [0] * batch
         else:
             old_keys, old_values, old_columns, old_live = self._tensors()
@@ -111,20 +109,20 @@ class SlotStore:
         """
         self._reserve(tokens.mask.shape[0], tokens.width, k)
         all_keys, all_values, all_columns, live = self._tensors()
-        assert self.length is not None, "reserved above"
-        place = self.length[tokens.row] + tokens.rank
+        first = self.max_length
         if self.even and tokens.even:
-            span = slice(self.max_length, self.max_length + tokens.width)
+            place = tokens.rank + first
+            span = slice(first, first + tokens.width)
             all_keys[:, :, span] = tokens.pad(k).transpose(1, 2)
             all_values[:, :, span] = tokens.pad(v).transpose(1, 2)
-            all_columns[:, span] = tokens.pad(columns).to(torch.int32)
+            all_columns[:, span] = tokens.pad(columns)
             live[created:, :, span] = True
         else:
+            place = torch.tensor(self.lengths, device=k.device)[tokens.row] + tokens.rank
             all_keys[tokens.row, :, place] = k
             all_values[tokens.row, :, place] = v
             all_columns[tokens.row, place] = columns.to(torch.int32)
             live[created:, tokens.row, place] = True
-        self.length = self.length + tokens.mask.sum(dim=1)
         self.lengths = [length + count for length, count in zip(self.lengths, tokens.counts, strict=True)]
         return place
 
@@ -163,14 +161,13 @@ class SlotStore:
 
     def select_rows(self, rows: Tensor) -> None:
         """Row r becomes the former row rows[r]."""
-        if self.keys is None or self.length is None:
+        if self.keys is None:
             return
         keys, values, columns, live = self._tensors()
-        rows = rows.to(self.length.device)
+        rows = rows.to(keys.device)
         self.keys, self.values = keys.index_select(0, rows), values.index_select(0, rows)
         self.columns, self.live = columns.index_select(0, rows), live.index_select(1, rows)
-        self.length = self.length.index_select(0, rows)
-        self.lengths = self.length.tolist()
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
 
     def crop(self, num_columns: int) -> None:
         """Forget the entries of every token at column `num_columns` or later."""
@@ -181,9 +178,9 @@ class SlotStore:
         order = (~keep).to(torch.int8).argsort(dim=1, stable=True)
         wide = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.keys, self.values = keys.gather(2, wide), values.gather(2, wide)
-        self.length = keep.sum(dim=1)
-        self.lengths = self.length.tolist()
-        unused = torch.arange(keep.shape[1], device=keep.device) >= self.length[:, None]
+        length = keep.sum(dim=1)
+        self.lengths = length.tolist()
+        unused = torch.arange(keep.shape[1], device=keep.device) >= length[:, None]
         self.columns = columns.gather(1, order).masked_fill(unused, NO_COLUMN)
         self.live = live.gather(2, order.expand_as(live)) & ~unused
 
@@ -283,8 +280,8 @@ class ITTCache(Cache):
         for store in self._stores():
             store.crop(kept)
         self.num_columns = kept
-        base = self.layers[0].store("base")
-        self.num_real = base.length
+        assert self.num_real is not None, "there are columns"
+        self.num_real = torch.tensor(self.layers[0].store("base").lengths, device=self.num_real.device)
 
     def reset(self) -> None:
         """Forget everything."""

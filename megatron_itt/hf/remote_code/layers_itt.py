@@ -83,9 +83,7 @@ class ITTRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(hidden.dtype)
+        return nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 class ITTLinear(nn.Linear):
@@ -101,7 +99,7 @@ class ITTLinear(nn.Linear):
     def forward(self, rows: Tensor) -> Tensor:
         if rows.dim() == 2 and 4 <= rows.shape[0] < 32 and rows.device.type == "cpu" and rows.dtype == torch.float32:
             return (self.weight @ rows.t()).t().contiguous()
-        return super().forward(rows)
+        return nn.functional.linear(rows, self.weight)
 
 
 def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -147,9 +145,8 @@ class ITTAttention(nn.Module):
     def _attend(self, q: Tensor, keys: Keys) -> Tensor:
         """q [b, H, k, d] -> [b, k, H, d]."""
         k, v = keys.k, keys.v
-        implementation = self.config._attn_implementation
-        if keys.mask is None and implementation not in (None, "sdpa", "eager"):
-            attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
+        if keys.mask is None and self.config._attn_implementation not in (None, "sdpa", "eager"):
+            attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
             out, _ = attend(self, q, k, v, None, dropout=0.0, scaling=self.scaling, is_causal=keys.causal)
             return out
         if q.shape[2] == 1:
@@ -227,7 +224,9 @@ class ITTThinking(nn.Module):
         assert self.router is not None, "a routed step has a router"
         logits = router_logits(hidden, self.router[step - 1])
         pick = {"threshold": pick_threshold, "topk": pick_topk, "topp": pick_topp}[call.routing]
-        return Selection.from_mask(pick(logits, bars[:, step - 1], call.everyone_real.mask), call.granule), logits
+        picked = Selection.from_mask(pick(logits, bars[:, step - 1], call.everyone_real.mask), call.granule)
+        everyone = picked.num_tokens == call.everyone.num_tokens and call.granule == 1
+        return call.everyone if everyone else picked, logits
 
 
 class ITTDecoderLayer(GradientCheckpointingLayer):
@@ -343,9 +342,10 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         if self.switches["update"] == "delta":
             thought = thought - rows
         alpha = self.switches["alpha"][step - 1]
-        gain = None if weight is None and alpha == 1.0 else rows.new_tensor(alpha).expand(rows.shape[0])
         if weight is not None:
             gain = alpha * picked.take(weight)
+        else:
+            gain = None if alpha == 1.0 else rows.new_tensor(alpha).expand(rows.shape[0])
         return add_thought(rows, thought, gain=gain, phi=self._phi(step))
 
     def _treat_skipped(

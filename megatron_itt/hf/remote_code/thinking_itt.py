@@ -46,8 +46,10 @@ class Selection:
     def from_mask(mask: Tensor, granule: int = 1) -> Selection:
         """Select where mask [b, c] is true."""
         row, col = mask.nonzero(as_tuple=True)
-        rank = torch.zeros_like(col) if mask.shape[1] == 1 else (mask.cumsum(dim=1) - 1)[row, col]
-        counts = tuple(mask.sum(dim=1).tolist())
+        if mask.shape[1] == 1:
+            rank, counts = col, tuple(map(int, mask[:, 0].tolist()))
+        else:
+            rank, counts = (mask.cumsum(dim=1) - 1)[row, col], tuple(mask.sum(dim=1).tolist())
         width = round_up(max(counts), granule)
         return Selection(mask, row, col, rank, counts, width, min(counts) == width, granule)
 

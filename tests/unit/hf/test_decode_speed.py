@@ -57,7 +57,7 @@ def test_a_handful_of_rows_is_multiplied_right(num_rows: int) -> None:
 def test_cached_decoding_of_512_tokens_is_eight_times_faster_than_recomputing_the_prefix() -> None:
     torch.manual_seed(0)
     thinking = {"kind": "itt", "layers": [1, 3], "capacity": [0.5, 0.5, 0.5]}
-    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12}
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
     model = ITTForCausalLM(ITTConfig(**shape, vocab_size=4000, thinking=thinking)).eval()
     for layer_idx in (1, 3):
         model.model.layers[layer_idx].thinking.logit_quantiles.copy_(torch.linspace(-0.5, 0.5, 1025).expand(3, -1))
