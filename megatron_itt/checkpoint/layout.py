@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_itt.errors import CheckpointError
 STATE_FILE = "run_state.json"
 LATEST_FILE = "latest"
 _NAME = re.compile(r"step_(\d{7,})$")
+_REMOVAL_ATTEMPTS, _REMOVAL_PAUSE_S = 20, 0.25
 _WRITING, _REPLACED, _DAMAGED = ".writing_", ".replaced_", "damaged_"
 
 
@@ -113,8 +115,17 @@ def remove_leftovers(root: Path) -> list[Path]:
             path.replace(final)
     removed = [*root.glob(f"{_WRITING}*"), *root.glob(f"{_REPLACED}*")]
     for path in removed:
-        shutil.rmtree(path)
+        _remove_stubborn(path)
     return removed
+
+
+def _remove_stubborn(folder: Path) -> None:
+    """Remove a folder even while a writer that outlived its run still puts files into it; it ends soon."""
+    for _ in range(_REMOVAL_ATTEMPTS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(_REMOVAL_PAUSE_S)
 
 
 def set_aside(checkpoint: Path) -> Path:

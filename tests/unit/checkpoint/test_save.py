@@ -123,6 +123,11 @@ def save_and_die(root: Path) -> None:
     with built_model(tiny_recipe(), dtype=torch.float32) as built:
         save(new_writer(root, asynchronous=False), built, 1)
         save(new_writer(root, asynchronous=True), built, 2)
+        for child in multiprocessing.active_children():
+            if (
+                "Manager" in child.name
+            ):  # the queue of megatron-core; the writer goes on, as after a kill of one process
+                child.kill()
         os._exit(9)
 
 

@@ -1,0 +1,55 @@
+"""What a save costs the training that waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from megatron_itt.checkpoint.layout import list_checkpoints
+from megatron_itt.training.checkpointing import Checkpointer
+from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
+
+NUM_SAVES = 7
+LARGE = {
+    **{"hidden_size": 512, "ffn_hidden_size": 1408, "num_layers": 4, "num_attention_heads": 8, "num_query_groups": 8},
+    **{"vocab_size": 4096, "seq_length": 64},
+}
+
+
+@pytest.fixture
+def trainer() -> Iterator[Any]:
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+    from megatron_itt.training.assemble import build_trainer
+
+    config = tiny_recipe(model=LARGE)
+    place = start_parallel(config, place=ONE_PROCESS)
+    try:
+        yield build_trainer(config, place)
+    finally:
+        stop_parallel()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_background_save_blocks_for_at_most_a_fifth_of_a_plain_one(tmp_path: Path, trainer: Any) -> None:
+    """By turns in one process, with 270 MB of state; the first of each starts helpers and does not count."""
+    waits: dict[bool, list[float]] = {False: [], True: []}
+    for step in range(1, NUM_SAVES + 1):
+        for asynchronous in (False, True):
+            config = tiny_recipe(model=LARGE, checkpoint={"asynchronous": asynchronous, "keep_last": 1})
+            run_dir = tmp_path / str(asynchronous)
+            checkpointer = Checkpointer(config, run_dir, data_fingerprint="data", tokenizer_sha256="tokenizer")
+            started = time.perf_counter()
+            checkpointer.save(trainer, step)
+            waits[asynchronous].append(time.perf_counter() - started)
+            checkpointer.finish()
+    (checkpoint,) = list_checkpoints(tmp_path / "True/checkpoints")
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) > 100e6
+    plain, background = (median(waits[asynchronous][1:]) for asynchronous in (False, True))
+    print(f"a plain save takes {plain:.2f} s, a background save {background:.2f} s: {background / plain:.0%}")
+    assert background <= 0.2 * plain
