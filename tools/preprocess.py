@@ -89,9 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         print(describe(arguments.output_prefix, part.merged))
     else:
         shown = ", ".join(map(str, part.waiting_for[:8])) + (", ..." if len(part.waiting_for) > 8 else "")
-        print(
-            f"{arguments.output_prefix}: {len(part.waiting_for)} parts are not made yet ({shown}); the last one merges"
-        )
+        print(f"{arguments.output_prefix}: not made yet, in all {len(part.waiting_for)}: {shown}; the last one merges")
     return 0
 
 
