@@ -41,21 +41,46 @@ find_part() { # JOB_FILE: sets part from the place of this task in its array
     part=(--part "$SLURM_ARRAY_TASK_ID/$parts")
 }
 
-evaluate() { # JOB_FILE RUN_FOLDER ARGUMENT...
+evaluate() { # JOB_FILE RUN_FOLDER ARGUMENT...; --checkpoints=all, or names, in place of the newest
     [ $# -ge 2 ] || fail "name the run folder to evaluate: sbatch $1 runs/466m_itt_x4 [options of tools/evaluate.py]"
-    local name tasks=()
+    local argument name which=newest names=() given=() tasks=()
     run_dir=$2
-    shift 2
+    for argument in "${@:3}"; do
+        case $argument in
+            --checkpoints=*) which=${argument#*=} ;;
+            *) given+=("$argument") ;;
+        esac
+    done
     load_cluster
     [ -z "${ITT_RUN_ROOT:-}" ] || [[ $run_dir != runs/* ]] || run_dir=$ITT_RUN_ROOT/${run_dir#runs/}
     [[ $run_dir == /* ]] || run_dir=$checkout/$run_dir
-    name=$(newest_checkpoint)
-    [ "$name" != none ] || fail "$run_dir has no checkpoint; name a run folder that holds checkpoints/latest"
-    [[ " $* " == *" --tasks"* || " $* " == *" --heldout"* || " $* " == *" --task-dir"* ]] || tasks=(--tasks paper)
-    if [ ! -f "$run_dir/export/$name/config.json" ]; then
-        run_one tools/export_hf.py --checkpoint "$run_dir/checkpoints/$name" --output "$run_dir/export/$name" \
-            --dtype bfloat16 || exit
-    fi
-    run_one tools/evaluate.py --model "$run_dir/export/$name" --output "$run_dir/evaluation/$name" --overwrite \
-        "${tasks[@]}" "$@"
+    find_checkpoints "$which"
+    [[ " ${given[*]} " == *" --tasks"* || " ${given[*]} " == *" --heldout"* || " ${given[*]} " == *" --task-dir"* ]] ||
+        tasks=(--tasks paper)
+    for name in "${names[@]}"; do
+        if [ ! -f "$run_dir/export/$name/config.json" ]; then
+            run_one tools/export_hf.py --checkpoint "$run_dir/checkpoints/$name" --output "$run_dir/export/$name" \
+                --dtype bfloat16 || exit
+        fi
+        # A job that was queued again leaves what it has measured; one checkpoint alone is measured anew.
+        [ "${#names[@]}" = 1 ] || [ ! -f "$run_dir/evaluation/$name/results.json" ] || continue
+        run_one tools/evaluate.py --model "$run_dir/export/$name" --output "$run_dir/evaluation/$name" --overwrite \
+            "${tasks[@]}" "${given[@]}" || exit
+    done
+}
+
+find_checkpoints() { # newest | all | NAME,...: sets names
+    local file name
+    case $1 in
+        newest) names=("$(newest_checkpoint)") ;;
+        all) for file in "$run_dir"/checkpoints/step_*/run_state.json; do
+            [ ! -f "$file" ] || names+=("$(basename "$(dirname "$file")")")
+        done ;;
+        *) IFS=, read -ra names <<<"$1" ;;
+    esac
+    [ "${names[0]:-none}" != none ] || fail "$run_dir has no checkpoint; name a run folder that holds checkpoints/latest"
+    for name in "${names[@]}"; do
+        [ -f "$run_dir/checkpoints/$name/run_state.json" ] ||
+            fail "$run_dir/checkpoints/$name is no checkpoint; --checkpoints takes newest, all, or names like step_0001000"
+    done
 }

@@ -29,6 +29,7 @@ from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import check_sinks
 from megatron_itt.training.step import Batch, Watch, train_step
 from megatron_itt.training.validation import headline_loss, run_validation
+from megatron_itt.training.warm_start import find_initial_weights, load_initial_weights
 from megatron_itt.training.watchdog import start_watchdog
 from megatron_itt.training.weight_checks import are_weights_finite, check_replicas
 
@@ -119,6 +120,7 @@ def _start_or_resume(
         allow_changed=allow_changed,
     )
     point = checkpointer.find_resume_point()
+    weights = find_initial_weights(config) if point is None else None
     datasets = build_datasets(config, tokenizer=tokenizer)
     trainer = build_trainer(config, place)
     watch = Watch(guard=StepGuard(config.runtime), stop=stop)
@@ -128,6 +130,8 @@ def _start_or_resume(
         checkpointer.resume(trainer, point)
         first_step, memory = point.state.step, point.state.loop
         watch.guard.restore(memory.get("guard", {}))
+    elif weights is not None:
+        load_initial_weights(trainer, weights)
     return Run(
         trainer=trainer,
         datasets=datasets,
