@@ -243,6 +243,7 @@ def _give_up(run: Run, step: int, problem: str) -> None:
     run.report.event(step, "diverged", reason)
     if run.trainer.place.is_main:
         mark_diverged(run.run_dir, reason)
+    run.checkpointer.finish()  # one that is being written is from before as well
     raise TrainingDivergedError(reason)
 
 
