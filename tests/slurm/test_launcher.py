@@ -27,7 +27,7 @@ def launch(job_file: str, *arguments: str, settings: dict[str, str], cwd: Path =
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
@@ -144,7 +144,7 @@ def test_this_machine_trains_stops_at_a_signal_and_continues(
     assert "is in use by process" in error
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # the second changes nothing
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     assert "the same command continues" in text
     assert not (run_dir / "finished").exists()
@@ -218,27 +218,37 @@ def test_a_full_disk_ends_a_run_that_more_room_continues(
 
 @pytest.mark.slow
 def test_a_run_is_exported_and_evaluated(recipe: Path, data: Path, tmp_path: Path, settings: dict[str, str]) -> None:
-    assert launch("train.sbatch", str(recipe), "schedule.steps=2", settings=settings)[0] == 0
+    lengths = ["schedule.steps=2", "checkpoint.save_interval_steps=1"]
+    assert launch("train.sbatch", str(recipe), *lengths, settings=settings)[0] == 0
     arguments = ["runs/tiny", "--heldout", f"code={data / 'code.jsonl'}", "--perplexity-max-tokens", "200"]
     code, text, error = launch("evaluate.sbatch", *arguments, settings=settings)
     assert code == 0, text + error
+    results = tmp_path / "runs" / "tiny" / "evaluation"
     assert (tmp_path / "runs" / "tiny" / "export" / "step_0000002" / "config.json").is_file()
-    assert (tmp_path / "runs" / "tiny" / "evaluation" / "step_0000002" / "results.json").is_file()
+    assert [path.name for path in results.iterdir()] == ["step_0000002"]
+    before = (results / "step_0000002" / "results.json").stat().st_mtime_ns
+    code, text, error = launch("evaluate.sbatch", *arguments, "--checkpoints=all", settings=settings)
+    assert code == 0, text + error
+    assert (results / "step_0000001" / "results.json").is_file()
+    assert (results / "step_0000002" / "results.json").stat().st_mtime_ns == before
 
 
 def test_an_evaluation_without_a_checkpoint_is_refused(tmp_path: Path, settings: dict[str, str]) -> None:
     code, _, error = launch("evaluate.sbatch", str(tmp_path), settings=settings)
     assert code == 2
     assert "has no checkpoint" in error
+    named = launch("evaluate.sbatch", str(tmp_path), "--checkpoints=step_7", settings=settings)
+    assert named[0] == 2 and "step_7 is no checkpoint" in named[2]
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         metrics = run_dir / "metrics.jsonl"
         if metrics.exists() and f'"step": {step}, "loss"' in metrics.read_text():
             return
         time.sleep(0.1)
+    process.kill()  # its ranks end with it
     raise AssertionError(f"step {step} was not reached")
 
 
