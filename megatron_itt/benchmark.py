@@ -85,7 +85,7 @@ def measure_steps(models: Mapping[str, RunConfig], *, num_repeats: int) -> list[
         peaks: dict[str, int] = {}
         for turn in range(_WARM_UP_STEPS + num_repeats):
             for name, trainer in trainers.items():
-                batches = _made_up_batches(trainer.config, trainer.num_microbatches, seed=turn)
+                batches = made_up_batches(trainer.config, trainer.num_microbatches, seed=turn)
                 _start_peak(place.device)
                 started = _clock(place.device)
                 train_step(trainer, iter(batches), turn + 1)
@@ -165,7 +165,8 @@ def _summarise(name: str, config: RunConfig, seconds: Sequence[float], *, rate: 
     )
 
 
-def _made_up_batches(config: RunConfig, num_microbatches: int, *, seed: int) -> list[dict[str, Any]]:
+def made_up_batches(config: RunConfig, num_microbatches: int, *, seed: int) -> list[dict[str, Any]]:
+    """The micro-batches of one step on this rank, with random tokens."""
     micro, length = config.batch.micro, config.model.seq_length
     generator = torch.Generator().manual_seed(seed)
     rows = [

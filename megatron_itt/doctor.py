@@ -11,7 +11,8 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_itt.config.optional_parts import (
@@ -22,6 +23,7 @@ from megatron_itt.config.optional_parts import (
     has_nvidia_gpu,
     hide_unusable_parts,
 )
+from megatron_itt.doctor_folders import FolderSpeed, measure_folders
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 12)
 
@@ -80,6 +82,7 @@ class Diagnosis:
     optional: list[PartStatus]
     problems: list[str]
     warnings: list[str]
+    folders: list[FolderSpeed] = field(default_factory=list)
 
     @property
     def is_healthy(self) -> bool:
@@ -91,17 +94,19 @@ class Diagnosis:
         return {**asdict(self), "is_healthy": self.is_healthy}
 
 
-def diagnose() -> Diagnosis:
-    """Look at everything; takes seconds, because packages are really imported."""
+def diagnose(folders: Sequence[str] = ()) -> Diagnosis:
+    """Look at everything; takes seconds, because packages are really imported and folders really written."""
     hide_unusable_parts()
     optional = [find_transformer_engine(), find_apex(), find_dali(), *(_find_extra(name) for name in EXTRAS)]
     required = [_find_required(name) for name in REQUIRED]
     gpus, gpu_warnings = _find_gpus(required)
+    speeds = measure_folders(folders)
     problems = _find_python_problem() + [
         f"{package.name}: {package.reason}; run make install, or pip install -c requirements/constraints.txt -e ."
         for package in required
         if not package.usable
     ]
+    problems += [f"{speed.path}: {speed.problem}" for speed in speeds if speed.problem]
     warnings = [f"{part.name}: {part.reason}. Cost: {part.cost}" for part in optional if not part.usable]
     return Diagnosis(
         python=platform.python_version(),
@@ -113,7 +118,8 @@ def diagnose() -> Diagnosis:
         required=required,
         optional=optional,
         problems=problems,
-        warnings=gpu_warnings + warnings,
+        warnings=gpu_warnings + [line for speed in speeds for line in speed.warnings()] + warnings,
+        folders=speeds,
     )
 
 
@@ -128,6 +134,12 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         f"GPU       {', '.join(diagnosis.gpus) or 'none: training runs on CPU, for trying things out'}",
         f"required  {', '.join(required)}",
         f"optional  {', '.join(usable) or 'none'}",
+        *(
+            f"folder    {speed.path}: writes {speed.write_mb_per_s:.0f} MB/s, reads {speed.read_mb_per_s:.0f} MB/s, "
+            f"clock {speed.clock_ahead_s:+.2f} s"
+            for speed in diagnosis.folders
+            if not speed.problem
+        ),
         *(f"warning: {warning}" for warning in diagnosis.warnings),
         *(f"problem: {problem}" for problem in diagnosis.problems),
     ]

@@ -13,6 +13,7 @@ EPILOG = """examples:
   python tools/benchmark.py
   python tools/benchmark.py --recipe recipes/162m/itt_x4.yaml model.num_layers=2 batch.global=1 batch.micro=1
   python tools/benchmark.py --stock --repeats 25
+  python tools/benchmark.py --overhead --repeats 40 model.hidden_size=384 logging.run_dir=runs/overhead
 """
 
 
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR")
     parser.add_argument("--name", default="training_step", help="name of the result files (default: %(default)s)")
     parser.add_argument("--stock", action="store_true", help="compare with megatron-core's own GPTModel instead")
+    parser.add_argument("--overhead", action="store_true", help="what the training loop adds to a bare step instead")
     arguments = parser.parse_intermixed_args(argv)
     silence_known_warnings()
     from megatron_itt.config import load_config
@@ -37,6 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     print(use_parts(config.precision.parts, device=config.runtime.device))
     from megatron_itt.benchmark import against_stock, compared_models, measure_steps, write_results
 
+    if arguments.overhead:
+        from megatron_itt.overhead import measure_overhead
+
+        print(measure_overhead(config, num_pairs=arguments.repeats).describe())
+        return 0
     models = against_stock(config) if arguments.stock else compared_models(config)
     rows = measure_steps(models, num_repeats=arguments.repeats)
     print(write_results(rows, config, arguments.output, arguments.name))

@@ -10,8 +10,9 @@ import warnings
 from megatron_itt.doctor import diagnose, format_diagnosis
 from megatron_itt.log import run_command
 
-EPILOG = """example:
+EPILOG = """examples:
   python tools/doctor.py --json
+  srun --ntasks-per-node=1 python tools/doctor.py --folder runs --folder data
 
 Exit code 0: training can work here, warnings aside. 1: something required is missing or broken."""
 
@@ -22,10 +23,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="doctor.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--folder", action="append", default=[], metavar="DIR", help="measure this folder's speed and clock; repeatable"
+    )
     arguments = parser.parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core warns of the same absences, at length
-        diagnosis = diagnose()
+        diagnosis = diagnose(arguments.folder)
     print(json.dumps(diagnosis.as_dict(), indent=2) if arguments.json else format_diagnosis(diagnosis))
     return 0 if diagnosis.is_healthy else 1
 
