@@ -12,11 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_itt.accounting.flops import forward_flops
-from megatron_itt.accounting.memory import layer_activations
+from megatron_itt.accounting.memory import layer_activations, rank_memory
 from megatron_itt.accounting.params import count_parameters
 from megatron_itt.config import RunConfig, parse_config
 from megatron_itt.model.builder import build_model
-from megatron_itt.parallel.groups import start_parallel, stop_parallel
+from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
 
 SHAPES: dict[str, dict[str, Any]] = {
     "heads": {"hidden_size": 128, "ffn_hidden_size": 320, "num_attention_heads": 4, "seq_length": 256},
@@ -58,11 +58,10 @@ def make_config(shape: str, kind: str, *, dtype: str = "fp32") -> RunConfig:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
+def one_rank() -> Iterator[ParallelPlace]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        start_parallel(make_config("heads", "llama"))
-        yield
+        yield start_parallel(make_config("heads", "llama"))
         stop_parallel()
 
 
@@ -122,3 +121,26 @@ def test_activations_are_those_that_autograd_keeps(shape: str, kind: str, dtype:
     element = 2 if dtype == "bf16" else 4
     final_norm = config.model.seq_length * config.model.hidden_size * (4 + 2 * element)
     assert measure_kept_bytes(chunk, tokens, positions) == pytest.approx(expected + final_norm, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_gradients_and_optimizer_state_are_those_of_a_trainer(
+    shape: str, dtype: str, one_rank: ParallelPlace
+) -> None:
+    from megatron_itt.training.assemble import build_trainer
+
+    config = make_config(shape, "all", dtype=dtype)
+    trainer = build_trainer(config, one_rank)
+    trainer.optimizer.step()  # its state appears with the first step
+    (chunk,) = trainer.wrapped
+    (part,) = trainer.optimizer.chained_optimizers
+    weights = sum(parameter.nbytes for parameter in chunk.parameters())
+    gradients = sum(buffer.grad_data.nbytes for buffer in chunk.buffers)
+    states = [value for state in part.optimizer.state.values() for value in state.values()]
+    masters = [shard for group in part.shard_fp32_from_float16_groups for shard in group]
+    optimizer = sum(tensor.nbytes for tensor in states + masters)
+    (expected,) = rank_memory(config, 1)
+    assert weights == expected.weights
+    assert gradients == pytest.approx(expected.gradients, rel=0.1)  # buffers are padded
+    assert optimizer == pytest.approx(expected.optimizer, rel=0.1)
