@@ -18,8 +18,8 @@ from megatron_itt.errors import CheckpointError
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import NUM_STEPS, Observed, observe_steps
+from tests.helpers.steps import _microbatches as microbatches
 
-JOBS_AT_ONCE = 8  # ports are chosen when ranks start, and on a busy machine do not stay free for long
 SAVED_AFTER = 3  # steps; by then Adam's moments and its step count matter
 TOLERANCE = 1e-5  # float32 sums in another order
 # One bfloat16 rounding is up to 2^-9 of a value. Ranks that add parts round at other places, so losses agree to a few
@@ -87,10 +87,8 @@ def save_and_continue(folder: Path, layouts: list[Layout], **options: Any) -> di
     for size, group in groups.items():
         pairs = [(saved, loaded) for saved in layouts for loaded in group]
         jobs = [(recipe(loaded, **options), str(folder / saved.name)) for saved, loaded in pairs]
-        for first in range(0, len(jobs), JOBS_AT_ONCE):
-            results = run_ranks(size, continue_from, jobs[first : first + JOBS_AT_ONCE])
-            for (saved, loaded), ranks in zip(pairs[first : first + JOBS_AT_ONCE], results, strict=True):
-                found[saved.name, loaded.name] = ranks[0]
+        for (saved, loaded), ranks in zip(pairs, run_ranks(size, continue_from, jobs), strict=True):
+            found[saved.name, loaded.name] = ranks[0]
     return found
 
 
@@ -171,10 +169,12 @@ def draw_before_and_after(place: ProcessPlace, config: RunConfig, root: str) -> 
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.checkpointing import load_trainer, trainer_state
+    from megatron_itt.training.step import train_step
 
     parallel_place = start_parallel(config, place=place)
     try:
         trainer = build_trainer(config, parallel_place)
+        train_step(trainer, iter(microbatches(trainer, 0)), 1)  # before it, an optimizer has no state to save
         for _ in range(place.rank + 1):
             draw()
         state = trainer_state(trainer, loading=False)

@@ -13,6 +13,7 @@ import pytest
 from megatron_itt.checkpoint.layout import list_checkpoints
 from megatron_itt.training.checkpointing import Checkpointer
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
+from tests.helpers.steps import _microbatches as microbatches
 
 NUM_SAVES = 7
 LARGE = {
@@ -25,11 +26,14 @@ LARGE = {
 def trainer() -> Iterator[Any]:
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.step import train_step
 
     config = tiny_recipe(model=LARGE)
     place = start_parallel(config, place=ONE_PROCESS)
     try:
-        yield build_trainer(config, place)
+        trainer = build_trainer(config, place)
+        train_step(trainer, iter(microbatches(trainer, 0)), 1)  # before it, an optimizer has no state to save
+        yield trainer
     finally:
         stop_parallel()
 
