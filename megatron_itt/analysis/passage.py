@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_itt.errors import DataError, EvaluationError
 from megatron_itt.evaluation.exported_model import Budget, ExportedModel
+from megatron_itt.evaluation.perplexity import Window, sliding_windows
 
 Scores = list[list[list[float]]]
 
@@ -46,11 +48,30 @@ class RoutingTrace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassageTrace:
-    """A passage cut into tokens, as text, with one routing trace per thinking budget."""
+    """A passage cut into tokens, as text, with one routing trace per thinking budget.
+
+    `num_windows` is above 1 where the passage is longer than the model's context of `window` tokens: then each token
+    is seen with at least half a window of the text before it.
+    """
 
     tokens: list[str]
+    token_ids: list[int]
     num_tokens_left_out: int
     traces: list[RoutingTrace]
+    num_windows: int = 1
+    window: int = 0
+
+    def notes(self) -> list[str]:
+        """What a reader must know about how a long passage was read."""
+        notes = []
+        if self.num_windows > 1:
+            notes.append(
+                f"The text is longer than the model's context: it was read in {self.num_windows} windows of at most "
+                f"{self.window:,} tokens, each token with at least half a window of text before it."
+            )
+        if self.num_tokens_left_out:
+            notes.append(f"The text goes on for {self.num_tokens_left_out:,} tokens that are not shown.")
+        return notes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,15 +88,22 @@ def trace_passage(
 ) -> PassageTrace:
     """Run `text` through the export at each budget and record who thinks.
 
-    A text longer than `max_tokens` or than the model's context is cut; `num_tokens_left_out` says by how much.
+    A text longer than the model's context is read in overlapping windows; one longer than `max_tokens` is cut, and
+    `num_tokens_left_out` says by how much.
     """
     if not text.strip():
         raise DataError("the passage is empty; give a text file with at least one word")
     ids, pieces = _encode(export, text)
-    num_kept = min(len(ids), max_tokens, export.max_length - 1)
-    tokens = torch.tensor([[export.prefix_token_id, *ids[:num_kept]]], device=next(export.model.parameters()).device)
-    traces = [_trace(export, tokens, budget) for budget in budgets]
-    return PassageTrace(tokens=pieces[:num_kept], num_tokens_left_out=len(ids) - num_kept, traces=traces)
+    num_kept = min(len(ids), max_tokens)
+    windows = list(sliding_windows([[export.prefix_token_id, *ids[:num_kept]]], export.max_length))
+    return PassageTrace(
+        tokens=pieces[:num_kept],
+        token_ids=ids[:num_kept],
+        num_tokens_left_out=len(ids) - num_kept,
+        traces=[_trace(export, windows, budget) for budget in budgets],
+        num_windows=len(windows),
+        window=export.max_length,
+    )
 
 
 def continue_text(export: ExportedModel, prompt: str, budget: Budget | None, *, num_tokens: int = 48) -> Sample:
@@ -121,34 +149,48 @@ def _encode(export: ExportedModel, text: str) -> tuple[list[int], list[str]]:
     return ids, pieces
 
 
-def _trace(export: ExportedModel, tokens: torch.Tensor, budget: Budget) -> RoutingTrace:
-    """tokens [1, 1 + s], the first being the prefix token, which is not reported."""
+def routing_in(export: ExportedModel, window: Window, budget: Budget | None) -> dict[int, tuple[Tensor, Tensor]]:
+    """One forward pass over a window: for each thinking layer, who was picked and the router logits, both [T-1, n].
+
+    n are the last `window.num_scored` tokens. Raises EvaluationError where the export's code reports no routing.
+    """
     layers = [int(layer_idx) for layer_idx in export.model.config.thinking["layers"]]
+    tokens = torch.tensor([window.tokens], device=next(export.model.parameters()).device)
+    extra = {} if budget is None else {"thinking_budget": list(budget)}
     with torch.inference_mode(), _recorded_logits(export.model, layers) as logits:
-        outputs = export.model(
-            input_ids=tokens, thinking_budget=list(budget), output_routing=True, use_cache=False, return_dict=True
-        )
+        outputs = export.model(input_ids=tokens, output_routing=True, use_cache=False, return_dict=True, **extra)
     routing = getattr(outputs, "routing", None)
     if routing is None or len(routing) != len(layers):
         raise EvaluationError(
             f"the model code in {export.folder} does not report routing for its {len(layers)} thinking layers; export "
             "the checkpoint again with the present version"
         )
-    picked = [layer[0, :, 1:].tolist() for layer in routing]
-    scores = [[torch.sigmoid(step[0, 1:].double()).tolist() for step in logits[layer_idx]] for layer_idx in layers]
+    first = len(window.tokens) - window.num_scored
+    return {
+        layer_idx: (picked[0, :, first:].cpu(), torch.cat(logits[layer_idx])[:, first:].cpu())
+        for layer_idx, picked in zip(layers, routing, strict=True)
+    }
+
+
+def _trace(export: ExportedModel, windows: Sequence[Window], budget: Budget) -> RoutingTrace:
+    """The windows tile the passage; the prefix token is not reported."""
+    parts = [routing_in(export, window, budget) for window in windows]
+    layers = list(parts[0])
+    picked = {layer_idx: torch.cat([part[layer_idx][0] for part in parts], dim=1) for layer_idx in layers}
+    logits = {layer_idx: torch.cat([part[layer_idx][1] for part in parts], dim=1) for layer_idx in layers}
     return RoutingTrace(
         budget=budget,
         layers=layers,
-        picked=picked,
-        scores=scores,
+        picked=[picked[layer_idx].tolist() for layer_idx in layers],
+        scores=[torch.sigmoid(logits[layer_idx].double()).tolist() for layer_idx in layers],
         thresholds=[_thresholds(_thinking(export.model, layer_idx), budget) for layer_idx in layers],
     )
 
 
 @contextmanager
-def _recorded_logits(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[torch.Tensor]]]:
-    """Within the block the router logits [1, 1 + s] of every step are noted, by layer: the output holds picks only."""
-    recorded: dict[int, list[torch.Tensor]] = {layer_idx: [] for layer_idx in layers}
+def _recorded_logits(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Within the block the router logits [1, s] of every step are noted, by layer: the output holds picks only."""
+    recorded: dict[int, list[Tensor]] = {layer_idx: [] for layer_idx in layers}
 
     def watch(module: Any, layer_idx: int) -> None:
         choose = module.choose

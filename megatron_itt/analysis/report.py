@@ -185,12 +185,11 @@ def _passage(passage: PassageTrace, trained: Budget | None) -> dict[str, Any]:
         }
         for place, trace in enumerate(traces)
     ]
-    num_left = passage.num_tokens_left_out
     return {
         "tokens": tokens,
         "layers": traces[chosen].layers,
         "budgets": budgets,
-        "left_out": f"The text goes on for {num_left:,} tokens that are not shown." if num_left else "",
+        "left_out": " ".join(passage.notes()),
         "data": _as_script_data(passage),
     }
 

@@ -35,7 +35,9 @@ class PerplexityResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Window:
+class Window:
+    """A piece of a document for one forward pass."""
+
     document_idx: int
     tokens: list[int]
     num_scored: int  # the last so many tokens of the window
@@ -58,7 +60,7 @@ def measure_perplexity(
         raise EvaluationError(f"held-out text of domain {domain!r} is empty; perplexity needs at least two tokens")
     losses = [0.0] * len(documents)
     with thinking_at(export.model, budget) as model, torch.inference_mode():
-        for batch in _batches(sorted(_windows(documents, length), key=lambda w: -len(w.tokens)), batch_size):
+        for batch in _batches(sorted(sliding_windows(documents, length), key=lambda w: -len(w.tokens)), batch_size):
             for item, loss in zip(batch, _window_losses(model, batch), strict=True):
                 losses[item.document_idx] += loss
     counts = [len(document) - 1 for document in documents]
@@ -95,26 +97,26 @@ def _encode(export: ExportedModel, texts: Sequence[str], max_tokens: int | None)
     return documents, num_bytes
 
 
-def _windows(documents: Sequence[list[int]], length: int) -> Iterator[_Window]:
+def sliding_windows(documents: Sequence[list[int]], length: int) -> Iterator[Window]:
     """Cut documents into windows of at most `length` tokens whose scored ends tile the document without overlap."""
     stride = max(1, length // 2)
     for document_idx, tokens in enumerate(documents):
         end = min(length, len(tokens))
-        yield _Window(document_idx=document_idx, tokens=tokens[:end], num_scored=end - 1)
+        yield Window(document_idx=document_idx, tokens=tokens[:end], num_scored=end - 1)
         while end < len(tokens):
             new_end = min(end + stride, len(tokens))
-            yield _Window(
+            yield Window(
                 document_idx=document_idx, tokens=tokens[max(0, new_end - length) : new_end], num_scored=new_end - end
             )
             end = new_end
 
 
-def _batches(windows: Sequence[_Window], batch_size: int) -> Iterator[Sequence[_Window]]:
+def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[Sequence[Window]]:
     for start in range(0, len(windows), batch_size):
         yield windows[start : start + batch_size]
 
 
-def _window_losses(model: torch.nn.Module, batch: Sequence[_Window]) -> list[float]:
+def _window_losses(model: torch.nn.Module, batch: Sequence[Window]) -> list[float]:
     """Summed loss in nats of the scored tokens of each window."""
     longest = max(len(item.tokens) for item in batch)
     device = next(model.parameters()).device

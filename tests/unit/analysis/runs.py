@@ -26,6 +26,45 @@ def training_line(step: int, **changes: Any) -> dict[str, Any]:
     return {**line, **changes}
 
 
+def routing_line(step: int) -> dict[str, Any]:
+    """A training line with what the routers did: two thinking layers of two routed steps."""
+    entries = [
+        {
+            "layer": layer,
+            "step": routed,
+            "phi_norm": 0.5 + 0.01 * step,
+            "score_mean": 0.1 * routed,
+            "score_std": 0.3,
+            "threshold": 0.02 * step,
+            "share": 0.5 / routed,
+            "position_share": None,
+        }
+        for layer in (1, 3)
+        for routed in (1, 2)
+    ]
+    return training_line(step, routing=entries)
+
+
+def real_recipe(kind: str, **data: Any) -> dict[str, Any]:
+    """A recipe that loads, of the shape of the metrics above."""
+    capacity = {"none": [], "loop": [1.0, 1.0], "itt": [0.5, 0.25]}[kind]
+    return {
+        "model": {
+            "hidden_size": 32,
+            "ffn_hidden_size": 48,
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "vocab_size": 500,
+            "seq_length": 125,
+        },
+        "thinking": {"kind": kind, "capacity": capacity},
+        "batch": {"global": 8},
+        "schedule": {"steps": 20},
+        "data": {"tokenizer": "tok", "blend": {"code": {"path": "data/code", "weight": 1.0}}, **data},
+        "logging": {"run_dir": "runs/x"},
+    }
+
+
 def validation_line(step: int, budgets: tuple[list[float] | None, ...] = BUDGETS) -> dict[str, Any]:
     rows = []
     for budget in budgets:
@@ -41,14 +80,20 @@ def run_lines(num_steps: int = 20) -> list[dict[str, Any]]:
 
 
 def write_run(
-    folder: Path, lines: list[dict[str, Any]] | None = None, *, kind: str = "itt", num_steps: int = 1
+    folder: Path,
+    lines: list[dict[str, Any]] | None = None,
+    *,
+    kind: str = "itt",
+    num_steps: int = 1,
+    recipe: dict[str, Any] | None = None,
 ) -> Path:
     """Write metrics.jsonl, recipe.yaml and environment.json."""
     folder.mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in (run_lines() if lines is None else lines))
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-    recipe: dict[str, Any] = {"model": {"num_layers": 4}, "thinking": {"kind": kind, "capacity": [0.5, 0.25]}}
-    recipe["schedule"] = {"steps": num_steps}
+    if recipe is None:
+        recipe = {"model": {"num_layers": 4}, "thinking": {"kind": kind, "capacity": [0.5, 0.25]}}
+        recipe["schedule"] = {"steps": num_steps}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     environment = {"python": "3.11", "packages": {"torch": "2.13.0"}, "git_hash": "abc"}
     (folder / "environment.json").write_text(json.dumps(environment), encoding="utf-8")

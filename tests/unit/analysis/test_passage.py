@@ -39,12 +39,26 @@ def test_the_pieces_of_the_tokens_join_to_the_text(itt: ExportedModel) -> None:
     assert passage.num_tokens_left_out == 0
 
 
-def test_a_text_beyond_the_context_is_cut_and_the_rest_counted(itt: ExportedModel) -> None:
+def test_a_text_beyond_the_context_is_read_in_windows_and_it_is_said(itt: ExportedModel) -> None:
     text = TEXT * 40
-    passage = trace_passage(itt, text, [TRAINED_BUDGET])
-    assert len(passage.tokens) == MAX_LENGTH - 1  # the prefix token needs a place
-    assert passage.num_tokens_left_out == len(itt.tokenizer.encode(text)) - (MAX_LENGTH - 1)
-    assert text.startswith("".join(passage.tokens))
+    ids = itt.tokenizer.encode(text)
+    passage = trace_passage(itt, text, [TRAINED_BUDGET], max_tokens=300)
+    assert len(passage.tokens) == 300 > MAX_LENGTH
+    assert passage.num_tokens_left_out == len(ids) - 300
+    assert passage.num_windows > 1
+    windows, rest = passage.notes()
+    assert f"{passage.num_windows} windows of at most {MAX_LENGTH} tokens" in windows
+    assert f"{len(ids) - 300:,} tokens that are not shown" in rest
+    assert all(len(step) == 300 for layer in passage.traces[0].scores for step in layer)
+    # The first window is what a text that fits gives.
+    short = trace_passage(itt, text, [TRAINED_BUDGET], max_tokens=MAX_LENGTH - 1)
+    assert short.num_windows == 1
+    assert passage.traces[0].picked[0][0][: MAX_LENGTH - 1] == short.traces[0].picked[0][0]
+    # Tokens of the last window are routed as the model routes them when it sees that window alone.
+    with torch.inference_mode():
+        window = torch.tensor([ids[300 - MAX_LENGTH : 300]])
+        routing = itt.model(window, thinking_budget=list(TRAINED_BUDGET), output_routing=True).routing
+    assert passage.traces[0].picked[1][0][-10:] == routing[1][0, 0, -10:].tolist()
 
 
 def test_tracing_leaves_the_model_as_it_was(itt: ExportedModel) -> None:

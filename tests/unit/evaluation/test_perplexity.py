@@ -11,7 +11,7 @@ import torch
 
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.exported_model import ExportedModel
-from megatron_itt.evaluation.perplexity import _windows, measure_perplexity
+from megatron_itt.evaluation.perplexity import measure_perplexity, sliding_windows
 
 # float32 sums over some hundred tokens, in another order
 TOLERANCE = 1e-5
@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 def test_windows_score_every_token_but_the_prefix_once(length: int) -> None:
     documents = [list(range(size)) for size in (2, 3, 7, 8, 9, 16, 17, 40)]
     scored: dict[int, list[int]] = {idx: [] for idx in range(len(documents))}
-    for window in _windows(documents, length):
+    for window in sliding_windows(documents, length):
         assert len(window.tokens) <= length
         assert window.num_scored < len(window.tokens)
         scored[window.document_idx] += window.tokens[len(window.tokens) - window.num_scored :]

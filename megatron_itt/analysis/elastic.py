@@ -1,0 +1,178 @@
+"""Elastic inference: one checkpoint at many thinking budgets, beside LLaMA and Loop models of the same data.
+
+Source: paper, Table 2 (its budgets) and Figure 6, left (perplexity against FLOPs).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_itt.analysis.measurement import BUDGETS, Measurement
+from megatron_itt.analysis.model_shape import flops_of, name_of
+from megatron_itt.errors import DataError
+from megatron_itt.evaluation.exported_model import Budget, ExportedModel, check_budget, format_budget, load_export
+from megatron_itt.evaluation.harness import EvaluationRequest, evaluate_export
+from megatron_itt.evaluation.perplexity import measure_perplexity
+from megatron_itt.evaluation.results import scores_of
+from megatron_itt.log import get_logger
+
+# Paper, Table 2 and its longer form in the appendix: shares at three routed steps.
+TABLE_2: tuple[Budget, ...] = (
+    (0.9, 0.9, 0.9),
+    (0.9, 0.9, 0.0),
+    (0.9, 0.0, 0.9),
+    (0.0, 0.9, 0.9),
+    (0.9, 0.9, 0.7),
+    (0.9, 0.7, 0.9),
+    (0.7, 0.7, 0.9),
+    (0.9, 0.7, 0.7),
+    (0.7, 0.7, 0.7),
+    (0.7, 0.7, 0.5),
+    (0.7, 0.5, 0.7),
+    (0.5, 0.7, 0.7),
+    (0.7, 0.5, 0.5),
+    (0.5, 0.5, 0.7),
+    (0.5, 0.7, 0.5),
+    (0.5, 0.5, 0.5),
+)
+GRID = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tasks:
+    """Tasks to score at every budget, as for tools/evaluate.py; their results are kept in `folder`."""
+
+    names: Sequence[str]
+    folder: Path
+    task_dirs: Sequence[Path] = ()
+    data_root: Path | None = None
+    limit: int | None = None
+    overwrite: bool = False
+
+
+def measure_budgets(
+    models: Sequence[Path],
+    texts: Sequence[str],
+    *,
+    budgets: Sequence[Budget] = (),
+    grid: Sequence[float] = GRID,
+    tasks: Tasks | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+) -> Measurement:
+    """Perplexity of every model at each of its budgets; a model without routing has one point.
+
+    An ITT is measured as trained, at `budgets` (default: Table 2, if it has three routed steps) and at each share of
+    `grid` for all steps. Values: `points` with model, name, budget, loss, loss_stderr, perplexity, flops, paper_flops,
+    accuracy (mean over tasks, None without), `on_front` (no other point is both cheaper and better, by the true count).
+    """
+    exports = [load_export(path, device=device) for path in models]
+    check_tokenizers(exports)
+    points = []
+    for export in exports:
+        own = budgets_of(export, budgets, grid)
+        accuracies = _score(export, own, tasks) if tasks is not None else {}
+        for budget in own:
+            get_logger().info("%s at %s", export.folder.name, format_budget(budget))
+            measured = measure_perplexity(export, texts, budget=budget, max_tokens=max_tokens)
+            points.append(
+                {
+                    "model": str(export.folder),
+                    "name": name_of(export),
+                    "budget": None if budget is None else list(budget),
+                    "as_trained": budget == export.trained_budget,
+                    "loss": measured.loss,
+                    "loss_stderr": measured.loss_stderr,
+                    "perplexity": measured.perplexity,
+                    "num_tokens": measured.num_tokens,
+                    "accuracy": accuracies.get(budget),
+                    **flops_of(export, budget),
+                }
+            )
+    for point, on_front in zip(points, pareto_front(points), strict=True):
+        point["on_front"] = on_front
+    values = {"points": points, "seq_length": exports[0].max_length, "monotone": _is_monotone(points)}
+    return Measurement(kind=BUDGETS, values=values, source={"models": [str(path) for path in models]})
+
+
+def budgets_of(export: ExportedModel, budgets: Sequence[Budget], grid: Sequence[float]) -> list[Budget | None]:
+    """The budgets to measure a model at, each once, the trained one first; [None] without routing."""
+    trained = export.trained_budget
+    if trained is None:
+        return [None]
+    wanted = budgets or (TABLE_2 if len(trained) == 3 else ())
+    swept = [(share,) * len(trained) for share in grid]
+    return list(dict.fromkeys([trained, *(check_budget(budget, trained) for budget in (*wanted, *swept))]))
+
+
+def pareto_front(points: Sequence[dict[str, Any]]) -> list[bool]:
+    """Whether no other point has both fewer FLOPs and a lower loss (one of them strictly)."""
+    return [
+        not any(
+            other["flops"] <= point["flops"]
+            and other["loss"] <= point["loss"]
+            and (other["flops"], other["loss"]) != (point["flops"], point["loss"])
+            for other in points
+        )
+        for point in points
+    ]
+
+
+def check_tokenizers(exports: Sequence[ExportedModel]) -> None:
+    """DataError when two models cut text differently: their perplexities do not compare."""
+    vocabularies = [
+        hashlib.sha256(json.dumps(sorted(export.tokenizer.get_vocab().items())).encode()).hexdigest()
+        for export in exports
+    ]
+    for export, vocabulary in zip(exports, vocabularies, strict=True):
+        if vocabulary != vocabularies[0]:
+            raise DataError(
+                f"{exports[0].folder} and {export.folder} have different tokenizers, so their perplexities do not "
+                "compare; give models of one tokenizer"
+            )
+
+
+def _score(export: ExportedModel, budgets: Sequence[Budget | None], tasks: Tasks) -> dict[Budget | None, float]:
+    """Mean accuracy over the tasks at each budget."""
+    request = EvaluationRequest(
+        model=export.folder,
+        output=tasks.folder / export.folder.name,
+        tasks=tasks.names,
+        task_dirs=tasks.task_dirs,
+        budgets=[budget for budget in budgets if budget is not None],
+        data_root=tasks.data_root,
+        limit=tasks.limit,
+        overwrite=tasks.overwrite,
+    )
+    results = evaluate_export(request)
+    return {
+        None if run["thinking_budget"] is None else tuple(run["thinking_budget"]): mean_accuracy(run)
+        for run in results["runs"]
+    }
+
+
+def mean_accuracy(run: dict[str, Any]) -> float:
+    """Mean of one accuracy per task of a result of the harness. DataError where no task has an accuracy."""
+    best: dict[str, tuple[int, float]] = {}
+    order = {"acc": 0, "acc_norm": 1, "exact_match": 2}
+    for row in scores_of(run):
+        rank = order.get(row["metric"])
+        if rank is not None and rank < best.get(row["task"], (9, 0.0))[0]:
+            best[row["task"]] = (rank, float(row["value"]))
+    if not best:
+        raise DataError("none of the tasks has an accuracy; choose tasks that have one")
+    return sum(value for _, value in best.values()) / len(best)
+
+
+def _is_monotone(points: Sequence[dict[str, Any]]) -> bool | None:
+    """Whether the loss falls with every larger equal share of the first routed model; None for fewer than two."""
+    first = next((point["model"] for point in points if point["budget"]), None)
+    equal = [p for p in points if p["model"] == first and p["budget"] and len(set(p["budget"])) == 1]
+    losses = [point["loss"] for point in sorted(equal, key=lambda point: point["budget"][0])]
+    return all(b < a for a, b in pairwise(losses)) if len(losses) > 1 else None

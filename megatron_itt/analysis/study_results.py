@@ -1,0 +1,278 @@
+"""What a study found: losses per variant with standard errors, paired differences, and a verdict for each claim.
+
+Reads run folders ROOT/VARIANT/seed_N as `megatron_itt/study.py` makes them. Nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_itt.analysis.collect import RunRecord, overall_loss, read_run
+from megatron_itt.analysis.curves import check_comparable, curves_of, tokens_to_reach
+from megatron_itt.analysis.measurement import mean_and_error
+from megatron_itt.analysis.study_claims import BEYOND_THE_SCALE, CLAIMS, Claim, Judgement, judge
+from megatron_itt.errors import DataError
+from megatron_itt.training.run_folder import DIVERGED_FILE, is_finished
+
+RunState = Literal["waiting", "interrupted", "finished", "diverged"]
+MAIN_VARIANTS = ("llama", "loop_x4", "itt_x4")
+BASELINE = "llama"
+REFERENCE = "itt_x4"
+ELASTIC = "elastic"
+MIN_BUDGETS = 5
+_SHARED_SECTIONS = ("model", "batch", "schedule", "optimizer", "precision")
+_PAPER_TOKENS_SHARE = 0.568
+Curves = dict[int, dict[str, Any]]  # by seed
+
+
+def seed_dir(root: Path, variant: str, seed: int) -> Path:
+    """Where the run of a variant with a seed lies."""
+    return root / variant / f"seed_{seed}"
+
+
+def state_of(run_dir: Path) -> RunState:
+    """How far a run is; a diverged one is not started again."""
+    if is_finished(run_dir):
+        return "finished"
+    if (run_dir / DIVERGED_FILE).is_file():
+        return "diverged"
+    return "interrupted" if (run_dir / "checkpoints").is_dir() else "waiting"
+
+
+def collect_study(root: Path) -> dict[str, Any]:
+    """All finished runs under `root`, as data for JSON: `variants`, `judgements`, `problems`.
+
+    DataError when there is no finished run, or when runs saw different text or differ in more than `thinking`.
+    """
+    records, problems = _finished_runs(root)
+    if not records:
+        raise DataError(f"{root} has no finished run; start the queue with tools/study.py")
+    check_comparable({f"{variant}/seed_{seed}": run for variant, runs in records.items() for seed, run in runs.items()})
+    _check_settings(records)
+    curves = {
+        variant: {seed: curves_of(variant, run) for seed, run in runs.items()} for variant, runs in records.items()
+    }
+    rows = [_variant_row(variant, curves, records[variant]) for variant in sorted(curves, key=_table_place)]
+    judgements = [
+        *[_judge_claim(claim, curves) for claim in CLAIMS],
+        _judge_reach(curves),
+        _judge_elastic(records.get(ELASTIC, {})),
+        *[
+            Judgement(text=text, source="", verdict="not testable at this scale", reason=reason, differences=[])
+            for text, reason in BEYOND_THE_SCALE
+        ],
+    ]
+    first = next(iter(next(iter(records.values())).values()))
+    return {
+        "recipe": {key: first.recipe.get(key) for key in ("model", "data", "batch", "schedule", "optimizer")},
+        "variants": rows,
+        "judgements": [asdict(judgement) for judgement in judgements],
+        "problems": problems,
+    }
+
+
+def paired_differences(
+    better: Curves, worse: Curves, loss_of: Callable[[dict[str, Any], dict[str, Any]], float | None]
+) -> list[float]:
+    """Final loss of `better` minus `loss_of(worse, better)`, for every seed that both have."""
+    differences = []
+    for seed in sorted(set(better) & set(worse)):
+        other = loss_of(worse[seed], better[seed])
+        if other is not None:
+            differences.append(better[seed]["validation"][-1]["loss"] - other)
+    return differences
+
+
+def final_loss(curve: dict[str, Any], _: dict[str, Any]) -> float | None:
+    """The last validation loss."""
+    return curve["validation"][-1]["loss"]
+
+
+def loss_at_flops_of(curve: dict[str, Any], other: dict[str, Any]) -> float | None:
+    """Loss of `curve` when it had cost what `other` cost in the end; None where it has not cost so much.
+
+    A straight line between validations. The learning rate is then not at its end, which favours `other`.
+    """
+    target = other["validation"][-1]["flops"]
+    points = curve["validation"]
+    if target is None or points[-1]["flops"] is None or points[-1]["flops"] < target * (1 - 1e-9):
+        return None
+    place = next(idx for idx, point in enumerate(points) if point["flops"] >= target * (1 - 1e-9))
+    if place == 0 or points[place]["flops"] <= target:
+        return points[place]["loss"]
+    before, after = points[place - 1], points[place]
+    part = (target - before["flops"]) / (after["flops"] - before["flops"])
+    return before["loss"] + part * (after["loss"] - before["loss"])
+
+
+def write_study(study: Mapping[str, Any], output: Path) -> None:
+    """Write OUTPUT.json and OUTPUT.md."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in ((".json", json.dumps(study, indent=1) + "\n"), (".md", study_markdown(study))):
+        partial = output.with_name(output.name + suffix + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(output.with_name(output.name + suffix))
+
+
+def study_markdown(study: Mapping[str, Any]) -> str:
+    """The tables for people."""
+    model, batch, schedule = (study["recipe"].get(key) or {} for key in ("model", "batch", "schedule"))
+    tokens = schedule.get("steps", 0) * batch.get("global", 0) * model.get("seq_length", 0)
+    lines = [
+        "# The study: LLaMA, Loop and ITT on the same text",
+        "",
+        f"{schedule.get('steps', 0):,} steps, {tokens:,} tokens a run, hidden size {model.get('hidden_size')}, "
+        f"{model.get('num_layers')} layers. The seed decides initial weights and the order of the text; differences "
+        "are paired by seed. +/- is the standard error between seeds.",
+        "",
+        "| variant | seeds | validation loss | perplexity | minus LLaMA | minus ITT x4 | training TFLOPs | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in study["variants"]:
+        cells = [
+            row["variant"],
+            str(len(row["losses"])),
+            _with_error(row["loss"], row["loss_stderr"], ".4f"),
+            f"{row['perplexity']:,.2f}",
+            _with_error(row["minus_baseline"], row["minus_baseline_stderr"], "+.4f"),
+            _with_error(row["minus_reference"], row["minus_reference_stderr"], "+.4f"),
+            "-" if row["training_flops"] is None else f"{row['training_flops'] / 1e12:,.1f}",
+            "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "## The paper's claims", "", "| claim | verdict | found | paper |", "|---|---|---|---|"]
+    for row in study["judgements"]:
+        lines.append(f"| {row['text']} | {row['verdict']} | {row['reason']} | {row['source'] or '-'} |")
+    if study["problems"]:
+        lines += ["", "## Left out", "", *[f"- {problem}" for problem in study["problems"]]]
+    return "\n".join(lines) + "\n"
+
+
+def _finished_runs(root: Path) -> tuple[dict[str, dict[int, RunRecord]], list[str]]:
+    """Runs that finished and have a validation loss, by variant and seed; and why others are not among them."""
+    records: dict[str, dict[int, RunRecord]] = {}
+    problems = []
+    for run_dir in sorted(root.glob("*/seed_*")):
+        name, seed = run_dir.parent.name, int(run_dir.name.removeprefix("seed_"))
+        state = state_of(run_dir)
+        if state != "finished":
+            problems.append(f"{name}, seed {seed}: {state}")
+            continue
+        run = read_run(run_dir)
+        if curves_of(name, run)["validation"]:
+            records.setdefault(name, {})[seed] = run
+        else:
+            problems.append(f"{name}, seed {seed}: no validation loss")
+    return records, problems
+
+
+def _check_settings(records: Mapping[str, Mapping[int, RunRecord]]) -> None:
+    """DataError when two runs differ in anything but `thinking`, the budgets they validate, and where they write."""
+    runs = [(f"{name}, seed {seed}", run) for name, own in records.items() for seed, run in own.items()]
+    first_name, first = runs[0]
+    for name, run in runs[1:]:
+        for section in _SHARED_SECTIONS:
+            if run.recipe.get(section) != first.recipe.get(section):
+                raise DataError(
+                    f"{first_name} and {name} differ in {section} ({first.recipe.get(section)} and "
+                    f"{run.recipe.get(section)}); remove the runs of the older recipe, or give another --root"
+                )
+
+
+def _variant_row(variant: str, curves: Mapping[str, Curves], runs: Mapping[int, RunRecord]) -> dict[str, Any]:
+    own = curves[variant]
+    losses = [own[seed]["validation"][-1]["loss"] for seed in sorted(own)]
+    loss, error = mean_and_error(losses)
+    assert loss is not None, "a variant has at least one run"
+    baseline = mean_and_error(paired_differences(own, curves.get(BASELINE, {}), final_loss))
+    reference = mean_and_error(paired_differences(own, curves.get(REFERENCE, {}), final_loss))
+    speeds = [value for run in runs.values() for _, value in run.series("tokens_per_second")]
+    return {
+        "variant": variant,
+        "seeds": sorted(own),
+        "losses": losses,
+        "loss": loss,
+        "loss_stderr": error,
+        "perplexity": math.exp(loss),
+        "minus_baseline": None if variant == BASELINE else baseline[0],
+        "minus_baseline_stderr": None if variant == BASELINE else baseline[1],
+        "minus_reference": None if variant == REFERENCE else reference[0],
+        "minus_reference_stderr": None if variant == REFERENCE else reference[1],
+        "training_flops": own[min(own)]["validation"][-1]["flops"],
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+    }
+
+
+def _judge_claim(claim: Claim, curves: Mapping[str, Curves]) -> Judgement:
+    better, worse = curves.get(claim.better, {}), curves.get(claim.worse, {})
+    if claim.at == "tokens":
+        return judge(claim.text, claim.source, paired_differences(better, worse, final_loss))
+    differences = paired_differences(better, worse, loss_at_flops_of)
+    if differences or not set(better) & set(worse):
+        return judge(claim.text, claim.source, differences)
+    reason = f"{claim.worse} ends before it has cost what {claim.better} costs; train it longer"
+    return Judgement(
+        text=claim.text, source=claim.source, verdict="not testable at this scale", reason=reason, differences=[]
+    )
+
+
+def _judge_reach(curves: Mapping[str, Curves]) -> Judgement:
+    """Whether the reference meets the baseline's last loss with fewer tokens; differences are shares minus one."""
+    text, source = (
+        "ITT x4 reaches LLaMA's loss with fewer tokens",
+        f"section 4.2: with {_PAPER_TOKENS_SHARE:.1%} of them",
+    )
+    base, own = curves.get(BASELINE, {}), curves.get(REFERENCE, {})
+    seeds = sorted(set(base) & set(own))
+    shares = [tokens_to_reach(own[seed], base[seed])["tokens_share"] for seed in seeds]
+    if seeds and None in shares:
+        reason = f"never reached with {shares.count(None)} of {len(seeds)} seeds"
+        return Judgement(text=text, source=source, verdict="not reproduced", reason=reason, differences=[])
+    judged = judge(text, source, [share - 1.0 for share in shares])
+    if judged.mean is None:
+        return judged
+    told = f"at {1 + judged.mean:.1%} of the tokens; share minus 1: {judged.reason}"
+    return Judgement(**{**asdict(judged), "reason": told})
+
+
+def _judge_elastic(runs: Mapping[int, RunRecord]) -> Judgement:
+    """Whether the loss of one checkpoint falls with each larger budget."""
+    text = "from one elastic checkpoint, perplexity falls with the thinking budget"
+    source = "Table 2; Figure 6, left"
+    falls, told = [], []
+    for seed, run in sorted(runs.items()):
+        final = run.final_validation()
+        budgets = sorted({point.budget for point in final if point.budget}, key=sum)
+        losses = [overall_loss([point for point in final if point.budget == budget]) for budget in budgets]
+        falls.append(len(budgets) >= MIN_BUDGETS and all(b < a for a, b in pairwise(losses)))
+        told.append(f"seed {seed}: " + ", ".join(f"{loss:.4f}" for loss in losses))
+    if not runs:
+        return Judgement(
+            text=text, source=source, verdict="not testable at this scale", reason="no such run", differences=[]
+        )
+    verdict: Literal["reproduced", "not reproduced"] = "reproduced" if all(falls) else "not reproduced"
+    return Judgement(text=text, source=source, verdict=verdict, reason="; ".join(told), differences=[])
+
+
+def _table_place(variant: str) -> tuple[int, str]:
+    """LLaMA, Loop and ITT by steps first, then the others by name."""
+    known = ("llama", "loop_x3", "loop_x4", "itt_x2", "itt_x3", "itt_x4")
+    return (known.index(variant), "") if variant in known else (len(known), variant)
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:{form}}" if error is None else f"{value:{form}} +/- {error:.4f}"
+
+
+def shown_states(states: Mapping[str, int]) -> str:
+    """As "12 finished, 1 diverged"."""
+    return ", ".join(f"{count} {state}" for state, count in states.items()) or "no runs"

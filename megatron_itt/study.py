@@ -1,0 +1,101 @@
+"""The controlled comparison: a queue of small training runs, each a recipe and a seed, and what came of them.
+
+Every run is `python -m megatron_itt.train` in a process of its own, so an interrupted queue continues where it stopped:
+finished runs are left alone, others resume from their checkpoints. Run it with `python tools/study.py`; the numbers and
+verdicts are made in `analysis/study_results.py`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_itt.analysis.study_results import MAIN_VARIANTS, RunState, seed_dir, state_of
+from megatron_itt.config.load import load_config
+from megatron_itt.errors import ConfigError
+from megatron_itt.log import get_logger
+
+RECIPES = Path("recipes/study")
+ROOT = Path("runs/study")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One run of the queue."""
+
+    variant: str
+    seed: int
+    run_dir: Path
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyPlan:
+    """Which recipes of a folder to run, with how many seeds, and how. `overrides` hold for every run."""
+
+    recipes: Path = RECIPES
+    root: Path = ROOT
+    variants: Sequence[str] = ()  # empty: all of the folder
+    main_seeds: int = 3  # of LLaMA, Loop x4 and ITT x4
+    other_seeds: int = 1
+    processes: int = 1  # of a run
+    overrides: Sequence[str] = ()
+
+    def jobs(self) -> list[Job]:
+        """The queue: the main comparison first, seed by seed. ConfigError for recipes that do not load."""
+        known = [path.stem for path in sorted(self.recipes.glob("*.yaml"))]
+        if not known:
+            raise ConfigError(f"recipe folder {self.recipes} has no *.yaml; see recipes/study")
+        unknown = sorted(set(self.variants) - set(known))
+        if unknown:
+            raise ConfigError(f"variant {', '.join(unknown)} is not in {self.recipes}; known: {', '.join(known)}")
+        chosen = [name for name in known if not self.variants or name in self.variants]
+        chosen.sort(key=lambda name: (name not in MAIN_VARIANTS, name))
+        for name in chosen:
+            load_config(self.recipes / f"{name}.yaml", self.overrides)
+        seeds = {name: self.main_seeds if name in MAIN_VARIANTS else self.other_seeds for name in chosen}
+        order = [(name in MAIN_VARIANTS, seed, name) for name in chosen for seed in range(1, seeds[name] + 1)]
+        order.sort(key=lambda place: (not place[0], place[1], chosen.index(place[2])))
+        return [self._job(name, seed) for _, seed, name in order]
+
+    def _job(self, variant: str, seed: int) -> Job:
+        run_dir = seed_dir(self.root, variant, seed)
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes))
+        command = (
+            sys.executable,
+            *(launch if self.processes > 1 else ()),
+            *("-m", "megatron_itt.train", str(self.recipes / f"{variant}.yaml")),
+            *self.overrides,
+            *(f"runtime.seed={seed}", f"logging.run_dir={run_dir}"),
+        )
+        return Job(variant=variant, seed=seed, run_dir=run_dir, command=command)
+
+
+def run_queue(jobs: Sequence[Job], *, num_parallel: int = 1) -> dict[RunState, int]:
+    """Run every job that is neither finished nor diverged, `num_parallel` at a time. Returns the number in each state.
+
+    A run that fails does not stop the others; its output is in `output.txt` of its folder.
+    """
+    todo = [job for job in jobs if state_of(job.run_dir) in ("waiting", "interrupted")]
+    get_logger().info("%d runs: %d to do, %d done before", len(jobs), len(todo), len(jobs) - len(todo))
+    with ThreadPoolExecutor(max_workers=num_parallel) as pool:
+        list(pool.map(lambda item: _run(item[1], f"[{item[0]}/{len(todo)}]"), enumerate(todo, start=1)))
+    states = [state_of(job.run_dir) for job in jobs]
+    return {state: states.count(state) for state in sorted(set(states))}
+
+
+def _run(job: Job, place: str) -> None:
+    name = f"{place} {job.variant}, seed {job.seed}"
+    get_logger().info("%s: started", name)
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with (job.run_dir / "output.txt").open("a", encoding="utf-8") as output:
+        code = subprocess.run(job.command, check=False, stdout=output, stderr=subprocess.STDOUT).returncode
+    state = state_of(job.run_dir)
+    told = state if state in ("finished", "diverged") else f"exit code {code}, see {job.run_dir / 'output.txt'}"
+    get_logger().info("%s: %s after %.0f s", name, told, time.monotonic() - started)

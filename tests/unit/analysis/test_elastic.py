@@ -1,0 +1,76 @@
+"""Budgets of one checkpoint beside other models, by perplexity and FLOPs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.analysis.elastic import TABLE_2, budgets_of, mean_accuracy, measure_budgets, pareto_front
+from megatron_itt.analysis.model_shape import flops_of, name_of, shape_of
+from megatron_itt.errors import DataError
+from megatron_itt.evaluation.exported_model import ExportedModel, load_export
+from megatron_itt.evaluation.perplexity import measure_perplexity
+from tests.unit.evaluation.exports import TRAINED_BUDGET, standard_library_texts
+
+
+def test_every_model_is_measured_at_its_budgets_with_both_counters(itt_dir: Path, llama_dir: Path) -> None:
+    texts = [text[:600] for text in standard_library_texts(2)]
+    measured = measure_budgets([itt_dir, llama_dir], texts, grid=(0.0, 1.0), max_tokens=150)
+    points = measured.values["points"]
+    assert [point["budget"] for point in points] == [list(TRAINED_BUDGET), [0.0, 0.0], [1.0, 1.0], None]
+    assert [point["name"] for point in points] == ["ITT x3"] * 3 + ["LLaMA"]
+    assert points[1]["flops"] < points[0]["flops"] < points[2]["flops"]
+    own = measure_perplexity(load_export(itt_dir), texts, budget=(1.0, 1.0), max_tokens=150)
+    assert points[2]["loss"] == own.loss
+    assert isinstance(measured.values["monotone"], bool)
+
+
+def test_the_shape_of_an_export_is_costed_like_its_recipe(itt: ExportedModel, llama_dir: Path) -> None:
+    model, thinking = shape_of(itt)
+    assert (model.hidden_size, model.num_layers, thinking.kind, thinking.capacity) == (32, 4, "itt", TRAINED_BUDGET)
+    assert flops_of(itt, None)["flops"] == forward_flops(model, thinking).total
+    assert flops_of(itt, (0.0, 0.0))["flops"] < flops_of(itt, None)["flops"]
+    assert name_of(load_export(llama_dir)) == "LLaMA"
+
+
+def test_three_routed_steps_are_measured_at_the_budgets_of_table_2(itt: ExportedModel) -> None:
+    deeper = ExportedModel(folder=itt.folder, model=itt.model, tokenizer=itt.tokenizer, trained_budget=(0.7,) * 3)
+    budgets = budgets_of(deeper, (), (0.7, 1.0))
+    assert budgets[0] == (0.7,) * 3
+    assert set(TABLE_2) <= set(budgets)
+    assert len(budgets) == len(set(budgets)) == len(TABLE_2) + 1
+
+
+def test_the_front_keeps_what_nothing_beats_at_both() -> None:
+    points = [{"flops": f, "loss": loss} for f, loss in ((1, 5.0), (2, 4.0), (2, 4.5), (3, 4.0), (4, 3.0))]
+    assert pareto_front(points) == [True, True, False, False, True]
+
+
+def test_models_of_different_tokenizers_are_refused(itt_dir: Path, llama_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(llama_dir, other)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(other)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.model_max_length = 10
+    del tokenizer
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(
+        text.replace('"ing": ', '"gni": ').replace('"ing"', '"gni"'), encoding="utf-8"
+    )
+    with pytest.raises(DataError, match="different tokenizers"):
+        measure_budgets([itt_dir, other], ["some text"])
+
+
+def test_the_mean_accuracy_takes_one_score_of_each_task() -> None:
+    results = {
+        "a": {"acc,none": 0.5, "acc_norm,none": 0.9},
+        "b": {"exact_match,none": 0.7},
+        "c": {"perplexity,none": 3.0},
+    }
+    assert mean_accuracy({"results": results}) == pytest.approx(0.6)
+    with pytest.raises(DataError, match="accuracy"):
+        mean_accuracy({"results": {"c": {"perplexity,none": 3.0}}})
