@@ -21,3 +21,4 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
     if deterministic:
         set_cuda_determinism()
         torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

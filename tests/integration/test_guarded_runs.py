@@ -198,7 +198,8 @@ def test_wandb_without_its_package_is_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_ends_a_real_run_with_its_name(recipe: Path, tmp_path: Path, stopped: int) -> None:
-    settings = ["runtime.timeout_minutes=0.2", "schedule.steps=100000", "validation.interval_steps=100000"]
+    settings = ["runtime.timeout_minutes=0.2", "schedule.steps=1500"]
+    settings += ["validation.interval_steps=2000", "checkpoint.save_interval_steps=2000"]
     port, other = free_port(), 1 - stopped
     command = ["-m", "megatron_itt.train", str(recipe), *settings]
     ranks = [start_rank(rank, command, port) for rank in range(2)]
