@@ -392,18 +392,3 @@ def test_a_write_that_fails_names_the_file_and_can_be_continued(options: Preproc
     assert "set.partial" in errors
     assert not Path(f"{options.output_prefix}.bin").exists()
     assert preprocess(options).manifest.documents == len(TEXTS)
-
-
-def test_a_merge_that_fails_publishes_nothing_and_can_be_continued(options: PreprocessOptions) -> None:
-    options = replace(options, inputs=options.inputs[:1])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, hard))  # the shards fit, the whole does not
-    try:
-        with pytest.raises(OSError, match=r"set\.partial/merged\.bin"):
-            preprocess(options)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    folder = Path(f"{options.output_prefix}.partial")
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["set.partial"]
-    assert len(list(folder.glob("*.tokens"))) > 4
-    assert preprocess(options).manifest.documents == 250

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -188,6 +189,20 @@ def test_a_torn_line_in_the_list_of_parts_does_not_count(tmp_path: Path) -> None
     (tmp_path / "parts_done").write_text("1/12\n1")  # killed while it wrote 10/12
     assert Share(11, 12) not in enter_as_done(tmp_path, Share(11, 12))
     assert {str(share) for share in enter_as_done(tmp_path, Share(0, 12))} == {f"{idx}/12" for idx in range(2, 11)}
+
+
+def test_a_merge_that_fails_publishes_nothing_and_can_be_continued(options: PreprocessOptions) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, hard))  # the shards fit, the whole does not
+    try:
+        with pytest.raises(OSError, match=r"set\.partial/merged\.bin"):
+            preprocess(options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    folder = Path(f"{options.output_prefix}.partial")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["set.partial"]
+    assert len(list(folder.glob("*.tokens"))) > 4
+    assert preprocess(options).manifest.documents == len(TEXTS)
 
 
 def test_parts_killed_at_any_moment_end_with_the_same_bytes(options: PreprocessOptions, tmp_path: Path) -> None:
