@@ -1,36 +1,45 @@
 """Training and validation datasets through megatron-core: a weighted blend, and each domain's held-out documents.
 
 megatron-core splits a dataset by ratios; here every domain has a range of documents, as `blend.py` planned it. The
-sample indices are cached on disk: built once by rank 0 in a folder of their own, which gets its name when complete.
+sample indices lie on disk, in a folder of their own per data, recipe and tokenizer (`index_cache.py`): built by the
+first process that needs them or beforehand by `tools/build_index.py`. megatron-core takes any file with the right name
+for finished; so it never sees a folder that is not complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
+import math
+import mmap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core import __version__ as megatron_version
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from megatron_itt.config import RunConfig
-from megatron_itt.data.blend import Blend, resolve_blend
-from megatron_itt.data.tokenizer import Tokenizer, check_vocabulary
-from megatron_itt.errors import DataError
+from megatron_itt.data.blend import Blend, Domain, resolve_blend
+from megatron_itt.data.index_cache import build_once
+from megatron_itt.data.indexed import read_index
+from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, check_vocabulary
+from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.log import get_logger
 
 VALIDATION_SEED = 1234  # never runtime.seed: every run is validated on the same samples
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
+_LONGEST_BUILD = timedelta(days=2)
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,9 @@ class _RangedDataset(GPTDataset):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        # A padding id that is another special token, or occurs in the text, would be masked and replaced wherever it
+        # stands; so what fills a last sample up has an id that no token has.
+        self._pad_token_id = NO_TOKEN
         # megatron-core keeps the first sample's loss mask for all samples and only then masks that sample's padding: a
         # padded sample read first would mask the others too. So the plain masks are put there beforehand.
         self.cached_loss_mask = torch.ones(self.config.sequence_length)
@@ -70,33 +82,14 @@ class _RangedDataset(GPTDataset):
         return [*GPTDataset._key_config_attributes(), "document_ranges", "content"]
 
 
-class _RangedBuilder(BlendedMegatronDatasetBuilder):
-    """The blend builder, with each low-level dataset cut by document instead of by ratio."""
+@dataclass(frozen=True, kw_only=True)
+class IndexReport:
+    """Where the sample indices of a run lie, and what it took to have them there."""
 
-    def _build_megatron_dataset_splits(
-        self,
-        dataset_path: str | None,
-        split: list[Any],
-        sizes: list[int],
-        synchronize_ranks: bool = True,
-    ) -> list[Any]:
-        begin, end = self.config.document_ranges[dataset_path]
-        low_level = self.cls.build_low_level_dataset(dataset_path, self.config)
-        built: list[Any] = [None] * len(Split)
-        for kind in Split:
-            if split[kind.value] is not None:
-                built[kind.value] = self.build_generic_dataset(
-                    self.cls,
-                    self.is_built_on_rank,
-                    synchronize_ranks,
-                    low_level,
-                    dataset_path,
-                    np.arange(begin, end, dtype=np.int32),
-                    sizes[kind.value],
-                    kind,
-                    self.config,
-                )
-        return built
+    folder: Path
+    was_built: bool
+    seconds: float
+    size_bytes: int
 
 
 def build_datasets(config: RunConfig, *, tokenizer: Tokenizer) -> Datasets:
@@ -105,6 +98,45 @@ def build_datasets(config: RunConfig, *, tokenizer: Tokenizer) -> Datasets:
     Raises `ConfigError` for a blend or vocabulary that cannot work, `DataError` for missing or damaged files or data
     written with another tokenizer.
     """
+    blend = _check_blend(config, tokenizer)
+    with _process_group():
+        return _open(config, blend, tokenizer, _build_index_on_main(config, blend, tokenizer))
+
+
+def prebuild_index(config: RunConfig, *, tokenizer: Tokenizer) -> IndexReport:
+    """Build the sample indices of a run beforehand, in one process; nothing to do where they are there and undamaged.
+
+    Safe to call from many processes at once. Raises as `build_datasets` does.
+    """
+    blend = _check_blend(config, tokenizer)
+    started = time.monotonic()
+    with _process_group():
+        folder, was_built = _build_index(config, blend, tokenizer)
+        _open(config, blend, tokenizer, folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return IndexReport(folder=folder, was_built=was_built, seconds=time.monotonic() - started, size_bytes=size)
+
+
+def data_fingerprint(config: RunConfig) -> str:
+    """Hash of the data a run reads and of its order; stored in checkpoints, compared on resume."""
+    return resolve_blend(config).fingerprint
+
+
+def check_document_ends(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> None:
+    """Raise `ConfigError` when documents are to be kept apart but do not end with an end-of-document token."""
+    if not config.data.reset_at_document_end:
+        return
+    for domain in blend.domains:
+        index = read_index(domain.prefix)
+        if int(index.tokens()[int(index.lengths[0]) - 1]) != tokenizer.eod:
+            raise ConfigError(
+                f"data.reset_at_document_end is true but the first document of {domain.prefix} does not end with the "
+                f"end-of-document token {tokenizer.eod}, so ends cannot be found; write the data again with "
+                "--append-eod, or set it to false"
+            )
+
+
+def _check_blend(config: RunConfig, tokenizer: Tokenizer) -> Blend:
     check_vocabulary(tokenizer, config.model.vocab_size)
     blend = resolve_blend(config)
     for domain in blend.domains:
@@ -113,57 +145,73 @@ def build_datasets(config: RunConfig, *, tokenizer: Tokenizer) -> Datasets:
                 f"{domain.prefix} was written with another tokenizer ({str(domain.tokenizer_sha256)[:12]}) than "
                 f"data.tokenizer {tokenizer.path} ({tokenizer.sha256[:12]}); use that one or write the data again"
             )
-    with _process_group(), _cache(config, blend, tokenizer) as cache_dir:
-        train = _build_training(blend, tokenizer, cache_dir)
-        validation = {
-            domain.name: _build_validation(blend, domain_idx, tokenizer, cache_dir)
-            for domain_idx, domain in enumerate(blend.domains)
-        }
-    return Datasets(train=train, validation=validation, blend=blend, fingerprint=blend.fingerprint)
+    check_document_ends(config, blend, tokenizer)
+    return blend
 
 
-def data_fingerprint(config: RunConfig) -> str:
-    """Hash of the data a run reads and of its order; stored in checkpoints, compared on resume."""
-    return resolve_blend(config).fingerprint
-
-
-def _build_training(blend: Blend, tokenizer: Tokenizer, cache_dir: Path) -> Any:
-    prefixes = [domain.prefix for domain in blend.domains]
-    settings = _RangedConfig(
-        random_seed=blend.seed,
-        blend_per_split=[(prefixes, [domain.weight for domain in blend.domains]), None, None],
-        document_ranges={domain.prefix: (0, domain.first_validation_document) for domain in blend.domains},
-        content=_content_of(blend),
-        **_common_settings(blend, tokenizer, cache_dir),
-    )
-    sizes = [blend.num_training_samples, 0, 0]
-    return _RangedBuilder(_RangedDataset, sizes, lambda: True, settings).build()[Split.train.value]
-
-
-def _build_validation(blend: Blend, domain_idx: int, tokenizer: Tokenizer, cache_dir: Path) -> Any:
-    domain = blend.domains[domain_idx]
-    settings = _RangedConfig(
-        random_seed=VALIDATION_SEED,
-        blend_per_split=[None, ([domain.prefix], None), None],
-        document_ranges={domain.prefix: (domain.first_validation_document, domain.num_documents)},
-        content=domain.identity,
-        drop_last_partial_validation_sequence=False,
-        **_common_settings(blend, tokenizer, cache_dir),
-    )
-    sizes: list[Any] = [0, None, 0]  # None: every sample once
-    return _RangedBuilder(_RangedDataset, sizes, lambda: True, settings).build()[Split.valid.value]
-
-
-def _common_settings(blend: Blend, tokenizer: Tokenizer, cache_dir: Path) -> dict[str, Any]:
-    return {
+def _open(config: RunConfig, blend: Blend, tokenizer: Tokenizer, folder: Path) -> Datasets:
+    """Datasets over the indices in `folder`; those that are missing there are built (by rank 0 alone)."""
+    settings = {
         "sequence_length": blend.sequence_length,
         "tokenizer": tokenizer,
-        "path_to_cache": str(cache_dir),
-        "reset_position_ids": False,
+        "path_to_cache": str(folder),
+        "reset_position_ids": config.data.reset_at_document_end,  # attention follows the positions, in the model
         "reset_attention_mask": False,
         "eod_mask_loss": False,
         "create_attention_mask": False,
     }
+    return Datasets(
+        train=_open_training(blend, settings),
+        validation={domain.name: _open_validation(domain, settings) for domain in blend.domains},
+        blend=blend,
+        fingerprint=blend.fingerprint,
+    )
+
+
+def _open_training(blend: Blend, settings: dict[str, Any]) -> BlendedDataset:
+    weights = [domain.weight for domain in blend.domains]
+    config = _RangedConfig(
+        random_seed=blend.seed,
+        blend_per_split=[([domain.prefix for domain in blend.domains], weights), None, None],
+        document_ranges={domain.prefix: (0, domain.first_validation_document) for domain in blend.domains},
+        content=_content_of(blend),
+        **settings,
+    )
+    sizes = [math.ceil(blend.num_training_samples * weight) for weight in weights]
+    parts = []
+    for domain, size in zip(blend.domains, sizes, strict=True):
+        # A few more than needed, as megatron-core has it: its blending rounds in its own way.
+        wanted = math.ceil(size * (1 + config.mid_level_dataset_surplus))
+        parts.append(_ranged(domain.prefix, (0, domain.first_validation_document), wanted, Split.train, config))
+    return BlendedDataset(parts, weights, sum(sizes), config)
+
+
+def _open_validation(domain: Domain, settings: dict[str, Any]) -> Dataset[dict[str, Any]]:
+    documents = (domain.first_validation_document, domain.num_documents)
+    config = _RangedConfig(
+        random_seed=VALIDATION_SEED,
+        blend_per_split=[None, ([domain.prefix], None), None],
+        document_ranges={domain.prefix: documents},
+        content=domain.identity,
+        drop_last_partial_validation_sequence=False,
+        **settings,
+    )
+    return _ranged(domain.prefix, documents, None, Split.valid, config)  # None: every sample once
+
+
+def _ranged(
+    prefix: str, documents: tuple[int, int], num_samples: int | None, split: Split, config: _RangedConfig
+) -> _RangedDataset:
+    low_level = _RangedDataset.build_low_level_dataset(prefix, config)
+    _expect_random_reads(low_level)
+    return _RangedDataset(low_level, prefix, np.arange(*documents, dtype=np.int32), num_samples, split, config)
+
+
+def _expect_random_reads(low_level: Any) -> None:
+    """Tell the system that samples lie anywhere in `.bin`: by itself it reads ahead, megabytes for a few kilobytes."""
+    mapped = getattr(getattr(low_level.bin_reader, "_bin_buffer_mmap", None), "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
 
 
 def _content_of(blend: Blend) -> str:
@@ -183,49 +231,37 @@ def _process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _cache(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> Iterator[Path]:
-    """The folder of sample indices: the complete one, or one being built that is renamed at the end.
+def _build_index_on_main(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> Path:
+    """Rank 0 builds, or waits for another job that does; the others wait for it, however long that takes.
 
-    megatron-core takes any file with the right name for finished. Building under another name keeps a killed build, or
-    one by a second job, from being read.
+    They wait on a group of their own: a collective of the job would give up after `runtime.timeout_minutes`.
     """
+    group = dist.new_group(backend="gloo", timeout=_LONGEST_BUILD)
+    answer: list[Any] = [None, None]
+    failure: DataError | None = None
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = str(_build_index(config, blend, tokenizer)[0])
+        except DataError as error:
+            answer[1], failure = str(error), error
+    dist.broadcast_object_list(answer, src=0, group=group)
+    dist.destroy_process_group(group)
+    if answer[1] is not None:
+        raise failure or DataError(answer[1])
+    return Path(answer[0])
+
+
+def _build_index(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> tuple[Path, bool]:
+    """The folder of the run's indices, and whether it was built here."""
     root = (
         Path(config.data.cache_dir) if config.data.cache_dir else Path(blend.domains[0].prefix).parent / "index_cache"
     )
     paths = [domain.prefix for domain in blend.domains]
-    key = json.dumps([_CACHE_FORMAT, blend.fingerprint, tokenizer.sha256, paths])
-    final = root / hashlib.sha256(key.encode()).hexdigest()[:24]
-    complete, building_name = _agree(final.is_dir(), f"{final.name}.building-{uuid.uuid4().hex[:8]}")
-    if complete:
-        yield final
-        return
-    building = root / building_name
-    is_main = dist.get_rank() == 0
-    try:
-        if is_main:
-            building.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        yield building
-        dist.barrier()  # every rank has mapped its files: they stay readable after the rename
-        if is_main and not final.is_dir():
-            _rename_unless_there(building, final)
-    finally:
-        if is_main:
-            shutil.rmtree(building, ignore_errors=True)
+    key = json.dumps([_CACHE_FORMAT, megatron_version, blend.fingerprint, tokenizer.sha256, paths])
+    folder = root / hashlib.sha256(key.encode()).hexdigest()[:24]
 
+    def build(place: Path) -> None:
+        get_logger().info("building the sample indices of this run in %s", folder)
+        _open(config, blend, tokenizer, place)
 
-def _agree(complete: bool, building_name: str) -> tuple[bool, str]:
-    """Rank 0's view, for all ranks: a shared disk may show them different things."""
-    answer: list[Any] = [complete, building_name]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-    dist.broadcast_object_list(answer, src=0, device=device)
-    return answer[0], answer[1]
-
-
-def _rename_unless_there(building: Path, final: Path) -> None:
-    try:
-        building.rename(final)
-    except OSError:
-        if not final.is_dir():  # a second job was faster otherwise, with the same content
-            raise
+    return folder, build_once(folder, build)

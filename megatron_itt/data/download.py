@@ -203,10 +203,10 @@ def _with_checksums(files: list[RemoteFile], options: DownloadOptions) -> list[R
             files = add_checksums(files, _read(source, options), source=source)
         return files
     for domain in dict.fromkeys(file.domain for file in files):
-        source = checksum_url(files, domain)
+        published = checksum_url(files, domain)
         try:
-            if source is not None:
-                files = add_checksums(files, read_text(source, patience=options.patience), source=source)
+            if published is not None:
+                files = add_checksums(files, read_text(published, patience=options.patience), source=published)
         except DataError as error:
             get_logger().warning("no checksums for %s: %s", domain, error)
     return files

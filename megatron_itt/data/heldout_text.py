@@ -11,8 +11,7 @@ import zstandard
 from megatron_itt.config import RunConfig
 from megatron_itt.data.blend import Domain, resolve_blend
 from megatron_itt.data.indexed import read_index
-from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_itt.errors import ConfigError
+from megatron_itt.data.tokenizer import Tokenizer, recipe_tokenizer
 
 
 def write_heldout_text(config: RunConfig, output_dir: Path) -> dict[str, Path]:
@@ -20,9 +19,7 @@ def write_heldout_text(config: RunConfig, output_dir: Path) -> dict[str, Path]:
 
     A byte-level tokenizer gives back the original text exactly. Returns the file of every domain.
     """
-    if config.data.tokenizer is None:
-        raise ConfigError("data.tokenizer is not set; name the tokenizer folder that the data was made with")
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = recipe_tokenizer(config)
     output_dir.mkdir(parents=True, exist_ok=True)
     files = {}
     for domain in resolve_blend(config).domains:

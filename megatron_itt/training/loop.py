@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron_itt.config.parts import ChosenParts
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.blend import resolve_blend
-from megatron_itt.data.datasets import Datasets, build_datasets
+from megatron_itt.data.datasets import Datasets, build_datasets, check_document_ends
 from megatron_itt.data.loader import Loader, check_loader, open_loader
-from megatron_itt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_itt.data.tokenizer import Tokenizer, check_vocabulary, recipe_tokenizer
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import configure_logging, get_logger
 from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
@@ -77,13 +77,11 @@ def check_inputs(config: RunConfig) -> Tokenizer:
     """What can be wrong with data and tokenizer, before any process group exists. Returns the tokenizer."""
     if not config.data.blend:
         raise ConfigError("data.blend is empty; name at least one domain with its path and weight")
-    if config.data.tokenizer is None:
-        raise ConfigError("data.tokenizer is not set; name the tokenizer folder that the data was made with")
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = recipe_tokenizer(config)
     check_vocabulary(tokenizer, config.model.vocab_size)
     check_loader(config.data.loader)
     check_sinks(config)
-    resolve_blend(config)
+    check_document_ends(config, resolve_blend(config), tokenizer)
     return tokenizer
 
 

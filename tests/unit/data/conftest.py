@@ -81,6 +81,7 @@ def make_config(tokenizer_dir: Path) -> Callable[..., RunConfig]:
             "global_batch": 8,
             "validation_tokens": 500,
             "max_epochs": 4.0,
+            "reset_at_document_end": False,
             "seed": 7,
             "vocab_size": 400,
         }
@@ -102,6 +103,7 @@ def make_config(tokenizer_dir: Path) -> Callable[..., RunConfig]:
                     "blend": {name: {"path": path, "weight": weight} for name, (path, weight) in domains.items()},
                     "tokenizer": str(tokenizer_dir),
                     "max_epochs": values["max_epochs"],
+                    "reset_at_document_end": values["reset_at_document_end"],
                 },
                 "validation": {"tokens": values["validation_tokens"]},
                 "runtime": {"seed": values["seed"]},

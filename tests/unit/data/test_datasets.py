@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_itt.data.datasets import build_datasets, data_fingerprint
+from megatron_itt.data.datasets import build_datasets, data_fingerprint, prebuild_index
 from megatron_itt.data.indexed import read_index
 from megatron_itt.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError, DataError
@@ -102,6 +103,65 @@ def test_a_killed_cache_build_is_not_read(domains: Any, make_config: Any, tokeni
     for path in half_built.glob("*.npy"):
         path.write_bytes(path.read_bytes()[:50])
     assert torch.equal(all_tokens(build_datasets(config, tokenizer=tokenizer).train), expected)
+
+
+def test_a_damaged_index_is_built_again(domains: Any, make_config: Any, tokenizer: Tokenizer) -> None:
+    config = make_config(domains)
+    expected = all_tokens(build_datasets(config, tokenizer=tokenizer).train)
+    (folder,) = (Path(domains["code"][0]).parent / "index_cache").iterdir()
+    victim = next(folder.glob("*shuffle_index.npy"))
+    victim.write_bytes(victim.read_bytes()[:-8] + bytes(8))
+    assert torch.equal(all_tokens(build_datasets(config, tokenizer=tokenizer).train), expected)
+
+
+def test_an_index_built_beforehand_is_the_one_that_training_reads(
+    domains: Any, make_config: Any, tokenizer: Tokenizer
+) -> None:
+    config = make_config(domains)
+    first, second = (prebuild_index(config, tokenizer=tokenizer) for _ in range(2))
+    assert (first.was_built, second.was_built) == (True, False)
+    assert first.folder == second.folder and first.size_bytes == second.size_bytes > 0
+    times = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    build_datasets(config, tokenizer=tokenizer)
+    assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == times
+    changed = prebuild_index(make_config(domains, steps=12), tokenizer=tokenizer)
+    assert changed.was_built and changed.folder != first.folder  # an index of another run is not taken for this one's
+
+
+def test_positions_begin_anew_after_every_document_end(domains: Any, make_config: Any, tokenizer: Tokenizer) -> None:
+    plain = build_datasets(make_config(domains), tokenizer=tokenizer)
+    separate = build_datasets(make_config(domains, reset_at_document_end=True), tokenizer=tokenizer)
+    num_ends = 0
+    for name, dataset in {"train": separate.train, **separate.validation}.items():
+        other = plain.train if name == "train" else plain.validation[name]
+        for idx in range(40 if name == "train" else len(dataset)):
+            sample, expected = dataset[idx], other[idx]
+            for key in ("tokens", "labels", "loss_mask"):
+                assert torch.equal(sample[key], expected[key])  # the option moves positions, not tokens
+            position, count = 0, int(sample["loss_mask"].sum())  # what fills the last sample up does not matter
+            for token, found in zip(sample["tokens"][:count].tolist(), sample["position_ids"].tolist(), strict=False):
+                assert found == position
+                position = 0 if token == tokenizer.eod else position + 1
+                num_ends += token == tokenizer.eod
+    assert num_ends > 20
+
+
+def test_a_padding_token_that_occurs_in_the_text_is_read_like_any_other(
+    domains: Any, make_config: Any, tokenizer: Tokenizer
+) -> None:
+    plain = build_datasets(make_config(domains), tokenizer=tokenizer).train
+    frequent = int(all_tokens(plain, 20).flatten().mode().values)
+    other = build_datasets(make_config(domains), tokenizer=replace(tokenizer, pad=frequent)).train
+    for idx in range(20):
+        for key in ("tokens", "labels", "loss_mask"):
+            assert torch.equal(plain[idx][key], other[idx][key])
+
+
+def test_documents_without_ends_cannot_be_kept_apart(write_dataset: Any, make_config: Any, tokenizer: Any) -> None:
+    prefix = write_dataset("endless", append_eod=False)
+    build_datasets(make_config({"endless": (prefix, 1.0)}), tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"data\.reset_at_document_end is true .*--append-eod"):
+        build_datasets(make_config({"endless": (prefix, 1.0)}, reset_at_document_end=True), tokenizer=tokenizer)
 
 
 def test_changed_data_under_the_same_path_does_not_reuse_the_cache(

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_itt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_tokenizer
+from megatron_itt.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    recipe_tokenizer,
+    train_tokenizer,
+)
 from megatron_itt.errors import ConfigError, DataError
 from tests.unit.data.conftest import make_texts
 
@@ -81,7 +89,7 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(tmp_path: Path) -> N
 def test_missing_broken_and_incomplete_tokenizers_are_named(tokenizer_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_tokenizer(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"has no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"has neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 1')
     with pytest.raises(DataError, match="not a readable tokenizer"):
@@ -90,3 +98,10 @@ def test_missing_broken_and_incomplete_tokenizers_are_named(tokenizer_dir: Path,
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match="no end-of-document token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_recipe_without_a_tokenizer_is_told_so(make_config: Any) -> None:
+    config = make_config({})
+    assert recipe_tokenizer(config).path == config.data.tokenizer
+    with pytest.raises(ConfigError, match=r"data\.tokenizer is not set; name the tokenizer"):
+        recipe_tokenizer(replace(config, data=replace(config.data, tokenizer=None)))
