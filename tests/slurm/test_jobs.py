@@ -60,7 +60,6 @@ def test_a_run_folder_has_one_job_and_a_cancelled_one_keeps_its_last_step(
             "2 node(s) x 1 task(s) = 2 processes do not fit the recipe",
         ),
         (["--ntasks-per-node=2"], "2 tasks but 1 GPUs per node"),
-        (["data.blend={lost: {path: data/lost, weight: 1.0}}"], "data/lost"),
         (["logging.run_dir=/dev/null/run"], "logging.run_dir is /dev/null/run, which cannot be written"),
     ],
 )
