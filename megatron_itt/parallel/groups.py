@@ -73,6 +73,8 @@ def stop_parallel() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    # megatron-core keeps one more list of every group, and a gloo group keeps threads for as long as anybody knows it.
+    parallel_state._global_process_group_list = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -137,10 +137,10 @@ def test_bf16_runs_continue_under_other_layouts(tmp_path: Path, distributed: boo
         assert observed.validation == pytest.approx(expected.validation, rel=BF16_TOLERANCE), (saved, loaded)
 
 
-def whole_and_in_two_parts(place: ProcessPlace, config: RunConfig, root: str) -> tuple[Observed, Observed, Observed]:
-    """The same steps without and with a checkpoint in between."""
-    parts = save_in_the_middle(place, config, root), continue_from(place, config, root)
-    return observe_steps(place, config), *parts
+def do_part(place: ProcessPlace, config: RunConfig, root: str, part: str) -> Observed:
+    """All steps, or those before or after a checkpoint; each in a job of its own, as ports serve one job."""
+    parts = {"first": save_in_the_middle, "second": continue_from}
+    return parts[part](place, config, root) if part in parts else observe_steps(place, config)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,11 @@ def whole_and_in_two_parts(place: ProcessPlace, config: RunConfig, root: str) ->
 )
 def test_the_same_layout_continues_bit_for_bit(tmp_path: Path, layout: Layout, options: list[dict[str, Any]]) -> None:
     configs = [recipe(layout, **option) for option in options]
-    jobs = [(config, str(tmp_path / str(number))) for number, config in enumerate(configs)]
-    for ranks in run_ranks(layout.world_size, whole_and_in_two_parts, jobs):
-        for whole, first, second in ranks:
+    parts = ("first", "second", "whole")
+    jobs = [(config, str(tmp_path / str(number)), part) for number, config in enumerate(configs) for part in parts]
+    results = run_ranks(layout.world_size, do_part, jobs)
+    for position in range(0, len(jobs), len(parts)):
+        for first, second, whole in zip(*results[position : position + len(parts)], strict=True):
             assert first.losses + second.losses == whole.losses
             assert first.grad_norms + second.grad_norms == whole.grad_norms
             assert second.validation == whole.validation
