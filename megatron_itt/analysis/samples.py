@@ -68,10 +68,7 @@ def sort_questions(export: ExportedModel, questions: Sequence[Question]) -> list
     """The right answer of every question as a sample, easy where the model gives it the highest probability."""
     samples = []
     for question in questions:
-        losses = [
-            float(sample_loss(export, encode_question(export, question, answer=place)))
-            for place in range(len(question.options))
-        ]
+        losses = _answer_losses(export, question)
         right = encode_question(export, question, answer=question.correct)
         is_easy = min(range(len(losses)), key=losses.__getitem__) == question.correct
         samples.append(Sample(tokens=right.tokens, num_scored=right.num_scored, is_easy=is_easy))
@@ -111,6 +108,17 @@ def sample_loss(export: ExportedModel, sample: Sample, *, gradient: bool = False
     with torch.set_grad_enabled(gradient):
         logits = export.model(input_ids=tokens, use_cache=False).logits[0, -sample.num_scored - 1 : -1].float()
         return torch.nn.functional.cross_entropy(logits, tokens[0, -sample.num_scored :])
+
+
+def _answer_losses(export: ExportedModel, question: Question) -> list[float]:
+    """Loss of each option's letter; a single forward pass where letters are single tokens, as they mostly are."""
+    answers = [encode_question(export, question, answer=place) for place in range(len(question.options))]
+    if any(answer.num_scored > 1 for answer in answers):
+        return [float(sample_loss(export, answer)) for answer in answers]
+    prompt = torch.tensor([answers[0].tokens[:-1]], device=next(export.model.parameters()).device)
+    with torch.no_grad():
+        logits = export.model(input_ids=prompt, use_cache=False).logits[0, -1].float()
+    return (logits.logsumexp(0) - logits[[answer.tokens[-1] for answer in answers]]).tolist()
 
 
 def _read_question(line: str, where: str) -> Question:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.analysis.elastic import TABLE_2, budgets_of, mean_accuracy, measure_budgets, pareto_front
@@ -53,14 +53,11 @@ def test_the_front_keeps_what_nothing_beats_at_both() -> None:
 def test_models_of_different_tokenizers_are_refused(itt_dir: Path, llama_dir: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(llama_dir, other)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(other)
-    tokenizer.add_tokens(["<extra>"])
-    tokenizer.model_max_length = 10
-    del tokenizer
-    text = (other / "tokenizer.json").read_text(encoding="utf-8")
-    (other / "tokenizer.json").write_text(
-        text.replace('"ing": ', '"gni": ').replace('"ing"', '"gni"'), encoding="utf-8"
-    )
+    content = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = (next(token for token, idx in vocabulary.items() if idx == wanted) for wanted in (10, 11))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(DataError, match="different tokenizers"):
         measure_budgets([itt_dir, other], ["some text"])
 
