@@ -164,7 +164,7 @@ def _what_it_read(run: RunRecord) -> dict[str, Any]:
     recipe = run.recipe
     data, model, validation = (recipe.get(key) or {} for key in ("data", "model", "validation"))
     blend = data.get("blend") or {}
-    weights = {domain: (entry or {}).get("weight") for domain, entry in blend.items()}
+    weights: dict[str, Any] = {domain: (entry or {}).get("weight") for domain, entry in blend.items()}
     total = math.fsum(weight for weight in weights.values() if is_finite(weight)) or 1.0
     return {
         "data.tokenizer": data.get("tokenizer"),

@@ -23,7 +23,8 @@ def draw_routing(values: Values) -> Figure:
     num_rows = len(values["layers"]) * len(values["budget"])
     band = 0.75 + 0.17 * num_rows
     figure = Figure(figsize=(11, num_bands * band + 3.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[num_bands * band + 0.3, 3.3])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[num_bands * band + 0.3, 3.3])
+    upper, lower = halves
     upper.suptitle(
         f"Who thinks again, at a thinking budget of {show_budget(values['budget'])} "
         f"(the first {num_shown:,} of {len(values['tokens']):,} tokens; darker: higher weight; \u00b7 is a space)",
