@@ -9,7 +9,7 @@ from megatron_itt.accounting.gpus import GIBI
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.log import get_logger
 from megatron_itt.training.assemble import Trainer
-from megatron_itt.training.metrics import Record, StepClock, console_line, peak_flops_per_s
+from megatron_itt.training.metrics import Record, StepClock, console_line, peak_flops_per_s, peak_memory_bytes
 from megatron_itt.training.profiling import Profiler
 from megatron_itt.training.routing_metrics import CollapseWarnings, routing_entries
 from megatron_itt.training.sinks import Sinks
@@ -78,7 +78,8 @@ class Reporter:
     def close(self) -> None:
         """Say how much memory it took, and flush everything."""
         if self._memory_bytes:
-            used, estimate = self._memory_bytes / GIBI, self._memory_estimate / GIBI
+            peak = max(self._memory_bytes, peak_memory_bytes(self._trainer.place.device))  # updates and saves as well
+            used, estimate = peak / GIBI, self._memory_estimate / GIBI
             get_logger().info("memory: %.2f GiB at most on a rank, %.2f GiB estimated", used, estimate)
         self._profiler.close()
         self._sinks.close()
