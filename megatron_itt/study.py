@@ -76,7 +76,7 @@ class StudyPlan:
         return Job(variant=variant, seed=seed, run_dir=run_dir, command=command)
 
 
-def run_queue(jobs: Sequence[Job], *, num_parallel: int = 1) -> dict[RunState, int]:
+def run_queue(jobs: Sequence[Job], *, num_parallel: int = 1) -> dict[str, int]:
     """Run every job that is neither finished nor diverged, `num_parallel` at a time. Returns the number in each state.
 
     A run that fails does not stop the others; its output is in `output.txt` of its folder.
@@ -86,7 +86,7 @@ def run_queue(jobs: Sequence[Job], *, num_parallel: int = 1) -> dict[RunState, i
     with ThreadPoolExecutor(max_workers=num_parallel) as pool:
         list(pool.map(lambda item: _run(item[1], f"[{item[0]}/{len(todo)}]"), enumerate(todo, start=1)))
     states = [state_of(job.run_dir) for job in jobs]
-    return {state: states.count(state) for state in sorted(set(states))}
+    return {str(state): states.count(state) for state in sorted(set(states))}
 
 
 def _run(job: Job, place: str) -> None:

@@ -124,7 +124,7 @@ def _measure_group(export: ExportedModel, samples: Sequence[Sample]) -> dict[str
         norms.append(nuclear_norms(export.model))
         losses.append(float(loss.detach()))
     export.model.zero_grad()
-    layers = []
+    layers: list[dict[str, Any]] = []
     for layer in sorted(norms[0]):
         sums = [sum(norm[layer].values()) / len(norm[layer]) for norm in norms]
         mean, error = mean_and_error(sums)

@@ -1,4 +1,4 @@
-"""megatron-core's own GPTModel from its own local specs: what our plain model is measured against. Nothing trains it."""
+"""megatron-core's own GPTModel from its own local specs: what our plain model is measured against. Never trained."""
 
 from __future__ import annotations
 
