@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,17 +27,22 @@ _UNREADABLE = (
     *(OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError),
     *(pickle.UnpicklingError, CheckpointingException, CheckpointException),
 )
+# How torch reports that another process of the job is gone: gloo by a plain RuntimeError.
+_LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset by peer")
 
 
 def load_sharded_state(sharded_state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Fill a sharded state from a checkpoint folder; no code in its files is run.
 
-    CheckpointError when files are missing or damaged, or hold something else than tensors and plain values.
+    CheckpointError when files are missing or damaged, or hold something else than tensors and plain values. When
+    another rank is lost meanwhile, torch's own error goes on: the files are not to blame, and the job may start again.
     """
     strategies = {"sharded_strategy": SafeShardedStrategy(), "common_strategy": SafeCommonStrategy()}
     try:
         return dist_checkpointing.load(sharded_state, str(checkpoint), **strategies)
     except _UNREADABLE as error:
+        if isinstance(error, dist.DistError) or any(mark in str(error) for mark in _LOST_PEER):
+            raise
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {reason[:150]} ... {reason[-250:]}); use "

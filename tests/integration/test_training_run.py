@@ -215,3 +215,15 @@ def test_check_and_print_config_train_nothing(recipe: Path, tmp_path: Path, caps
     assert run(recipe, "--print-config", "schedule.steps=3") == 0
     assert "steps: 3" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_deterministic_runs_compute_the_same_bits(recipe: Path, tmp_path: Path) -> None:
+    """In processes of their own, so that the mode does not leak into other tests."""
+    for name in ("one", "two"):
+        process = start(recipe, "runtime.deterministic=true", "schedule.steps=3", f"logging.run_dir={tmp_path / name}")
+        assert process.wait(timeout=240) == 0
+    first, second = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [(line["loss"], line["grad_norm"]) for line in first[0]] == [
+        (line["loss"], line["grad_norm"]) for line in second[0]
+    ]
+    assert first[1] == second[1]

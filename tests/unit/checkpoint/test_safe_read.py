@@ -132,3 +132,14 @@ def test_listing_the_tensors_executes_nothing_either(place: tuple[Any, Path], tr
     with pytest.raises(pickle.UnpicklingError):
         SafeShardedStrategy().load_tensors_metadata(checkpoint)
     assert not trace.exists()
+
+
+def test_a_rank_lost_while_loading_is_no_fault_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CheckpointError would end the run for good; a lost peer must leave it free to start again."""
+
+    def lose_peer(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:7")
+
+    monkeypatch.setattr("megatron_itt.checkpoint.load.dist_checkpointing.load", lose_peer)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        load_sharded_state({}, tmp_path)
