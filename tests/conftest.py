@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 
 import pytest
+
+from tests.helpers.leaving import free_left_trainers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,3 +34,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if item.get_closest_marker(marker):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_left_jobs_end() -> Iterator[None]:
+    yield
+    free_left_trainers()

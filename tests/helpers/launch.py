@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import random
 import socket
@@ -18,6 +17,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from megatron_itt.config.environment import ProcessPlace
+from tests.helpers.leaving import free_left_trainers
 
 # Below the range that the system takes outgoing connections from, which gloo uses many of.
 _PORTS = range(10_000, 32_000)
@@ -35,9 +35,8 @@ def free_port() -> int:
             return port
 
 
-# Jobs that one set of processes takes on: ports are chosen when it starts, and a trainer that is done with still holds
-# its process groups, some 50 threads per job.
-JOBS_AT_ONCE = 4
+# Jobs that one set of processes takes on: ports are chosen when it starts.
+JOBS_AT_ONCE = 12
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
@@ -68,7 +67,7 @@ def _run_rank(
             rank=rank, world_size=world_size, local_rank=rank, master_address="127.0.0.1", master_port=port
         )
         results.append(function(place, *job))
-        gc.collect()  # models refer to themselves in circles, and to process groups
+        free_left_trainers()
     torch.save(results, Path(folder) / f"{rank}.pt")
 
 
