@@ -224,15 +224,14 @@ def test_ranks_agree_on_the_newest_intact_checkpoint(tmp_path: Path) -> None:
     """Each rank reads a part of the files; damage that one of them finds counts for all."""
     config = recipe(LAYOUTS[1], distributed=True)
     save_in_the_middle(ONE_PROCESS, recipe(LAYOUTS[0], distributed=True), str(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
     for name in ("a", "b"):
         root = tmp_path / name
-        if name == "b":
-            shutil.copytree(tmp_path / "a", root)
         shutil.copytree(checkpoint_in(str(root)), root / "step_0000009")
         for folder in root.glob("step_*") if name == "b" else [root / "step_0000009"]:
             data = next(folder.glob("*.distcp"))
             data.write_bytes(data.read_bytes()[:-1] + b"?")
-    (root / "latest").write_text("step_0000009")
+        (root / "latest").write_text("step_0000009")
     jobs = [(config, str(tmp_path / name)) for name in ("a", "b", "c")]
     intact, damaged, absent = run_ranks(2, choose, jobs)
     assert intact == ["step_0000003"] * 2
