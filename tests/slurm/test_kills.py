@@ -46,20 +46,32 @@ class Run:
     def run_dir(self) -> Path:
         return self.recipe.parent / "runs" / self.name
 
-    def start(self) -> subprocess.Popen[str]:
+    @property
+    def output(self) -> Path:
+        return self.recipe.parent / f"{self.name}.txt"
+
+    def end_of(self, process: subprocess.Popen[bytes]) -> str:
+        """What a launcher said, once it has ended; busy machines get time, but nothing outlives the test."""
+        try:
+            process.wait(timeout=600)
+        finally:
+            process.kill()
+        return self.output.read_text()
+
+    def start(self) -> subprocess.Popen[bytes]:
         arguments = [str(ROOT / "slurm" / "train.sbatch"), str(self.recipe), *SETTINGS]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-        return subprocess.Popen(
-            ["bash", *arguments, f"logging.run_dir=runs/{self.name}"],
-            env={**environment, **self.settings},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with self.output.open("w") as output:  # a pipe would stay open as long as anything that a kill leaves behind
+            return subprocess.Popen(
+                ["bash", *arguments, f"logging.run_dir=runs/{self.name}"],
+                env={**environment, **self.settings},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
     def finish(self) -> str:
         process = self.start()
-        text = end_of(process)
+        text = self.end_of(process)
         assert process.returncode == 0, text
         return text
 
@@ -112,7 +124,7 @@ def kill_and_restart(run: Run, chance: random.Random, *, in_save: bool) -> bool:
     time.sleep(chance.uniform(0.0, 0.05 if in_save else 2.0))
     victim = chance.choice(ranks_of(process))
     victim.kill()
-    text = end_of(process)
+    text = run.end_of(process)
     torn, kept = run.is_saving(), run.latest()
     print(f"killed at step {len(run.records())}, {'in' if torn else 'out of'} a save; newest checkpoint {kept}")
     if (run.run_dir / "finished").exists():
@@ -132,7 +144,7 @@ def test_a_warning_during_the_start_is_heeded_after_the_first_step(whole: Run) -
     wait_until(lambda: len(ranks_of(process)) == 2, process)
     time.sleep(0.5)  # the interpreter itself, before its first line, cannot be helped
     process.send_signal(signal.SIGUSR1)
-    text = end_of(process)
+    text = run.end_of(process)
     assert process.returncode == 0, text
     assert "stopped after step" in text
     assert 0 < run.latest() < NUM_STEPS
@@ -154,21 +166,13 @@ def test_ranks_end_with_their_launcher(whole: Run) -> None:
     assert run.numbers() == whole.numbers()
 
 
-def end_of(process: subprocess.Popen[str]) -> str:
-    """What a launcher said, once it has ended; busy machines get time, but nothing outlives the test."""
-    try:
-        return process.communicate(timeout=900)[0]
-    finally:
-        process.kill()
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The launcher's tasks, rank 0 first."""
     children = psutil.Process(process.pid).children()
     return sorted((child for child in children if "task.py" in " ".join(child.cmdline())), key=lambda each: each.pid)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 900
     while not condition():
         if time.monotonic() > deadline or process.poll() is not None:
