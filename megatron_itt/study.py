@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_itt.analysis.study_results import MAIN_VARIANTS, RunState, seed_dir, state_of
+from megatron_itt.analysis.study_results import MAIN_VARIANTS, seed_dir, state_of
 from megatron_itt.config.load import load_config
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import get_logger

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -61,6 +62,7 @@ class CheckpointWriter:
         A crash or a full disk on the way leaves the earlier checkpoints and `latest` as they were.
         """
         self.finish()
+        _forget_earlier_writes()
         started = time.perf_counter()
         staging = _open_staging(self._root, sharded_state, state.step)
         with _clear_errors(staging, state.step):
@@ -112,6 +114,13 @@ def save_checkpoint(sharded_state: dict[str, Any], state: RunState, root: Path, 
     """Save one checkpoint and publish it before returning. Returns its folder."""
     CheckpointWriter(root, Retention(keep_last=keep_last)).save(sharded_state, state)
     return root / checkpoint_name(state.step)
+
+
+def _forget_earlier_writes() -> None:
+    """megatron-core tells where tensors lie by one queue per process: what a failed save left there is not ours."""
+    results = filesystem_async._get_write_results_queue()
+    while not results.empty():
+        results.get()
 
 
 def _open_staging(root: Path, sharded_state: dict[str, Any], step: int) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_itt.checkpoint.hashes import find_damage, list_files
 from megatron_itt.checkpoint.layout import LATEST_FILE, checkpoint_name, list_checkpoints
@@ -168,3 +169,11 @@ def test_what_a_save_needs_is_estimated_closely_and_compared_with_the_room(tmp_p
     entry.data = torch.empty(1 << 50, device="meta")
     with pytest.raises(CheckpointError, match=r"no space left to save step 2 .* needs \d{15,} bytes and \d+ are free"):
         check_space(huge, tmp_path, 2)
+
+
+def test_what_a_failed_save_left_behind_does_not_enter_the_next(tmp_path: Path, built: Any) -> None:
+    """megatron-core's queue of written tensors outlives a save: stale entries would describe the wrong files."""
+    filesystem_async._get_write_results_queue().put({0: []})
+    save(new_writer(tmp_path, asynchronous=False), built, 1)
+    loaded = load_sharded_state(sharded_model_state(built.chunks), tmp_path / checkpoint_name(1))
+    assert loaded
