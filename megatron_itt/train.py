@@ -7,7 +7,7 @@ import sys
 
 from megatron_itt.config import load_config
 from megatron_itt.config.check import find_layout_problems
-from megatron_itt.config.environment import process_place
+from megatron_itt.config.environment import end_with_torchrun, process_place
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.config.parts import use_parts
 from megatron_itt.errors import ConfigError, IttError
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
     silence_known_warnings()
+    end_with_torchrun()
     config = load_config(arguments.recipe, arguments.overrides)
     if arguments.print_config:
         print(config_to_yaml(config), end="")

@@ -6,13 +6,18 @@ Slurm) and switches third-party libraries that offer no other handle.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +47,12 @@ def process_place() -> ProcessPlace:
         master_address=env.get("MASTER_ADDR", "127.0.0.1"),
         master_port=int(env.get("MASTER_PORT", "0")),
     )
+
+
+def end_with_torchrun() -> None:
+    """Under torchrun on Linux: have this process killed when torchrun itself is, instead of training on unseen."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def set_offline(enabled: bool) -> None:
