@@ -1,7 +1,8 @@
-"""Console output of the commands: one logger, and the mapping from errors to exit codes."""
+"""What the commands share: one logger, the mapping from errors to exit codes, a type for arguments."""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import sys
@@ -80,3 +81,11 @@ def run_command(main: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1, as the `type` of an argument."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
+    return number

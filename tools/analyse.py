@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_itt.errors import DataError
-from megatron_itt.log import configure_logging, run_command
+from megatron_itt.log import configure_logging, positive_int, run_command
 
 if TYPE_CHECKING:
     from megatron_itt.analysis.measurement import Measurement
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     for command in (routing, weights, budgets):
         command.add_argument("--text", type=Path, required=True, metavar="FILE", help="text (.txt, .jsonl, .zst, ...)")
-        command.add_argument("--max-tokens", type=_positive, metavar="N", help="read no more than N tokens")
+        command.add_argument("--max-tokens", type=positive_int, metavar="N", help="read no more than N tokens")
     for command in (routing, weights):
         command.add_argument("--budget", metavar="0.5,0.5,0.5", help="share of tokens per routed step (as trained)")
     history.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder")
@@ -107,9 +107,11 @@ def _add_gradient_arguments(gradients: argparse.ArgumentParser) -> None:
     source = gradients.add_mutually_exclusive_group(required=True)
     source.add_argument("--questions", type=Path, metavar="FILE", help="JSONL with question, options, correct (AQuA)")
     source.add_argument("--text", type=Path, metavar="FILE", help="any text; pieces of it are sorted by loss")
-    gradients.add_argument("--samples", type=_positive, default=100, metavar="N", help="to measure (default: 100)")
+    gradients.add_argument("--samples", type=positive_int, default=100, metavar="N", help="to measure (default: 100)")
     gradients.add_argument("--train", type=int, default=0, metavar="N", help="questions to train on first (default: 0)")
-    gradients.add_argument("--tokens", type=_positive, default=64, metavar="N", help="of a piece of text (default: 64)")
+    gradients.add_argument(
+        "--tokens", type=positive_int, default=64, metavar="N", help="of a piece of text (default: 64)"
+    )
 
 
 def _add_budget_arguments(budgets: argparse.ArgumentParser) -> None:
@@ -121,7 +123,7 @@ def _add_budget_arguments(budgets: argparse.ArgumentParser) -> None:
     budgets.add_argument("--tasks", metavar="paper|a,b,c", help="score lm-eval tasks at every budget as well")
     budgets.add_argument("--task-dir", type=Path, metavar="DIR", help="folder with further task files (YAML)")
     budgets.add_argument("--data-root", type=Path, metavar="DIR", help="offline copies of the data sets")
-    budgets.add_argument("--limit", type=_positive, metavar="N", help="records per task")
+    budgets.add_argument("--limit", type=positive_int, metavar="N", help="records per task")
 
 
 def _routing(args: argparse.Namespace) -> Measurement:
@@ -226,13 +228,6 @@ def _budget(text: str | None) -> Budget | None:
     from megatron_itt.evaluation.exported_model import parse_budget
 
     return None if text is None else parse_budget(text)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
-    return number
 
 
 if __name__ == "__main__":

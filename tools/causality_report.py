@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_itt.log import run_command
+from megatron_itt.log import positive_int, run_command
 
 EPILOG = """example:
   python tools/causality_report.py --model runs/quickstart/hf --heldout code=runs/quickstart/heldout/code.jsonl \\
@@ -52,27 +52,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in the documents")
     parser.add_argument(
         "--length",
-        type=_positive,
+        type=positive_int,
         action="append",
         default=[],
         metavar="N",
         help="tokens per piece; repeat for several",
     )
     parser.add_argument("--budget", metavar="0.5,0.5,0.5", help="share of tokens per routed step; default: as trained")
-    parser.add_argument("--max-tokens", type=_positive, default=20_000, metavar="N", help="per domain and length")
-    parser.add_argument("--cases", type=_positive, default=100, metavar="N", help="changed futures per rule")
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N")
+    parser.add_argument("--max-tokens", type=positive_int, default=20_000, metavar="N", help="per domain and length")
+    parser.add_argument("--cases", type=positive_int, default=100, metavar="N", help="changed futures per rule")
+    parser.add_argument("--batch-size", type=positive_int, default=8, metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
-    return number
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_itt.log import configure_logging, run_command
+from megatron_itt.log import configure_logging, positive_int, run_command
 
 EPILOG = """examples:
   python tools/evaluate.py --model runs/quickstart/hf --task-dir runs/quickstart/tasks \\
@@ -78,22 +78,21 @@ def _parser() -> argparse.ArgumentParser:
         help="held-out documents (jsonl, .zst, .gz): measures their perplexity and, with --task-dir, writes the two "
         "held-out tasks there; repeat for several domains",
     )
-    parser.add_argument("--heldout-records", type=_positive, default=200, metavar="N", help="records per held-out task")
+    parser.add_argument(
+        "--heldout-records", type=positive_int, default=200, metavar="N", help="records per held-out task"
+    )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in the held-out documents")
-    parser.add_argument("--perplexity-max-tokens", type=_positive, metavar="N", help="tokens per domain (default: all)")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="first N records of each task only (a quick look)")
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N")
+    parser.add_argument(
+        "--perplexity-max-tokens", type=positive_int, metavar="N", help="tokens per domain (default: all)"
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="first N records of each task only (a quick look)"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=8, metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
-    return number
 
 
 if __name__ == "__main__":

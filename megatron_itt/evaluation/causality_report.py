@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.causality import CausalitySettings, FutureTest, RuleComparison, measure_causality
 from megatron_itt.evaluation.exported_model import ExportedModel, format_budget
+from megatron_itt.evaluation.results import publish_folder
 
 JSON_FILE = "causality.json"
 TABLE_FILE = "causality.md"
@@ -39,18 +39,12 @@ def report_causality(
         "future_tokens": [asdict(row) for row in futures],
     }
     text = _render(export, format_budget(budget), comparisons, futures)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        (partial / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (partial / TABLE_FILE).write_text(text, encoding="utf-8")
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
+
+    def write(folder: Path) -> None:
+        (folder / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (folder / TABLE_FILE).write_text(text, encoding="utf-8")
+
+    publish_folder(output, write)
     return text
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +31,7 @@ from megatron_itt.evaluation.exported_model import (
 )
 from megatron_itt.evaluation.paper_tasks import PAPER_TASKS, num_fewshot_of
 from megatron_itt.evaluation.perplexity import measure_perplexity
-from megatron_itt.evaluation.results import write_results
+from megatron_itt.evaluation.results import publish_folder, write_results
 from megatron_itt.log import get_logger
 
 _BOOTSTRAP_ITERATIONS = 1000
@@ -75,16 +74,7 @@ def evaluate_export(request: EvaluationRequest) -> dict[str, Any]:
         export = load_export(request.model, device=request.device, dtype=request.dtype)
         measured = _measure(export, plan, list(dict.fromkeys(budgets)) or [export.trained_budget], request)
     results = {"model": name, **measured}
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_results(results, partial)
-    except OSError:  # a full disk, for one: leave nothing behind
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
+    publish_folder(output, lambda folder: write_results(results, folder))
     return results
 
 

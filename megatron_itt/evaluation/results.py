@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ def read_results(path: Path | str) -> dict[str, Any]:
     if not isinstance(results, dict) or not isinstance(results.get("runs"), list):
         raise EvaluationError(f"{path} has no list `runs`, so it is not a results file of tools/evaluate.py")
     return results
+
+
+def publish_folder(output: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a new folder, which takes the place of `output` when it is complete.
+
+    After a failed write, a full disk for one, `output` is as it was and nothing else is left.
+    """
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if output.exists():
+        shutil.rmtree(output)
+    partial.rename(output)
 
 
 def write_results(results: dict[str, Any], folder: Path) -> None:
