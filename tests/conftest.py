@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers.leaving import free_left_trainers
+from tests.helpers.leaving import free_left_trainers, leave_open_job
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _threads_of_left_jobs_end() -> Iterator[None]:
+def _the_next_test_begins_without_a_job() -> Iterator[None]:
     yield
+    leave_open_job()
     free_left_trainers()

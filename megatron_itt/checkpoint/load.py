@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from megatron_itt.config.environment import ProcessPlace
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.errors import CheckpointError
 from megatron_itt.model.builder import BuiltModel, build_model
-from megatron_itt.parallel.groups import start_parallel
+from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
 _UNREADABLE = (
     *(OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError),
@@ -50,25 +52,29 @@ def load_sharded_state(sharded_state: dict[str, Any], checkpoint: Path) -> dict[
         ) from error
 
 
+@contextmanager
 def load_model_for_inference(
     checkpoint: str | Path, *, dtype: torch.dtype = torch.float32
-) -> tuple[BuiltModel, RunConfig, RunState]:
+) -> Iterator[tuple[BuiltModel, RunConfig, RunState]]:
     """The whole model of a checkpoint on this one process's CPU, in evaluation mode, whatever layout wrote it.
 
-    CheckpointError when its files are not as they were saved.
+    Its process groups, of one, are left at the end. CheckpointError when its files are not as they were saved.
     """
     folder = resolve_checkpoint(checkpoint)
     check_together(folder)
     state = read_run_state(folder)
     config = single_process_config(state.config)
     place = ProcessPlace(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)
-    parallel_place = start_parallel(config, place=place)
-    built = build_model(config, dtype=dtype, device=parallel_place.device)
-    loaded = load_sharded_state(sharded_model_state(built.chunks), folder)
-    load_model_state(built.chunks, loaded)
-    for chunk in built.chunks:
-        chunk.eval()
-    return built, config, state
+    try:
+        parallel_place = start_parallel(config, place=place)
+        built = build_model(config, dtype=dtype, device=parallel_place.device)
+        loaded = load_sharded_state(sharded_model_state(built.chunks), folder)
+        load_model_state(built.chunks, loaded)
+        for chunk in built.chunks:
+            chunk.eval()
+        yield built, config, state
+    finally:
+        stop_parallel()
 
 
 def single_process_config(config: RunConfig) -> RunConfig:

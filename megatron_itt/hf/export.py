@@ -27,6 +27,7 @@ from megatron_itt.hf.model_card import CardFacts, render_card
 from megatron_itt.hf.parity import ParityResult, build_hf_model, check_parity
 from megatron_itt.hf.weight_map import megatron_to_hf
 from megatron_itt.hf.weights_file import FLOAT32_SUFFIX, cast_weights, read_weights, write_weights
+from megatron_itt.model.builder import BuiltModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,7 +66,13 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, options: Expor
         raise ExportError(f"dtype is {options.dtype!r}; use one of {sorted(DTYPES)}.")
     if output.exists():
         raise ExportError(f"{output} exists already; choose another --output or remove it.")
-    built, config, run_state = load_model_for_inference(checkpoint, dtype=torch.float32)
+    with load_model_for_inference(checkpoint, dtype=torch.float32) as (built, config, run_state):
+        return _export(built, config, run_state, output, options)
+
+
+def _export(
+    built: BuiltModel, config: RunConfig, run_state: RunState, output: Path, options: ExportOptions
+) -> ExportReport:
     state = megatron_to_hf(_tensors(built.chunks[0].state_dict()), config.model)
     settings = model_settings(config.model, config.thinking)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ import torch
 
 from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.log import run_command
-from megatron_itt.parallel.groups import stop_parallel
 from megatron_itt.train import main
 from megatron_itt.training import loop, validation
 from megatron_itt.training.checkpointing import Checkpointer
@@ -48,11 +47,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    try:
-        built, _, _ = load_model_for_inference(run_dir / f"checkpoints/step_{step:07d}")
+    with load_model_for_inference(run_dir / f"checkpoints/step_{step:07d}") as (built, _, _):
         return {name: value.clone() for name, value in built.chunks[0].named_parameters()}
-    finally:
-        stop_parallel()
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -20,7 +20,6 @@ from megatron_itt.errors import EvaluationError, ExportError
 from megatron_itt.evaluation.exported_model import load_export
 from megatron_itt.hf.export import ExportOptions, export_checkpoint
 from megatron_itt.log import run_command
-from megatron_itt.parallel.groups import stop_parallel
 from megatron_itt.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +108,6 @@ def test_a_sentencepiece_model_from_text_to_export(tiny_data: Path, recipe: Path
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     text = "def main(argv):\n    return 0  # caf\u00e9"
     assert exported.tokenizer.encode(text, add_special_tokens=False) == processor.encode(text)
-    stop_parallel()
     with pytest.raises(ExportError, match="is not the one that the model was trained with"):
         export_checkpoint(tmp_path / "run", tmp_path / "other", ExportOptions(tokenizer=str(tiny_data / "tokenizer")))
     shutil.copy(tiny_data / "tokenizer" / "tokenizer.json", report.folder / "tokenizer.json")

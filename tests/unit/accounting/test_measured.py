@@ -57,7 +57,7 @@ def make_config(shape: str, kind: str, *, dtype: str = "fp32") -> RunConfig:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def one_rank() -> Iterator[ParallelPlace]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -6,7 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,6 @@ from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
 ROOT = Path(__file__).resolve().parents[3]
 ITT = {"kind": "itt", "capacity": [0.5, 0.5, 0.4], "alpha": [1.0, 0.7, 1.3]}
-
-
-@pytest.fixture(autouse=True)
-def leave_the_job() -> Iterator[None]:
-    """Each test starts process groups of one; the next one needs a clean process."""
-    yield
-    stop_parallel()
 
 
 def _config(run_dir: Path, thinking: dict[str, Any], **model: Any) -> RunConfig:
@@ -271,7 +264,6 @@ def test_an_export_without_any_tokenizer_needs_to_be_asked_for(
     run_dir = checkpoint(ITT, vocab_size=200)
     with pytest.raises(ExportError, match=r"no data\.tokenizer"):
         export_checkpoint(run_dir, tmp_path / "hf")
-    stop_parallel()
     with pytest.raises(ExportError, match=r"257 tokens but model\.vocab_size is 200"):
         export_checkpoint(run_dir, tmp_path / "hf", ExportOptions(tokenizer=str(tokenizer_dir)))
     assert not (tmp_path / "hf").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,8 @@ from megatron_itt.hf.export import ExportOptions, export_checkpoint
 from megatron_itt.hf.import_weights import import_folder
 from megatron_itt.hf.weights_file import read_weights
 from megatron_itt.model.builder import forward_logits
-from megatron_itt.parallel.groups import stop_parallel
 
 ITT = {"kind": "itt", "layers": [0, 2], "capacity": [0.6, 0.5, 0.4], "alpha": [1.0, 0.8, 1.2]}
-
-
-@pytest.fixture(autouse=True)
-def leave_the_job() -> Iterator[None]:
-    yield
-    stop_parallel()
 
 
 def _config(thinking: dict[str, Any], **model: Any) -> RunConfig:
@@ -90,8 +83,8 @@ def test_a_warm_start_gives_the_logits_of_the_llama(
         expected = reference.eval()(tokens).logits
     report = import_folder(folder, _config(thinking, tie_embeddings=tied), tmp_path / "run")
     assert all(".thinking." in name for name in report.fresh)
-    built, _, state = load_model_for_inference(tmp_path / "run")
-    logits = forward_logits(built, tokens)
+    with load_model_for_inference(tmp_path / "run") as (built, _, state):
+        logits = forward_logits(built, tokens)
     # float32, and attention computed by another kernel
     assert float((logits - expected).abs().max() / expected.abs().max()) <= 1e-5
     assert state.step == 0

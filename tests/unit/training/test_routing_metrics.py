@@ -49,7 +49,6 @@ def test_entries_say_what_a_plain_computation_says() -> None:
     from megatron_itt.training.assemble import build_trainer
 
     config = tiny_recipe()
-    stop_parallel()  # a test before this one may have left its job open
     place = start_parallel(config, place=ONE_PROCESS)
     try:
         trainer = build_trainer(config, place)
