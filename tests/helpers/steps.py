@@ -81,10 +81,20 @@ def _microbatches(trainer: Any, step: int) -> list[dict[str, torch.Tensor]]:
                 "tokens": part[:, :-1],
                 "labels": part[:, 1:],
                 "loss_mask": torch.ones(micro, length),
-                "position_ids": torch.arange(length).expand(micro, length),
+                "position_ids": _positions(part[:, :-1], config.data.reset_at_document_end),
             }
         )
     return batches
+
+
+def _positions(tokens: torch.Tensor, begin_anew: bool) -> torch.Tensor:
+    """Positions of tokens [b, s] in their sequences, or in two documents that meet at another place in every row.
+
+    Of more documents, two would begin with the same token, whose equal router logits make a tie.
+    """
+    places = torch.arange(tokens.shape[1]).expand_as(tokens)
+    second = tokens.shape[1] // 2 + torch.arange(tokens.shape[0]).unsqueeze(1)
+    return places - torch.where(places >= second, second, 0) if begin_anew else places
 
 
 def _picks_of_validation(trainer: Any) -> dict[tuple[int, int, int], torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_itt.checkpoint.hashes import find_damage, list_files
@@ -22,6 +23,7 @@ from megatron_itt.checkpoint.retention import Retention
 from megatron_itt.checkpoint.save import CheckpointWriter
 from megatron_itt.checkpoint.space import check_space, count_bytes
 from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
+from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.checkpoint.verify import find_intact
 from megatron_itt.errors import CheckpointError
 from tests.helpers.one_rank import built_model, tiny_recipe
@@ -177,3 +179,45 @@ def test_what_a_failed_save_left_behind_does_not_enter_the_next(tmp_path: Path, 
     save(new_writer(tmp_path, asynchronous=False), built, 1)
     loaded = load_sharded_state(sharded_model_state(built.chunks), tmp_path / checkpoint_name(1))
     assert loaded
+
+
+def test_plans_follow_a_structure_that_changes(tmp_path: Path, built: Any) -> None:
+    """megatron-core reuses the plan of the save before; tensors that were not in it must not be lost."""
+    writer = CheckpointWriter(tmp_path, Retention(keep_last=9))
+    weights = built.chunks[0].state_dict()[WEIGHT]
+
+    def state_at(step: int) -> dict[str, Any]:
+        state = sharded_model_state(built.chunks)
+        if step <= 3:
+            del state["model"][WEIGHT]
+        return state
+
+    for step in range(1, 8):
+        with torch.no_grad():
+            weights.add_(1.0)
+        writer.save(state_at(step), new_run_state(tiny_recipe(), step=step))
+        loaded = load_sharded_state(state_at(step), tmp_path / checkpoint_name(step))["model"]
+        assert (WEIGHT in loaded) == (step > 3)
+        assert step <= 3 or loaded[WEIGHT].equal(weights), step
+
+
+def test_views_are_copied_by_what_writes_them(tmp_path: Path, built: Any) -> None:
+    """Not by the process that trains, and not with all the memory that they are views of."""
+    sheet = torch.arange(1 << 20, dtype=torch.float32).reshape(16, -1)
+
+    def state() -> dict[str, Any]:
+        return {f"row{i}": ShardedTensor.from_rank_offsets(f"row{i}", row) for i, row in enumerate(sheet)}
+
+    folder = tmp_path / "planned"
+    folder.mkdir()
+    request = SavePlans().plan(state(), folder)
+    assert request.preload_fn is not None
+    staged = [tensor for _, _, (_, tensors) in request.preload_fn() for _, tensor in tensors.staged]
+    assert len(staged) == len(sheet)
+    assert {tensor.untyped_storage().data_ptr() for tensor in staged} == {sheet.untyped_storage().data_ptr()}
+
+    new_writer(tmp_path, asynchronous=False).save(state(), new_run_state(tiny_recipe(), step=1))
+    checkpoint = tmp_path / checkpoint_name(1)
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 1.1 * sheet.nbytes
+    loaded = load_sharded_state(state(), checkpoint)
+    assert all(loaded[f"row{i}"].equal(row) for i, row in enumerate(sheet))
