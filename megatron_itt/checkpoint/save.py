@@ -1,6 +1,6 @@
 """Writing a checkpoint: megatron-core's distributed format, all ranks at once, published when complete.
 
-Saving has three parts: plan and copy (training waits), write and hash (by processes of their own, in the background on
+Saving has three parts: plan and stage (training waits), write and hash (by processes of their own, in the background on
 request), publish (all ranks agree that everything is written; then hashes, name, `latest`, retention).
 """
 
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
@@ -30,6 +29,7 @@ from megatron_itt.checkpoint.layout import checkpoint_name, flush_file, flush_fo
 from megatron_itt.checkpoint.retention import Retention, prune
 from megatron_itt.checkpoint.space import check_space
 from megatron_itt.checkpoint.state import RunState, write_run_state
+from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.errors import CheckpointError
 from megatron_itt.log import get_logger
 
@@ -39,7 +39,7 @@ _PARTIAL_HASHES = ".hashes_{rank}.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Save:
-    """A save that is planned and copied, but not published."""
+    """A save that is planned and staged, but not published."""
 
     request: AsyncRequest
     state: RunState
@@ -53,6 +53,7 @@ class CheckpointWriter:
         self._root = root
         self._retention = retention
         self._asynchronous = asynchronous
+        self._plans = SavePlans()
         self._queue = AsyncCallsQueue()
         self._pending: _Save | None = None
 
@@ -66,7 +67,7 @@ class CheckpointWriter:
         started = time.perf_counter()
         staging = _open_staging(self._root, sharded_state, state.step)
         with _clear_errors(staging, state.step):
-            request = _plan(sharded_state, staging)
+            request = _with_hashes(self._plans.plan(sharded_state, staging), staging)
             save = _Save(request=request, state=state, staging=staging)
             if not self._asynchronous:
                 _write_here(request)
@@ -135,11 +136,8 @@ def _open_staging(root: Path, sharded_state: dict[str, Any], step: int) -> Path:
     return place[0]
 
 
-def _plan(sharded_state: dict[str, Any], staging: Path) -> AsyncRequest:
-    """Decide which rank writes what, and bind it to what hashes these files."""
-    request = dist_checkpointing.save(
-        sharded_state, str(staging), validate_access_integrity=True, async_sharded_save=True
-    )
+def _with_hashes(request: AsyncRequest, staging: Path) -> AsyncRequest:
+    """Let what writes this rank's files hash them as well."""
     if request.async_fn is None:
         return request
     write = partial(_write_and_hash, request.async_fn, staging, dist.get_rank())

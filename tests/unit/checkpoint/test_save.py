@@ -32,7 +32,7 @@ WEIGHT = "embedding.word_embeddings.weight"
 NUM_FLIPS = 200
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def built() -> Iterator[Any]:
     with built_model(tiny_recipe(), dtype=torch.float32) as model:
         yield model
