@@ -14,11 +14,17 @@ on_signal() {
 
 check_nodes() { # the doctor on every node; its words count, not srun's exit code
     [ "${ITT_PREFLIGHT:-yes}" = yes ] && in_slurm || return 0
-    PYTHONPATH=$snapshot srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --mpi=none --label \
-        "${container[@]}" "$ITT_PYTHON" "$snapshot/tools/doctor.py" >"$run_dir/preflight.txt" 2>&1
-    [ "$(grep -cE '^ *[0-9]+: healthy' "$run_dir/preflight.txt")" != "$nodes" ] || return 0
-    grep -E 'problem|rror' "$run_dir/preflight.txt" | head -20
-    say "the preflight failed; see $run_dir/preflight.txt"
+    local report=$run_dir/preflight.txt unusable
+    PYTHONPATH=$snapshot MASTER_PORT=$((MASTER_PORT + 1)) srun --nodes="$nodes" --ntasks="$nodes" \
+        --ntasks-per-node=1 --mpi=none --label --chdir="$checkout" "${container[@]}" "$ITT_PYTHON" "$snapshot/tools/doctor.py" --speed \
+        --recipe "$snapshot/recipe.yaml" >"$report" 2>&1
+    grep -E '^ *0: (links|speed)' "$report"
+    [ "$(grep -cE '^ *[0-9]+: healthy' "$report")" != "$nodes" ] || return 0
+    grep -E 'problem|rror' "$report" | head -20
+    # What no node can use is the recipe's mistake, which another start would meet again.
+    unusable=$(sed -nE 's/^ *([0-9]+): problem: .* cannot be used.*/\1/p' "$report" | sort -u | wc -l)
+    [ "$unusable" != "$nodes" ] || stop 2 "$(sed -nE 's/^ *0: problem: (.* cannot be used.*)/\1/p' "$report" | head -1)"
+    say "the preflight failed; see $report"
     return 1
 }
 

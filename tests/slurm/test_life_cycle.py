@@ -94,11 +94,29 @@ def test_a_diverged_run_is_not_queued_again(cluster: Cluster, recipe: Path, sett
     assert "no longer finite" in (job.run_dir / "stopped").read_text()
 
 
-def test_the_preflight_looks_at_every_node(cluster: Cluster, recipe: Path, settings: dict[str, str]) -> None:
+def with_preflight(settings: dict[str, str]) -> dict[str, str]:
     file = Path(settings["ITT_CLUSTER_ENV"])
     file.write_text(file.read_text().replace("ITT_PREFLIGHT=no", "ITT_PREFLIGHT=yes"))
-    job = submit(cluster, recipe, settings, "schedule.steps=2")
+    return settings
+
+
+def test_the_preflight_looks_at_every_node(cluster: Cluster, recipe: Path, settings: dict[str, str]) -> None:
+    job = submit(cluster, recipe, with_preflight(settings), "schedule.steps=2")
     assert job.end() == "COMPLETED", job.text()
     report = (job.run_dir / "preflight.txt").read_text()
-    assert "0: healthy" in report
-    assert "1: healthy" in report
+    for node in (0, 1):
+        assert f"{node}: healthy" in report
+        assert re.search(rf"{node}: links +2 processes on 2 node\(s\), gloo: all-reduce \d+\.\d\d GB/s", report), report
+        assert re.search(rf"{node}: folder +{job.run_dir}: writes \d+ MB/s, reads \d+ MB/s, clock ", report), report
+        assert re.search(rf"{node}: folder +\S+/code.bin:", report), report
+    assert "0: links" in job.text()
+
+
+def test_a_preflight_that_fails_on_every_node_ends_the_job(
+    cluster: Cluster, recipe: Path, settings: dict[str, str]
+) -> None:
+    job = submit(cluster, recipe, with_preflight(settings), "data.blend.code.path=/absent/code")
+    assert job.end() == "FAILED", job.text()
+    assert cluster.job(job.job_id)["ExitCode"] == "2:0", job.text()
+    assert job.num_restarts() == 0
+    assert "/absent/code.bin: cannot be used: No such file" in (job.run_dir / "stopped").read_text()

@@ -1,4 +1,4 @@
-"""Looks at this machine: Python, required packages, optional parts, CPU and GPU. Changes nothing.
+"""Looks at this machine: Python, required packages, optional parts, CPU and GPU; and measures what it is asked to.
 
 `diagnose` collects, `format_diagnosis` writes it as text; `tools/doctor.py` is the command.
 """
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megatron_itt.config import RunConfig
+from megatron_itt.config.environment import process_place
 from megatron_itt.config.optional_parts import (
     PartStatus,
     find_apex,
@@ -23,8 +25,11 @@ from megatron_itt.config.optional_parts import (
     has_nvidia_gpu,
     hide_unusable_parts,
 )
-from megatron_itt.doctor_folders import FolderSpeed, measure_folders
+from megatron_itt.doctor.folders import FolderSpeed, folders_of, measure_folders, measure_reading
+from megatron_itt.doctor.gpus import GpuSpeed, find_slow, measure_gpus
+from megatron_itt.doctor.links import LinkSpeeds, measure_links
 
+_WAY_OUT = "run make install, or pip install -c requirements/constraints.txt -e ."
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 12)
 
 # Distribution -> module whose import shows that it works.
@@ -83,6 +88,8 @@ class Diagnosis:
     problems: list[str]
     warnings: list[str]
     folders: list[FolderSpeed] = field(default_factory=list)
+    gpu_speeds: list[GpuSpeed] = field(default_factory=list)
+    links: LinkSpeeds | None = None
 
     @property
     def is_healthy(self) -> bool:
@@ -94,20 +101,22 @@ class Diagnosis:
         return {**asdict(self), "is_healthy": self.is_healthy}
 
 
-def diagnose(folders: Sequence[str] = ()) -> Diagnosis:
-    """Look at everything; takes seconds, because packages are really imported and folders really written."""
+def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, speed: bool = False) -> Diagnosis:
+    """Look at everything; takes seconds, because packages are really imported and folders really written.
+
+    `folders` are measured, and those that a `recipe` writes and reads. `speed` measures GPUs, and, in a job of several
+    processes, the links between them: each of its processes must ask for it.
+    """
     hide_unusable_parts()
     optional = [find_transformer_engine(), find_apex(), find_dali(), *(_find_extra(name) for name in EXTRAS)]
     required = [_find_required(name) for name in REQUIRED]
     gpus, gpu_warnings = _find_gpus(required)
-    speeds = measure_folders(folders)
-    problems = _find_python_problem() + [
-        f"{package.name}: {package.reason}; run make install, or pip install -c requirements/constraints.txt -e ."
-        for package in required
-        if not package.usable
-    ]
-    problems += [f"{speed.path}: {speed.problem}" for speed in speeds if speed.problem]
-    warnings = [f"{part.name}: {part.reason}. Cost: {part.cost}" for part in optional if not part.usable]
+    written, read = folders_of(recipe) if recipe is not None else ([], [])
+    folder_speeds = measure_folders([*folders, *written]) + measure_reading(read)
+    has_torch = _is_usable("torch", required)
+    gpu_speeds = measure_gpus() if speed and has_torch else []
+    place = process_place()
+    links = measure_links(place) if speed and has_torch and place.world_size > 1 else None
     return Diagnosis(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -117,9 +126,23 @@ def diagnose(folders: Sequence[str] = ()) -> Diagnosis:
         gpus=gpus,
         required=required,
         optional=optional,
-        problems=problems,
-        warnings=gpu_warnings + [line for speed in speeds for line in speed.warnings()] + warnings,
-        folders=speeds,
+        problems=[
+            *_find_python_problem(),
+            *(f"{package.name}: {package.reason}; {_WAY_OUT}" for package in required if not package.usable),
+            *(f"{folder.path}: {folder.problem}" for folder in folder_speeds if folder.problem),
+            *(f"{gpu.device}: {gpu.problem}" for gpu in gpu_speeds if gpu.problem),
+            *([f"links: {links.problem}"] if links is not None and links.problem else []),
+        ],
+        warnings=[
+            *gpu_warnings,
+            *find_slow(gpu_speeds),
+            *(links.warnings() if links is not None else []),
+            *(line for folder in folder_speeds for line in folder.warnings()),
+            *(f"{part.name}: {part.reason}. Cost: {part.cost}" for part in optional if not part.usable),
+        ],
+        folders=folder_speeds,
+        gpu_speeds=gpu_speeds,
+        links=links,
     )
 
 
@@ -128,18 +151,16 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     memory = f"{diagnosis.memory_bytes / 2**30:.0f} GiB memory" if diagnosis.memory_bytes else "memory unknown"
     usable = [f"{part.name} {part.version or ''}".rstrip() for part in diagnosis.optional if part.usable]
     required = [f"{package.name} {package.version or '?'}" for package in diagnosis.required if package.usable]
+    links = diagnosis.links
     lines = [
         f"Python    {diagnosis.python} on {diagnosis.system}",
         f"machine   {diagnosis.cpu_cores} cores, {memory}, {diagnosis.free_disk_bytes / 2**30:.0f} GiB disk free here",
         f"GPU       {', '.join(diagnosis.gpus) or 'none: training runs on CPU, for trying things out'}",
         f"required  {', '.join(required)}",
         f"optional  {', '.join(usable) or 'none'}",
-        *(
-            f"folder    {speed.path}: writes {speed.write_mb_per_s:.0f} MB/s, reads {speed.read_mb_per_s:.0f} MB/s, "
-            f"clock {speed.clock_ahead_s:+.2f} s"
-            for speed in diagnosis.folders
-            if not speed.problem
-        ),
+        *(f"speed     {gpu.describe()}" for gpu in diagnosis.gpu_speeds if not gpu.problem),
+        *([f"links     {links.describe()}"] if links is not None and not links.problem else []),
+        *(f"folder    {folder.describe()}" for folder in diagnosis.folders if not folder.problem),
         *(f"warning: {warning}" for warning in diagnosis.warnings),
         *(f"problem: {problem}" for problem in diagnosis.problems),
     ]
@@ -185,7 +206,7 @@ def _try_package(name: str, module: str) -> tuple[str | None, str]:
 
 def _find_gpus(required: list[PackageStatus]) -> tuple[list[str], list[str]]:
     """Names of the GPUs that torch can use, and a warning if there is one that it cannot."""
-    if not next(package.usable for package in required if package.name == "torch"):
+    if not _is_usable("torch", required):
         return [], []
     import torch
 
@@ -194,6 +215,10 @@ def _find_gpus(required: list[PackageStatus]) -> tuple[list[str], list[str]]:
         return names, []
     build = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
     return [], [f"torch: this machine has an NVIDIA GPU that {build} cannot use. Cost: training runs on CPU"]
+
+
+def _is_usable(name: str, required: list[PackageStatus]) -> bool:
+    return next(package.usable for package in required if package.name == name)
 
 
 def _find_memory() -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run_doctor(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
