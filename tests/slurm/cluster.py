@@ -151,7 +151,7 @@ class Cluster:
         self.wait_until(lambda: self.has_ended(job_id), f"job {job_id} ends", timeout_s=timeout_s)
         return self.job(job_id)["JobState"]
 
-    def wait_until(self, condition: Callable[[], bool], what: str, *, timeout_s: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, *, timeout_s: float = 180) -> None:
         """Poll; AssertionError when it takes too long."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
