@@ -45,6 +45,8 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",
+        # Our kernels run in its interpreter where there is no GPU. torch's builds for NVIDIA GPUs bring it themselves.
+        "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "types-psutil",
         "types-PyYAML",
         "types-tqdm",

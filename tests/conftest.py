@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 
 import pytest
 
+from megatron_itt.config.optional_parts import has_nvidia_gpu
 from tests.helpers.leaving import free_left_trainers, leave_open_job
+
+if not has_nvidia_gpu():
+    # Triton's interpreter runs our kernels on CPUs. It has to be chosen before anybody imports triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

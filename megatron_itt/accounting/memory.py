@@ -91,7 +91,8 @@ def _routed_activations(config: RunConfig) -> float:
     for share in _largest_shares(thinking):
         if thinking.routing == "topk":
             k = count_picked_tokens(thinking, share, s)
-            total += sizes.routed_step(k, num_stale, attend_all=thinking.attend == "all")
+            attends_all, masks = thinking.attend == "all", config.data.reset_at_document_end
+            total += sizes.routed_step(k, num_stale, attends_all=attends_all, masks_attention=masks)
             num_stale = s if changes_skipped(thinking) else k
         else:
             total += sizes.masked_step(s, masks_attention=thinking.attend == "selected")
@@ -174,19 +175,24 @@ class _Sizes:
         """Token states between two steps, and the router's float32 reading of them."""
         return rows * self.hidden * (FLOAT32 if self.element == FLOAT32 else FLOAT32 + self.element)
 
-    def routed_step(self, k: float, num_stale: float, *, attend_all: bool) -> float:
+    def routed_step(self, k: float, num_stale: float, *, attends_all: bool, masks_attention: bool) -> float:
         """A step that computes the k picked rows; keys and values of `num_stale` tokens are out of date."""
         s = self.seq_length
         rows = self.norm(k) + self.norm(self.local(k)) + self.mlp(k) + 2 * self.gain(self.local(k)) + self.angles(k)
         total = self.states(s) + rows
-        if not attend_all:
+        if not attends_all:
             return total + self.angles(k) + self.attention(k, k, projected=self.query + 2 * self.key)
         fresh = self.norm(num_stale) + self.angles(num_stale)
-        mask = self.element * k * s
         # Slices of the fused weight are copies, one for the whole micro-batch.
         slices = self.element * self.hidden * (self.query + 2 * self.key) / self.micro
-        projected = 2 * self.key if num_stale == s else self.key
-        return total + fresh + mask + slices + self.attention(k, s, projected=projected)
+        total += fresh + slices
+        if masks_attention:
+            return total + self.element * k * s + self.attention(k, s, projected=self.key)
+        return total + self.picked_attention(k, s)
+
+    def picked_attention(self, queries: float, keys: float) -> float:
+        """Rotated queries and keys, values, context, log-sum-exp; grouped keys and values are not repeated."""
+        return self.element * 2 * (queries * self.query + keys * self.key) + FLOAT32 * queries * self.heads
 
     def masked_step(self, s: float, *, masks_attention: bool) -> float:
         """A step that computes all rows and keeps the picked ones."""

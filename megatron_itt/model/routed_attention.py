@@ -17,6 +17,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_itt.kernels.picked_attention import find_picked_attention
 from megatron_itt.model.thinking import put_rows, take_rows
 
 
@@ -59,6 +60,8 @@ def attend_all(
     query = functional.linear(normalised, weight.reshape(-1, weight.shape[-1]))
     query = query.view(*positions.shape, -1, weight.shape[2])  # [k, b, a, d]
     query = _rotate(layer, query, rotary_at(rotary, positions))
+    if mask is None and (attend_picked := find_picked_attention(query)) is not None:
+        return attend_picked(query, keys_values.keys, keys_values.values, positions)
     forbidden = forbid_later_keys(positions, states.shape[0]) if mask is None else take_queries(mask, positions)
     return layer.self_attention.core_attention(query, keys_values.keys, keys_values.values, forbidden)
 
@@ -120,7 +123,8 @@ def _project_keys_values(layer: Any, states: Tensor, rotary: Tensor) -> KeysValu
     normalised = _enter_heads(layer, layer.input_layernorm(states))
     mixed = functional.linear(normalised, weight.reshape(-1, weight.shape[-1]))
     mixed = mixed.view(*states.shape[:2], *weight.shape[:3])  # [rows, b, g, 2, d]
-    return KeysValues(_rotate(layer, mixed[..., 0, :], rotary), mixed[..., 1, :])
+    # A copy of the values lets go of the product that they are a slice of.
+    return KeysValues(_rotate(layer, mixed[..., 0, :], rotary), mixed[..., 1, :].contiguous())
 
 
 def _grouped_weight(layer: Any) -> Tensor:

@@ -16,6 +16,7 @@ FLOORS = {
     "log": 1,
     "config": 2,
     "accounting": 3,
+    "kernels": 3,
     "parallel": 3,
     "doctor": 4,
     "launch": 4,

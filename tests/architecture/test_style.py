@@ -41,6 +41,8 @@ def check_positional_arguments(source: Source) -> Iterator[str]:
     for function in source.functions:
         if function in overriding or function.name.startswith("test_"):  # pytest fills a test's arguments by name
             continue
+        if any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list):
+            continue  # Triton knows no other kind of argument
         arguments = [a.arg for a in function.args.posonlyargs + function.args.args if a.arg not in ("self", "cls")]
         if len(arguments) > MAX_POSITIONAL_ARGUMENTS:
             yield f"{function.name} (line {function.lineno}) has {len(arguments)} positional arguments, use *"

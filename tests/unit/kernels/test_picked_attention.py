@@ -1,0 +1,170 @@
+"""Attention of picked queries: every form gives what a dense mask gives, and works only on what is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_itt.kernels import blocked_attention
+from megatron_itt.kernels.blocked_attention import attend_blocks, cut_blocks
+from megatron_itt.kernels.picked_attention import find_picked_attention
+from tests.helpers.waiting import WatchOperations
+
+# picked, all tokens, batch, query heads, key/value heads, head size
+SHAPES = {
+    "uneven": (37, 90, 2, 4, 2, 16),
+    "everybody": (48, 48, 1, 2, 2, 24),
+    "one query": (1, 50, 2, 4, 1, 16),
+    "one key": (1, 1, 1, 2, 1, 32),
+    "grouped": (20, 33, 1, 6, 2, 8),
+}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on CPUs Triton's interpreter, see conftest.py
+
+
+CPU = torch.device("cpu")
+
+
+def made_up(shape: str, dtype: torch.dtype, device: torch.device = CPU) -> tuple[list[Tensor], Tensor]:
+    """Query, key, value, and positions of the picked."""
+    picked, tokens, batch, heads, groups, size = SHAPES[shape]
+    generator = torch.Generator().manual_seed(len(shape))
+    parts = [
+        torch.randn(rows, batch, count, size, generator=generator, dtype=torch.float64).to(device, dtype)
+        for rows, count in ((picked, heads), (tokens, groups), (tokens, groups))
+    ]
+    order = [torch.randperm(tokens, generator=generator)[:picked].sort().values for _ in range(batch)]
+    return [part.requires_grad_(True) for part in parts], torch.stack(order, dim=1).to(device)
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+    """Every score and a mask, in plain operations."""
+    group = query.shape[2] // key.shape[2]
+    key, value = (part.repeat_interleave(group, dim=2) for part in (key, value))
+    scores = torch.einsum("kbad,sbad->baks", query, key) / query.shape[3] ** 0.5
+    later = torch.arange(key.shape[0], device=key.device) > positions.t().unsqueeze(-1)
+    weights = scores.masked_fill(later.unsqueeze(1), -torch.inf).softmax(dim=-1)
+    return torch.einsum("baks,sbad->kbad", weights, value).flatten(2)
+
+
+def with_gradients(form: Callable[..., Tensor], inputs: list[Tensor], positions: Tensor) -> list[Tensor]:
+    context = form(*inputs, positions)
+    direction = torch.linspace(-1, 1, context.numel(), dtype=torch.float64).view(context.shape).to(context)
+    return [context.detach(), *torch.autograd.grad((context * direction).sum(), inputs)]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for name, a, b in zip(("context", "query", "key", "value"), found, expected, strict=True):
+        assert a.dtype == found[0].dtype and a.shape == b.shape
+        assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max().clamp(min=1.0), name
+
+
+@pytest.mark.parametrize(("tall", "short"), [(16, 4), (1024, 256), (8, 8)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_equal_a_dense_mask(shape: str, tall: int, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked_attention, "TALL_ROWS", tall)
+    monkeypatch.setattr(blocked_attention, "SHORT_ROWS", short)
+    inputs, positions = made_up(shape, torch.float64)
+    found = with_gradients(attend_blocks, inputs, positions)
+    assert_close(found, with_gradients(dense, inputs, positions), 1e-12)
+
+
+@pytest.mark.parametrize(("narrow_rows", "tall"), [(768, 1024), (8, 16)])
+def test_blocks_in_bfloat16_are_as_exact_as_bfloat16(
+    narrow_rows: int, tall: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked_attention, "_BFLOAT16_ROWS", narrow_rows)
+    monkeypatch.setattr(blocked_attention, "TALL_ROWS", tall)
+    inputs, positions = made_up("uneven", torch.bfloat16)
+    wide = [part.detach().double().requires_grad_(True) for part in inputs]
+    found = with_gradients(attend_blocks, inputs, positions)
+    assert_close(found, with_gradients(dense, wide, positions), 2e-2)  # 8 bits, and a sum of a few rounded parts
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096, 8192])
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_work_follows_what_is_seen(tokens: int, share: float) -> None:
+    count = int(share * tokens)
+    positions = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))[:count].sort().values.unsqueeze(1)
+    blocks = cut_blocks(positions, tokens)
+    computed = sum((block.last - block.first) * (block.stop - block.start) for block in blocks)
+    seen = int((positions + 1).sum())
+    # A block computes the triangle on its diagonal twice: as much more as one block is of all rows.
+    assert seen <= computed <= (1.05 + blocked_attention.SHORT_ROWS / count) * seen
+
+
+def test_blocks_meet_every_pair_once() -> None:
+    _, positions = made_up("uneven", torch.float64)
+    big = torch.stack([torch.randperm(3000)[:2100].sort().values for _ in range(3)], dim=1)
+    for places, tokens in ((positions, 90), (big, 3000)):
+        met = torch.zeros(places.shape[1], places.shape[0], tokens, dtype=torch.long)
+        for block in cut_blocks(places, tokens):
+            part = met[:, block.first : block.last, block.start : block.stop]
+            part += 1
+        seen = torch.arange(tokens) <= places.t().unsqueeze(-1)
+        assert bool((met[seen] == 1).all()) and int(met.max()) == 1
+
+
+def test_blocks_keep_no_mask_for_backward() -> None:
+    picked, tokens = 1024, 4096
+    query, key = torch.randn(picked, 1, 1, 16, requires_grad=True), torch.randn(tokens, 1, 1, 16)
+    positions = torch.arange(tokens - picked, tokens).unsqueeze(1)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part.nbytes) or part, lambda part: part):
+        attend_blocks(query, key, key, positions)
+    assert sum(kept) < picked * tokens  # bytes; a bool mask alone has as many
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_equals_a_dense_mask(shape: str, dtype: torch.dtype) -> None:
+    """The interpreter does not know bfloat16; float16 takes the same way."""
+    pytest.importorskip("triton")
+    from megatron_itt.kernels.triton_attention import Tiles, attend_triton
+
+    def in_triton(*arguments: Any) -> Tensor:
+        return attend_triton(*arguments, Tiles(rows=16, keys=32, warps=4))
+
+    inputs, positions = made_up(shape, dtype, DEVICE)
+    wide = [part.detach().double().requires_grad_(True) for part in inputs]
+    found = with_gradients(in_triton, inputs, positions)
+    assert_close(found, with_gradients(dense, wide, positions), 1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_equals_a_dense_mask_with_the_tiles_of_a_gpu(shape: str, dtype: torch.dtype) -> None:
+    from megatron_itt.kernels.triton_attention import attend_triton
+
+    inputs, positions = made_up(shape, dtype, DEVICE)
+    wide = [part.detach().double().requires_grad_(True) for part in inputs]
+    found = with_gradients(attend_triton, inputs, positions)
+    assert_close(found, with_gradients(dense, wide, positions), 1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def test_triton_waits_for_nothing_and_no_shape_depends_on_the_picks() -> None:
+    pytest.importorskip("triton")
+    from megatron_itt.kernels.triton_attention import Tiles, attend_triton
+
+    inputs, _ = made_up("one query", torch.float32, DEVICE)
+    seen = []
+    for place in (0, 0, 49):
+        with WatchOperations() as watch:
+            attend_triton(
+                *inputs, torch.tensor([[place, 7]], device=DEVICE), Tiles(rows=16, keys=16, warps=4)
+            ).sum().backward()
+        seen.append(watch)
+    assert [watch.waiting for watch in seen] == [[], [], []]
+    assert seen[1].shapes == seen[2].shapes
+    assert len(seen[1].shapes) > 20
+
+
+def test_blocks_are_for_cpus_alone() -> None:
+    """They read where they end from the data, for which a GPU would have to be waited for."""
+    query = torch.zeros(1, 1, 1, 8)
+    assert find_picked_attention(query) is attend_blocks
+    assert find_picked_attention(query.to("meta")) is None
