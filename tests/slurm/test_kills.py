@@ -22,9 +22,8 @@ import pytest
 
 from tests.architecture.sources import ROOT
 
-pytestmark = pytest.mark.timeout(3600)
-
 NUM_STEPS = 16
+NUM_KILLS = int(os.environ.get("ITT_TEST_KILLS", "2"))
 SETTINGS = (
     "parallel.tensor=2",
     "parallel.sequence=true",
@@ -32,6 +31,8 @@ SETTINGS = (
     "checkpoint.save_interval_steps=2",
     "validation.interval_steps=5",
 )
+
+pytestmark = pytest.mark.timeout(1800 + 300 * NUM_KILLS)
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,13 @@ def whole(recipe: Path, settings: dict[str, str]) -> Run:
 
 
 def test_a_rank_killed_at_any_moment_changes_no_loss(whole: Run) -> None:
-    num_kills = int(os.environ.get("ITT_TEST_KILLS", "2"))
     chance = random.Random("moments to kill at")
     torn = 0
-    for number in range(num_kills):
+    for number in range(NUM_KILLS):
         run = Run(whole.recipe, whole.settings, f"killed_{number}")
         torn += kill_and_restart(run, chance, in_save=number % 2 == 0)
         assert run.numbers() == whole.numbers()
-    print(f"{num_kills} kills, {torn} of them left a torn checkpoint, {num_kills} times the same {NUM_STEPS} losses")
+    print(f"{NUM_KILLS} kills, {torn} of them left a torn checkpoint, {NUM_KILLS} times the same {NUM_STEPS} losses")
 
 
 def kill_and_restart(run: Run, chance: random.Random, *, in_save: bool) -> bool:
