@@ -49,7 +49,7 @@ format: $(STAMP)  ## rewrite the sources in the house format
 	@$(PY) -m ruff format --quiet $(SOURCES)
 
 bench: $(STAMP)  ## measure throughput on this machine
-	@$(PY) tools/benchmark.py
+	@$(PY) tools/benchmark.py --threads $$(nproc)
 
 gpu-check: $(STAMP)  ## check the GPU parts on a machine that has a GPU
 	@$(PY) tools/gpu_check.py

@@ -1,203 +1,237 @@
-"""Training-step times of several models side by side: one process, alternating repetitions, medians.
+"""Optimizer steps of several models side by side, against their FLOPs and against the machine's matrix products.
 
-Absolute times depend on the machine and what else it does; ratios within one run are what counts. Run it with
-`make bench` (the tiny shape, on any machine) or `make gpu-check` (the paper's shapes, on a GPU).
+Absolute times depend on the machine and on what else it does; ratios of neighbours within one run are what counts.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from megatron_itt.accounting.flops import forward_flops
-from megatron_itt.config.model import ThinkingConfig
-from megatron_itt.config.run import ParallelConfig, RunConfig
+from megatron_itt.accounting.memory import rank_memory
+from megatron_itt.benchmark.machine import MatrixRates, free_bytes, matrix_rates
+from megatron_itt.benchmark.models import BASE, STOCK, Shape, choose_models, random_batches
+from megatron_itt.benchmark.sections import Section, markdown_table
+from megatron_itt.benchmark.timing import Spread, paired_ratio, take_turns
+from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
-from megatron_itt.parallel.groups import choose_device, start_parallel, stop_parallel
+from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
-_WARM_UP_STEPS = 2
-_MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
-_MATRIX_REPEATS = 10
-STOCK = "stock GPTModel"
+_MEMORY_SHARE = 0.8  # of what is free: the estimate knows no workspaces and no fragmentation
+# Bytes of one score of the stock attention: softmax in float32, its input, and both in the model's type.
+_STOCK_BYTES_PER_SCORE = 16
+COLUMNS = ("model", "step ms (fastest - slowest)", "tokens/s", f"time / {BASE}", f"FLOPs / {BASE}", "time/FLOPs", "MFU")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Times of one model's optimizer step. `flops` are the useful ones of a step, backward included."""
+    """One model's optimizer step. `flops` are the useful ones of a step, backward included.
+
+    `slower` and `more_flops` are against the first model. `mfu` is of the machine's measured matrix rate in the same
+    type, `mfu_bf16` of that in bfloat16. `peak_bytes`: of GPU memory; None on CPUs.
+    """
 
     name: str
-    median_s: float
-    fastest_s: float
-    slowest_s: float
+    spread: Spread
     tokens_per_second: float
     flops: float
-    mfu: float  # of the machine's measured matrix rate in the same precision
-    peak_bytes: int | None  # of device memory; None on CPUs
+    slower: float
+    more_flops: float
+    mfu: float
+    mfu_bf16: float
+    peak_bytes: int | None
+
+    @property
+    def time_per_flops(self) -> float:
+        """1 where time follows the FLOPs."""
+        return self.slower / self.more_flops
 
 
-def compared_models(base: RunConfig) -> dict[str, RunConfig]:
-    """LLaMA, Loop x4 and ITT x2, x3, x4 of a recipe's shape, with the capacities that the paper's FLOPs imply."""
-    thinking = {
-        "LLaMA": ThinkingConfig(),
-        "Loop x4": replace(base.thinking, kind="loop", capacity=(1.0,) * 3, recompute="none"),
-        "ITT x2": replace(base.thinking, kind="itt", capacity=(0.9,)),
-        "ITT x3": replace(base.thinking, kind="itt", capacity=(0.7,) * 2),
-        "ITT x4": replace(base.thinking, kind="itt", capacity=(0.5,) * 3),
-        "ITT x4, attend selected": replace(base.thinking, kind="itt", capacity=(0.5,) * 3, attend="selected"),
-    }
-    validation = replace(base.validation, budgets=())
-    return {
-        name: replace(base, thinking=switches, validation=validation, parallel=ParallelConfig())
-        for name, switches in thinking.items()
-    }
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Measured models, in the order asked for, and why others could not be measured."""
+
+    rows: list[StepTime]
+    left_out: dict[str, str]
 
 
-def against_stock(base: RunConfig) -> dict[str, RunConfig]:
-    """megatron-core's own GPTModel from its local specs, and our plain model of the same shape."""
-    plain = compared_models(base)["LLaMA"]
-    return {STOCK: plain, "LLaMA": plain}
+def steps_section(
+    shape: Shape, *, models: Sequence[str] = (), num_repeats: int, stop_after_s: float | None = None
+) -> Section:
+    """Training steps of the models named (all without names), and Loop x4 against ITT x4."""
+    chosen = choose_models(shape.config, models)
+    measured = measure_steps(chosen, num_repeats=num_repeats, stop_after_s=stop_after_s)
+    by_name = {row.name: row for row in measured.rows}
+    notes = [f"Not measured: {name}: {reason}." for name, reason in measured.left_out.items()]
+    for itt in ("ITT x4", "ITT x4, selected"):
+        if {"Loop x4", itt} <= set(by_name):
+            ratio = by_name["Loop x4"].slower / by_name[itt].slower
+            notes.insert(0, f"Loop x4 takes {ratio:.2f} times the step of {itt}.")
+    if STOCK in by_name:
+        notes.insert(0, f"{BASE} takes {1 / by_name[STOCK].slower:.2f} times the step of the {STOCK}.")
+    return Section(
+        title=f"Training step: {shape.describe()}",
+        rows=[{**asdict(row), "time_per_flops": row.time_per_flops} for row in measured.rows],
+        table=format_table(measured.rows),
+        notes=tuple(notes),
+    )
 
 
-def measure_steps(models: Mapping[str, RunConfig], *, num_repeats: int) -> list[StepTime]:
-    """Time `num_repeats` optimizer steps of each model on made-up tokens, the models taking turns."""
-    from megatron_itt.model.builder import build_model
-    from megatron_itt.model.stock import build_stock_model
-    from megatron_itt.training.assemble import build_trainer
-    from megatron_itt.training.step import train_step
+def measure_steps(models: Mapping[str, RunConfig], *, num_repeats: int, stop_after_s: float | None = None) -> StepTimes:
+    """Time `num_repeats` optimizer steps of each model on random tokens, the models taking turns.
 
+    Models that memory cannot hold at once take turns in groups, each with the first model in it. One that does not fit
+    alone is left out, with the reason.
+    """
+    if num_repeats < 1:
+        raise ConfigError(f"--repeats is {num_repeats}; at least one step must be timed")
     first = next(iter(models.values()))
     place = start_parallel(first)
     try:
-        rate = matrix_rate(place.device, first.precision.dtype)
-        trainers = {
-            name: build_trainer(config, place, build=build_stock_model if name == STOCK else build_model)
-            for name, config in models.items()
-        }
-        times: dict[str, list[float]] = {name: [] for name in models}
-        peaks: dict[str, int] = {}
-        for turn in range(_WARM_UP_STEPS + num_repeats):
-            for name, trainer in trainers.items():
-                batches = made_up_batches(trainer.config, trainer.num_microbatches, seed=turn)
-                _start_peak(place.device)
-                started = _clock(place.device)
-                train_step(trainer, iter(batches), turn + 1)
-                times[name].append(_clock(place.device) - started)
-                peaks[name] = max(peaks.get(name, 0), _peak(place.device))
-        return [
-            _summarise(name, models[name], seconds[_WARM_UP_STEPS:], rate=rate, peak=peaks[name])
-            for name, seconds in times.items()
-        ]
+        rates = matrix_rates(place.device)
+        groups, left_out = _groups_that_fit(models, free_bytes(place.device) * _MEMORY_SHARE)
+        rows: dict[str, StepTime] = {}
+        for group in groups:
+            limit = None if stop_after_s is None else stop_after_s / len(groups)
+            timed = _time_group({name: models[name] for name in group}, place, num_repeats, limit, left_out)
+            for name, row in _summarise(models, timed, rates).items():
+                rows.setdefault(name, row)
     finally:
         stop_parallel()
-
-
-def matrix_rate(device: torch.device, dtype: str) -> float:
-    """FLOP/s of a large square matrix product on this device: the ceiling that MFU is measured against."""
-    size = _MATRIX_SIZE[device.type]
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-    seconds = []
-    for _ in range(_MATRIX_REPEATS):
-        started = _clock(device)
-        matrix @ matrix
-        seconds.append(_clock(device) - started)
-    return 2.0 * size**3 / min(seconds)
-
-
-def write_results(rows: Sequence[StepTime], config: RunConfig, folder: Path, name: str) -> str:
-    """Write NAME.json and NAME.md; returns the table."""
-    device = choose_device(config.runtime.device, 0)
-    machine = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    facts = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    folder.mkdir(parents=True, exist_ok=True)
-    data = {**facts, "model": asdict(config.model), "rows": [asdict(row) for row in rows]}
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    table = format_table(rows)
-    heading = f"{machine}, torch {torch.__version__}, {facts['date']}; {_shape(config)}\n\n"
-    (folder / f"{name}.md").write_text(heading + table + "\n", encoding="utf-8")
-    return heading + table
+    return StepTimes(rows=[rows[name] for name in models if name in rows], left_out=left_out)
 
 
 def format_table(rows: Sequence[StepTime]) -> str:
     """Markdown, ratios against the first row. `time/FLOPs` is 1 where time follows the FLOPs."""
-    base = rows[0]
-    lines = [
-        "| model | step ms (fastest - slowest) | tokens/s | "
-        f"time / {base.name} | FLOPs / {base.name} | time/FLOPs | MFU |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = [*COLUMNS, *(["peak GiB"] if any(row.peak_bytes for row in rows) else [])]
+    lines = []
     for row in rows:
-        slower, more = row.median_s / base.median_s, row.flops / base.flops
-        lines.append(
-            f"| {row.name} | {1e3 * row.median_s:.1f} ({1e3 * row.fastest_s:.1f} - {1e3 * row.slowest_s:.1f}) | "
-            f"{row.tokens_per_second:,.0f} | {slower:.2f} | {more:.2f} | {slower / more:.2f} | {100 * row.mfu:.0f}% |"
-        )
-    return "\n".join(lines)
+        line = [row.name, row.spread.milliseconds(), f"{row.tokens_per_second:,.0f}", f"{row.slower:.3f}"]
+        line += [f"{row.more_flops:.3f}", f"{row.time_per_flops:.3f}", f"{100 * row.mfu:.1f}%"]
+        lines.append(line + ([f"{row.peak_bytes / 2**30:.1f}"] if row.peak_bytes else []))
+    return markdown_table(columns, lines)
 
 
-def require_gpu() -> None:
-    """ConfigError on a machine without a usable NVIDIA GPU."""
-    if not torch.cuda.is_available():
-        raise ConfigError("torch sees no NVIDIA GPU here; run this on a GPU machine, or make bench for the CPU")
+def step_flops(config: RunConfig) -> float:
+    """Useful FLOPs of an optimizer step over all ranks, backward included."""
+    return forward_flops(config.model, config.thinking).training * config.batch.global_size
 
 
-def _summarise(name: str, config: RunConfig, seconds: Sequence[float], *, rate: float, peak: int) -> StepTime:
-    median = statistics.median(seconds)
-    flops = forward_flops(config.model, config.thinking).training * config.batch.global_size
-    return StepTime(
-        name=name,
-        median_s=median,
-        fastest_s=min(seconds),
-        slowest_s=max(seconds),
-        tokens_per_second=config.tokens_per_step / median,
-        flops=flops,
-        mfu=flops / median / rate,
-        peak_bytes=peak or None,
-    )
+def release(trainer: Any) -> None:
+    """Let a trainer's memory go. megatron-core's wrapper and the hooks on its gradients know each other for ever."""
+    for wrapped in trainer.wrapped:
+        for node in getattr(wrapped, "grad_accs", ()):
+            handle = node.register_hook(lambda *_: None)  # a handle knows the table of all hooks of its node
+            handle.hooks_dict_ref().clear()
+        wrapped.grad_accs.clear()
 
 
-def made_up_batches(config: RunConfig, num_microbatches: int, *, seed: int) -> list[dict[str, Any]]:
-    """The micro-batches of one step on this rank, with random tokens."""
-    micro, length = config.batch.micro, config.model.seq_length
-    generator = torch.Generator().manual_seed(seed)
-    rows = [
-        torch.randint(0, config.model.vocab_size, (micro, length + 1), generator=generator)
-        for _ in range(num_microbatches)
-    ]
-    positions = torch.arange(length).expand(micro, length)
-    mask = torch.ones(micro, length)
-    return [
-        {"tokens": part[:, :-1], "labels": part[:, 1:], "loss_mask": mask, "position_ids": positions} for part in rows
-    ]
+@dataclass(frozen=True, kw_only=True)
+class _Timed:
+    seconds: dict[str, list[float]]
+    peaks: dict[str, int]
 
 
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _time_group(
+    models: Mapping[str, RunConfig], place: Any, num_repeats: int, stop_after_s: float | None, left_out: dict[str, str]
+) -> _Timed:
+    """Turns of the models of one group; what runs out of memory is left out from then on."""
+    from megatron_itt.model.builder import build_model
+    from megatron_itt.model.stock import build_stock_model
+    from megatron_itt.training.assemble import build_trainer
+
+    trainers: dict[str, Any] = {}
+    peaks: dict[str, int] = {}
+    for name, config in models.items():
+        trainer = build_trainer(config, place, build=build_stock_model if name == STOCK else build_model)
+        try:
+            _step(trainer, 0)
+        except torch.OutOfMemoryError as error:
+            left_out[name] = f"out of memory ({str(error).splitlines()[0]})"
+            release(trainer)
+            continue
+        trainers[name] = trainer
+    actions = {name: _peak_watching(trainer, name, peaks) for name, trainer in trainers.items()}
+    seconds = take_turns(actions, device=place.device, num_repeats=num_repeats, warm_up=1, stop_after_s=stop_after_s)
+    for trainer in trainers.values():
+        release(trainer)
+    return _Timed(seconds=seconds, peaks=peaks)
 
 
-def _start_peak(device: torch.device) -> None:
-    if device.type == "cuda":
+def _step(trainer: Any, turn: int) -> None:
+    from megatron_itt.training.step import train_step
+
+    batches = random_batches(trainer.config, trainer.num_microbatches, seed=turn)
+    train_step(trainer, iter(batches), turn + 1)
+
+
+def _peak_watching(trainer: Any, name: str, peaks: dict[str, int]) -> Callable[[int], None]:
+    """One step, with the GPU memory that was taken meanwhile beyond what the other models hold."""
+    device = trainer.place.device
+
+    def act(turn: int) -> None:
+        if device.type != "cuda":
+            return _step(trainer, turn)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _step(trainer, turn)
+        own = sum(parameter.nbytes for chunk in trainer.wrapped for parameter in chunk.parameters())
+        peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(device) - before + own)
+        return None
+
+    return act
 
 
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+def _summarise(models: Mapping[str, RunConfig], timed: _Timed, rates: MatrixRates) -> dict[str, StepTime]:
+    """Rows of a group; its first model is what ratios are against."""
+    base = next(name for name in timed.seconds)
+    rows = {}
+    for name, seconds in timed.seconds.items():
+        config, spread = models[name], Spread.of(seconds)
+        flops = step_flops(config)
+        rows[name] = StepTime(
+            name=name,
+            spread=spread,
+            tokens_per_second=config.tokens_per_step / spread.median_s,
+            flops=flops,
+            slower=paired_ratio(seconds, timed.seconds[base]),
+            more_flops=flops / step_flops(models[base]),
+            mfu=flops / spread.median_s / rates.of(config.precision.dtype),
+            mfu_bf16=flops / spread.median_s / rates.bf16,
+            peak_bytes=timed.peaks.get(name),
+        )
+    return rows
 
 
-def _shape(config: RunConfig) -> str:
-    model = config.model
-    return (
-        f"hidden {model.hidden_size}, {model.num_layers} layers, sequence {model.seq_length}, micro-batch "
-        f"{config.batch.micro}, {config.precision.dtype}"
-    )
+def _groups_that_fit(models: Mapping[str, RunConfig], room: float) -> tuple[list[list[str]], dict[str, str]]:
+    """Names in groups whose models fit into `room` bytes together, one of them at work; the first is in every group."""
+    first, *others = models
+    needs = {name: _needs(name, config) for name, config in models.items()}
+    left_out: dict[str, str] = {}
+    groups = [[first]]
+    for name in others:
+        if not _fits([first, name], needs, room):
+            left_out[name] = f"needs {sum(needs[name]) / 2**30:.1f} GiB"
+        elif _fits([*groups[-1], name], needs, room):
+            groups[-1].append(name)
+        else:
+            groups.append([first, name])
+    return groups, left_out
+
+
+def _fits(names: Sequence[str], needs: Mapping[str, tuple[float, float]], room: float) -> bool:
+    return sum(needs[name][0] for name in names) + max(needs[name][1] for name in names) <= room
+
+
+def _needs(name: str, config: RunConfig) -> tuple[float, float]:
+    """Bytes that a trainer holds between its steps, and that it takes during one."""
+    (memory,) = rank_memory(config, 1)
+    model, working = config.model, memory.activations
+    if name == STOCK:
+        scores = model.num_layers * config.batch.micro * model.num_attention_heads * model.seq_length**2
+        working += _STOCK_BYTES_PER_SCORE * scores
+    return memory.total - memory.activations, working

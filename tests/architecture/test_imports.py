@@ -24,10 +24,10 @@ FLOORS = {
     "model": 4,
     "checkpoint": 5,
     "training": 6,
-    "benchmark": 7,
     "hf": 7,
     "evaluation": 8,
     "analysis": 9,
+    "benchmark": 9,
 }
 ENTRY_FLOOR = 10
 

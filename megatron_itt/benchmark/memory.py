@@ -1,0 +1,136 @@
+"""What backward needs of the forward pass, by recompute mode: as autograd keeps it, at the peak, and as accounted."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_itt.accounting.memory import FLOAT32, activation_bytes, layer_activations, rank_memory
+from megatron_itt.benchmark.models import BASE, Shape, compared_models, random_batches, with_batch
+from megatron_itt.benchmark.sections import Section, markdown_table
+from megatron_itt.benchmark.steps import release
+from megatron_itt.config.run import RunConfig
+from megatron_itt.parallel.groups import start_parallel, stop_parallel
+
+_MEBI = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationMemory:
+    """Bytes for one micro-batch. `kept`: what autograd holds between forward and backward, logits and loss left out.
+
+    `peak`: the most that a step of one micro-batch takes beyond weights, gradients and optimizer state.
+    """
+
+    name: str
+    kept: int
+    kept_estimate: float
+    peak: int
+    peak_estimate: float
+
+
+def memory_section(shape: Shape) -> Section:
+    """LLaMA, Loop x4, and ITT x4 in each recompute mode."""
+    rows = [measure_activations(name, config) for name, config in _cases(shape.config).items()]
+    columns = ("model", "kept MiB", "estimate", "kept/estimate", "peak MiB", "estimate", "peak/estimate")
+    lines = [
+        [
+            row.name,
+            f"{row.kept / _MEBI:.1f}",
+            f"{row.kept_estimate / _MEBI:.1f}",
+            f"{row.kept / row.kept_estimate:.2f}",
+            f"{row.peak / _MEBI:.1f}",
+            f"{row.peak_estimate / _MEBI:.1f}",
+            f"{row.peak / row.peak_estimate:.2f}",
+        ]
+        for row in rows
+    ]
+    return Section(
+        title=f"Activations of one micro-batch: {shape.describe()}",
+        rows=[asdict(row) for row in rows],
+        table=markdown_table(columns, lines),
+    )
+
+
+def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
+    """Build the model, keep count of what one pass holds, then of the most that a step takes."""
+    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.step import train_step
+
+    place = start_parallel(config)
+    try:
+        trainer = build_trainer(config, place)
+        batch = {key: value.to(place.device) for key, value in random_batches(config, 1, seed=0)[0].items()}
+        kept = measure_kept_bytes(trainer.built.chunks[0], batch["tokens"], batch["position_ids"])
+
+        def step(turn: int) -> None:
+            train_step(trainer, iter(random_batches(config, trainer.num_microbatches, seed=turn)), turn + 1)
+
+        step(0)  # the optimizer's state appears with the first step
+        gc.collect()
+        peak = _peak_on_gpu(step, place.device) if place.device.type == "cuda" else _peak_on_cpu(step)
+        release(trainer)
+    finally:
+        stop_parallel()
+    layers = config.thinking.layer_indices(config.model.num_layers)
+    rows = config.batch.micro * config.model.seq_length
+    final_norm = rows * config.model.hidden_size * (FLOAT32 + 2 * activation_bytes(config))
+    return ActivationMemory(
+        name=name,
+        kept=kept,
+        kept_estimate=final_norm
+        + sum(layer_activations(config, thinks=layer_idx in layers) for layer_idx in range(config.model.num_layers)),
+        peak=peak,
+        peak_estimate=rank_memory(config, 1)[0].activations,
+    )
+
+
+def measure_kept_bytes(chunk: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> int:
+    """Bytes of all storages that backward from the logits needs, weights excepted. tokens, positions [b, s]."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = chunk(tokens, positions, None)
+    assert output.requires_grad, "the model is to be trained"
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _cases(base: RunConfig) -> dict[str, RunConfig]:
+    """Configurations with one micro-batch per step."""
+    models = compared_models(with_batch(base, global_size=base.batch.micro, micro=base.batch.micro))
+    cases = {name: models[name] for name in (BASE, "Loop x4")}
+    for mode in ("none", "routed", "layer"):
+        itt = models["ITT x4"]
+        cases[f"ITT x4, recompute {mode}"] = replace(itt, thinking=replace(itt.thinking, recompute=mode))
+    selected = models["ITT x4, selected"]
+    return {**cases, "ITT x4, selected": selected}
+
+
+def _peak_on_gpu(step: Any, device: torch.device) -> int:
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(1)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_on_cpu(step: Any) -> int:
+    """From the allocator's own record, which the profiler keeps."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step(1)
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest

@@ -1,0 +1,130 @@
+"""What is compared: LLaMA, Loop and ITT models of one shape, the paper's shapes, and batches of random tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_itt.config import load_config
+from megatron_itt.config.model import ThinkingConfig
+from megatron_itt.config.run import BatchConfig, ParallelConfig, RunConfig
+from megatron_itt.errors import ConfigError
+
+Attend = Literal["all", "selected"]
+ATTENDS: tuple[Attend, ...] = ("all", "selected")
+BASE = "LLaMA"
+STOCK = "stock GPTModel"
+_RECIPES = Path(__file__).parents[2] / "recipes"
+SHAPES = {name: f"{name}/itt_x4.yaml" for name in ("162m", "230m", "466m")} | {"tiny": "debug/itt_tiny.yaml"}
+# A quarter of the layers and of the vocabulary, so that the head keeps its share of the work.
+_CPU_CUT = ("model.num_layers=2", "model.vocab_size=8000", "batch.global=1", "batch.micro=1")
+_GPU_CUT = ("batch.global=4", "batch.micro=2")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """A recipe as it is measured. `cut` says what of the recipe's own shape was left out; empty if nothing was."""
+
+    config: RunConfig
+    cut: str
+
+    def describe(self) -> str:
+        """One line for the top of a result."""
+        config, model = self.config, self.config.model
+        text = (
+            f"hidden {model.hidden_size}, {model.num_layers} layers, sequence {model.seq_length}, micro-batch "
+            f"{config.batch.micro}, batch {config.batch.global_size}, {config.precision.dtype}"
+        )
+        return f"{text} ({self.cut})" if self.cut else text
+
+
+def load_shape(name: str, overrides: Iterable[str], *, device: str, cut: bool = True) -> Shape:
+    """A shape of the paper (or tiny), or a recipe's path; the paper's are cut to what the device can take.
+
+    Overrides have the last word. Raises ConfigError for names that are neither.
+    """
+    path = _RECIPES / SHAPES[name] if name in SHAPES else Path(name)
+    if name not in SHAPES and not path.is_file():
+        raise ConfigError(f"{name} is neither a shape ({', '.join(SHAPES)}) nor a recipe's path")
+    cuts: Sequence[str] = ()
+    if cut and name in SHAPES and name != "tiny":
+        cuts = _CPU_CUT if device == "cpu" else _GPU_CUT
+    config = load_config(path, [*cuts, *overrides])
+    if config.thinking.kind != "itt" or config.thinking.num_routed_steps == 0:
+        raise ConfigError(
+            f"{path}: thinking.kind is {config.thinking.kind}; give the recipe of an ITT, such as "
+            "recipes/162m/itt_x4.yaml: the other models are derived from it"
+        )
+    return Shape(config=config, cut=_describe_cut(config, load_config(path)))
+
+
+def compared_models(base: RunConfig) -> dict[str, RunConfig]:
+    """LLaMA, the stock model, Loop x4 and ITT x2, x3, x4 of a recipe's shape, with the paper's capacities.
+
+    All on one rank, without recomputation.
+    """
+    plain = ThinkingConfig()
+    itt = replace(base.thinking, kind="itt", recompute="none")
+    thinking = {
+        BASE: plain,
+        STOCK: plain,
+        "Loop x4": replace(itt, kind="loop", capacity=(1.0,) * 3),
+        "ITT x2": replace(itt, capacity=(0.9,), attend="all"),
+        "ITT x3": replace(itt, capacity=(0.7,) * 2, attend="all"),
+        "ITT x4": replace(itt, capacity=(0.5,) * 3, attend="all"),
+        "ITT x2, selected": replace(itt, capacity=(0.9,), attend="selected"),
+        "ITT x3, selected": replace(itt, capacity=(0.7,) * 2, attend="selected"),
+        "ITT x4, selected": replace(itt, capacity=(0.5,) * 3, attend="selected"),
+    }
+    return {name: on_one_rank(base, switches) for name, switches in thinking.items()}
+
+
+def choose_models(base: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
+    """The compared models that are named, and LLaMA; all without names. ConfigError for unknown ones."""
+    models = compared_models(base)
+    unknown = [name for name in names if name not in models]
+    if unknown:
+        raise ConfigError(f"there is no model {unknown[0]!r} to compare; choose from: {'; '.join(models)}")
+    wanted = {BASE, *names} if names else set(models)
+    return {name: config for name, config in models.items() if name in wanted}
+
+
+def on_one_rank(base: RunConfig, thinking: ThinkingConfig) -> RunConfig:
+    """A recipe with other thinking switches, without parallelism and validation budgets."""
+    validation = replace(base.validation, budgets=())
+    return replace(base, thinking=thinking, validation=validation, parallel=ParallelConfig())
+
+
+def with_batch(config: RunConfig, *, global_size: int, micro: int) -> RunConfig:
+    """A recipe with another batch."""
+    return replace(config, batch=BatchConfig(**{"global": global_size, "micro": micro}))
+
+
+def random_batches(config: RunConfig, num_microbatches: int, *, seed: int) -> list[dict[str, Any]]:
+    """The micro-batches of one step on this rank, with random tokens."""
+    micro, length = config.batch.micro, config.model.seq_length
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        torch.randint(0, config.model.vocab_size, (micro, length + 1), generator=generator)
+        for _ in range(num_microbatches)
+    ]
+    positions = torch.arange(length).expand(micro, length)
+    mask = torch.ones(micro, length)
+    return [
+        {"tokens": part[:, :-1], "labels": part[:, 1:], "loss_mask": mask, "position_ids": positions} for part in rows
+    ]
+
+
+def _describe_cut(config: RunConfig, whole: RunConfig) -> str:
+    """In what a shape is smaller than its recipe's."""
+    ours, theirs = config.model, whole.model
+    parts = [
+        f"{getattr(ours, key)} of {getattr(theirs, key)} {label}"
+        for key, label in (("num_layers", "layers"), ("vocab_size", "tokens of the vocabulary"))
+        if getattr(ours, key) != getattr(theirs, key)
+    ]
+    return "cut: " + ", ".join(parts) if parts else ""

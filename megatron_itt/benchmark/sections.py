@@ -1,0 +1,94 @@
+"""A run's results: sections, each with rows for programs and a table for people; and the two files that hold them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_itt.errors import IttError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """What one part measured. `rows` are plain data; `table` is Markdown."""
+
+    title: str
+    rows: list[dict[str, Any]]
+    table: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A section, or why there is none."""
+
+    name: str
+    seconds: float
+    section: Section | None = None
+    error: str | None = None
+
+    def as_markdown(self) -> str:
+        """Heading, table and notes; or the error."""
+        if self.section is None:
+            return f"## {self.name}\n\nFAILED after {self.seconds:.0f} s: {self.error}"
+        parts = [f"## {self.section.title}", self.section.table, *self.section.notes]
+        return "\n\n".join(part for part in parts if part)
+
+
+def run_sections(
+    actions: Mapping[str, Callable[[], Section]], *, report: Callable[[Outcome], None] | None = None
+) -> list[Outcome]:
+    """Run all of them in this process, one after the other; what one raises is its outcome, and the next goes on."""
+    outcomes = []
+    for name, action in actions.items():
+        started = time.perf_counter()
+        try:
+            section, error = action(), None
+        except IttError as problem:
+            section, error = None, str(problem)
+        except Exception as problem:  # a bug in one part must not lose the others' figures
+            section, error = None, describe_exception(problem)
+        outcomes.append(Outcome(name=name, seconds=time.perf_counter() - started, section=section, error=error))
+        if report is not None:
+            report(outcomes[-1])
+    return outcomes
+
+
+def describe_exception(problem: BaseException) -> str:
+    """Type, first line, and the innermost place in the source, on one line."""
+    place, trace = "", problem.__traceback__
+    while trace is not None:
+        place = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0] if lines else ''}{place}"
+
+
+def write_results(
+    outcomes: Sequence[Outcome], *, facts: Mapping[str, Any], heading: str, folder: Path, name: str
+) -> tuple[Path, Path]:
+    """Write NAME.json and NAME.md; returns both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, text = folder / f"{name}.json", folder / f"{name}.md"
+    content = {**facts, "sections": {outcome.name: _plain(outcome) for outcome in outcomes}}
+    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text.write_text("\n\n".join([heading, *(outcome.as_markdown() for outcome in outcomes)]) + "\n", encoding="utf-8")
+    return data, text
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of text."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    if outcome.section is None:
+        return {"seconds": outcome.seconds, "error": outcome.error}
+    section = asdict(outcome.section)
+    del section["table"]
+    return {"seconds": outcome.seconds, **section}
