@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -30,6 +29,7 @@ from megatron_itt.checkpoint.retention import Retention, prune
 from megatron_itt.checkpoint.space import check_space
 from megatron_itt.checkpoint.state import RunState, write_run_state
 from megatron_itt.checkpoint.tensor_files import SavePlans
+from megatron_itt.config.environment import end_with_parent
 from megatron_itt.errors import CheckpointError
 from megatron_itt.log import get_logger
 
@@ -63,7 +63,6 @@ class CheckpointWriter:
         A crash or a full disk on the way leaves the earlier checkpoints and `latest` as they were.
         """
         self.finish()
-        _forget_earlier_writes()
         started = time.perf_counter()
         staging = _open_staging(self._root, sharded_state, state.step)
         with _clear_errors(staging, state.step):
@@ -117,13 +116,6 @@ def save_checkpoint(sharded_state: dict[str, Any], state: RunState, root: Path, 
     return root / checkpoint_name(state.step)
 
 
-def _forget_earlier_writes() -> None:
-    """megatron-core tells where tensors lie by one queue per process: what a failed save left there is not ours."""
-    results = filesystem_async._get_write_results_queue()
-    while not results.empty():
-        results.get()
-
-
 def _open_staging(root: Path, sharded_state: dict[str, Any], step: int) -> Path:
     """Check that there is room, and create the folder to write into."""
     check_space(sharded_state, root, step)
@@ -158,6 +150,7 @@ def _write_and_hash(write: Callable[..., None], staging: Path, rank: int, *argum
 
     megatron-core reports a failed write itself; a failed hash shows as a file without one.
     """
+    end_with_parent()
     write(*arguments)
     try:
         records = hash_files(staging, [path.name for path in staging.glob(f"__{rank}_*.distcp")])

@@ -1,12 +1,16 @@
-"""megatron-core's saving of sharded tensors, without two of its costs.
+"""megatron-core's saving of sharded tensors, without three of its costs.
 
-A plan of who writes what is made once and kept as long as names, shapes and places of the tensors stay. And tensors
-that are views of larger ones (weights in their buffer, halves of a fused matrix) are copied one by one by the processes
-that write them, where megatron-core would copy them all while training waits.
+A plan of who writes what is made once and kept as long as names, shapes and places of the tensors stay. Tensors that
+are views of larger ones (weights in their buffer, halves of a fused matrix) are copied one by one by the processes that
+write them, where megatron-core would copy them all while training waits. And what these processes report comes through
+a file without a name, not through one more process that imports all of this again and outlives a rank that is killed.
 """
 
 from __future__ import annotations
 
+import pickle
+import queue
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +28,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+
+from megatron_itt.config.environment import end_with_parent
 
 _FORMAT = ("torch_dist", 1)
 
@@ -76,7 +82,7 @@ class _Writer(filesystem_async.FileSystemWriterAsync):
             name = f"{plan.storage_data.prefix}{position}{filesystem_async.DEFAULT_SUFFIX}"
             tensors = [(item, planner.resolve_data(item).detach()) for item in items]
             self.write_buckets.append((str(Path(self.checkpoint_dir) / name), name, ([], tensors)))
-        self.results_queue = filesystem_async._get_write_results_queue() if self.write_buckets else None
+        self.results_queue = _Handover() if self.write_buckets else None
 
     @staticmethod
     def preload_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
@@ -102,9 +108,30 @@ class _CopiedOneByOne:
         self.staged = tensors
 
     def __iter__(self) -> Iterator[tuple[WriteItem, Tensor]]:
+        end_with_parent()  # this is where the process that writes begins
         for item, tensor in self.staged:
             is_view = tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize
             yield item, tensor.clone() if is_view else tensor
+
+
+class _Handover:
+    """A queue for one value of any size, from this process or one forked from it to this one."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object
+
+    def put(self, value: Any) -> None:
+        """Leave the value."""
+        pickle.dump(value, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """The value; queue.Empty if none was left."""
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except EOFError:
+            raise queue.Empty from None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Slurm) and switches third-party libraries that offer no other handle.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -51,7 +52,22 @@ def process_place() -> ProcessPlace:
 
 def end_with_torchrun() -> None:
     """Under torchrun on Linux: have this process killed when torchrun itself is, instead of training on unseen."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_starter()
+
+
+def end_with_parent() -> None:
+    """In a process started by multiprocessing, on Linux: have it killed with its parent, not wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    _end_with_starter()
+    if sys.platform == "linux" and os.getppid() != parent.pid:  # it was gone already
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end_with_starter() -> None:
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

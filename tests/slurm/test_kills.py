@@ -82,6 +82,11 @@ class Run:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
         return [record for record in records if "loss" in record]
 
+    def processes(self) -> list[psutil.Process]:
+        """Ranks, and what they started to write checkpoints."""
+        found = psutil.process_iter(["cmdline"])
+        return [each for each in found if f"{self.run_dir}/code" in " ".join(each.info["cmdline"] or [])]
+
     def is_saving(self) -> bool:
         return any((self.run_dir / "checkpoints").glob(".writing_*"))
 
@@ -125,6 +130,7 @@ def kill_and_restart(run: Run, chance: random.Random, *, in_save: bool) -> bool:
     victim = chance.choice(ranks_of(process))
     victim.kill()
     text = run.end_of(process)
+    assert not psutil.wait_procs(run.processes(), timeout=20)[1], "something outlived the run"
     torn, kept = run.is_saving(), run.latest()
     print(f"killed at step {len(run.records())}, {'in' if torn else 'out of'} a save; newest checkpoint {kept}")
     if (run.run_dir / "finished").exists():

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_itt.checkpoint.hashes import find_damage, list_files
 from megatron_itt.checkpoint.layout import LATEST_FILE, checkpoint_name, list_checkpoints
@@ -126,11 +125,6 @@ def save_and_die(root: Path) -> None:
     with built_model(tiny_recipe(), dtype=torch.float32) as built:
         save(new_writer(root, asynchronous=False), built, 1)
         save(new_writer(root, asynchronous=True), built, 2)
-        for child in multiprocessing.active_children():
-            if (
-                "Manager" in child.name
-            ):  # the queue of megatron-core; the writer goes on, as after a kill of one process
-                child.kill()
         os._exit(9)
 
 
@@ -173,14 +167,6 @@ def test_what_a_save_needs_is_estimated_closely_and_compared_with_the_room(tmp_p
         check_space(huge, tmp_path, 2)
 
 
-def test_what_a_failed_save_left_behind_does_not_enter_the_next(tmp_path: Path, built: Any) -> None:
-    """megatron-core's queue of written tensors outlives a save: stale entries would describe the wrong files."""
-    filesystem_async._get_write_results_queue().put({0: []})
-    save(new_writer(tmp_path, asynchronous=False), built, 1)
-    loaded = load_sharded_state(sharded_model_state(built.chunks), tmp_path / checkpoint_name(1))
-    assert loaded
-
-
 def test_plans_follow_a_structure_that_changes(tmp_path: Path, built: Any) -> None:
     """megatron-core reuses the plan of the save before; tensors that were not in it must not be lost."""
     writer = CheckpointWriter(tmp_path, Retention(keep_last=9))
@@ -188,17 +174,17 @@ def test_plans_follow_a_structure_that_changes(tmp_path: Path, built: Any) -> No
 
     def state_at(step: int) -> dict[str, Any]:
         state = sharded_model_state(built.chunks)
-        if step <= 3:
+        if step <= 2:
             del state["model"][WEIGHT]
         return state
 
-    for step in range(1, 8):
+    for step in range(1, 6):
         with torch.no_grad():
             weights.add_(1.0)
         writer.save(state_at(step), new_run_state(tiny_recipe(), step=step))
         loaded = load_sharded_state(state_at(step), tmp_path / checkpoint_name(step))["model"]
-        assert (WEIGHT in loaded) == (step > 3)
-        assert step <= 3 or loaded[WEIGHT].equal(weights), step
+        assert (WEIGHT in loaded) == (step > 2)
+        assert step <= 2 or loaded[WEIGHT].equal(weights), step
 
 
 def test_views_are_copied_by_what_writes_them(tmp_path: Path, built: Any) -> None:
