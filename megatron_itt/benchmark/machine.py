@@ -20,6 +20,7 @@ _PRODUCTS = {
     "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 8192)),
 }
 _WARM_UP_S, _MEASURED_S = 0.2, 0.4  # of each size
+_LEAST_REPEATS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,19 +48,22 @@ def _rates(device: torch.device, dtype: torch.dtype) -> list[float]:
 
 
 def _product_rate(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest repetition. Random numbers: zeros are faster on some hardware."""
+    """FLOP/s of a product, from the fastest quarter of its repetitions: a single one may be a fault of the clock.
+
+    Random numbers: zeros are faster on some hardware.
+    """
     rows, inner, columns = sizes
     left = torch.randn(rows, inner, device=device, dtype=dtype)
     right = torch.randn(columns, inner, device=device, dtype=dtype)
     out = torch.empty(rows, columns, device=device, dtype=dtype)
-    fastest, began = float("inf"), now(device)
-    while (elapsed := now(device) - began) < _WARM_UP_S + _MEASURED_S:
+    seconds: list[float] = []
+    began = now(device)
+    while (elapsed := now(device) - began) < _WARM_UP_S + _MEASURED_S or len(seconds) < _LEAST_REPEATS:
         started = now(device)
         torch.mm(left, right.t(), out=out)
-        seconds = now(device) - started
-        if elapsed >= _WARM_UP_S or seconds > _MEASURED_S:
-            fastest = min(fastest, seconds)
-    return 2.0 * rows * inner * columns / fastest
+        if elapsed >= _WARM_UP_S:
+            seconds.append(now(device) - started)
+    return 2.0 * rows * inner * columns / sorted(seconds)[len(seconds) // 4]
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
