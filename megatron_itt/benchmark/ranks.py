@@ -41,7 +41,7 @@ def run_jobs(
     `timeout_s`; they are killed then. What a process raises is raised here.
     """
     num_processes = max(job.world_size for job in jobs)
-    ports = [_free_port() for _ in jobs]
+    ports = [free_port() for _ in jobs]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.spawn(
             _run_process, args=(function, list(zip(jobs, ports, strict=True)), threads, folder), nprocs=num_processes,
@@ -78,8 +78,11 @@ def _run_process(
     torch.save(results, Path(folder) / f"{rank}.pt")
 
 
-def _free_port() -> int:
-    """A TCP port that nothing listens on right now."""
+def free_port() -> int:
+    """A TCP port that nothing listens on right now, and that no outgoing connection will take.
+
+    Drawn from the system: training seeds Python's own generator, so every process would draw the same ports.
+    """
     while True:
         port = random.SystemRandom().choice(_PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -6,14 +6,13 @@ exchanges its k picked rows four times, and the first one gathers the s rows of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from megatron_itt.benchmark.traffic import CountTraffic, Message
 from megatron_itt.config import RunConfig
 from megatron_itt.config.environment import ProcessPlace
 from tests.helpers.launch import run_ranks
@@ -22,22 +21,6 @@ from tests.helpers.waiting import WatchOperations
 
 PARALLEL = {"tensor": 2, "sequence": True}
 LARGE = 1000  # bytes; smaller messages are not rows of hidden states
-
-
-class CountCollectives(TorchDispatchMode):
-    """Bytes of the whole tensor that each collective gathers or reduces, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func.namespace == "c10d":
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-            self.sizes.append(max(tensor.nbytes for tensor in tensors))
-        return func(*args, **(kwargs or {}))
 
 
 def count_layer(place: ProcessPlace, config: RunConfig) -> tuple[list[int], list[int], list[str]]:
@@ -52,18 +35,18 @@ def count_layer(place: ProcessPlace, config: RunConfig) -> tuple[list[int], list
         hidden = torch.randn(model.seq_length // config.parallel.tensor, config.batch.micro, model.hidden_size)
         rotary = chunk.rotary_pos_emb(model.seq_length)
         hidden.requires_grad_(True)
-        forward, backward, watch = CountCollectives(), CountCollectives(), WatchOperations()
+        forward, backward, watch = CountTraffic(), CountTraffic(), WatchOperations()
         with watch, forward:
             output, _ = chunk.decoder.layers[1](hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
         with watch, backward:
             output.sum().backward()
-        return _large(forward.sizes), _large(backward.sizes), watch.waiting
+        return _large(forward.messages), _large(backward.messages), watch.waiting
     finally:
         stop_parallel()
 
 
-def _large(sizes: list[int]) -> list[int]:
-    return [size for size in sizes if size >= LARGE]
+def _large(messages: Iterable[Message]) -> list[int]:
+    return [message.num_bytes for message in messages if message.num_bytes >= LARGE]
 
 
 def recipe(capacity: list[float], **thinking: Any) -> RunConfig:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,24 +13,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+from megatron_itt.benchmark.ranks import free_port
 from megatron_itt.config.environment import ProcessPlace
 from tests.helpers.leaving import free_left_trainers
-
-# Below the range that the system takes outgoing connections from, which gloo uses many of.
-_PORTS = range(10_000, 32_000)
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on right now, and that no outgoing connection will take.
-
-    Drawn from the system: training seeds Python's own generator, so every test process would draw the same ports.
-    """
-    while True:
-        port = random.SystemRandom().choice(_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("0.0.0.0", port))
-            return port
-
 
 # Jobs that one set of processes takes on: ports are chosen when it starts.
 JOBS_AT_ONCE = 12
