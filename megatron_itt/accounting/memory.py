@@ -87,11 +87,14 @@ def _routed_activations(config: RunConfig) -> float:
     """Bytes that phi_0 and the routed steps of one thinking layer keep, for one sequence."""
     sizes, thinking, s = _Sizes.of(config), config.thinking, config.model.seq_length
     total = sizes.gain(sizes.local(s)) if thinking.step_encoding else 0
+    attends_all, masks = thinking.attend == "all", config.data.reset_at_document_end
+    if thinking.routing == "topk" and attends_all:
+        total += sizes.slices()
     num_stale = s
     for share in _largest_shares(thinking):
         if thinking.routing == "topk":
             k = count_picked_tokens(thinking, share, s)
-            attends_all, masks = thinking.attend == "all", config.data.reset_at_document_end
+            total += sizes.states(s) if changes_skipped(thinking) else 0
             total += sizes.routed_step(k, num_stale, attends_all=attends_all, masks_attention=masks)
             num_stale = s if changes_skipped(thinking) else k
         else:
@@ -142,8 +145,8 @@ class _Sizes:
         return rows / self.sequence_degree
 
     def norm(self, rows: float) -> float:
-        """A norm keeps its input in float32, the normalised rows, and its output for the projection after it."""
-        return rows * self.hidden * (FLOAT32 + 2 * self.element)
+        """A norm keeps its input, a number per row, and its output for the projection after it."""
+        return rows * (2 * self.element * self.hidden + FLOAT32)
 
     def attention(self, queries: float, keys: float, *, projected: float) -> float:
         """Rotated queries and keys, values, context, log-sum-exp. Grouped keys and values are kept repeated per head.
@@ -159,8 +162,8 @@ class _Sizes:
         return self.element * rows * 2 * self.head_size
 
     def mlp(self, rows: float) -> float:
-        """Gate and up rows, a copy of the up rows, the activated gate, and their product."""
-        return self.element * rows * 5 * self.ffn
+        """Gate and up rows, and the product of the activated gate with the up rows."""
+        return self.element * rows * 3 * self.ffn
 
     def full_pass(self, rows: float) -> float:
         """The base layer over all tokens."""
@@ -172,23 +175,23 @@ class _Sizes:
         return self.element * rows * self.hidden
 
     def states(self, rows: float) -> float:
-        """Token states between two steps, and the router's float32 reading of them."""
+        """Token states between two steps, and the router's float32 reading of them, where all of them are needed."""
         return rows * self.hidden * (FLOAT32 if self.element == FLOAT32 else FLOAT32 + self.element)
 
     def routed_step(self, k: float, num_stale: float, *, attends_all: bool, masks_attention: bool) -> float:
         """A step that computes the k picked rows; keys and values of `num_stale` tokens are out of date."""
         s = self.seq_length
-        rows = self.norm(k) + self.norm(self.local(k)) + self.mlp(k) + 2 * self.gain(self.local(k)) + self.angles(k)
-        total = self.states(s) + rows
+        total = self.norm(k) + self.norm(self.local(k)) + self.mlp(k) + self.gain(self.local(k)) + self.angles(k)
         if not attends_all:
-            return total + self.angles(k) + self.attention(k, k, projected=self.query + 2 * self.key)
-        fresh = self.norm(num_stale) + self.angles(num_stale)
-        # Slices of the fused weight are copies, one for the whole micro-batch.
-        slices = self.element * self.hidden * (self.query + 2 * self.key) / self.micro
-        total += fresh + slices
+            return total + self.attention(k, k, projected=self.query + 2 * self.key)
+        total += self.norm(num_stale) + self.angles(num_stale)
         if masks_attention:
             return total + self.element * k * s + self.attention(k, s, projected=self.key)
         return total + self.picked_attention(k, s)
+
+    def slices(self) -> float:
+        """Copies of pieces of the fused weight: one of each for all sequences of a micro-batch."""
+        return self.element * self.hidden * (self.query + 2 * self.key) / self.micro
 
     def picked_attention(self, queries: float, keys: float) -> float:
         """Rotated queries and keys, values, context, log-sum-exp; grouped keys and values are not repeated."""
@@ -197,7 +200,7 @@ class _Sizes:
     def masked_step(self, s: float, *, masks_attention: bool) -> float:
         """A step that computes all rows and keeps the picked ones."""
         mask = self.element * s * s if masks_attention else 0
-        return self.states(self.local(s)) + mask + self.full_pass(s) + 2 * self.gain(self.local(s))
+        return self.states(self.local(s)) + mask + self.full_pass(s) + self.gain(self.local(s))
 
 
 def activation_bytes(config: RunConfig) -> int:

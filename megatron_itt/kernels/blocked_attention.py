@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_itt.kernels.forms import statistics_type
+
 # torch's kernel works best on 768 rows and more; below that its backward pass is faster in float32 than in bfloat16.
 TALL_ROWS = 1024
 SHORT_ROWS = 256
@@ -63,70 +65,54 @@ def cut_blocks(positions: Tensor, num_keys: int) -> list[Block]:
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """Keeps query, key, value, context and log-sum-exp. Keys and values of grouped heads are never repeated."""
+    """Keeps query, key, value, context and log-sum-exp. Keys and values of grouped heads are never repeated.
+
+    Works on copies with the heads first: rows of a head that lie far apart cost the kernel more than the copies do.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
-        context = torch.empty_like(query, memory_format=torch.contiguous_format)
-        statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-        lse = query.new_empty(*query.shape[:3], dtype=statistics)  # [k, b, a]
-        for block in cut_blocks(positions, key.shape[0]):
+        query, key, value = (part.permute(1, 2, 0, 3).contiguous() for part in (query, key, value))
+        context = torch.empty_like(query)  # [b, a, k, d]
+        lse = query.new_empty(query.shape[:3], dtype=statistics_type(query.dtype))
+        for block in cut_blocks(positions, key.shape[2]):
             mask = _mask(positions, block, query.dtype)
             rows, keys = slice(block.first, block.last), slice(block.start, block.stop)
             for heads in _head_sets(query, key):
-                part, part_lse = _forward(
-                    _heads_first(query[rows, :, heads]),
-                    _heads_first(key[keys]),
-                    _heads_first(value[keys]),
-                    attn_mask=mask,
-                )
+                part = _forward(query[:, heads, rows], key[:, :, keys], value[:, :, keys], attn_mask=mask)
                 joins = block.masked and block.start > 0  # the tall block before it has written these rows
-                _write(context[rows, :, heads], lse[rows, :, heads], part, part_lse, joins=joins)
+                _write(context[:, heads, rows], lse[:, heads, rows], *part, joins=joins)
         ctx.save_for_backward(query, key, value, positions, context, lse)
-        return context.flatten(2)
+        return context.permute(2, 0, 1, 3).flatten(2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, positions, context, lse = ctx.saved_tensors
-        grad = grad.reshape(query.shape)
-        wide = torch.float32 if query.dtype == torch.bfloat16 else query.dtype
-        sums = [torch.zeros(part.shape, dtype=wide) for part in (query, key, value)]
-        for block in cut_blocks(positions, key.shape[0]):
-            narrow = block.last - block.first >= _BFLOAT16_ROWS
-            dtype = query.dtype if narrow else wide
-            mask = _mask(positions, block, dtype)
+        batch, heads, num_rows, size = query.shape
+        grad = grad.view(num_rows, batch, heads, size).permute(1, 2, 0, 3).contiguous()
+        narrow = (grad, query, key, value, context)
+        wide = tuple(part.to(lse.dtype) for part in narrow)
+        sums = [torch.zeros_like(part) for part in wide[1:4]]
+        for block in cut_blocks(positions, key.shape[2]):
+            by_rows = block.last - block.first >= _BFLOAT16_ROWS
+            mask = _mask(positions, block, query.dtype if by_rows else lse.dtype)
             rows, keys = slice(block.first, block.last), slice(block.start, block.stop)
-            cut_key, cut_value = _heads_first(key[keys]).to(dtype), _heads_first(value[keys]).to(dtype)
+            g, q, k, v, c = narrow if by_rows else wide
             for heads in _head_sets(query, key):
-                grad_part, query_part, context_part = (
-                    _heads_first(part[rows, :, heads]).to(dtype) for part in (grad, query, context)
-                )
+                ends = (c[:, heads, rows], lse[:, heads, rows], 0.0, False)
                 parts = _backward(
-                    grad_part,
-                    query_part,
-                    cut_key,
-                    cut_value,
-                    context_part,
-                    lse[rows, :, heads].permute(1, 2, 0),
-                    0.0,
-                    False,
-                    attn_mask=mask,
+                    g[:, heads, rows], q[:, heads, rows], k[:, :, keys], v[:, :, keys], *ends, attn_mask=mask
                 )
-                places = (sums[0][rows, :, heads], sums[1][keys], sums[2][keys])
-                for place, part in zip(places, parts, strict=True):
-                    place += part.permute(2, 0, 1, 3)
-        return *(total.to(query.dtype) for total in sums), None
+                sums[0][:, heads, rows] += parts[0]
+                sums[1][:, :, keys] += parts[1]
+                sums[2][:, :, keys] += parts[2]
+        return *(total.to(query.dtype).permute(2, 0, 1, 3) for total in sums), None
 
 
 def _head_sets(query: Tensor, key: Tensor) -> Iterator[slice]:
     """Query heads in sets that meet each key/value head once: of every group the first, then the second, and so on."""
-    group = query.shape[2] // key.shape[2]
+    group = query.shape[1] // key.shape[1]
     return (slice(member, None, group) for member in range(group))
-
-
-def _heads_first(part: Tensor) -> Tensor:
-    """[rows, b, heads, d] -> [b, heads, rows, d], a view."""
-    return part.permute(1, 2, 0, 3)
 
 
 def _mask(positions: Tensor, block: Block, dtype: torch.dtype) -> Tensor | None:
@@ -139,8 +125,7 @@ def _mask(positions: Tensor, block: Block, dtype: torch.dtype) -> Tensor | None:
 
 
 def _write(context: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, *, joins: bool) -> None:
-    """Put a block's output [b, a, rows, d] into context [rows, b, a, d], joined with what is there if it `joins`."""
-    part, part_lse = part.permute(2, 0, 1, 3), part_lse.permute(2, 0, 1)
+    """Put a block's output into context [b, a, rows, d] and lse [b, a, rows]; if it `joins`, with what is there."""
     if not joins:
         context.copy_(part)
         lse.copy_(part_lse)

@@ -6,13 +6,12 @@ Shapes: k picked queries, s keys, b batch, a query heads, g key/value heads, d h
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from megatron_itt.kernels.blocked_attention import attend_blocks
+from megatron_itt.kernels.forms import runs_triton
 
 PickedAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -28,19 +27,13 @@ def find_picked_attention(query: Tensor) -> PickedAttention | None:
     """
     if query.device.type == "cpu":
         return attend_blocks
-    if query.device.type == "cuda" and _suits_triton(query) and has_triton():
+    if runs_triton(query) and _suits_triton(query):
         from megatron_itt.kernels.triton_attention import attend_triton
 
         return attend_triton
     return None
 
 
-@cache
-def has_triton() -> bool:
-    """Whether the package is installed; it comes with torch's builds for NVIDIA GPUs."""
-    return find_spec("triton") is not None
-
-
 def _suits_triton(query: Tensor) -> bool:
     newest_enough = torch.cuda.get_device_capability(query.device) >= _FIRST_CAPABILITY
-    return newest_enough and query.shape[-1] <= _LARGEST_HEAD and query.dtype != torch.float64
+    return newest_enough and query.shape[-1] <= _LARGEST_HEAD

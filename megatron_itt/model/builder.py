@@ -70,6 +70,7 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype) -> TransformerC
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
         activation_func=functional.silu,
+        use_te_activation_func=True,  # the specs' own activation; whose it is they say (`model/parts.py`)
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -87,44 +87,71 @@ class ThinkingLayer(TransformerLayer):
         mask: the full pass's, bool [b, 1, s, s], where it is not causal alone.
         """
         states = self._gather_sequence(hidden)  # [p, b, h] -> [s, b, h]
+        angles = routed_attention.Angles.of(rotary, states.dtype)
+        projections = routed_attention.Projections.of(self) if self.switches.attend == "all" else None
         keys_values: routed_attention.KeysValues | None = None
         changed: Tensor | None = None  # positions whose keys and values are out of date
         for step, share in enumerate(plan.shares, start=1):
             if share == 0:
                 continue
-            logits = self.thinking.logits(states, step)
-            count = routing.count_picked(share, states.shape[0], multiple=self._num_parts)
-            positions = routing.pick_topk(logits.detach(), count)
-            if plan.recorder is not None:
-                plan.record(self.layer_idx, step, logits, routing.positions_to_mask(positions, states.shape[0]))
-            if self.switches.attend == "all":
-                keys_values = routed_attention.refresh_keys_values(self, keys_values, states, changed, rotary)
-                context = routed_attention.attend_all(self, states, positions, keys_values, rotary, mask=mask)
+            # Picked rows alone teach the router (`_update_rows`), unless skipped ones are scaled by their logits too.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.switches.reweight == "symmetric"):
+                logits = self.thinking.logits(states, step)
+            positions = self._pick(logits, step, share, plan)
+            rows = thinking.take_rows(states, positions)  # [k, b, h]
+            if projections is not None:
+                keys_values = routed_attention.refresh_keys_values(
+                    self, keys_values, states, changed, projections=projections, angles=angles
+                )
+                context = routed_attention.attend_all(
+                    self, rows, positions, keys_values, projections=projections, angles=angles, mask=mask
+                )
             else:
-                context = routed_attention.attend_selected(self, states, positions, rotary, mask=mask)
-            states = self._update_rows(states, context, logits / plan.temperature, positions, step)
+                context = routed_attention.attend_selected(self, rows, positions, angles=angles, mask=mask)
+            attended = self.self_attention.linear_proj(context)
+            own = self._own_part(rows)  # [k, b, h] -> [q, b, h]
+            result = self._finish_pass(attended, own)
+            states = self._update_rows(
+                states, positions, own, result, logits=logits, step=step, temperature=plan.temperature
+            )
             # Where skipped tokens change too, every key and value is out of date.
             changed = None if self._changes_skipped else positions
         return self._own_part(states)
 
-    def _update_rows(self, states: Tensor, context: Tensor, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        """Carry the attention output [k, b, a*d] through the layer and write the result into the states [s, b, h]."""
-        own = self._own_part(positions)  # [k, b] -> [q, b]
-        rows = thinking.take_rows(states, own)
-        attended = self.self_attention.linear_proj(context)
-        result = self._finish_pass(attended, rows)
+    def _pick(self, logits: Tensor, step: int, share: float, plan: RoutingPlan) -> Tensor:
+        """The tokens that think at this step. logits [s, b] -> positions [k, b], ascending."""
+        count = routing.count_picked(share, logits.shape[0], multiple=self._num_parts)
+        positions = routing.pick_topk(logits.detach(), count)
+        if plan.recorder is not None:
+            plan.record(self.layer_idx, step, logits, routing.positions_to_mask(positions, logits.shape[0]))
+        return positions
+
+    def _update_rows(
+        self,
+        states: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        result: Tensor,
+        *,
+        logits: Tensor,
+        step: int,
+        temperature: float,
+    ) -> Tensor:
+        """Write what came of this rank's rows [q, b, h] into the states [s, b, h]; tokens not picked stay."""
         if self.switches.residual == "replace":
             return thinking.put_rows(states, positions, self._gather_sequence(result))
         if self.switches.update == "delta":
             result = result - rows
-        weights = thinking.gate_scores(logits, self.switches.gate)
+        own_logits = logits.gather(0, self._own_part(positions))  # [q, b]
+        if not logits.requires_grad:
+            own_logits = self.thinking.picked_logits(own_logits, rows, step)
+        weights = thinking.gate_scores(own_logits / temperature, self.switches.gate)
         gain = self.thinking.gain(step)
-        increment = thinking.step_increment(
-            result, weights.gather(0, own), self.switches.alpha_per_step[step - 1], gain
-        )
+        increment = thinking.step_increment(result, weights, self.switches.alpha_per_step[step - 1], gain)
         if self._changes_skipped:
             skipped = ~routing.positions_to_mask(positions, states.shape[0])
-            states = self._rescale_skipped(states, skipped, weights, gain)
+            all_weights = thinking.gate_scores(logits / temperature, self.switches.gate)
+            states = self._rescale_skipped(states, skipped, all_weights, gain)
         return thinking.add_rows(states, positions, self._gather_sequence(increment))
 
     def _finish_pass(self, attended: tuple[Tensor, Tensor | None], rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layer parts in plain torch: RMSNorm that allows sequence parallelism, and scaled_dot_product_attention.
+"""Layer parts of ours and torch's: RMSNorm that allows sequence parallelism, SwiGLU, scaled_dot_product_attention.
 
 Which parts a layer gets is in `parts.py`; parameter names are the same for all.
 Shapes: s queries, n keys, b batch, a attention heads on this rank, g key/value heads on this rank, d head size.
@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
+
+from megatron_itt.kernels.rms_norm import normalise
+from megatron_itt.kernels.swiglu import swiglu
 
 
 class RMSNorm(torch.nn.Module):
@@ -30,9 +34,15 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., h] -> same shape and type."""
-        wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-        normalised = functional.rms_norm(wide, wide.shape[-1:], eps=self.eps)
-        return self.weight * normalised.to(hidden.dtype)
+        return normalise(hidden, self.weight, self.eps)
+
+
+class SwiGLU(MegatronModule):  # type: ignore[misc]
+    """The activation of the MLP, in the interface that megatron-core has for one which halves the width."""
+
+    def forward(self, projected: Tensor) -> Tensor:
+        """projected [..., 2 f], gate and up side by side -> [..., f]."""
+        return swiglu(projected)
 
 
 class ScaledDotProductAttention(torch.nn.Module):

@@ -14,25 +14,28 @@ _NATIVE = "megatron_itt.model.native"
 _LINEAR = "megatron.core.tensor_parallel.layers"
 _TRANSFORMER_ENGINE = "megatron.core.extensions.transformer_engine"
 
-# (module, class) of the norm, the two kinds of parallel linears, and the core attention.
+# (module, class) of the norm, the two kinds of parallel linears, the core attention, and the MLP's activation.
 PLACES: dict[str, dict[str, tuple[str, str]]] = {
     "native": {
         "norm": (_NATIVE, "RMSNorm"),
         "column_linear": (_LINEAR, "ColumnParallelLinear"),
         "row_linear": (_LINEAR, "RowParallelLinear"),
         "attention": (_NATIVE, "ScaledDotProductAttention"),
+        "activation": (_NATIVE, "SwiGLU"),
     },
     "transformer_engine": {
         "norm": (_TRANSFORMER_ENGINE, "TENorm"),
         "column_linear": (_TRANSFORMER_ENGINE, "TEColumnParallelLinear"),
         "row_linear": (_TRANSFORMER_ENGINE, "TERowParallelLinear"),
         "attention": ("megatron_itt.model.transformer_engine", "CausalOrMaskedAttention"),
+        "activation": (_NATIVE, "SwiGLU"),
     },
     "apex": {
         "norm": ("megatron_itt.model.apex", "FusedRMSNorm"),
         "column_linear": (_LINEAR, "ColumnParallelLinear"),
         "row_linear": (_LINEAR, "RowParallelLinear"),
         "attention": (_NATIVE, "ScaledDotProductAttention"),
+        "activation": (_NATIVE, "SwiGLU"),
     },
 }
 
@@ -45,6 +48,7 @@ class LayerParts:
     column_linear: type
     row_linear: type
     attention: type
+    activation: type
 
 
 def import_parts(name: str) -> LayerParts:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_itt.kernels.picked_attention import find_picked_attention
+from megatron_itt.kernels.rotary import rotate
 from megatron_itt.model.thinking import put_rows, take_rows
 
 
@@ -29,64 +29,102 @@ class KeysValues:
     values: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Cosine and sine of the rotary angles, each [s, 1 or b, 1, d]."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    @staticmethod
+    def of(rotary: Tensor, dtype: torch.dtype) -> Angles:
+        """From megatron-core's angles, in the type of the heads that they turn."""
+        return Angles(torch.cos(rotary).to(dtype), torch.sin(rotary).to(dtype))
+
+    def at(self, positions: Tensor) -> Angles:
+        """Those of the tokens at `positions` [k, b], each [k, b, 1, d]."""
+        batch = positions.shape[1]
+        cosine, sine = (part.expand(-1, batch, -1, -1) for part in (self.cosine, self.sine))
+        return Angles(take_rows(cosine, positions), take_rows(sine, positions))
+
+    def turn(self, heads: Tensor) -> Tensor:
+        """heads [k, b, a, d] -> the same shape."""
+        return rotate(heads, self.cosine, self.sine)
+
+
+@dataclass(frozen=True, slots=True)
+class Projections:
+    """The fused QKV weight in the pieces that routed steps need, each a copy that all steps of a pass share."""
+
+    query: Tensor  # [a*d, h]
+    key_value: Tensor  # [2*g*d, h]: of each group its key, then its value
+
+    @staticmethod
+    def of(layer: Any) -> Projections:
+        grouped = _grouped_weight(layer)
+        query, key_value = grouped[:, :-2], grouped[:, -2:]
+        return Projections(query.reshape(-1, grouped.shape[-1]), key_value.reshape(-1, grouped.shape[-1]))
+
+
 def refresh_keys_values(
-    layer: Any, previous: KeysValues | None, states: Tensor, changed: Tensor | None, rotary: Tensor
+    layer: Any,
+    previous: KeysValues | None,
+    states: Tensor,
+    changed: Tensor | None,
+    *,
+    projections: Projections,
+    angles: Angles,
 ) -> KeysValues:
     """Keys and values of `states` [s, b, h]: all of them at first, later only those of the `changed` rows [k, b].
 
     Exact: a token's keys and values depend on its own state only.
     """
     if previous is None or changed is None:
-        return _project_keys_values(layer, states, rotary)
-    fresh = _project_keys_values(layer, take_rows(states, changed), rotary_at(rotary, changed))
+        return _project_keys_values(layer, states, projections, angles)
+    fresh = _project_keys_values(layer, take_rows(states, changed), projections, angles.at(changed))
     return KeysValues(put_rows(previous.keys, changed, fresh.keys), put_rows(previous.values, changed, fresh.values))
 
 
 def attend_all(
     layer: Any,
-    states: Tensor,
+    rows: Tensor,
     positions: Tensor,
     keys_values: KeysValues,
-    rotary: Tensor,
     *,
+    projections: Projections,
+    angles: Angles,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Picked queries over all keys at or before them. states [s, b, h], positions [k, b] -> context [k, b, a*d].
+    """Picked queries over all keys at or before them. rows [k, b, h], positions [k, b] -> context [k, b, a*d].
 
     mask: bool [b, 1, s, s], true where the full pass forbids attention, if that is not causal alone.
     """
-    weight = _grouped_weight(layer)[:, :-2]  # [g, a/g, d, h]
-    normalised = _enter_heads(layer, layer.input_layernorm(take_rows(states, positions)))
-    query = functional.linear(normalised, weight.reshape(-1, weight.shape[-1]))
-    query = query.view(*positions.shape, -1, weight.shape[2])  # [k, b, a, d]
-    query = _rotate(layer, query, rotary_at(rotary, positions))
+    normalised = _enter_heads(layer, layer.input_layernorm(rows))
+    query = functional.linear(normalised, projections.query)
+    query = query.view(*positions.shape, -1, layer.self_attention.hidden_size_per_attention_head)  # [k, b, a, d]
+    query = angles.at(positions).turn(query)
     if mask is None and (attend_picked := find_picked_attention(query)) is not None:
         return attend_picked(query, keys_values.keys, keys_values.values, positions)
-    forbidden = forbid_later_keys(positions, states.shape[0]) if mask is None else take_queries(mask, positions)
+    num_keys = keys_values.keys.shape[0]
+    forbidden = forbid_later_keys(positions, num_keys) if mask is None else take_queries(mask, positions)
     return layer.self_attention.core_attention(query, keys_values.keys, keys_values.values, forbidden)
 
 
 def attend_selected(
-    layer: Any, states: Tensor, positions: Tensor, rotary: Tensor, *, mask: Tensor | None = None
+    layer: Any, rows: Tensor, positions: Tensor, *, angles: Angles, mask: Tensor | None = None
 ) -> Tensor:
-    """Picked queries over picked keys, causal. states [s, b, h], positions [k, b] -> context [k, b, a*d].
+    """Picked queries over picked keys, causal. rows [k, b, h], positions [k, b] -> context [k, b, a*d].
 
     mask: as in `attend_all`.
     """
     grouped = _grouped_weight(layer)
-    normalised = _enter_heads(layer, layer.input_layernorm(take_rows(states, positions)))
+    normalised = _enter_heads(layer, layer.input_layernorm(rows))
     mixed = functional.linear(normalised, grouped.reshape(-1, grouped.shape[-1]))
     mixed = mixed.view(*positions.shape, *grouped.shape[:3])  # [k, b, g, a/g + 2, d]
-    query = mixed[..., :-2, :].flatten(2, 3)
-    angles = rotary_at(rotary, positions)
-    query, key = _rotate(layer, query, angles), _rotate(layer, mixed[..., -2, :], angles)
+    picked = angles.at(positions)
+    query, key = picked.turn(mixed[..., :-2, :].flatten(2, 3)), picked.turn(mixed[..., -2, :])
     forbidden = None if mask is None else take_keys(take_queries(mask, positions), positions)
     return layer.self_attention.core_attention(query, key, mixed[..., -1, :], forbidden)
-
-
-def rotary_at(rotary: Tensor, positions: Tensor) -> Tensor:
-    """Rotary angles of the picked tokens. rotary [s, 1 or b, 1, d], positions [k, b] -> [k, b, 1, d]."""
-    return take_rows(rotary.expand(-1, positions.shape[1], -1, -1), positions)
 
 
 def forbid_later_keys(positions: Tensor, num_keys: int) -> Tensor:
@@ -118,13 +156,13 @@ def forbid_skipped_keys(picked: Tensor, mask: Tensor | None = None) -> Tensor:
     return forbidden if mask is None else forbidden | mask
 
 
-def _project_keys_values(layer: Any, states: Tensor, rotary: Tensor) -> KeysValues:
-    weight = _grouped_weight(layer)[:, -2:]  # [g, 2, d, h]
+def _project_keys_values(layer: Any, states: Tensor, projections: Projections, angles: Angles) -> KeysValues:
     normalised = _enter_heads(layer, layer.input_layernorm(states))
-    mixed = functional.linear(normalised, weight.reshape(-1, weight.shape[-1]))
-    mixed = mixed.view(*states.shape[:2], *weight.shape[:3])  # [rows, b, g, 2, d]
+    mixed = functional.linear(normalised, projections.key_value)
+    head_size = layer.self_attention.hidden_size_per_attention_head
+    mixed = mixed.view(*states.shape[:2], -1, 2, head_size)  # [rows, b, g, 2, d]
     # A copy of the values lets go of the product that they are a slice of.
-    return KeysValues(_rotate(layer, mixed[..., 0, :], rotary), mixed[..., 1, :].contiguous())
+    return KeysValues(angles.turn(mixed[..., 0, :]), mixed[..., 1, :].contiguous())
 
 
 def _grouped_weight(layer: Any) -> Tensor:
@@ -143,8 +181,3 @@ def _enter_heads(layer: Any, normalised: Tensor) -> Tensor:
     if layer.config.sequence_parallel:
         return normalised
     return tensor_parallel.copy_to_tensor_model_parallel_region(normalised, group=layer.tp_group)
-
-
-def _rotate(layer: Any, heads: Tensor, angles: Tensor) -> Tensor:
-    attention = layer.self_attention
-    return apply_rotary_pos_emb(heads, angles, config=layer.config, cp_group=attention.pg_collection.cp)

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_itt.config.model import ThinkingConfig
+from megatron_itt.kernels.increment import picked_logits
 from megatron_itt.model.routing import NUM_QUANTILES
 
 
@@ -42,6 +43,11 @@ class ThinkingParameters(torch.nn.Module):
         assert self.router is not None, "a model with one thinking step routes nothing"
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return hidden.to(wide) @ self.router[step - 1].to(wide)
+
+    def picked_logits(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
+        """`logits` [k, b] of the picked rows [k, b, h], with their gradient; `logits` alone has none."""
+        assert self.router is not None, "a model with one thinking step routes nothing"
+        return picked_logits(logits, rows, self.router[step - 1])
 
     def gain(self, step: int) -> Tensor | None:
         """phi_t [h] of step 0 .. T-1; None where the recipe turns step encoding off."""

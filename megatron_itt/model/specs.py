@@ -70,7 +70,9 @@ def _submodules(parts: LayerParts) -> TransformerLayerSubmodules:
         pre_mlp_layernorm=parts.norm,
         mlp=ModuleSpec(
             module=MLP,
-            submodules=MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear),
+            submodules=MLPSubmodules(
+                linear_fc1=parts.column_linear, activation_func=parts.activation, linear_fc2=parts.row_linear
+            ),
         ),
         mlp_bda=get_bias_dropout_add,
     )

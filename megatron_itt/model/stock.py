@@ -19,6 +19,7 @@ def build_stock_model(config: RunConfig, *, dtype: torch.dtype, device: torch.de
     """The LLaMA of a recipe's shape, whole, with the initial weights that `build_model` gives its plain layers."""
     plain = replace(config, thinking=ThinkingConfig(), parallel=ParallelConfig())
     transformer = transformer_config(plain, dtype=dtype)
+    transformer.use_te_activation_func = False  # its own specs name no activation
     model = plain.model
     chunk = GPTModel(
         config=transformer,

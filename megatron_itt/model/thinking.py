@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_itt.kernels.increment import scale_rows
+
 
 def gate_scores(logits: Tensor, gate: str) -> Tensor:
     """Weights w of the routed update, float32, same shape. Source: paper, Table 3 (Router Weight Norm)."""
@@ -19,10 +21,10 @@ def step_increment(rows: Tensor, weights: Tensor | None, alpha: float, step_enco
 
     Source: paper, equations 6 and 7.
     """
+    if weights is not None:
+        return scale_rows(rows, weights, step_encoding, alpha)
     increment = rows if step_encoding is None else step_encoding.to(rows.dtype) * rows
-    if weights is None:
-        return increment if alpha == 1.0 else alpha * increment
-    return (alpha * weights).to(rows.dtype).unsqueeze(-1) * increment
+    return increment if alpha == 1.0 else alpha * increment
 
 
 def take_rows(hidden: Tensor, positions: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ KEYWORDS = {
     "column_linear": {"config", "init_method", "gather_output", "bias", "skip_bias_add", "is_expert", "tp_group"},
     "row_linear": {"config", "init_method", "bias", "input_is_parallel", "skip_bias_add", "is_expert", "tp_group"},
     "attention": set(),
+    "activation": set(),
 }
 
 

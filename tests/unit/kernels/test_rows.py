@@ -1,0 +1,158 @@
+"""Norm, SwiGLU, rotation, increments: each form equals the plain way to say it, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_itt.kernels import forms
+from megatron_itt.kernels.increment import picked_logits, scale_rows
+from megatron_itt.kernels.rms_norm import _normalise_rows, _normalise_rows_backward, normalise
+from megatron_itt.kernels.rotary import rotate
+from megatron_itt.kernels.swiglu import _swiglu_rows, _swiglu_rows_backward, swiglu
+
+EPS = 1e-5
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on CPUs Triton's interpreter, see conftest.py
+
+
+def plain_norm(hidden: Tensor, weight: Tensor) -> Tensor:
+    return weight * hidden / torch.sqrt(hidden.square().mean(dim=-1, keepdim=True) + EPS)
+
+
+def plain_swiglu(projected: Tensor) -> Tensor:
+    gate, up = projected.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def plain_rotation(heads: Tensor, angles: Tensor) -> Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    return heads * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+
+
+def numbers(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    parts = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [part.requires_grad_(True) for part in parts]
+
+
+def compare(
+    found: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: Sequence[Tensor], tolerance: float
+) -> None:
+    """Outputs and gradients, against the plain way in float64."""
+    wide = [part.detach().double().requires_grad_(True) for part in inputs]
+    output, expected = found(*inputs), plain(*wide)
+    assert output.dtype == inputs[0].dtype
+    direction = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+    grads = torch.autograd.grad((output * direction.to(output.dtype)).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * direction).sum(), wide)
+    for a, b in zip((output, *grads), (expected, *expected_grads), strict=True):
+        assert a.shape == b.shape
+        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+
+
+# A few roundings of numbers with 52, 23 and 7 bits.
+@pytest.fixture(params=[(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=lambda p: str(p[0]))
+def precision(request: pytest.FixtureRequest) -> tuple[torch.dtype, float]:
+    return request.param
+
+
+@pytest.fixture(params=[1 << 17, 50], ids=["one strip", "many strips"], autouse=True)
+def _strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "_STRIP", request.param)
+
+
+def test_norm(precision: tuple[torch.dtype, float]) -> None:
+    inputs = numbers((7, 3, 24), (24,), dtype=precision[0])
+    compare(lambda hidden, weight: normalise(hidden, weight, EPS), plain_norm, inputs, precision[1])
+
+
+def test_swiglu(precision: tuple[torch.dtype, float]) -> None:
+    compare(swiglu, plain_swiglu, numbers((9, 2, 40), dtype=precision[0]), precision[1])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotation(batch: int, precision: tuple[torch.dtype, float]) -> None:
+    half = torch.linspace(0, 5, 11 * batch * 4, dtype=torch.float64).view(11, batch, 1, 4)
+    angles = torch.cat((half, half), dim=-1)
+    cosine, sine = (part.to(precision[0]) for part in (angles.cos(), angles.sin()))
+
+    def found(heads: Tensor) -> Tensor:
+        return rotate(heads[..., 1, :], cosine, sine)  # a slice, as keys are of their product
+
+    def plain(heads: Tensor) -> Tensor:
+        return plain_rotation(heads[..., 1, :], angles)
+
+    compare(found, plain, numbers((11, 2, 3, 2, 8), dtype=precision[0]), precision[1])
+
+
+@pytest.mark.parametrize("with_gain", [True, False])
+def test_increment(with_gain: bool, precision: tuple[torch.dtype, float]) -> None:
+    dtype, tolerance = precision
+    rows, weights, gain = numbers((7, 2, 12), (7, 2), (12,), dtype=dtype)
+    weights = weights.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_(True)  # gates are wide
+    inputs = (rows, weights, gain) if with_gain else (rows, weights)
+
+    def found(rows: Tensor, weights: Tensor, gain: Tensor | None = None) -> Tensor:
+        return scale_rows(rows, weights, gain, 0.7)
+
+    def plain(rows: Tensor, weights: Tensor, gain: Tensor | None = None) -> Tensor:
+        return 0.7 * weights.unsqueeze(-1) * (rows if gain is None else gain * rows)
+
+    compare(found, plain, inputs, tolerance)
+
+
+def test_picked_logits_pass_through_and_teach_the_router() -> None:
+    rows, router = numbers((7, 2, 12), (12,))
+
+    def found(rows: Tensor, router: Tensor) -> Tensor:
+        return picked_logits((rows @ router).detach(), rows, router)
+
+    compare(found, lambda rows, router: rows @ router, (rows, router), 1e-13)
+    values = torch.randn(7, 2)
+    assert torch.equal(picked_logits(values, rows, router), values)
+
+
+@pytest.mark.parametrize("function", ["norm", "swiglu"])
+def test_nothing_but_the_input_is_kept(function: str) -> None:
+    kept: list[Tensor] = []
+    hidden, weight = torch.randn(64, 1, 32, requires_grad=True), torch.ones(32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part) or part, lambda part: part):
+        normalise(hidden, weight, EPS) if function == "norm" else swiglu(hidden)
+    others = [part for part in kept if part.data_ptr() not in (hidden.data_ptr(), weight.data_ptr())]
+    assert len(kept) > len(others) and sum(part.numel() for part in others) <= 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("num_rows", "width"), [(5, 24), (3, 1100)])
+def test_triton_equals_plain_torch(
+    num_rows: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter does not know bfloat16; float16 takes the same way."""
+    pytest.importorskip("triton")
+    from megatron_itt.kernels import triton_rows
+
+    monkeypatch.setattr(triton_rows, "_PROGRAMS", 2)  # so that a program of the norm's backward pass has several rows
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+    rows, slopes, wide, weight = (
+        part.detach().to(DEVICE, dtype)
+        for part in numbers((num_rows, width), (num_rows, width), (num_rows, 2 * width), (width,))
+    )
+    output, inverse = triton_rows.normalise_rows(rows, weight, EPS)
+    expected, expected_inverse = _normalise_rows(rows, weight, EPS)
+    pairs = [(output, expected), (inverse, expected_inverse)]
+    pairs += zip(
+        triton_rows.normalise_rows_backward(slopes, rows, weight, inverse),
+        _normalise_rows_backward(slopes, rows, weight, expected_inverse),
+        strict=True,
+    )
+    pairs += [
+        (triton_rows.swiglu_rows(wide), _swiglu_rows(wide)),
+        (triton_rows.swiglu_rows_backward(slopes, wide), _swiglu_rows_backward(slopes, wide)),
+    ]
+    for number, (a, b) in enumerate(pairs):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max(), number
