@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_itt.model import routed_attention
 from megatron_itt.model.trace import RoutingRecorder
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 from tests.helpers.random_weights import make_weights
@@ -65,6 +67,26 @@ def test_logits_and_picks_equal_the_reference(switches: dict[str, Any]) -> None:
             if config.thinking.routing != "none":
                 picked = recorder.records[0, layer_idx, step].picked[:, row]
                 assert picked.nonzero().flatten().tolist() == positions
+
+
+@pytest.mark.parametrize("form", ["dense mask", "triton"])
+def test_every_form_of_attention_gives_the_same_logits(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are what runs on CPUs, and what the reference is compared with."""
+    forms: dict[str, Any] = {"dense mask": None}
+    if form == "triton":
+        pytest.importorskip("triton")
+        from megatron_itt.kernels.triton_attention import Tiles, attend_triton
+
+        forms["triton"] = partial(attend_triton, tiles=Tiles(rows=16, keys=16, warps=4))
+    config = tiny_recipe(thinking={"layers": [1]})
+    tokens = random_tokens(config)
+    with built_model(config, dtype=torch.float32) as built:
+        from megatron_itt.model.builder import forward_logits
+
+        expected = forward_logits(built, tokens)
+        monkeypatch.setattr(routed_attention, "find_picked_attention", lambda query: forms[form])
+        logits = forward_logits(built, tokens)
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("budget", [(0.9, 0.1, 0.4), (0.5, 0.0, 0.5), (0.0, 0.0, 0.0)])
