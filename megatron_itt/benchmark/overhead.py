@@ -1,8 +1,9 @@
 """What the training loop adds to a step: exchange, guards, pulse, metrics, records. `--parts overhead`.
 
-Bare steps (forward, backward, clipping, update, quantiles) and steps as the loop takes them alternate on one trainer in
-one process, in the order bare, loop, loop, bare; the difference within each four is what counts, because the machine's
-speed drifts. On CPUs the clock is the process's own time, which what else the machine does moves far less.
+Bare steps (forward, backward, clipping, update, quantiles) are timed, and after each of them, with caches as a step
+leaves them, what the loop does beside it. That is timed by itself: it is so much less than a step that the difference
+of two steps would tell more of the machine than of the loop. On CPUs the clock is the process's own time, which what
+else the machine does moves far less.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from megatron_itt.parallel.groups import start_parallel, stop_parallel
 LIMIT = 0.01  # what the loop may add to a bare step
 _WARM_UP_TURNS = 2
 _MAD_TO_SIGMA = 1.4826
-_MEDIAN_TO_MEAN_ERROR = 1.2533  # the error of a median of normal values is larger than that of their mean
+_MEDIAN_TO_MEAN_ERROR = 1.2533  # the error of the median of normal values, over that of their mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extra:
-    """Median of repeated differences in seconds, and its standard error."""
+    """Median of repeated measurements in seconds, and its standard error."""
 
     median_s: float
     error_s: float
 
     @staticmethod
-    def of(differences: Sequence[float]) -> Extra:
-        """Robust against the few steps that something else disturbed."""
-        median = statistics.median(differences)
-        deviation = _MAD_TO_SIGMA * statistics.median(abs(value - median) for value in differences)
-        return Extra(median_s=median, error_s=_MEDIAN_TO_MEAN_ERROR * deviation / math.sqrt(len(differences)))
+    def of(seconds: Sequence[float]) -> Extra:
+        """Robust against the few that something else disturbed."""
+        median = statistics.median(seconds)
+        deviation = _MAD_TO_SIGMA * statistics.median(abs(value - median) for value in seconds)
+        return Extra(median_s=median, error_s=_MEDIAN_TO_MEAN_ERROR * deviation / math.sqrt(len(seconds)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +78,7 @@ class Overhead:
 
 
 def measure_overhead(config: RunConfig, *, num_turns: int) -> Overhead:
-    """Time plain steps and logged ones of the loop against bare ones, two against two `num_turns` times each."""
+    """Time `num_turns` bare steps each with what the loop adds to a plain step and to one that it logs."""
     from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.guards import StepGuard
     from megatron_itt.training.reporter import Reporter
@@ -97,15 +98,14 @@ def measure_overhead(config: RunConfig, *, num_turns: int) -> Overhead:
             batches = random_batches(config, trainer.num_microbatches, seed=0)
             for turn in range(num_turns + _WARM_UP_TURNS):
                 for closely in extra:
-                    first = _timed(place.device, _bare_step, trainer, batches)
-                    loop_s = sum(
-                        _timed(place.device, _loop_step, trainer, batches, watch, report, turn + 1, closely)
-                        for _ in range(2)
-                    )
-                    last = _timed(place.device, _bare_step, trainer, batches)
+                    began = _clock(place.device)
+                    done = _bare_step(trainer, batches)
+                    between = _clock(place.device)
+                    _add_what_the_loop_does(trainer, watch, report, turn + 1, recorder=done if closely else None)
+                    ended = _clock(place.device)
                     if turn >= _WARM_UP_TURNS:
-                        bare += [first, last]
-                        extra[closely].append((loop_s - first - last) / 2)
+                        bare.append(between - began)
+                        extra[closely].append(ended - between)
             report.close()
     finally:
         stop.restore()
@@ -133,29 +133,47 @@ def overhead_section(config: RunConfig, *, num_turns: int) -> Section:
     )
 
 
-def _timed(device: torch.device, action: Any, *arguments: Any) -> float:
-    started = _clock(device)
-    action(*arguments)
-    return _clock(device) - started
-
-
 def _clock(device: torch.device) -> float:
     """Seconds: of this process on a CPU, of the wall on a GPU."""
     return time.process_time() if device.type == "cpu" else now(device)
 
 
-def _loop_step(*arguments: Any) -> None:
-    from megatron_itt.training.step import train_step
+def _add_what_the_loop_does(trainer: Any, watch: Any, report: Any, step: int, *, recorder: Any) -> None:
+    """All of `training.loop` and `training.step.train_step` that is not in a bare step; `recorder`: of a logged one."""
+    from megatron_itt.training.agreement import agree
+    from megatron_itt.training.metrics import peak_memory_bytes
+    from megatron_itt.training.step import StepResult
 
-    trainer, batches, watch, report, step, closely = arguments
+    device = trainer.place.device
     report.begin(step)
-    result = train_step(trainer, iter(batches), step, watch=watch, closely=closely)
+    for _ in range(1 + trainer.num_microbatches):
+        watch.pulse.beat("forward and backward", step)
+    losses = [torch.ones((), device=device) for _ in range(trainer.num_microbatches)]
+    job = agree(
+        loss=torch.stack(losses).double().mean(),
+        grad_norm=1.0,
+        stop=watch.stop.is_requested,
+        memory_bytes=peak_memory_bytes(device) if recorder is not None else 0,
+        device=device,
+    )
+    verdict = watch.guard.judge(job)
     watch.pulse.beat("after the update", step)
-    report.end(step, result)
+    report.end(
+        step,
+        StepResult(
+            loss=job.loss,
+            grad_norm=job.grad_norm,
+            learning_rate=trainer.optimizer.param_groups[0]["lr"],
+            verdict=verdict,
+            stopping=job.stopping,
+            memory_bytes=job.memory_bytes,
+            recorder=recorder,
+        ),
+    )
 
 
-def _bare_step(trainer: Any, batches: Sequence[dict[str, Any]]) -> None:
-    """Forward, backward, clipping, update: nothing is reported, exchanged or judged."""
+def _bare_step(trainer: Any, batches: Sequence[dict[str, Any]]) -> Any:
+    """Forward, backward, clipping, update: nothing is reported, exchanged or judged. Returns the step's recorder."""
     from megatron_itt.model.trace import RoutingRecorder
     from megatron_itt.training.optimizer import gradient_norm
     from megatron_itt.training.step import _ForwardStep, _run_schedule, _update
@@ -170,3 +188,4 @@ def _bare_step(trainer: Any, batches: Sequence[dict[str, Any]]) -> None:
         _run_schedule(trainer, iter(batches), trainer.num_microbatches, forward)
     _update(trainer, recorder, gradient_norm(trainer.optimizer))
     trainer.schedule.step(increment=1)
+    return recorder

@@ -109,6 +109,7 @@ class _CopiedOneByOne:
 
     def __iter__(self) -> Iterator[tuple[WriteItem, Tensor]]:
         end_with_parent()  # this is where the process that writes begins
+        torch.set_num_threads(1)  # those of the process that it was forked from are not there
         for item, tensor in self.staged:
             is_view = tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize
             yield item, tensor.clone() if is_view else tensor

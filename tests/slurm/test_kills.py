@@ -1,6 +1,7 @@
 """kill -9 of one process of a run at random moments, in and out of saves: every restart ends at the same loss.
 
-Runs on this machine alone, through the launcher. `ITT_TEST_KILLS=30` in the environment asks for more moments.
+Runs on this machine alone, through the launcher. `ITT_TEST_KILLS=30` in the environment asks for more moments,
+`ITT_TEST_KILLS_SEED` for others.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tests.architecture.sources import ROOT
 
 NUM_STEPS = 16
 NUM_KILLS = int(os.environ.get("ITT_TEST_KILLS", "2"))
+SEED = os.environ.get("ITT_TEST_KILLS_SEED", "moments to kill at")
 SETTINGS = (
     "parallel.tensor=2",
     "parallel.sequence=true",
@@ -110,7 +112,7 @@ def whole(recipe: Path, settings: dict[str, str]) -> Run:
 
 
 def test_a_rank_killed_at_any_moment_changes_no_loss(whole: Run) -> None:
-    chance = random.Random("moments to kill at")
+    chance = random.Random(SEED)
     torn = 0
     for number in range(NUM_KILLS):
         run = Run(whole.recipe, whole.settings, f"killed_{number}")

@@ -37,6 +37,14 @@ def built() -> Iterator[Any]:
         yield model
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def save(writer: CheckpointWriter, built: Any, step: int) -> None:
     writer.save(sharded_model_state(built.chunks), new_run_state(tiny_recipe(), step=step))
 
@@ -187,9 +195,11 @@ def test_plans_follow_a_structure_that_changes(tmp_path: Path, built: Any) -> No
         assert step <= 2 or loaded[WEIGHT].equal(weights), step
 
 
-def test_views_are_copied_by_what_writes_them(tmp_path: Path, built: Any) -> None:
+@pytest.mark.timeout(300)
+def test_views_are_copied_by_what_writes_them(tmp_path: Path, built: Any, two_threads: None) -> None:
     """Not by the process that trains, and not with all the memory that they are views of."""
     sheet = torch.arange(1 << 20, dtype=torch.float32).reshape(16, -1)
+    sheet.exp()  # starts the threads that a forked process does not have
 
     def state() -> dict[str, Any]:
         return {f"row{i}": ShardedTensor.from_rank_offsets(f"row{i}", row) for i, row in enumerate(sheet)}
