@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_itt.benchmark.sections import Section, markdown_table
 from megatron_itt.errors import EvaluationError
@@ -14,6 +15,7 @@ from megatron_itt.errors import EvaluationError
 # Of the largest value; sums of thousands of products in another order, in numbers of 24 and of 8 bits.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 # (picked, all tokens, batch, query heads, key/value heads, head size)
+ROWS = (130, 3, 256)  # rows, batch, width
 SIZES = ((96, 200, 2, 4, 2, 32), (512, 1024, 2, 8, 8, 64), (300, 777, 1, 4, 1, 128))
 
 
@@ -30,9 +32,10 @@ class KernelDifference:
 
 
 def kernels_section(device: torch.device) -> Section:
-    """The attention kernel for picked queries that this device uses. EvaluationError where it differs."""
+    """The kernels that this device uses, in both types. EvaluationError where one differs from plain torch."""
     name, kernel = find_attention_kernel(device)
-    rows = [
+    rows = [row for dtype in TOLERANCES for row in compare_row_kernels(dtype, device)]
+    rows += [
         row for sizes in SIZES for dtype in TOLERANCES for row in compare_attention(name, kernel, sizes, dtype, device)
     ]
     wrong = [row for row in rows if not row.difference <= row.allowed]  # NaN is wrong as well
@@ -53,9 +56,11 @@ def kernels_section(device: torch.device) -> Section:
         ]
         for row in rows
     ]
-    columns = ("kernel", "picked x tokens x batch x heads x key heads x size", "type", "tensor", "differs", "allowed")
     return Section(
-        title="Kernels against plain torch", rows=[asdict(row) for row in rows], table=markdown_table(columns, lines)
+        title="Kernels against plain torch",
+        rows=[asdict(row) for row in rows],
+        table=markdown_table(("kernel", "sizes", "type", "tensor", "differs", "allowed"), lines),
+        notes=("Sizes of attention: picked, tokens, batch, query heads, key heads, head size.",),
     )
 
 
@@ -70,21 +75,71 @@ def find_attention_kernel(device: torch.device) -> tuple[str, Callable[..., Tens
     return "attend_blocks", attend_blocks
 
 
+def compare_row_kernels(dtype: torch.dtype, device: torch.device) -> list[KernelDifference]:
+    """Norm, SwiGLU and the scaling of increments: outputs and the gradients of all their inputs."""
+    from megatron_itt.kernels.increment import scale_rows
+    from megatron_itt.kernels.rms_norm import normalise
+    from megatron_itt.kernels.swiglu import swiglu
+
+    num_rows, batch, width = ROWS
+    hidden, gain, logits = _random(dtype, device, (num_rows, batch, width), (width,), (num_rows, batch))
+    projected, weights = _random(dtype, device, (num_rows, batch, 2 * width))[0], logits.float().sigmoid()
+    cases: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Tensor]]] = {
+        "normalise": (
+            lambda x, g: normalise(x, g, 1e-5),
+            lambda x, g: g * functional.rms_norm(x, x.shape[-1:], eps=1e-5),
+            {"hidden": hidden, "gain": gain},
+        ),
+        "swiglu": (
+            swiglu,
+            lambda x: functional.silu(x[..., :width]) * x[..., width:],
+            {"projected": projected},
+        ),
+        "scale_rows": (
+            lambda x, w, g: scale_rows(x, w, g, 0.7),
+            lambda x, w, g: 0.7 * w.unsqueeze(-1) * g * x,
+            {"rows": hidden, "weights": weights, "gain": gain},
+        ),
+    }
+    return [
+        row
+        for name, (kernel, plain, inputs) in cases.items()
+        for row in _compare(name, kernel, plain, inputs, sizes=ROWS)
+    ]
+
+
 def compare_attention(
     name: str, kernel: Callable[..., Tensor], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> list[KernelDifference]:
-    """The context and the gradients of query, key and value, against plain torch in float32."""
+    """The context and the gradients of query, key and value."""
     num_picked, num_keys, batch, heads, key_heads, size = sizes
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, weights = (
-        torch.randn(rows, batch, count, size, generator=generator).to(device, dtype)
-        for rows, count in ((num_picked, heads), (num_keys, key_heads), (num_keys, key_heads), (num_picked, heads))
-    )
+    every = (num_keys, batch, key_heads, size)
+    query, key, value = _random(dtype, device, (num_picked, batch, heads, size), every, every)
+    generator = torch.Generator().manual_seed(1)
     picked = [torch.randperm(num_keys, generator=generator)[:num_picked].sort().values for _ in range(batch)]
     positions = torch.stack(picked, dim=1).to(device)
-    found = _with_gradients(lambda q, k, v: kernel(q, k, v, positions), query, key, value, weights)
-    wide = [part.float() for part in (query, key, value, weights)]
-    expected = _with_gradients(lambda q, k, v: _plain_attention(q, k, v, positions), *wide)
+    return _compare(
+        name,
+        lambda q, k, v: kernel(q, k, v, positions),
+        lambda q, k, v: _plain_attention(q, k, v, positions),
+        {"query": query, "key": key, "value": value},
+        sizes=sizes,
+    )
+
+
+def _compare(
+    name: str,
+    kernel: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    *,
+    sizes: tuple[int, ...],
+) -> list[KernelDifference]:
+    """The kernel in the type of its first input, plain torch in float32."""
+    dtype = next(iter(inputs.values())).dtype
+    found = _with_gradients(kernel, list(inputs.values()))
+    expected = _with_gradients(plain, [part.float() for part in inputs.values()])
+    labels = ["output", *(f"gradient of {label}" for label in inputs)]
     return [
         KernelDifference(
             kernel=name,
@@ -94,21 +149,25 @@ def compare_attention(
             difference=float((a.float() - b).abs().max() / b.abs().max()),
             allowed=TOLERANCES[dtype],
         )
-        for label, a, b in zip(
-            ("context", "query gradient", "key gradient", "value gradient"), found, expected, strict=True
-        )
+        for label, a, b in zip(labels, found, expected, strict=True)
     ]
 
 
-def _with_gradients(
-    function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, weights: Tensor
-) -> list[Tensor]:
-    inputs = [part.detach().requires_grad_(True) for part in (query, key, value)]
-    context = function(*inputs)
-    (context.float() * weights.float().flatten(2)).sum().backward()
+def _random(dtype: torch.dtype, device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def _with_gradients(function: Callable[..., Tensor], values: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of a weighted sum of it."""
+    inputs = [part.detach().requires_grad_(True) for part in values]
+    output = function(*inputs)
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(output.shape, generator=generator).to(output.device)
+    (output.float() * weights).sum().backward()
     gradients = [part.grad for part in inputs]
-    assert all(gradient is not None for gradient in gradients), "the kernel gives gradients"
-    return [context.detach(), *(gradient for gradient in gradients if gradient is not None)]
+    assert all(gradient is not None for gradient in gradients), "every input has a gradient"
+    return [output.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
