@@ -75,7 +75,7 @@ plan() { # ACTION
 next_action() { # -> done | stop | cancelled | stuck | again. Files decide, no exit code: srun's is 0 after a node died
     if [ -f "$run_dir/finished" ]; then echo 'done'
     elif [ -f "$run_dir/diverged" ] || [ -f "$run_dir/refused" ]; then echo stop
-    elif [ -n "$cancelled" ]; then echo cancelled
+    elif [ -n "$cancelled" ] && ! is_out_of_time; then echo cancelled
     elif [ "$(newest_checkpoint)" = "$first_checkpoint" ] && [ "$num_stuck" -ge "$ITT_MAX_RESTARTS" ]; then echo stuck
     else echo again
     fi

@@ -12,6 +12,10 @@ on_signal() {
     [ ${#children[@]} = 0 ] || kill -USR1 "${children[@]}" 2>/dev/null
 }
 
+is_out_of_time() { # the TERM of a time limit, where the warning came too late or too little time was left after it
+    in_slurm && [[ $(timeout 60 scontrol --oneliner show job "$SLURM_JOB_ID") =~ JobState=TIMEOUT|Reason=TimeLimit ]]
+}
+
 check_nodes() { # the doctor on every node; its words count, not srun's exit code
     [ "${ITT_PREFLIGHT:-yes}" = yes ] && in_slurm || return 0
     local report=$run_dir/preflight.txt unusable

@@ -118,6 +118,7 @@ def test_a_rank_killed_at_any_moment_changes_no_loss(whole: Run) -> None:
         run = Run(whole.recipe, whole.settings, f"killed_{number}")
         torn += kill_and_restart(run, chance, in_save=number % 2 == 0)
         assert run.numbers() == whole.numbers()
+    assert torn or NUM_KILLS < 10, "no kill struck a save"
     print(f"{NUM_KILLS} kills, {torn} of them left a torn checkpoint, {NUM_KILLS} times the same {NUM_STEPS} losses")
 
 
@@ -125,11 +126,11 @@ def kill_and_restart(run: Run, chance: random.Random, *, in_save: bool) -> bool:
     """Kill a rank once, then run to the end. Returns whether the kill left a checkpoint half written."""
     process = run.start()
     wait_until(lambda: bool(run.records()), process)
+    victim = chance.choice(ranks_of(process))  # finding it takes longer than a save
     if in_save:
         nth = chance.randrange(1, NUM_STEPS // 2)  # each save shows up in `latest`
         wait_until(lambda: run.latest() >= 2 * (nth - 1) and run.is_saving(), process)
-    time.sleep(chance.uniform(0.0, 0.05 if in_save else 2.0))
-    victim = chance.choice(ranks_of(process))
+    time.sleep(chance.uniform(0.0, 0.01 if in_save else 2.0))
     victim.kill()
     text = run.end_of(process)
     assert not psutil.wait_procs(run.processes(), timeout=20)[1], "something outlived the run"

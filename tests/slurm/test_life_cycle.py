@@ -47,6 +47,18 @@ def test_a_time_limit_changes_no_loss(
     print(f"{shape.nodes} x {shape.tasks_per_node}: {job.num_restarts()} restarts, {NUM_STEPS} equal losses")
 
 
+def test_a_job_whose_warning_is_lost_saves_at_the_limit_and_is_queued_again(
+    cluster: Cluster, recipe: Path, settings: dict[str, str]
+) -> None:
+    job = submit(cluster, recipe, settings, "--time=1", "--signal=B:URG@10", "schedule.steps=40000")
+    cluster.wait_until(lambda: job.num_restarts() == 1, f"a restart\n{job.text()}", timeout_s=300)
+    saved = int((job.run_dir / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+    assert saved == job.records()[-1]["step"] > 0
+    cluster.wait_until(lambda: "resumed from" in job.text(), f"it continues\n{job.text()}", timeout_s=300)
+    cluster.command("scancel", job.job_id)
+    assert job.end() == "CANCELLED", job.text()
+
+
 def test_a_chain_continues_where_the_link_before_stopped(
     cluster: Cluster, recipe: Path, settings: dict[str, str]
 ) -> None:
