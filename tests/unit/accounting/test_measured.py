@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.accounting.memory import layer_activations, rank_memory
 from megatron_itt.accounting.params import count_parameters
+from megatron_itt.benchmark.memory import measure_kept_bytes
 from megatron_itt.config import RunConfig, parse_config
 from megatron_itt.model.builder import build_model
 from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
@@ -71,23 +72,6 @@ def build(config: RunConfig) -> tuple[torch.nn.Module, torch.Tensor, torch.Tenso
     (chunk,) = build_model(config, dtype=dtype, device=torch.device("cpu")).chunks
     positions = torch.arange(config.model.seq_length)[None]
     return chunk, positions % config.model.vocab_size, positions
-
-
-def measure_kept_bytes(chunk: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> int:
-    """Bytes of all storages that backward needs, weights excepted."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in weights:
-            kept[address] = tensor  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = chunk(tokens, positions, None)
-    assert output.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def count_block(query: Sequence[int], key: Sequence[int], *_others: object, **_options: object) -> int:
