@@ -16,9 +16,12 @@ _FREE_THINKING_KEYS = (
     *("routing", "recompute", "quantile_decay", "router_init_std", "step_init"),
 )
 _FREE_MODEL_KEYS = ("init_std",)
-_ORDER_KEYS = (("batch", "global"), ("schedule", "steps"), ("optimizer", "distributed"), ("precision", "dtype"))
-# Of these, what a person may allow to differ: the weights still fit, but the order of samples or the rates change.
-_ALLOWABLE = ("data", "data.reset_at_document_end", "schedule.steps")
+_ORDER_KEYS = (("batch", "global"), ("precision", "dtype"))
+_UPDATE_SECTIONS = ("optimizer", "schedule")
+_FREE_UPDATE_KEYS = ("overlap_grad_reduce",)
+# Of these, what a person may allow to differ: the weights still fit, but the order of samples or the updates change.
+_ALLOWABLE = ("data", *_UPDATE_SECTIONS)
+_FIXED = ("optimizer.distributed",)
 
 
 def check_resumable(
@@ -31,7 +34,8 @@ def check_resumable(
     """
     saved, wanted = state.recipe, dump_config(config)
     found = _differences(saved, wanted)
-    for section, key in _ORDER_KEYS:
+    updates = [(name, key) for name in _UPDATE_SECTIONS for key in wanted[name] if key not in _FREE_UPDATE_KEYS]
+    for section, key in (*_ORDER_KEYS, *updates):
         if saved[section][key] != wanted[section][key]:
             found.append((f"{section}.{key}", f"was {saved[section][key]!r} and is now {wanted[section][key]!r}"))
     separate = saved["data"].get("reset_at_document_end", False)
@@ -52,14 +56,18 @@ def check_resumable(
 
 def _is_allowed(name: str, given: Iterable[str]) -> bool:
     """Whether a person named this key, its section, or (for the data as a whole) a part of it."""
-    return name in _ALLOWABLE and any(
+    return _may_allow(name) and any(
         one == name or name.startswith(f"{one}.") or one.startswith(f"{name}.") for one in given
     )
 
 
+def _may_allow(name: str) -> bool:
+    return name.split(".")[0] in _ALLOWABLE and name not in _FIXED
+
+
 def _way_out(names: list[str]) -> str:
     """What --allow-changed would let pass, if that is all there is."""
-    if not set(names) <= set(_ALLOWABLE):
+    if not all(_may_allow(name) for name in names):
         return ""
     return f", or {' '.join(f'--allow-changed={name}' for name in names)} if that is what you want"
 

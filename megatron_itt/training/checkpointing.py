@@ -25,7 +25,7 @@ from megatron_itt.checkpoint.verify import find_intact
 from megatron_itt.config.run import RunConfig
 from megatron_itt.log import get_logger
 from megatron_itt.training.assemble import Trainer
-from megatron_itt.training.optimizer import load_optimizer_state, sharded_optimizer_state
+from megatron_itt.training.optimizer import load_optimizer_state, resume_schedule, sharded_optimizer_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +122,7 @@ def load_trainer(trainer: Trainer, checkpoint: Path, *, with_random_states: bool
     loaded = load_sharded_state(wanted, checkpoint)
     load_model_state(trainer.built.chunks, loaded)
     load_optimizer_state(trainer.optimizer, loaded["optimizer"])
-    trainer.schedule.load_state_dict(loaded["schedule"])
+    resume_schedule(trainer.schedule, loaded["schedule"])
     if with_random_states:
         restore_random_states(loaded[RANDOM_STATES])
 

@@ -235,8 +235,8 @@ def _recover(run: Run, step: int, verdict: Verdict) -> bool:
 
 def _give_up(run: Run, step: int, problem: str) -> None:
     reason = (
-        f"step {step}: {problem}; the last checkpoint is from before; lower optimizer.learning_rate, look at the data "
-        "of this step, or set runtime.spike_policy"
+        f"step {step}: {problem}; the last checkpoint is from before; lower optimizer.learning_rate (with "
+        "--allow-changed=optimizer.learning_rate), look at the data of this step, or set runtime.spike_policy"
     )
     run.report.event(step, "diverged", reason)
     if run.trainer.place.is_main:

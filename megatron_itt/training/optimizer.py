@@ -21,6 +21,8 @@ from megatron_itt.training.optimizer_state import from_common_form, to_common_fo
 # The layout of the optimizer's state on disk that any tensor, pipeline and data-parallel size can read.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 _TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
+# What the recipe says of a parameter group; the rest of a group is state. The schedule sets its rate and decay.
+_RECIPE_KEYS = ("max_lr", "min_lr", "betas", "eps")
 
 
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -106,10 +108,13 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
-    """Put a loaded state into the optimizer, whichever AdamW wrote it."""
+    """Put a loaded state into the optimizer, whichever AdamW wrote it. Rates, betas and eps stay the recipe's."""
     inner = next(_parts(optimizer)).optimizer
+    settings = [{key: group[key] for key in _RECIPE_KEYS if key in group} for group in _groups(optimizer)]
     from_common_form(loaded, inner.param_groups[0], counts_per_tensor=isinstance(inner, _TORCH_ADAMS))
     optimizer.load_state_dict(loaded)
+    for group, own in zip(_groups(optimizer), settings, strict=True):
+        group.update(own)
     for part in _parts(optimizer):
         if _is_torch_adam(part):
             # The loader hands one step counter to all tensors, and each would advance it.
@@ -117,8 +122,20 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
                 state["step"] = state["step"].clone()
 
 
+def resume_schedule(schedule: OptimizerParamScheduler, loaded: dict[str, Any]) -> None:
+    """Go to where a loaded schedule stood, before or behind. Its form stays the recipe's."""
+    schedule.num_steps = loaded["num_steps"]
+    schedule.step(increment=0)
+
+
 def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
     yield from getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _groups(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
+    for part in _parts(optimizer):
+        if not part.is_stub_optimizer:
+            yield from part.optimizer.param_groups
 
 
 def _is_torch_adam(part: Any) -> bool:

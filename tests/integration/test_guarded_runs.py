@@ -86,6 +86,10 @@ def test_a_rollback_goes_back_to_the_checkpoint_and_on_with_the_data(
     [event] = read_lines(run_dir, "event")
     assert (event["step"], event["event"], event["to_step"]) == (4, "rollback", 2)
     assert same(weights(run_dir, 2), weights(run_dir, 4))  # saved at once, so that a restart does not repeat it
+    rates = [line["learning_rate"] for line in read_lines(run_dir, "loss")]
+    monkeypatch.undo()
+    assert run(recipe, *settings, f"logging.run_dir={tmp_path / 'plain'}") == 0
+    assert rates == [line["learning_rate"] for line in read_lines(tmp_path / "plain", "loss")]
     state = json.loads((run_dir / "checkpoints/step_0000004/run_state.json").read_text())
     assert state["consumed_samples"] == 4 * 4
     assert state["loop"]["guard"]["num_rollbacks"] == 1

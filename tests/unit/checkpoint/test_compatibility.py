@@ -25,10 +25,10 @@ def check(*, fingerprint: str = "data", allow: tuple[str, ...] = (), **sections:
         {"batch": {"global": 4, "micro": 1}},
         {"thinking": {"capacity": [0.7, 0.7, 0.7]}},
         {"thinking": {"routing": "threshold"}},
-        {"optimizer": {"learning_rate": 1e-4}},
+        {"optimizer": {"overlap_grad_reduce": True}},
     ],
 )
-def test_layouts_budgets_and_rates_may_change(sections: dict[str, Any]) -> None:
+def test_layouts_and_budgets_may_change(sections: dict[str, Any]) -> None:
     check(**sections)
 
 
@@ -65,6 +65,28 @@ def test_changed_data_that_is_wanted_is_accepted(allow: str) -> None:
 @pytest.mark.parametrize("allow", ["schedule", "schedule.steps"])
 def test_a_longer_run_that_is_wanted_is_accepted(allow: str) -> None:
     check(allow=(allow,), schedule={"steps": 9})
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("optimizer", "learning_rate", 1e-4),
+        ("optimizer", "betas", [0.8, 0.9]),
+        ("optimizer", "clip_grad_norm", 0.5),
+        ("schedule", "warmup_steps", 2),
+        ("schedule", "decay", "constant"),
+    ],
+)
+def test_other_updates_are_refused_unless_wanted(section: str, key: str, value: Any) -> None:
+    changed = {section: {key: value}}
+    with pytest.raises(CheckpointError, match=rf"{section}\.{key} was .*--allow-changed={section}\.{key}"):
+        check(**changed)
+    check(**changed, allow=(f"{section}.{key}",))
+
+
+def test_a_sharded_optimizer_state_stays_sharded() -> None:
+    with pytest.raises(CheckpointError, match=r"optimizer\.distributed was"):
+        check(optimizer={"distributed": False}, allow=("optimizer", "optimizer.distributed"))
 
 
 def test_what_the_weights_depend_on_cannot_be_allowed() -> None:

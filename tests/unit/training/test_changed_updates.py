@@ -1,0 +1,70 @@
+"""A resumed run takes learning rate, schedule and AdamW's settings from its recipe, and its place from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_itt.checkpoint.save import save_checkpoint
+from megatron_itt.checkpoint.state import new_run_state
+from megatron_itt.config import RunConfig
+from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
+from tests.helpers.steps import _microbatches as microbatches
+
+NUM_STEPS = 3
+
+
+@contextmanager
+def opened(config: RunConfig) -> Iterator[Any]:
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+    from megatron_itt.training.assemble import build_trainer
+
+    place = start_parallel(config, place=ONE_PROCESS)
+    try:
+        yield build_trainer(config, place)
+    finally:
+        stop_parallel()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after three of five steps of the tiny recipe."""
+    from megatron_itt.training.checkpointing import trainer_state
+    from megatron_itt.training.step import train_step
+
+    folder, config = tmp_path_factory.mktemp("saved"), tiny_recipe()
+    with opened(config) as trainer:
+        for step in range(NUM_STEPS):
+            train_step(trainer, iter(microbatches(trainer, step)), step + 1)
+        state = new_run_state(config, step=NUM_STEPS)
+        return save_checkpoint(trainer_state(trainer, loading=False), state, folder, keep_last=1)
+
+
+def test_changed_settings_hold_from_the_first_step_after_a_resume(saved: Path) -> None:
+    from megatron_itt.training.checkpointing import load_trainer
+
+    optimizer = {"learning_rate": 1e-4, "betas": [0.5, 0.6], "eps": 1e-6, "weight_decay": 0.1}
+    schedule = {"steps": 100, "warmup_steps": 10}
+    config = tiny_recipe(optimizer=optimizer, schedule=schedule)
+    with opened(config) as fresh:
+        fresh.schedule.step(increment=NUM_STEPS)
+        wanted = group_settings(fresh)
+    with opened(config) as trainer:
+        for _ in range(2):  # a second time as after a roll-back
+            load_trainer(trainer, saved)
+            assert trainer.schedule.num_steps == NUM_STEPS
+            assert group_settings(trainer) == wanted
+    assert wanted[0]["lr"] == pytest.approx(1e-4 * NUM_STEPS / 10)
+
+
+def group_settings(trainer: Any) -> list[dict[str, Any]]:
+    keys = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay")
+    return [
+        {key: group[key] for key in keys if key in group}
+        for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+        for group in part.param_groups
+    ]
