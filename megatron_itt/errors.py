@@ -24,6 +24,12 @@ class CheckpointError(IttError):
     """A checkpoint that is missing, damaged, or of another architecture."""
 
 
+class StorageError(CheckpointError):
+    """A checkpoint that storage failed to write or read, for a reason that may pass: starting again may help."""
+
+    exit_code = 1
+
+
 class ExportError(IttError):
     """A conversion between checkpoint and Hugging Face format that cannot be done faithfully."""
 

@@ -1,7 +1,7 @@
 # The settings of slurm/cluster.env, each checked before anything starts. Sourced by launch.sh, never run.
 # shellcheck shell=bash disable=SC2154
 
-container=()
+container=() planner=''
 KNOWN_SETTINGS="ITT_PYTHON ITT_MODULES ITT_CONTAINER_IMAGE ITT_CONTAINER_MOUNTS ITT_SRUN_OPTIONS ITT_DATA_ROOT
 ITT_RUN_ROOT ITT_MASTER_SUFFIX ITT_PREFLIGHT ITT_MAX_RESTARTS ITT_STRAGGLER_S
 ITT_GPU ITT_ASSUMED_MFU ITT_LOCAL_PROCESSES"
@@ -44,6 +44,13 @@ find_python() { # CLUSTER_FILE
     fi
     [ -n "${ITT_CONTAINER_IMAGE:-}" ] || command -v "$ITT_PYTHON" >/dev/null ||
         fail "ITT_PYTHON is $ITT_PYTHON, which does not run here; correct it in $1"
+    planner=$ITT_PYTHON
+    if [ -n "${ITT_CONTAINER_IMAGE:-}" ] && ! in_slurm; then # outside jobs there is no container
+        planner=python3
+        [ ! -x "$checkout/.venv/bin/python" ] || planner=$checkout/.venv/bin/python
+        "$planner" -c 'import pydantic, yaml' 2>/dev/null || fail "$planner of this host cannot read recipes:" \
+            "pip install pydantic pyyaml, or run make install; or call sbatch itself, which needs neither"
+    fi
 }
 
 use_modules() { # CLUSTER_FILE
@@ -71,6 +78,6 @@ run_python() { # one process, where the tasks' python is; standard output is the
     if [ ${#container[@]} -gt 0 ]; then
         PYTHONPATH=$code srun --nodes=1 --ntasks=1 --mpi=none "${container[@]}" "$ITT_PYTHON" "$@"
     else
-        (cd "$checkout" && PYTHONPATH=$code "$ITT_PYTHON" "$@")
+        (cd "$checkout" && PYTHONPATH=$code "$planner" "$@")
     fi
 }

@@ -156,21 +156,22 @@ dry_run() { # JOB_FILE
     local limit
     plan_options+=("--gpu=${ITT_GPU:-a100-80gb}" "--mfu=${ITT_ASSUMED_MFU:-0.35}")
     plan show || return
-    limit=$(asked_for "$1" time)
+    limit=${SBATCH_TIMELIMIT:-$(asked_for "$1" time)} # sbatch prefers the variable, too
     echo "job          ${1##*/}, time limit ${limit:-of the partition}, partition ${SBATCH_PARTITION:-default}," \
         "account ${SBATCH_ACCOUNT:-default}"
     echo "software     ${ITT_CONTAINER_IMAGE:-no container}, $ITT_PYTHON"
 }
 
 submit() { # JOB_FILE
-    local options=() given=() link folder
+    local options=() given=() link folder job_file
+    job_file=$(realpath "$1")
     ! grep -q ' train "\$@"$' "$1" || given=("$recipe") # a job file for any recipe
     dry_run "$1" || return
     folder=$(plan run-dir) || return
     [ -z "$asked_nodes" ] || options+=("--nodes=$asked_nodes")
-    [ "$num_links" = 1 ] || options+=("--job-name=${folder##*/}" --dependency=singleton --no-requeue "--export=ALL,ITT_CHAIN=1")
+    [ "$num_links" = 1 ] || options+=("--job-name=${folder##*/}" --dependency=singleton --no-requeue "--export=ALL,ITT_CHAIN=chain-$(date +%s)-$$")
     for ((link = 0; link < num_links; link++)); do
-        (cd "$checkout" && sbatch "${options[@]}" "$1" "${given[@]}" "${allowed[@]}" "${overrides[@]}") || return
+        (cd "$checkout" && sbatch "${options[@]}" "$job_file" "${given[@]}" "${allowed[@]}" "${overrides[@]}") || return
     done
 }
 

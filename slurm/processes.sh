@@ -55,6 +55,7 @@ start_here() { # COMMAND...
 wait_for_children() { # sets status: the first that is not 0; a rank that ends gives the others ITT_STRAGGLER_S
     local child left code_of_child first_end=''
     status=0
+    [ -z "$warned$cancelled" ] || kill -USR1 "${children[@]}" 2>/dev/null # a signal that came before they were known
     while [ ${#children[@]} -gt 0 ]; do
         left=()
         for child in "${children[@]}"; do

@@ -2,7 +2,7 @@
 # Sourced by launch.sh, never run.
 #
 #   RUN/in_use                who holds the folder
-#   RUN/restarts              restarts in a row from the same checkpoint, and its name
+#   RUN/restarts              restarts in a row from the same checkpoint, its name, and what was submitted
 #   RUN/finished              all steps are done (written by the training)
 #   RUN/diverged, refused     why it must not be started again by itself (written by the training and by task.py)
 #   RUN/stopped               why later restarts, links of a chain and tasks of an array do nothing
@@ -18,10 +18,13 @@ claim_run_folder() { # a claim whose owner is gone is taken over, and so is that
     if in_slurm; then mine="job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0}"; else mine="process $$ on $(hostname)"; fi
     if ! (set -o noclobber && echo "$mine" >"$run_dir/in_use") 2>/dev/null; then
         owner=$(owner_of_run_folder)
+        [ -n "$owner" ] || { sleep 1; owner=$(owner_of_run_folder); } # just made, not yet written
         [ "${owner% start *}" = "${mine% start *}" ] || ! is_alive "$owner" || fail "$run_dir is in use by ${owner% start *};" \
             "wait for it or cancel it, or choose another logging.run_dir (if it is gone, remove $run_dir/in_use)"
+        # Asking Slurm takes seconds, in which another may have taken over.
+        [ "$(owner_of_run_folder)" = "$owner" ] || fail "$run_dir has just been taken by $(owner_of_run_folder)"
         echo "$mine" >"$run_dir/in_use" || fail "logging.run_dir is $run_dir, which cannot be written"
-        sleep 0.2 # two that take over at once: the last to write goes on
+        sleep 1 # two that take over at once: the last to write goes on
         [ "$(owner_of_run_folder)" = "$mine" ] || fail "$run_dir has just been taken by $(owner_of_run_folder)"
     fi
     claim=$mine
@@ -44,22 +47,22 @@ is_alive() { # OWNER; one that cannot be asked about counts as alive
 is_overtaken() { [ -n "$claim" ] && [ -f "$run_dir/in_use" ] && [ "$(owner_of_run_folder)" != "$claim" ]; }
 release_run_folder() { [ -z "$claim" ] || is_overtaken || rm -f "$run_dir/in_use"; }
 
-# Not the first job on its run folder: queued again, a later link of a chain, or a task of an array.
-is_continuation() { [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || [ -n "${ITT_CHAIN:-}${SLURM_ARRAY_TASK_ID:-}" ]; }
+# What a person submitted: the links of a chain and the tasks of an array have it in common.
+submission() { echo "${SLURM_ARRAY_JOB_ID:-${ITT_CHAIN:-${SLURM_JOB_ID:-$$}}}"; }
 
 count_restart() { # restarts in a row that began at the same checkpoint, the one being started included
-    local before seen
+    local before='' seen='' of=''
     num_stuck=0 first_checkpoint=$(newest_checkpoint)
-    if is_continuation; then
+    read -r before seen of 2>/dev/null <"$run_dir/restarts"
+    if [ "$of" = "$(submission)" ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         [ ! -f "$run_dir/stopped" ] || { say "not continued: $(cat "$run_dir/stopped")"; exit 1; }
         [ ! -f "$run_dir/diverged" ] || stop 2 "$(cat "$run_dir/diverged")" # and its node died before it could say so
-        read -r before seen 2>/dev/null <"$run_dir/restarts" && [ "$seen" = "$first_checkpoint" ] &&
-            num_stuck=$((before + 1))
+        [ "$seen" != "$first_checkpoint" ] || num_stuck=$((before + 1))
     else
         rm -f "$run_dir/stopped" "$run_dir/diverged" # submitted by a person, who knows
     fi
     rm -f "$run_dir/refused"
-    echo "$num_stuck $first_checkpoint" >"$run_dir/restarts" || fail "logging.run_dir is $run_dir, which cannot be written"
+    echo "$num_stuck $first_checkpoint $(submission)" >"$run_dir/restarts" || fail "logging.run_dir is $run_dir, which cannot be written"
     [ "$num_stuck" -le "$ITT_MAX_RESTARTS" ] || stop 1 "$num_stuck restarts in a row ended at $first_checkpoint"
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_itt.errors import CheckpointError, ConfigError, DataError  # noqa: E402
+from megatron_itt.errors import CheckpointError, ConfigError, DataError, StorageError  # noqa: E402
 from megatron_itt.log import run_command  # noqa: E402
 from megatron_itt.train import main  # noqa: E402
 
@@ -35,12 +35,13 @@ def check_host_of_rank_0() -> None:
 
 
 def run() -> int:
-    """Train, or exit with 2 and one line, which is noted in the run folder as well."""
+    """Train, or exit with one line; a refusal, which starting again would meet again, is noted in the run folder."""
     try:
         check_host_of_rank_0()
         return main()
     except (CheckpointError, ConfigError, DataError) as error:
-        note_refusal(Path(sys.argv[1]).resolve().parents[1], str(error))
+        if not isinstance(error, StorageError):
+            note_refusal(Path(sys.argv[1]).resolve().parents[1], str(error))
         raise
 
 

@@ -21,7 +21,7 @@ from megatron_itt.checkpoint.state import RunState, load_model_state, read_run_s
 from megatron_itt.checkpoint.verify import check_together
 from megatron_itt.config.environment import ProcessPlace
 from megatron_itt.config.run import ParallelConfig, RunConfig
-from megatron_itt.errors import CheckpointError
+from megatron_itt.errors import CheckpointError, StorageError
 from megatron_itt.model.builder import BuiltModel, build_model
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
@@ -36,8 +36,9 @@ _LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset by peer")
 def load_sharded_state(sharded_state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Fill a sharded state from a checkpoint folder; no code in its files is run.
 
-    CheckpointError when files are missing or damaged, or hold something else than tensors and plain values. When
-    another rank is lost meanwhile, torch's own error goes on: the files are not to blame, and the job may start again.
+    CheckpointError when files are missing or damaged, or hold something else than tensors and plain values;
+    StorageError when the system could not read them. When another rank is lost meanwhile, torch's own error goes on:
+    the files are not to blame, and the job may start again.
     """
     strategies = {"sharded_strategy": SafeShardedStrategy(), "common_strategy": SafeCommonStrategy()}
     try:
@@ -46,7 +47,8 @@ def load_sharded_state(sharded_state: dict[str, Any], checkpoint: Path) -> dict[
         if isinstance(error, dist.DistError) or any(mark in str(error) for mark in _LOST_PEER):
             raise
         reason = " ".join(str(error).split())
-        raise CheckpointError(
+        passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise (StorageError if passing else CheckpointError)(
             f"checkpoint {checkpoint} cannot be read ({type(error).__name__}: {reason[:150]} ... {reason[-250:]}); use "
             "an earlier checkpoint"
         ) from error

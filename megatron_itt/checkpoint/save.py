@@ -30,7 +30,7 @@ from megatron_itt.checkpoint.space import check_space
 from megatron_itt.checkpoint.state import RunState, write_run_state
 from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.config.environment import end_with_parent
-from megatron_itt.errors import CheckpointError
+from megatron_itt.errors import CheckpointError, StorageError
 from megatron_itt.log import get_logger
 
 _FULL_BYTES = 1 << 20  # a write that failed with less than this left failed for want of room
@@ -170,7 +170,7 @@ def _write_hashes(staging: Path) -> None:
     rest = [name for name in list_files(staging) if name not in records]
     unhashed = [name for name in rest if name.endswith(".distcp")]
     if unhashed:
-        raise CheckpointError(f"the ranks that wrote {', '.join(unhashed)} did not hash them; their logs say why")
+        raise StorageError(f"the ranks that wrote {', '.join(unhashed)} did not hash them; their logs say why")
     write_hashes(staging, {**records, **hash_files(staging, rest)})
     for name in [*rest, HASHES_FILE]:
         flush_file(staging / name)
@@ -194,7 +194,7 @@ def _agree(act: Callable[[], None]) -> None:
         raise problem
     others = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
     if others:
-        raise CheckpointError(f"saving failed on {'; '.join(others)}")
+        raise StorageError(f"saving failed on {'; '.join(others)}")
 
 
 @contextmanager
@@ -213,7 +213,7 @@ def _clear_errors(staging: Path, step: int) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError | CheckpointException):
             reason = " ".join(str(error).split())[-300:]
-            raise CheckpointError(
+            raise StorageError(
                 f"step {step} could not be saved in {root} ({reason}); the earlier checkpoints are intact"
             ) from error
         raise

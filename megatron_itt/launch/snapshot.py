@@ -2,11 +2,13 @@
 
 RUN/code/                megatron_itt, tools, recipes and slurm of the checkout at the first start
 RUN/code/recipe.yaml     the recipe, resolved: base, overrides and the cluster's folders
+RUN/code/COMMIT          the git commit of that checkout, if it is one
 """
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_itt.errors import ConfigError
 
 CODE_FOLDER = "code"
 RECIPE_FILE = "recipe.yaml"
+COMMIT_FILE = "COMMIT"
 _COPIED = ("megatron_itt", "tools", "recipes", "slurm")
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", "cluster.env")
 
@@ -52,6 +55,8 @@ def take_snapshot(config: RunConfig, checkout: Path) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         for name in _COPIED:
             shutil.copytree(checkout / name, staging / name, ignore=_NOT_COPIED)
+        if (commit := source_commit(checkout)) is not None:
+            (staging / COMMIT_FILE).write_text(commit + "\n", encoding="utf-8")
         (staging / RECIPE_FILE).write_text(config_to_yaml(config), encoding="utf-8")
         staging.replace(snapshot)
     except OSError as error:
@@ -83,6 +88,22 @@ def use_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> Pat
         staging.write_text(config_to_yaml(config), encoding="utf-8")
         staging.replace(recipe)
     return snapshot
+
+
+def source_commit(tree: Path) -> str | None:
+    """Commit of the source tree at `tree`; None for a tree that is neither a checkout nor a snapshot of one."""
+    noted = tree / COMMIT_FILE
+    if noted.is_file():
+        return noted.read_text(encoding="utf-8").strip()
+    if not (tree / ".git").exists():
+        return None  # git would look in the folders above, and find another project's
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def find_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -15,6 +14,7 @@ from megatron_itt import __version__
 from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError
+from megatron_itt.launch.snapshot import source_commit
 from megatron_itt.training.run_lock import claimed
 
 RECIPE_FILE = "recipe.yaml"
@@ -72,7 +72,7 @@ def describe_environment() -> dict[str, str | None]:
         except PackageNotFoundError:
             facts[name] = None
     facts["platform"] = platform.platform()
-    facts["git_commit"] = _git_commit()
+    facts["git_commit"] = source_commit(Path(__file__).resolve().parents[2])
     return facts
 
 
@@ -96,19 +96,3 @@ def write_atomically(path: Path, text: str) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(text, encoding="utf-8")
     staging.replace(path)
-
-
-def _git_commit() -> str | None:
-    """Commit of the source tree the package runs from; None outside a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,12 +60,16 @@ def _take(lock: Path, mine: str) -> None:
             raise ConfigError(
                 f"logging.run_dir is {lock.parent}, which cannot be written ({error}); choose another"
             ) from None
+        if owner == "":  # just made, not yet written
+            time.sleep(1.0)
+            owner = _owner(lock)
         if owner is not None and is_alive(owner):
             raise ConfigError(
                 f"{lock.parent} is in use by {owner}; wait for it or stop it, or choose another logging.run_dir (if it "
                 f"is gone, remove {lock})"
             )
-        lock.unlink(missing_ok=True)
+        if _owner(lock) == owner:  # asking Slurm takes seconds, in which another may have taken over
+            lock.unlink(missing_ok=True)
     raise ConfigError(f"{lock.parent} has just been taken by {_owner(lock)}; choose another logging.run_dir")
 
 
