@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_itt.analysis.study_results import MAIN_VARIANTS, seed_dir, state_of
+from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.analysis.study_results import EQUAL_FLOPS, MAIN_VARIANTS, REFERENCE, seed_dir, state_of
 from megatron_itt.config.load import load_config
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import get_logger
@@ -41,7 +42,7 @@ class StudyPlan:
     recipes: Path = RECIPES
     root: Path = ROOT
     variants: Sequence[str] = ()  # empty: all of the folder
-    main_seeds: int = 3  # of LLaMA, Loop x4 and ITT x4
+    main_seeds: int = 3  # of LLaMA, Loop x4 and ITT x4, at equal tokens and at equal FLOPs
     other_seeds: int = 1
     processes: int = 1  # of a run
     overrides: Sequence[str] = ()
@@ -51,29 +52,42 @@ class StudyPlan:
         known = [path.stem for path in sorted(self.recipes.glob("*.yaml"))]
         if not known:
             raise ConfigError(f"recipe folder {self.recipes} has no *.yaml; see recipes/study")
+        known += [name for name, model in EQUAL_FLOPS.items() if {model, REFERENCE} <= set(known)]
         unknown = sorted(set(self.variants) - set(known))
         if unknown:
             raise ConfigError(f"variant {', '.join(unknown)} is not in {self.recipes}; known: {', '.join(known)}")
         chosen = [name for name in known if not self.variants or name in self.variants]
-        chosen.sort(key=lambda name: (name not in MAIN_VARIANTS, name))
         for name in chosen:
-            load_config(self.recipes / f"{name}.yaml", self.overrides)
-        seeds = {name: self.main_seeds if name in MAIN_VARIANTS else self.other_seeds for name in chosen}
-        order = [(name in MAIN_VARIANTS, seed, name) for name in chosen for seed in range(1, seeds[name] + 1)]
-        order.sort(key=lambda place: (not place[0], place[1], chosen.index(place[2])))
+            load_config(self._recipe_of(name), self.overrides)
+        groups = {name: 0 if name in MAIN_VARIANTS else 1 if name in EQUAL_FLOPS else 2 for name in chosen}
+        seeds = {name: self.other_seeds if groups[name] == 2 else self.main_seeds for name in chosen}
+        order = sorted((groups[name], seed, name) for name in chosen for seed in range(1, seeds[name] + 1))
         return [self._job(name, seed) for _, seed, name in order]
+
+    def _recipe_of(self, variant: str) -> Path:
+        return self.recipes / f"{EQUAL_FLOPS.get(variant, variant)}.yaml"
 
     def _job(self, variant: str, seed: int) -> Job:
         run_dir = seed_dir(self.root, variant, seed)
+        length = (f"schedule.steps={self._steps_of_equal_flops(variant)}",) if variant in EQUAL_FLOPS else ()
         launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes))
         command = (
             sys.executable,
             *(launch if self.processes > 1 else ()),
-            *("-m", "megatron_itt.train", str(self.recipes / f"{variant}.yaml")),
+            *("-m", "megatron_itt.train", str(self._recipe_of(variant))),
             *self.overrides,
+            *length,
             *(f"runtime.seed={seed}", f"logging.run_dir={run_dir}"),
         )
         return Job(variant=variant, seed=seed, run_dir=run_dir, command=command)
+
+    def _steps_of_equal_flops(self, variant: str) -> int:
+        """Steps in which a model costs what the reference costs: longer for a cheaper one, with the whole schedule."""
+        own, reference = (
+            load_config(path, self.overrides) for path in (self._recipe_of(variant), self._recipe_of(REFERENCE))
+        )
+        costs = [forward_flops(config.model, config.thinking).training for config in (own, reference)]
+        return round(reference.schedule.steps * costs[1] / costs[0])
 
 
 def run_queue(jobs: Sequence[Job], *, num_parallel: int = 1) -> dict[str, int]:

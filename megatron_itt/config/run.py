@@ -93,6 +93,7 @@ class ValidationConfig:
 
     interval_steps: PositiveInt = 1000
     budgets: tuple[Budget, ...] = ()  # empty: the training capacity only
+    routing: Literal["as_trained", "threshold"] = "as_trained"  # top-k looks at later tokens, thresholds do not
     tokens: PositiveInt = 2_000_000  # over all domains, split off before training data is taken
 
 

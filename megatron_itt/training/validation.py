@@ -20,12 +20,13 @@ def run_validation(
 ) -> dict[str, Any] | None:
     """Mean loss (nats per token) and perplexity of every domain at every budget; None if the job was asked to stop."""
     watch.pulse.beat("validation", step)
+    routing = validation_routing(trainer.config, step)
     entries = []
     batches = {domain: _batches(trainer, dataset) for domain, dataset in datasets.items()}
     for budget in validation_budgets(trainer.config):
         shares = None if budget is None else list(budget)
         for domain, parts in batches.items():
-            loss = validation_loss(trainer, parts, budget=budget, watch=watch)
+            loss = validation_loss(trainer, parts, budget=budget, routing=routing, watch=watch)
             if loss is None:
                 return None
             entries.append({"budget": shares, "domain": domain, "loss": loss, "perplexity": _perplexity(loss)})
@@ -37,6 +38,16 @@ def validation_budgets(config: RunConfig) -> list[tuple[float, ...] | None]:
     if config.thinking.kind != "itt":
         return [None]
     return list(config.validation.budgets) or [config.thinking.nominal_capacity]
+
+
+def validation_routing(config: RunConfig, step: int) -> str | None:
+    """The rule of routing in a validation after `step` steps, where it is not the one of training.
+
+    Thresholds come from training, so that there are none before the first step; they stand for top-k and nothing else.
+    """
+    thinking = config.thinking
+    causal = config.validation.routing == "threshold" and thinking.kind == "itt" and thinking.routing == "topk"
+    return "threshold" if causal and step > 0 else None
 
 
 def headline_loss(record: dict[str, Any]) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_itt.analysis.study_results import EQUAL_FLOPS
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import run_command
 from megatron_itt.study import RECIPES, StudyPlan
@@ -38,10 +39,20 @@ def test_the_shipped_queue_begins_with_the_main_comparison_on_one_text() -> None
         ("itt_x4", 2),
     ]
     variants = {job.variant for job in jobs}
-    assert variants == {path.stem for path in RECIPES.glob("*.yaml")}
+    assert variants == {path.stem for path in RECIPES.glob("*.yaml")} | set(EQUAL_FLOPS)
     assert {"loop_x3", "itt_x2", "itt_x3", "elastic", "threshold_routing", "update_delta"} < variants
-    assert len(jobs) == 3 * 3 + len(variants) - 3
+    assert len(jobs) == 3 * 5 + len(variants) - 5
     assert len({job.run_dir for job in jobs}) == len(jobs)
+
+
+def test_models_of_equal_flops_are_trained_for_longer_or_shorter() -> None:
+    def steps_of(variant: str) -> int:
+        [job] = StudyPlan(variants=[variant], main_seeds=1, overrides=["schedule.steps=1000"]).jobs()
+        return int(next(word for word in reversed(job.command) if "schedule.steps=" in word).split("=")[1])
+
+    assert 1500 < steps_of("llama_equal_flops") < 2000
+    assert steps_of("itt_x4") == 1000
+    assert 650 < steps_of("loop_x4_equal_flops") < 850
 
 
 def test_variants_and_overrides_that_do_not_exist_are_refused_before_anything_runs() -> None:

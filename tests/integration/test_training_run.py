@@ -83,6 +83,20 @@ def test_validation_is_reported_for_every_budget(recipe: Path, tmp_path: Path) -
     assert budgets == {(0.25, 0.25, 0.25), (1.0, 1.0, 1.0)}
 
 
+def test_validation_by_thresholds_needs_no_later_tokens_and_differs_from_top_k(recipe: Path, tmp_path: Path) -> None:
+    found = []
+    for rule in ("as_trained", "threshold"):
+        folder = tmp_path / rule
+        assert run(recipe, "schedule.steps=2", f"validation.routing={rule}", f"logging.run_dir={folder}") == 0
+        found.append([line["validation"] for line in read_metrics(folder)[1]])
+    by_top_k, by_threshold = found
+    assert by_threshold[0] == by_top_k[0]  # before the first step there are no thresholds
+    for expected, observed in zip(by_top_k[-1], by_threshold[-1], strict=True):
+        part = min(observed["budget"])
+        is_same = observed["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        assert is_same == (part == 1.0), observed  # a budget of 1 leaves no choice
+
+
 def test_a_finished_run_is_left_alone(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(recipe, "schedule.steps=2") == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -12,8 +12,6 @@ import pytest
 from megatron_itt.analysis.study_claims import judge
 from megatron_itt.analysis.study_results import (
     collect_study,
-    loss_at_flops_of,
-    paired_differences,
     state_of,
     study_markdown,
     write_study,
@@ -74,13 +72,28 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     assert itt["loss_stderr"] > 0.2
 
 
-def test_equal_flops_are_read_off_the_dearer_models_curve() -> None:
-    points = [{"flops": 10.0 * n, "loss": 6.0 - n} for n in range(4)]
-    cheap = {"validation": [{"flops": 15.0, "loss": 4.0}]}
-    dear = {"validation": points}
-    assert loss_at_flops_of(dear, cheap) == pytest.approx(4.5)
-    assert loss_at_flops_of(cheap, dear) is None
-    assert paired_differences({1: cheap, 2: cheap}, {1: dear}, loss_at_flops_of) == [pytest.approx(-0.5)]
+def test_equal_flops_compares_with_runs_of_another_length_and_no_other_difference(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        finished(tmp_path, "itt_x4", seed, [6.0, 4.0])
+        longer = {**real_recipe("none"), "schedule": {**real_recipe("none")["schedule"], "steps": 33}}
+        finished(tmp_path, "llama_equal_flops", seed, [6.0, 4.0 - 0.1 * seed], **longer)
+    found = verdicts(collect_study(tmp_path))
+    assert found["ITT x4 beats LLaMA at equal training FLOPs"][0] == "not reproduced"
+    assert "+0.1500" in found["ITT x4 beats LLaMA at equal training FLOPs"][1]
+    assert found["ITT x4 beats Loop x4 at equal training FLOPs"] == (
+        "not testable at this scale",
+        "the runs are not there",
+    )
+    warmer = {**longer, "schedule": {**longer["schedule"], "warmup_steps": 7}}
+    finished(tmp_path, "llama_equal_flops", 3, [6.0, 4.0], **warmer)
+    with pytest.raises(DataError, match="differ in schedule"):
+        collect_study(tmp_path)
+
+
+@pytest.mark.parametrize(("routing", "told"), [("threshold", "look at no later token"), ("as_trained", "flattered")])
+def test_the_rule_of_routing_in_validation_is_said(routing: str, told: str, tmp_path: Path) -> None:
+    finished(tmp_path, "itt_x4", 1, [6.0, 4.0], **{**real_recipe("itt"), "validation": {"routing": routing}})
+    assert told in study_markdown(collect_study(tmp_path))
 
 
 def test_a_baseline_that_is_never_reached_is_said(tmp_path: Path) -> None:
