@@ -175,6 +175,7 @@ def _budgets(args: argparse.Namespace) -> Measurement:
             task_dirs=[args.task_dir] if args.task_dir else [],
             data_root=args.data_root,
             limit=args.limit,
+            device=args.device,
             overwrite=args.overwrite,
         )
     return measure_budgets(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_itt.analysis.run_charts import main_budget
 from megatron_itt.config.load import parse_config
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.training.capacity import training_capacity
 
 
 def measure_curves(run_dirs: Sequence[Path], *, baseline: Path | None = None) -> Measurement:
@@ -106,14 +108,14 @@ def curves_of(name: str, run: RunRecord) -> dict[str, Any]:
     config = run_config(run)
     seconds = _elapsed(run)
     tokens_per_step = _tokens_per_step(run, config)
-    flops = _flops_per_step(config)
+    flops = _training_flops(config)
 
     def point(step: float, loss: float) -> dict[str, Any]:
         return {
             "step": step,
             "tokens": None if tokens_per_step is None else step * tokens_per_step,
-            "flops": None if flops is None else step * flops[0],
-            "paper_flops": None if flops is None else step * flops[1],
+            "flops": flops(step)[0],
+            "paper_flops": flops(step)[1],
             "seconds": seconds(step),
             "loss": loss,
         }
@@ -140,13 +142,20 @@ def _tokens_per_step(run: RunRecord, config: RunConfig | None) -> float | None:
     return consumed[-1][1] / consumed[-1][0] if consumed else None
 
 
-def _flops_per_step(config: RunConfig | None) -> tuple[float, float] | None:
-    """Training FLOPs of an optimizer step, true and as the paper counts; None without a recipe."""
+def _training_flops(config: RunConfig | None) -> Callable[[float], tuple[float | None, float | None]]:
+    """Training FLOPs up to a step, true and as the paper counts, at the shares of each step; None without a recipe."""
     if config is None:
-        return None
-    sequences = config.batch.global_size
-    true = forward_flops(config.model, config.thinking).training * sequences
-    return true, TRAINING_FACTOR * paper_flops(config.model, config.thinking) * sequences
+        return lambda _: (None, None)
+    model, thinking, sequences = config.model, config.thinking, config.batch.global_size
+
+    @cache
+    def of_step(budget: tuple[float, ...] | None) -> tuple[float, float]:
+        true = forward_flops(model, thinking, budget=budget).training
+        return true * sequences, TRAINING_FACTOR * paper_flops(model, thinking, budget=budget) * sequences
+
+    costs = [of_step(training_capacity(config, step)) for step in range(1, config.schedule.steps + 1)]
+    true, paper = ([0.0, *accumulate(column)] for column in zip(*costs, strict=True))
+    return lambda step: (true[min(int(step), len(costs))], paper[min(int(step), len(costs))])
 
 
 def _elapsed(run: RunRecord) -> Callable[[float], float | None]:
@@ -169,6 +178,7 @@ def _what_it_read(run: RunRecord) -> dict[str, Any]:
     return {
         "data.tokenizer": data.get("tokenizer"),
         "model.vocab_size": model.get("vocab_size"),
+        "model.seq_length": model.get("seq_length"),
         "data.blend": {
             domain: ((entry or {}).get("path"), round((weights[domain] or 0) / total, 6))
             for domain, entry in sorted(blend.items())

@@ -53,6 +53,7 @@ class Tasks:
     task_dirs: Sequence[Path] = ()
     data_root: Path | None = None
     limit: int | None = None
+    device: str = "auto"
     overwrite: bool = False
 
 
@@ -98,7 +99,16 @@ def measure_budgets(
     for point, on_front in zip(points, pareto_front(points), strict=True):
         point["on_front"] = on_front
     values = {"points": points, "seq_length": exports[0].max_length, "monotone": _is_monotone(points)}
-    return Measurement(kind=BUDGETS, values=values, source={"models": [str(path) for path in models]})
+    source = {"models": [str(path) for path in models]}
+    return Measurement(kind=BUDGETS, values=values, source=source, notes=_notes_on_windows(exports, texts))
+
+
+def _notes_on_windows(exports: Sequence[ExportedModel], texts: Sequence[str]) -> list[str]:
+    length, tokenizer = min(export.max_length for export in exports), exports[0].tokenizer
+    long = sum(len(tokenizer.encode(text, add_special_tokens=False)) > length for text in texts)
+    return [f"{long:,} of {len(texts):,} texts are longer than {length:,} tokens and were read in windows."] * (
+        long > 0
+    )
 
 
 def budgets_of(export: ExportedModel, budgets: Sequence[Budget], grid: Sequence[float]) -> list[Budget | None]:
@@ -148,6 +158,7 @@ def _score(export: ExportedModel, budgets: Sequence[Budget | None], tasks: Tasks
         budgets=[budget for budget in budgets if budget is not None],
         data_root=tasks.data_root,
         limit=tasks.limit,
+        device=tasks.device,
         overwrite=tasks.overwrite,
     )
     results = evaluate_export(request)

@@ -7,7 +7,8 @@ Shape legend: s tokens of the passage, T thinking steps (T-1 of them routed).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ Scores = list[list[list[float]]]
 class RoutingTrace:
     """Who thought in one forward pass at one budget: entry [layer][step][token], layers in the order of `layers`.
 
-    `scores` are router weights, sigmoid(logit); `thresholds` [layer][step] the score from which on a token thinks.
+    `scores` are router weights (the gate of the logits), `thresholds` [layer][step] those from which on a token thinks.
     """
 
     budget: Budget
@@ -175,16 +176,21 @@ def routing_in(export: ExportedModel, window: Window, budget: Budget | None) -> 
 def _trace(export: ExportedModel, windows: Sequence[Window], budget: Budget) -> RoutingTrace:
     """The windows tile the passage; the prefix token is not reported."""
     parts = [routing_in(export, window, budget) for window in windows]
-    layers = list(parts[0])
+    layers, gate = list(parts[0]), router_gate(export)
     picked = {layer_idx: torch.cat([part[layer_idx][0] for part in parts], dim=1) for layer_idx in layers}
     logits = {layer_idx: torch.cat([part[layer_idx][1] for part in parts], dim=1) for layer_idx in layers}
     return RoutingTrace(
         budget=budget,
         layers=layers,
         picked=[picked[layer_idx].tolist() for layer_idx in layers],
-        scores=[torch.sigmoid(logits[layer_idx].double()).tolist() for layer_idx in layers],
-        thresholds=[_thresholds(_thinking(export.model, layer_idx), budget) for layer_idx in layers],
+        scores=[gate(logits[layer_idx].double()).tolist() for layer_idx in layers],
+        thresholds=[_thresholds(_thinking(export.model, layer_idx), budget, gate) for layer_idx in layers],
     )
+
+
+def router_gate(export: ExportedModel) -> Callable[[Tensor], Tensor]:
+    """What turns router logits into router weights in this model."""
+    return torch.tanh if export.model.config.thinking["gate"] == "tanh" else torch.sigmoid
 
 
 @contextmanager
@@ -216,13 +222,14 @@ def _thinking(model: Any, layer_idx: int) -> Any:
     return model.model.layers[layer_idx].thinking
 
 
-def _thresholds(module: Any, budget: Budget) -> list[float]:
-    """Score from which on a token thinks, one per routed step: sigmoid of the logit quantile at 1 - share."""
+def _thresholds(module: Any, budget: Budget, gate: Callable[[Tensor], Tensor]) -> list[float]:
+    """Score from which on a token thinks, one per routed step: the gate of the logit quantile at 1 - share."""
     quantiles = module.logit_quantiles.double()
     taus = []
     for step, share in enumerate(budget):
         place = (1 - share) * (quantiles.shape[1] - 1)
         low = min(int(place), quantiles.shape[1] - 2)
         tau = torch.lerp(quantiles[step, low], quantiles[step, low + 1], place - low)
-        taus.append(0.0 if share >= 1 else 1.0 if share <= 0 else float(torch.sigmoid(tau)))
+        tau = torch.full_like(tau, -math.inf if share >= 1 else math.inf) if share in (0, 1) else tau
+        taus.append(float(gate(tau)))
     return taus

@@ -188,6 +188,7 @@ def _passage(passage: PassageTrace, trained: Budget | None) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "layers": traces[chosen].layers,
+        "steps": range(1, len(traces[chosen].budget) + 1),
         "budgets": budgets,
         "left_out": " ".join(passage.notes()),
         "data": _as_script_data(passage),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_itt.analysis.measurement import ROUTER_WEIGHTS, STEP_ENCODING, Measurement
-from megatron_itt.analysis.passage import routing_in
+from megatron_itt.analysis.passage import router_gate, routing_in
 from megatron_itt.errors import DataError
 from megatron_itt.evaluation.exported_model import Budget, ExportedModel, check_budget
 from megatron_itt.evaluation.perplexity import sliding_windows
@@ -36,13 +36,14 @@ def measure_router_weights(
     documents, num_tokens = _encode(export, texts, max_tokens)
     windows = list(sliding_windows(documents, export.max_length))
     parts = [routing_in(export, window, budget) for window in windows]
-    tanh = export.model.config.thinking["gate"] == "tanh"
+    gate = router_gate(export)
+    tanh = gate is torch.tanh
     edges = torch.linspace(-1.0 if tanh else 0.0, 1.0, NUM_BINS + 1, dtype=torch.float64)
     rows = []
     for layer_idx in parts[0]:
         picked = torch.cat([part[layer_idx][0] for part in parts], dim=1)
         logits = torch.cat([part[layer_idx][1] for part in parts], dim=1).double()
-        weights = torch.tanh(logits) if tanh else torch.sigmoid(logits)
+        weights = gate(logits)
         for step in range(len(weights)):
             facts = describe_weights(weights[step], edges)
             rows.append({"layer": layer_idx, "step": step + 1, **facts, "share": float(picked[step].double().mean())})

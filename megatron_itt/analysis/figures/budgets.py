@@ -30,7 +30,7 @@ def draw_budgets(values: Values) -> Figure:
         kept = [point for point in points if point.get("accuracy") is not None]
         _draw_panel(grid[0][2], [{**point, "accuracy": 100 * point["accuracy"]} for point in kept], "flops", "accuracy")
         grid[0][2].set_ylabel("mean accuracy, %")
-        grid[0][2].set_xlabel("the same axis as on the left")
+        grid[0][2].set_xlabel(grid[0][0].get_xlabel())
     grid[0][0].legend(loc="best")
     return figure
 

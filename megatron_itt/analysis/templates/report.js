@@ -2,14 +2,15 @@
 (() => {
   const data = JSON.parse(document.getElementById("routing").textContent);
   const byId = (id) => document.getElementById(id);
-  const [layerMenu, budgetMenu, box, tip] = ["layer", "budget", "tokens", "tip"].map(byId);
+  const [layerMenu, stepMenu, budgetMenu, box, tip] = ["layer", "step", "budget", "tokens", "tip"].map(byId);
   const tokens = Array.from(box.querySelectorAll(".t"));
   let current = -1;
 
   const trace = () => data.traces[budgetMenu.selectedIndex];
   const places = () => (layerMenu.value === "all" ? data.layers.map((_, k) => k) : [layerMenu.selectedIndex - 1]);
+  const isChosen = (t) => stepMenu.value === "all" || t === stepMenu.selectedIndex - 1;
   const stepsOf = (idx, where) =>
-    where.reduce((sum, k) => sum + trace().picked[k].filter((step) => step[idx] === "1").length, 0);
+    where.reduce((sum, k) => sum + trace().picked[k].filter((step, t) => isChosen(t) && step[idx] === "1").length, 0);
   const make = (name, text, kind) => {
     const node = document.createElement(name);
     if (text !== undefined) node.textContent = text;
@@ -19,7 +20,7 @@
 
   function paint() {
     const where = places();
-    const most = where.length * data.steps;
+    const most = where.length * (stepMenu.value === "all" ? data.steps : 1);
     tokens.forEach((node, idx) => {
       const steps = stepsOf(idx, where);
       node.dataset.steps = steps;
@@ -27,7 +28,7 @@
     });
     paintScale(most);
     paintShares(where);
-    const wanted = `#layer=${layerMenu.value}&budget=${budgetMenu.value}`;
+    const wanted = `#layer=${layerMenu.value}&step=${stepMenu.value}&budget=${budgetMenu.value}`;
     if (location.hash !== wanted) history.replaceState(null, "", wanted);
   }
 
@@ -70,7 +71,7 @@
     });
     const text = JSON.stringify(tokens[idx].textContent).slice(1, -1);
     const line = make("div");
-    line.append(make("strong", text || "(rest of a character)"), `: ${stepsOf(idx, places())} extra steps, ${layerMenu.selectedOptions[0].text}`);
+    line.append(make("strong", text || "(rest of a character)"), `: ${stepsOf(idx, places())} extra steps, ${layerMenu.selectedOptions[0].text}, ${stepMenu.selectedOptions[0].text}`);
     tip.replaceChildren(line, rows);
   }
 
@@ -91,7 +92,7 @@
 
   function follow() {
     const wanted = new URLSearchParams(location.hash.slice(1));
-    for (const [menu, key] of [[layerMenu, "layer"], [budgetMenu, "budget"]]) {
+    for (const [menu, key] of [[layerMenu, "layer"], [stepMenu, "step"], [budgetMenu, "budget"]]) {
       const found = Array.from(menu.options).findIndex((option) => option.value === wanted.get(key));
       if (found >= 0) menu.selectedIndex = found;
     }
@@ -114,7 +115,6 @@
   });
   window.addEventListener("scroll", () => show(-1), { passive: true });
   window.addEventListener("hashchange", follow);
-  layerMenu.addEventListener("change", paint);
-  budgetMenu.addEventListener("change", paint);
+  for (const menu of [layerMenu, stepMenu, budgetMenu]) menu.addEventListener("change", paint);
   follow();
 })();

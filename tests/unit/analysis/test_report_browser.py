@@ -92,6 +92,26 @@ def test_a_token_shows_its_steps_and_scores(report: tuple[Path, ReportData], tmp
     ]
 
 
+def test_pointing_and_choosing_from_the_menus_work(report: tuple[Path, ReportData], tmp_path: Path) -> None:
+    path, data = report
+    acts = (
+        "<script>addEventListener('load', () => {"
+        " const menu = document.getElementById('step'); menu.value = '2'; menu.dispatchEvent(new Event('change'));"
+        " const token = document.querySelectorAll('#tokens .t')[5];"
+        " token.dispatchEvent(new PointerEvent('pointerover', {bubbles: true, pointerType: 'mouse'})); });</script>"
+    )
+    page = path.with_name("acting.html")
+    page.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{acts}</body>"), encoding="utf-8")
+    document, console = _browse(page.as_uri(), tmp_path, "--dump-dom")
+    assert console == ""
+    trace = _trace(data, (0.5, 0.25))
+    expected = [sum(layer[1][idx] for layer in trace.picked) for idx in range(len(trace.picked[0][1]))]
+    assert _steps(document) == expected
+    tip = re.findall(r'<div id="tip" role="tooltip"([^>]*)>.*?: (\d+) extra steps, ([^<]*)<', document, re.DOTALL)[0]
+    assert "hidden" not in tip[0]
+    assert (int(tip[1]), tip[2]) == (expected[5], "all thinking layers, step 2")
+
+
 def test_unknown_addresses_are_ignored(report: tuple[Path, ReportData], tmp_path: Path) -> None:
     path, data = report
     document, console = _browse(f"{path.as_uri()}#layer=99&budget=x&token=abc", tmp_path, "--dump-dom")
