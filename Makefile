@@ -51,8 +51,10 @@ format: $(STAMP)  ## rewrite the sources in the house format
 bench: $(STAMP)  ## measure throughput on this machine
 	@$(PY) tools/benchmark.py --threads $$(nproc)
 
-gpu-check: $(STAMP)  ## check the GPU parts on a machine that has a GPU
-	@$(PY) tools/gpu_check.py
+gpu-check:  ## check the GPU parts on a machine that has a GPU; takes $(PYTHON) as it is if that has the packages
+	@if PYTHONPATH=. $(PYTHON) -c 'from megatron_itt.benchmark.needed import require_packages; require_packages()' \
+		2>/dev/null; then PYTHONPATH=. $(PYTHON) tools/gpu_check.py; \
+	else $(MAKE) --no-print-directory install && $(PY) tools/gpu_check.py; fi
 
 clean:  ## remove caches and build products; .venv and runs/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -39,6 +39,7 @@ EXTRAS = {
     "analysis": ["matplotlib>=3.9"],
     "dali": ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"],
     "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12; platform_system == 'Linux'"],
+    "wandb": ["wandb>=0.21"],
     "dev": [
         "mypy>=2.4,<3",
         "pytest>=8",

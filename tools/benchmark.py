@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         models=arguments.models,
         batch_sizes=arguments.batches,
         num_new_tokens=arguments.new_tokens,
+        num_prompt_tokens=arguments.prompt_tokens,
         lengths=arguments.lengths,
         num_ranks=arguments.ranks,
         inputs=tuple(arguments.input),
@@ -79,6 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--models", type=names(";"), default=(), metavar="A;B", help="of steps; LLaMA is always there")
     add("--batches", type=numbers, default=(1, 8), metavar="N,M", help="of decode (default: 1,8)")
+    add("--prompt-tokens", type=positive_int, default=32, metavar="N", help="of decode (default: 32)")
     add("--new-tokens", type=positive_int, default=32, metavar="N", help="of decode (default: 32)")
     add("--lengths", type=numbers, default=(), metavar="N,M", help="of lengths (default: half to twice the recipe's)")
     add("--ranks", type=int, default=2, metavar="N", help="of scaling (default: 2)")

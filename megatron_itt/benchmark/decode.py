@@ -21,6 +21,8 @@ _COLUMNS = (
     "FLOPs",
     "weights read",
     "mean share",
+    "LLaMA prompt ms",
+    "ITT prompt ms",
     "prompt time/FLOPs",
 )
 
@@ -31,10 +33,11 @@ def decode_section(
     batch_sizes: Sequence[int],
     num_new_tokens: int,
     num_repeats: int,
+    num_prompt_tokens: int = 32,
     device: str = "cpu",
     dtype: str = "fp32",
 ) -> Section:
-    """One row per batch size; the layers and the vocabulary are those of the shape, the prompt is 32 tokens."""
+    """One row per batch size; the layers and the vocabulary are those of the shape."""
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"--batches {','.join(map(str, batch_sizes))}: give sizes of at least 1, such as 1,8,32")
     model, thinking = shape.config.model, shape.config.thinking
@@ -49,6 +52,7 @@ def decode_section(
             vocab_size=model.vocab_size,
             capacity=tuple(thinking.nominal_capacity),
             batch_size=batch_size,
+            num_prompt_tokens=num_prompt_tokens,
             num_new_tokens=num_new_tokens,
             num_repeats=num_repeats,
             device=device,
@@ -67,13 +71,15 @@ def decode_section(
             f"{row.flops_ratio:.3f}",
             f"{row.weight_bytes_ratio:.3f}",
             f"{row.mean_share:.2f}",
+            f"{1e3 * row.llama_prompt_s:.1f}",
+            f"{1e3 * row.itt_prompt_s:.1f}",
             f"{row.prompt_time_per_flops:.3f}",
         ]
         for batch_size, row in times.items()
     ]
     return Section(
-        title=f"Cached decoding, {num_new_tokens} tokens, {dtype}: hidden {model.hidden_size}, "
-        f"{model.num_layers} layers, vocabulary {model.vocab_size}",
+        title=f"Cached decoding, {num_new_tokens} tokens after {num_prompt_tokens}, {dtype}: hidden "
+        f"{model.hidden_size}, {model.num_layers} layers, vocabulary {model.vocab_size}",
         rows=[
             {"batch": batch_size, **asdict(row), "time_over_equal": row.time_over_equal}
             for batch_size, row in times.items()

@@ -22,7 +22,7 @@ from megatron_itt.benchmark.kernel_checks import kernels_section
 from megatron_itt.benchmark.lengths import lengths_section
 from megatron_itt.benchmark.machine import machine_facts
 from megatron_itt.benchmark.memory import memory_section
-from megatron_itt.benchmark.models import BASE, STOCK, Shape, load_shape
+from megatron_itt.benchmark.models import BASE, STOCK, STOCK_SAME_PARTS, Shape, load_shape
 from megatron_itt.benchmark.parts import heading
 from megatron_itt.benchmark.precision import precision_section
 from megatron_itt.benchmark.rank_checks import ranks_section
@@ -36,6 +36,7 @@ from megatron_itt.log import silence_known_warnings
 
 TOTAL_S = 480.0
 _TIMED = ("ITT x4", "ITT x4, selected", "Loop x4", "ITT x2", "ITT x3")
+_PLAIN = (BASE, STOCK, STOCK_SAME_PARTS)
 # Small enough for the stock attention, which keeps every score.
 _STOCK_CUT = ("model.num_layers=2", "model.vocab_size=8000", "batch.global=1", "batch.micro=1")
 _TINY = (
@@ -104,7 +105,7 @@ def plan_check(request: CheckRequest, *, num_gpus: int) -> list[Action]:
         timed = partial(steps_section, models=_TIMED, num_repeats=repeats, stop_after_s=40.0)
         actions.append(add(f"steps {name}", best, 120, timed, shape))
     actions += [
-        add("stock", "native", 60, partial(steps_section, models=(BASE, STOCK), num_repeats=repeats), stock),
+        add("stock", "native", 60, partial(steps_section, models=_PLAIN, num_repeats=repeats), stock),
         *[add(f"routed {name}", best, 40, partial(routed_section, num_repeats=repeats), shape)
           for name, shape in shapes.items()],
         add("decode", best, 90, _decoding(request), shapes[first]),
@@ -157,11 +158,12 @@ def _shape(request: CheckRequest, name: str, *overrides: str) -> Shape:
 
 
 def _decoding(request: CheckRequest) -> Callable[..., Section]:
-    sizes, tokens = ((1, 2), 3) if request.tiny else ((1, 8, 64), 64)
+    sizes, tokens, prompt = ((1, 2), 3, 8) if request.tiny else ((1, 8, 64), 64, 512)
     return partial(
         decode_section,
         batch_sizes=sizes,
         num_new_tokens=tokens,
+        num_prompt_tokens=prompt,
         num_repeats=min(3, request.num_repeats),
         device=request.device,
         dtype="fp32" if request.tiny else "bf16",

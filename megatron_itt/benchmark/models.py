@@ -18,6 +18,7 @@ Attend = Literal["all", "selected"]
 ATTENDS: tuple[Attend, ...] = ("all", "selected")
 BASE = "LLaMA"
 STOCK = "stock GPTModel"
+STOCK_SAME_PARTS = "stock GPTModel, same parts"
 _RECIPES = Path(__file__).parents[2] / "recipes"
 SHAPES = {name: f"{name}/itt_x4.yaml" for name in ("162m", "230m", "466m")} | {"tiny": "debug/itt_tiny.yaml"}
 # A quarter of the layers and of the vocabulary, so that the head keeps its share of the work.
@@ -63,7 +64,7 @@ def load_shape(name: str, overrides: Iterable[str], *, device: str, cut: bool = 
 
 
 def compared_models(base: RunConfig) -> dict[str, RunConfig]:
-    """LLaMA, the stock model, Loop x4 and ITT x2, x3, x4 of a recipe's shape, with the paper's capacities.
+    """LLaMA, the stock models, Loop x4 and ITT x2, x3, x4 of a recipe's shape, with the paper's capacities.
 
     All on one rank, without recomputation.
     """
@@ -72,6 +73,7 @@ def compared_models(base: RunConfig) -> dict[str, RunConfig]:
     thinking = {
         BASE: plain,
         STOCK: plain,
+        STOCK_SAME_PARTS: plain,
         "Loop x4": replace(itt, kind="loop", capacity=(1.0,) * 3),
         "ITT x2": replace(itt, capacity=(0.9,), attend="all"),
         "ITT x3": replace(itt, capacity=(0.7,) * 2, attend="all"),

@@ -33,6 +33,7 @@ class Request:
     models: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = (1, 8)
     num_new_tokens: int = 32
+    num_prompt_tokens: int = 32
     lengths: tuple[int, ...] = ()
     num_ranks: int = 2
     inputs: tuple[str, ...] = ()
@@ -67,6 +68,7 @@ def _decode(request: Request) -> Section:
         request.shape,
         batch_sizes=request.batch_sizes,
         num_new_tokens=request.num_new_tokens,
+        num_prompt_tokens=request.num_prompt_tokens,
         num_repeats=request.num_repeats,
         device=str(device),
         dtype=config.precision.dtype,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.benchmark.machine import MatrixRates, free_bytes, matrix_rates
-from megatron_itt.benchmark.models import BASE, STOCK, Shape, choose_models, random_batches
+from megatron_itt.benchmark.models import BASE, STOCK, STOCK_SAME_PARTS, Shape, choose_models, random_batches
 from megatron_itt.benchmark.sections import Section, markdown_table
 from megatron_itt.benchmark.timing import Spread, paired_ratio, take_turns
 from megatron_itt.config.run import RunConfig
@@ -71,8 +72,9 @@ def steps_section(
         if {"Loop x4", itt} <= set(by_name):
             ratio = by_name["Loop x4"].slower / by_name[itt].slower
             notes.insert(0, f"Loop x4 takes {ratio:.2f} times the step of {itt}.")
-    if STOCK in by_name:
-        notes.insert(0, f"{BASE} takes {1 / by_name[STOCK].slower:.2f} times the step of the {STOCK}.")
+    for stock in (STOCK, STOCK_SAME_PARTS):
+        if stock in by_name:
+            notes.insert(0, f"{BASE} takes {1 / by_name[stock].slower:.3f} times the step of the {stock}.")
     return Section(
         title=f"Training step: {shape.describe()}",
         rows=[{**asdict(row), "time_per_flops": row.time_per_flops} for row in measured.rows],
@@ -144,10 +146,14 @@ def _time_group(
     from megatron_itt.model.stock import build_stock_model
     from megatron_itt.training.assemble import build_trainer
 
+    builders: dict[str, Callable[..., Any]] = {
+        STOCK: build_stock_model,
+        STOCK_SAME_PARTS: partial(build_stock_model, same_parts=True),
+    }
     trainers: dict[str, Any] = {}
     peaks: dict[str, int] = {}
     for name, config in models.items():
-        trainer = build_trainer(config, place, build=build_stock_model if name == STOCK else build_model)
+        trainer = build_trainer(config, place, build=builders.get(name, build_model))
         try:
             _step(trainer, 0)
         except torch.OutOfMemoryError as error:
