@@ -1,11 +1,14 @@
-"""Which rule of routing a validation follows."""
+"""Which rule of routing a validation follows, and whether thresholds keep up with training."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_itt.training.step import averaging_decay
 from megatron_itt.training.validation import validation_routing
 from tests.helpers.one_rank import tiny_recipe
 
@@ -26,3 +29,16 @@ def test_thresholds_stand_for_top_k_once_there_are_any(
 ) -> None:
     config = tiny_recipe(validation={"routing": rule}, thinking=thinking)
     assert validation_routing(config, step) == expected
+
+
+def test_thresholds_follow_logits_that_move_early_in_a_run() -> None:
+    """Logits that grow with the step: the share above an average's threshold stays near the one asked for."""
+    average, plain = torch.zeros(()), torch.zeros(())
+    for step in range(1, 201):
+        median = torch.tensor(2.0 * math.sin(math.pi / 2 * step / 200))  # flattens out, as a learning rate does
+        average = median if step == 1 else torch.lerp(median, average, averaging_decay(0.99, step))
+        plain = median if step == 1 else torch.lerp(median, plain, 0.99)
+    assert averaging_decay(0.99, 100_000) == 0.99
+    shares = [float(torch.distributions.Normal(2.0, 1.0).cdf(value)) for value in (average, plain)]
+    assert 0.5 - shares[0] < 0.02
+    assert 0.5 - shares[1] > 0.2
