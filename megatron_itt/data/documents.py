@@ -149,7 +149,8 @@ class DocumentReader:
         except ImportError as error:
             raise DataError(f"{path} is parquet, which needs pyarrow; pip install pyarrow") from error
         try:
-            with parquet.ParquetFile(path) as file:
+            # Where the writer stored checksums of its pages (not all do), damage is noticed in the text itself too.
+            with parquet.ParquetFile(path, page_checksum_verification=True) as file:
                 if self.text_key not in file.schema_arrow.names:
                     raise DataError(
                         f"{path} has no column {self.text_key!r} but {file.schema_arrow.names}; set --text-key"
@@ -160,7 +161,11 @@ class DocumentReader:
                         document = self._parquet_text(value)
                         self._taken = self.segment.length * self.lines // max(1, file.metadata.num_rows)
                         yield document
-        except (pa.ArrowException, OSError) as error:
+                # The counts in the footer and in the headers of pages have no checksum; they must agree.
+                groups = (file.metadata.row_group(idx) for idx in range(file.metadata.num_row_groups))
+                if not self.lines == file.metadata.num_rows == sum(group.num_rows for group in groups):
+                    raise self._damaged(f"it gives {self.lines} of {file.metadata.num_rows} rows")
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._damaged(str(error).splitlines()[0] if str(error) else "unreadable") from error
         self.sha256 = file_sha256(path)
 
