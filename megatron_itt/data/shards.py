@@ -227,9 +227,8 @@ class _ShardWriter:
         if self.engine.name == "hf" or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
             return
         begin = self._num_batches * 7 % len(texts)  # not always the first of its batch
-        sample = next((text for text in texts[begin:] + texts[:begin] if len(text) <= _CHECK_MAX_CHARS), None)
-        if sample is None:
-            return
+        fitting = (text for text in texts[begin:] + texts[:begin] if len(text) <= _CHECK_MAX_CHARS)
+        sample = next(fitting, texts[begin][:_CHECK_MAX_CHARS])
         different = find_difference(self.engine, HuggingFaceEngine(self.tokenizer), [sample])
         if different is not None:
             raise DataError(

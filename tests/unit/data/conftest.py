@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_itt.config import RunConfig, parse_config
+from megatron_itt.data.engine import Encoded, HuggingFaceEngine
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -19,6 +21,23 @@ SENTENCE = (
     "inner thinking step token router layer model def return class import self None True while pass x = y + z ( ) : , ."
 )
 WORDS = SENTENCE.split()
+
+
+class WrongEngine:
+    """Encodes one word differently from the reference."""
+
+    name, version = "wrong", "0"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._reference = HuggingFaceEngine(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        flat, lengths = self._reference.encode(texts)
+        starts = np.cumsum(lengths) - lengths
+        for start, text in zip(starts, texts, strict=True):
+            if "wrong" in text:
+                flat[start] += 1
+        return flat, lengths
 
 
 def make_texts(count: int, *, seed: int = 0) -> list[str]:

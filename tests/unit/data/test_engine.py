@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from megatron_itt.data.engine import Encoded, HuggingFaceEngine, choose_engine, find_difference
+from megatron_itt.data.engine import HuggingFaceEngine, choose_engine, find_difference
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.tokenizer import Tokenizer
 from megatron_itt.errors import ConfigError, DataError
-from tests.unit.data.conftest import make_texts, write_jsonl
+from tests.unit.data.conftest import WrongEngine, make_texts, write_jsonl
 
 TEXTS = ["", "\x00", "a" * 5000, "\U0001f600 \u05d0", "<|endoftext|>inside<|pad|>", " \n\t ", *make_texts(100, seed=9)]
 
@@ -45,23 +43,6 @@ def test_both_engines_write_the_same_dataset(tokenizer_dir: Path, tmp_path: Path
         assert manifest.tokenizer["engine_version"]
         written.append((Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes(), manifest.identity))
     assert written[0] == written[1]
-
-
-class WrongEngine:
-    """Encodes one word differently from the reference."""
-
-    name, version = "wrong", "0"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._reference = HuggingFaceEngine(tokenizer)
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        flat, lengths = self._reference.encode(texts)
-        starts = np.cumsum(lengths) - lengths
-        for start, text in zip(starts, texts, strict=True):
-            if "wrong" in text:
-                flat[start] += 1
-        return flat, lengths
 
 
 def test_a_difference_is_found_and_shown(tokenizer: Tokenizer) -> None:
