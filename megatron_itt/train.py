@@ -6,11 +6,10 @@ import argparse
 import sys
 
 from megatron_itt.config import load_config
-from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.environment import end_with_torchrun, process_place
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.config.parts import use_parts
-from megatron_itt.errors import ConfigError, IttError
+from megatron_itt.errors import IttError
 from megatron_itt.log import run_command, silence_known_warnings
 
 _EXAMPLE = """examples:
@@ -42,16 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     silence_known_warnings()
     end_with_torchrun()
-    config = load_config(arguments.recipe, arguments.overrides)
     if arguments.print_config:
-        print(config_to_yaml(config), end="")
+        print(config_to_yaml(load_config(arguments.recipe, arguments.overrides)), end="")
         return 0
     place = process_place()
     try:
+        config = load_config(arguments.recipe, arguments.overrides, world_size=place.world_size)
         parts = use_parts(config.precision.parts, device=config.runtime.device)
-        problems = find_layout_problems(config, place.world_size)
-        if problems:
-            raise ConfigError("; ".join(problems))
         from megatron_itt.training.loop import check_inputs, train
 
         if arguments.check:

@@ -50,6 +50,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def _load(arguments: argparse.Namespace) -> RunConfig:
+    """The recipe; actions that look at a layout have its problems reported with the recipe's."""
+    if arguments.action in ("check", "memory"):
+        return load_config(arguments.recipe, arguments.overrides, world_size=arguments.world_size or "fewest")
+    return load_config(arguments.recipe, arguments.overrides)
+
+
 def _check(config: RunConfig, world_size: int | None, *, build: bool) -> dict[str, Any]:
     if not build:
         return report.check_report(config, world_size)
@@ -63,7 +70,7 @@ def _check(config: RunConfig, world_size: int | None, *, build: bool) -> dict[st
 def main(argv: list[str] | None = None) -> int:
     """Run one action and print its result."""
     arguments = parse_arguments(argv)
-    config = load_config(arguments.recipe, arguments.overrides)
+    config = _load(arguments)
     actions: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {
         "check": (
             lambda: _check(config, arguments.world_size, build=arguments.build),

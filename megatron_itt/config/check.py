@@ -5,43 +5,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from megatron_itt.config.model import ModelConfig, SampledCapacity, ThinkingConfig
-from megatron_itt.config.run import ParallelConfig, RunConfig
+from megatron_itt.config.run import BatchConfig, ParallelConfig, RunConfig, ScheduleConfig, ValidationConfig
 
 
-def find_problems(config: RunConfig) -> list[str]:
-    """Every broken rule of a recipe, one line each: key, value, rule, way out."""
-    return [
-        *_model_problems(config.model),
-        *_thinking_problems(config.thinking, config.model),
-        *_parallel_problems(config.parallel, config.model),
-        *_sequence_problems(config),
-        *_run_problems(config),
-    ]
+def find_problems(config: RunConfig, *, without: Collection[str] = ()) -> list[str]:
+    """Every broken rule of a recipe, one line each: key, value, rule, way out.
+
+    `without` names sections that could not be read and hold stand-ins: rules that look at them are left out.
+    """
+    found = [find(config) for sections, find in _RULES if not set(sections) & set(without)]
+    return [problem for problems in found for problem in problems]
 
 
-def find_layout_problems(config: RunConfig, world_size: int) -> list[str]:
-    """Problems of running this recipe on `world_size` processes."""
-    parallel = config.parallel
+def find_layout_problems(config: RunConfig, world_size: int, *, without: Collection[str] = ()) -> list[str]:
+    """Problems of running this recipe on `world_size` processes; `without` as in `find_problems`."""
+    if "parallel" in without:
+        return []
+    parallel, batch = config.parallel, config.batch
     degree = parallel.tensor * parallel.pipeline
-    if world_size % degree:
+    if world_size % degree:  # there is no data-parallel size, so a batch neither fits nor does not
         return [
             f"the world size is {world_size}, which parallel.tensor * parallel.pipeline = {parallel.tensor} * "
             f"{parallel.pipeline} = {degree} does not divide; start a multiple of {degree} processes"
         ]
-    samples = config.data_parallel_size(world_size) * config.batch.micro
-    if config.batch.global_size % samples:
+    if "batch" in without:
+        return []
+    data_parallel = config.data_parallel_size(world_size)
+    samples = data_parallel * batch.micro
+    interleaved = parallel.virtual_pipeline > 1
+    fitting = samples * (parallel.pipeline if interleaved else 1)
+    if batch.global_size % samples:
         return [
-            f"batch.global is {config.batch.global_size}, not a multiple of batch.micro * data-parallel size = "
-            f"{config.batch.micro} * {samples // config.batch.micro} = {samples}; choose a multiple of {samples}"
+            f"batch.global is {batch.global_size}, not a multiple of batch.micro * data-parallel size = "
+            f"{batch.micro} * {data_parallel} = {samples}; choose a multiple of {fitting}"
         ]
-    num_microbatches = config.batch.global_size // samples
-    if parallel.virtual_pipeline > 1 and num_microbatches % parallel.pipeline:
+    if interleaved and batch.global_size % fitting:
         return [
-            f"the interleaved schedule needs the {num_microbatches} micro-batches of a step to be a multiple of "
-            f"parallel.pipeline = {parallel.pipeline}; change batch.global or batch.micro"
+            f"the interleaved schedule needs the {batch.global_size // samples} micro-batches of a step to be a "
+            f"multiple of parallel.pipeline = {parallel.pipeline}; change batch.global to a multiple of {fitting}, or "
+            "batch.micro"
         ]
     return []
 
@@ -64,13 +69,11 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _thinking_problems(thinking: ThinkingConfig, model: ModelConfig) -> Iterator[str]:
+def _thinking_problems(thinking: ThinkingConfig) -> Iterator[str]:
     if thinking.kind == "none":
         if thinking.capacity:
             yield "thinking.capacity is set but thinking.kind is none; set capacity to [] or kind to itt"
         return
-    if isinstance(thinking.layers, tuple):
-        yield from _layer_list_problems(thinking.layers, model.num_layers)
     if thinking.kind == "loop" and any(share != 1.0 for share in thinking.nominal_capacity):
         yield (
             f"thinking.capacity is {list(thinking.nominal_capacity)} but thinking.kind is loop, where every token "
@@ -88,7 +91,10 @@ def _thinking_problems(thinking: ThinkingConfig, model: ModelConfig) -> Iterator
         yield from _capacity_problems(thinking)
 
 
-def _layer_list_problems(layers: tuple[int, ...], num_layers: int) -> Iterator[str]:
+def _layer_problems(thinking: ThinkingConfig, model: ModelConfig) -> Iterator[str]:
+    layers, num_layers = thinking.layers, model.num_layers
+    if thinking.kind == "none" or layers == "every_other":
+        return
     if not layers:
         yield "thinking.layers is []; name at least one layer, or set thinking.kind to none"
     for layer_idx in sorted(set(layers)):
@@ -141,7 +147,17 @@ def _switch_problems(thinking: ThinkingConfig) -> Iterator[str]:
                 )
 
 
-def _parallel_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+def _parallel_problems(parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline is {parallel.virtual_pipeline} but parallel.pipeline is 1; interleaving needs "
+            "at least 2 stages"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence is true but parallel.tensor is 1; sequence parallelism splits within a tensor group"
+
+
+def _division_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
     for key, value in (
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", model.num_key_value_heads),
@@ -153,69 +169,88 @@ def _parallel_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator
                 f"parallel.tensor is {parallel.tensor}, which does not divide model.{key} = {value}; choose a common "
                 "divisor"
             )
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        yield (
-            f"parallel.virtual_pipeline is {parallel.virtual_pipeline} but parallel.pipeline is 1; interleaving needs "
-            "at least 2 stages"
-        )
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if model.num_layers < chunks:
         yield (
             f"model.num_layers is {model.num_layers}, fewer than parallel.pipeline * parallel.virtual_pipeline = "
             f"{chunks}; every model chunk needs a layer"
         )
-    if parallel.sequence and parallel.tensor == 1:
-        yield "parallel.sequence is true but parallel.tensor is 1; sequence parallelism splits within a tensor group"
-
-
-def _sequence_problems(config: RunConfig) -> Iterator[str]:
-    tensor, seq_length = config.parallel.tensor, config.model.seq_length
-    if config.parallel.sequence and seq_length % tensor:
+    if parallel.sequence and model.seq_length % parallel.tensor:
         yield (
-            f"model.seq_length is {seq_length}, which parallel.tensor = {tensor} does not divide; sequence parallelism "
-            "splits the sequence evenly"
+            f"model.seq_length is {model.seq_length}, which parallel.tensor = {parallel.tensor} does not divide; "
+            "sequence parallelism splits the sequence evenly"
         )
-    budgets = {"thinking.capacity": _smallest_capacity(config.thinking)} if config.thinking.kind == "itt" else {}
-    for position, budget in enumerate(config.validation.budgets):
-        budgets[f"validation.budgets[{position}]"] = budget
-        if config.thinking.kind != "itt":
+
+
+def _budget_problems(validation: ValidationConfig, thinking: ThinkingConfig) -> Iterator[str]:
+    for position, budget in enumerate(validation.budgets):
+        if thinking.kind != "itt":
             yield (
-                f"validation.budgets[{position}] is {list(budget)} but thinking.kind is {config.thinking.kind}, which "
-                "has no budget; remove it"
+                f"validation.budgets[{position}] is {list(budget)} but thinking.kind is {thinking.kind}, which has no "
+                "budget; remove it"
             )
-        elif len(budget) != config.thinking.num_routed_steps:
+        elif len(budget) != thinking.num_routed_steps:
             yield (
                 f"validation.budgets[{position}] has {len(budget)} shares but thinking.capacity has "
-                f"{config.thinking.num_routed_steps} routed steps; give one share per routed step"
+                f"{thinking.num_routed_steps} routed steps; give one share per routed step"
             )
-        elif config.thinking.residual == "replace" and 0 in budget:
+        elif thinking.residual == "replace" and 0 in budget:
             yield (
                 f"validation.budgets[{position}] contains 0 but thinking.residual is replace, where a step that nobody "
                 "takes leaves states that no trained step ended with; use shares above 0, or residual: accumulate"
             )
-    for key, budget in budgets.items():
-        for share in budget:
-            if 0 < share * seq_length < 0.5:
-                yield (
-                    f"{key} contains {share}, which rounds to zero of model.seq_length = {seq_length} tokens; use at "
-                    f"least {1 / seq_length:.2g}"
-                )
+
+
+def _smallest_share_problems(key: str, shares: Iterable[float], model: ModelConfig) -> Iterator[str]:
+    for share in shares:
+        if 0 < share * model.seq_length < 0.5:
+            yield (
+                f"{key} contains {share}, which rounds to zero of model.seq_length = {model.seq_length} tokens; use at "
+                f"least {1 / model.seq_length:.2g}"
+            )
 
 
 def _smallest_capacity(thinking: ThinkingConfig) -> tuple[float, ...]:
-    """The fewest tokens that a routed step may get in training."""
+    """The fewest tokens that a routed step may get in training; empty where tokens are not counted."""
+    if thinking.kind != "itt":
+        return ()
     if isinstance(thinking.capacity, SampledCapacity):
         return thinking.capacity.sample[:1]
     ramp = (thinking.ramp_start_share,) if thinking.capacity_schedule == "ramp" else ()
     return thinking.capacity + ramp
 
 
-def _run_problems(config: RunConfig) -> Iterator[str]:
-    schedule, batch = config.schedule, config.batch
+def _smallest_budget_problems(validation: ValidationConfig, model: ModelConfig) -> Iterator[str]:
+    for position, budget in enumerate(validation.budgets):
+        yield from _smallest_share_problems(f"validation.budgets[{position}]", budget, model)
+
+
+def _schedule_problems(schedule: ScheduleConfig) -> Iterator[str]:
     if schedule.warmup_steps >= schedule.steps:
         yield (
             f"schedule.warmup_steps is {schedule.warmup_steps}, but the run has schedule.steps = {schedule.steps}; the "
             "warm-up must end before the run does"
         )
+
+
+def _batch_problems(batch: BatchConfig) -> Iterator[str]:
     if batch.global_size % batch.micro:
         yield f"batch.global is {batch.global_size}, not a multiple of batch.micro = {batch.micro}"
+
+
+# The sections that a rule looks at, and the rule.
+_RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig], Iterable[str]]], ...] = (
+    (("model",), lambda config: _model_problems(config.model)),
+    (("thinking",), lambda config: _thinking_problems(config.thinking)),
+    (("thinking", "model"), lambda config: _layer_problems(config.thinking, config.model)),
+    (("parallel",), lambda config: _parallel_problems(config.parallel)),
+    (("parallel", "model"), lambda config: _division_problems(config.parallel, config.model)),
+    (("validation", "thinking"), lambda config: _budget_problems(config.validation, config.thinking)),
+    (
+        ("thinking", "model"),
+        lambda config: _smallest_share_problems("thinking.capacity", _smallest_capacity(config.thinking), config.model),
+    ),
+    (("validation", "model"), lambda config: _smallest_budget_problems(config.validation, config.model)),
+    (("schedule",), lambda config: _schedule_problems(config.schedule)),
+    (("batch",), lambda config: _batch_problems(config.batch)),
+)

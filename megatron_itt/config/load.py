@@ -10,18 +10,24 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_itt.config.check import find_problems
+from megatron_itt.config.check import find_layout_problems, find_problems
 from megatron_itt.config.refused import reason_of_key, reason_of_value
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 
 _RUN_CONFIG = TypeAdapter(RunConfig)
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's names for keys that do not exist
+# Sections that have no default as a whole: what stands in for one that holds a wrong value. No rule looks at it.
+_STAND_INS: dict[str, dict[str, Any]] = {
+    "model": {"hidden_size": 1, "ffn_hidden_size": 1, "num_layers": 1, "num_attention_heads": 1},
+    "schedule": {"steps": 1},
+    "logging": {"run_dir": ""},
+}
 _UNION_BRANCHES = ("int", "float", "str", "none", "RunConfig", "fixed", "sampled")
 
 
@@ -36,46 +42,64 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a recipe, apply its `base:` and the overrides, and check every rule that needs no world size.
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), *, world_size: int | Literal["fewest"] | None = None
+) -> RunConfig:
+    """Read a recipe, apply its `base:` and the overrides, and check every rule.
 
+    Rules of the layout need a `world_size`: a number of processes, or the fewest that hold one replica of the model.
     Raises ConfigError naming all problems at once.
     """
     data = _read_with_base(Path(path))
     for override in overrides:
         _apply_override(data, override)
-    return parse_config(data, source=str(path))
+    return parse_config(data, source=str(path), world_size=world_size)
 
 
-def parse_config(data: dict[str, Any], *, source: str = "recipe") -> RunConfig:
+def parse_config(
+    data: dict[str, Any], *, source: str = "recipe", world_size: int | Literal["fewest"] | None = None
+) -> RunConfig:
     """Turn plain data (for example the recipe stored in a checkpoint) into a checked `RunConfig`.
 
-    Raises ConfigError naming all problems at once; rules between keys are looked at once every value is of its type.
+    Raises ConfigError naming all problems at once; rules that look at a section with a wrong value are left out.
     """
-    config, problems = _validate(data)
+    config, wrong, problems = _validate(data)
     if config is not None:
-        problems += find_problems(config)
+        problems += find_problems(config, without=wrong)
+        if world_size is not None:
+            fewest = config.parallel.tensor * config.parallel.pipeline
+            processes = fewest if world_size == "fewest" else world_size
+            problems += find_layout_problems(config, processes, without=wrong)
     if problems or config is None:
         raise ConfigError(f"{source}: " + "; ".join(problems))
     return config
 
 
-def _validate(data: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """The config, without the keys that are unknown, and a problem for each of those; None where a value is wrong."""
+def _validate(data: dict[str, Any]) -> tuple[RunConfig | None, set[str], list[str]]:
+    """The config, the sections that hold stand-ins because a value is wrong, and a problem for each wrong value.
+
+    Unknown keys are left out, and their sections kept. None where nothing is left to look at.
+    """
     try:
-        return _RUN_CONFIG.validate_json(json.dumps(data)), []
+        return _RUN_CONFIG.validate_json(json.dumps(data)), set(), []
     except ValidationError as error:
         found = error.errors()
     problems = [_describe(item) for item in found]
-    if not all(item["type"] in _UNKNOWN for item in found):
-        return None, problems
-    known = json.loads(json.dumps(data))
+    wrong: set[str] = set()
+    if not all(item["loc"] for item in found):  # not even a mapping
+        return None, wrong, problems
+    readable = json.loads(json.dumps(data))
     for item in found:
-        _remove(known, [str(part) for part in item["loc"] if not _is_union_branch(part)])
+        keys = [str(part) for part in item["loc"] if not _is_union_branch(part)]
+        if item["type"] in _UNKNOWN:
+            _remove(readable, keys)
+        else:
+            wrong.add(keys[0])
+    readable |= {section: _STAND_INS.get(section, {}) for section in wrong}
     try:
-        return _RUN_CONFIG.validate_json(json.dumps(known)), problems
+        return _RUN_CONFIG.validate_json(json.dumps(readable)), wrong, problems
     except ValidationError as error:
-        return None, problems + [_describe(item) for item in error.errors() if item["type"] not in _UNKNOWN]
+        return None, wrong, problems + [_describe(item) for item in error.errors() if item["type"] not in _UNKNOWN]
 
 
 def _remove(data: dict[str, Any], keys: list[str]) -> None:

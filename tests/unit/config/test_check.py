@@ -29,6 +29,13 @@ def test_interleaving_needs_a_multiple_of_the_stages() -> None:
     config = tiny_recipe(parallel={"pipeline": 2, "virtual_pipeline": 2}, batch={"global": 6, "micro": 2})
     (problem,) = find_layout_problems(config, 2)
     assert "multiple of parallel.pipeline = 2" in problem
+    assert "batch.global to a multiple of 4" in problem
+
+
+def test_a_batch_of_an_interleaved_schedule_is_put_right_at_once() -> None:
+    config = tiny_recipe(parallel={"pipeline": 2, "virtual_pipeline": 2}, batch={"global": 6, "micro": 1})
+    (problem,) = find_layout_problems(config, 8)  # 4 data-parallel ranks
+    assert problem.endswith("= 1 * 4 = 4; choose a multiple of 8")
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,43 @@ def test_settings_that_do_not_go_together_are_named_with_the_rule(
         assert part in str(caught.value)
 
 
+def test_a_wrong_value_does_not_hide_broken_rules_of_other_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["thinking.capacity=[0, 0.5, 0.5]", "parallel.tensor=3", "validation.budgets=[[0.01]]"])
+    message = str(caught.value)
+    for part in ("thinking.capacity.0 is 0", "does not divide model.num_attention_heads", "budgets[0] contains 0.01"):
+        assert part in message
+    assert "routed steps" not in message  # the capacity is not known
+
+
+@pytest.mark.parametrize("override", ["model.num_layers=many", "schedule.steps=0", "logging.run_dir=7", "data.blend=7"])
+def test_rules_leave_out_sections_that_could_not_be_read(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override, "batch.micro=3"])
+    key = override.partition("=")[0]
+    assert str(caught.value).startswith(f"{path}: {key} is ")
+    assert str(caught.value).count("; ") == 1
+    assert str(caught.value).endswith("batch.global is 4, not a multiple of batch.micro = 3")
+
+
+def test_problems_of_the_layout_are_reported_with_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path, "recipe.yaml", plain())
+    overrides = ["parallel.tensor=2", "schedule.warmup_steps=999", "thinking.gate=relu"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, world_size=3)
+    for part in ("thinking.gate is", "warmup_steps is 999", "the world size is 3", "multiple of 2 processes"):
+        assert part in str(caught.value)
+    with pytest.raises(ConfigError, match=r"batch\.micro is") as caught:
+        load_config(path, ["batch.micro=0"], world_size=3)
+    assert "batch.global" not in str(caught.value)
+    assert load_config(path, ["parallel.tensor=2"], world_size="fewest").parallel.tensor == 2
+    with pytest.raises(ConfigError, match="the interleaved schedule"):
+        interleaved = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "batch.global=6"]
+        load_config(path, interleaved, world_size="fewest")
+
+
 def test_everything_wrong_with_a_layout_is_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "recipe.yaml", plain())
     overrides = ["parallel.tensor=3", "parallel.sequence=true", "parallel.virtual_pipeline=5", "model.seq_length=25"]

@@ -63,6 +63,10 @@ def test_show_prints_a_recipe_that_loads_again(tmp_path: Path) -> None:
         (["check", ITT, "thinking.capacity=[0.5, 1.5, 0.5]"], "thinking.capacity"),
         (["check", ITT, "thinking.layers=[9]"], "layers count from 0 to 7"),
         (["check", ITT, "parallel.tensor=2", "--world-size", "9"], "the world size is 9"),
+        (
+            ["check", ITT, "parallel.tensor=2", "schedule.warmup_steps=99999", "--world-size", "3"],
+            "the world size is 3",
+        ),
         (["memory", ITT, "parallel.tensor=4", "--world-size", "6"], "the world size is 6"),
         (["check", ITT, "--world-size", "0"], "a job has at least 1 process"),
         (["flops", ITT, "--build"], "--build belongs to check, not to flops"),
