@@ -22,6 +22,7 @@ from tests.slurm.network import Network
 GPUS_PER_NODE = 2
 CPUS_PER_NODE = 4
 SLURMD_PORT = 6818
+GRACE_S = 30  # between the signal that a preempted job gets and its end
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "unshare", "mount", "ip", "nsenter", "setpriv")
 # slurmd loads a cgroup plugin whatever the configuration needs. Naming v1 skips the detection, which fails in
 # containers, and touches nothing; from 24.05 on it can be turned off.
@@ -214,6 +215,8 @@ class Cluster:
             "SlurmdParameters": "config_overrides",
             "ReturnToService": 2,
             "JobRequeue": 1,
+            "PreemptType": "preempt/partition_prio",
+            "PreemptMode": "REQUEUE",
             "SlurmctldTimeout": 30,
             "SlurmdTimeout": 20,
             "KillWait": 20,
@@ -224,5 +227,7 @@ class Cluster:
         resources = f"CPUs={CPUS_PER_NODE} Gres=gpu:{GPUS_PER_NODE} State=UNKNOWN"
         for node in self.nodes:
             lines.append(f"NodeName={node} NodeAddr={self.network.address(node)} Port={SLURMD_PORT} {resources}")
-        lines.append("PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
+        everywhere = f"Nodes=ALL MaxTime=INFINITE State=UP GraceTime={GRACE_S}"
+        lines.append(f"PartitionName=all Default=YES PriorityTier=1 {everywhere}")
+        lines.append(f"PartitionName=urgent PriorityTier=2 {everywhere}")  # its jobs preempt those of `all`
         (here / "slurm.conf").write_text("\n".join(lines) + "\n")

@@ -48,9 +48,24 @@ def wait_for_start(job: Submitted) -> None:
     """Wait until the newest start of the job has started its tasks."""
 
     def started() -> bool:
+        release_if_held(job)
         return job.text().count("rank 0 at") > job.num_restarts()
 
-    job.cluster.wait_until(started, f"the tasks start\n{job.text()}", timeout_s=180)
+    job.cluster.wait_until(started, f"the tasks start\n{job.text()}", timeout_s=240)
+
+
+def release_if_held(job: Submitted) -> None:
+    """What slurm/README.md tells a person to do: a node that was cut off came back with remains of the job on it.
+
+    Slurm then drains the node and holds the job. A real cluster waits 120 s before it starts a job again, this one 5 s.
+    """
+    if "held" not in job.cluster.job(job.job_id)["Reason"].lower():
+        return
+    for node in job.cluster.nodes:
+        if "drain" in job.cluster.command("sinfo", "-h", "-n", node, "-o", "%T"):
+            job.cluster.command("scontrol", "update", f"nodename={node}", "state=resume")
+    job.cluster.command("scontrol", "release", job.job_id)
+    print("held by Slurm, and released")
 
 
 def wait_for_moment(job: Submitted, *, wait_s: float, last_step: int) -> None:

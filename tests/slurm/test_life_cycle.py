@@ -59,6 +59,22 @@ def test_a_job_whose_warning_is_lost_saves_at_the_limit_and_is_queued_again(
     assert job.end() == "CANCELLED", job.text()
 
 
+def test_a_preempted_job_saves_and_continues_with_the_same_losses(
+    cluster: Cluster, recipe: Path, settings: dict[str, str]
+) -> None:
+    whole = submit(cluster, recipe, settings, *LONG, name="whole", shape=TWO_BY_TWO)
+    assert whole.end(timeout_s=900) == "COMPLETED", whole.text()
+    job = submit(cluster, recipe, settings, *LONG, shape=TWO_BY_TWO)
+    job.wait_for_step(NUM_STEPS // 3)
+    cluster.submit("--partition=urgent", "--nodes=2", "--gpus-per-node=2", "--output=/dev/null", "--wrap=sleep 5")
+    cluster.wait_until(lambda: job.num_restarts() == 1, f"a restart\n{job.text()}", timeout_s=240)
+    saved = int((job.run_dir / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+    assert saved == job.records()[-1]["step"] not in (0, 25)  # at the signal, not at an interval
+    assert job.end(timeout_s=900) == "COMPLETED", job.text()
+    assert job.num_restarts() == 1, job.text()
+    job.assert_same_as(whole)
+
+
 def test_a_chain_continues_where_the_link_before_stopped(
     cluster: Cluster, recipe: Path, settings: dict[str, str]
 ) -> None:
