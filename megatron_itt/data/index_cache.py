@@ -2,11 +2,13 @@
 
 What stands in it is the builder's business (`datasets.py`: sample indices). Several processes, jobs and nodes may ask
 for the same folder on a shared disk. The lock saves work and is not needed for safety: a folder gets its name by one
-rename, when it is complete and on disk, and every file of it is listed with its size and CRC-32.
+rename, when it is complete and on disk, and every file of it is listed with its size and CRC-32. A builder that is
+taken for dead while it lives keeps its folder as long as it writes there; at worst two build and one publishes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,15 +19,16 @@ import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron_itt.errors import DataError
 from megatron_itt.log import get_logger
 
 CONTENTS = "contents.json"  # in every complete folder: {file: [bytes, CRC-32]}
+BUILDER = "builder.json"  # in every folder from the start: who builds it; gone when somebody took it away
 HEARTBEAT_S = 5.0
 ABANDONED_S = 180.0  # without a heartbeat; shared disks may show a change of times a minute late
 _POLL_S = 0.2
+_ABSENT = "does not exist"
 _MESSAGE_EVERY_S = 30.0
 _CHUNK = 8 << 20
 
@@ -44,8 +47,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
                 continue
             try:
                 fault = find_fault(folder)  # it may have been published between the look and the lock
-                if fault is not None:
-                    _build(folder, build, fault)
+                if fault is not None and _build(folder, build, fault=fault, holder=lock.content):
                     return True
             finally:
                 lock.release()
@@ -60,7 +62,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a published folder, None if nothing. Reads every file of it."""
     if not folder.is_dir():
-        return "does not exist"
+        return _ABSENT
     try:
         listed = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
         for name, (size, crc) in listed.items():
@@ -75,23 +77,52 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
-def _build(folder: Path, build: Callable[[Path], None], fault: str) -> None:
-    """Build beside the final place, then rename. Called with the lock held."""
-    if folder.exists():
+def _build(folder: Path, build: Callable[[Path], None], *, fault: str, holder: str) -> bool:
+    """Build beside the final place, then rename; returns whether this builder did it. Called with the lock held."""
+    if fault != _ABSENT:
         get_logger().warning("%s: %s; building it again", folder, fault)
-        damaged = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}")
-        folder.rename(damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
-    for leftover in folder.parent.glob(f"{folder.name}.building-*"):  # of builders that were killed
-        shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process that holds the lock has done it
+            _remove(folder, folder)
     building = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     building.mkdir(parents=True)
+    mark = building / BUILDER
+    mark.write_text(holder, encoding="utf-8")
+    _remove_leftovers(folder, now=mark.stat().st_mtime)
     try:
         build(building)
         _write_contents(building)
-        _rename_unless_there(building, folder)
+        if mark.exists():
+            return _rename_unless_there(building, folder)
+    except Exception:
+        if mark.exists():
+            raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
+    get_logger().warning("%s: another process took this one for dead and builds instead; waiting for it", folder)
+    return False
+
+
+def _remove_leftovers(folder: Path, *, now: float) -> None:
+    """Remove what killed builders left; a folder that was written to lately may be a living builder's.
+
+    `now` [s] is by the clock that stamps the files, which may be another machine's.
+    """
+    for leftover in folder.parent.glob(f"{folder.name}.building-*"):
+        with contextlib.suppress(OSError):  # it is being removed or published meanwhile
+            holder = leftover / BUILDER
+            dead = holder.is_file() and _is_dead(holder.read_text(encoding="utf-8"))
+            newest = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
+            if dead or now - newest > ABANDONED_S:
+                _remove(leftover, folder)
+    for removed in folder.parent.glob(f"{folder.name}.removed-*"):
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def _remove(path: Path, folder: Path) -> None:
+    """Take a folder away at once, then delete it: who still writes there notices and publishes no half of it."""
+    removed = folder.with_name(f"{folder.name}.removed-{uuid.uuid4().hex[:8]}")
+    path.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _write_contents(folder: Path) -> None:
@@ -112,12 +143,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _rename_unless_there(building: Path, folder: Path) -> None:
+def _rename_unless_there(building: Path, folder: Path) -> bool:
+    """Whether it was renamed; not where another builder was faster, with the same content."""
     try:
         building.rename(folder)
     except OSError:
-        if find_fault(folder) is not None:  # else another builder was faster, with the same content
+        if find_fault(folder) is not None:
             raise
+        return False
+    return True
 
 
 def _crc32(path: Path) -> int:
@@ -132,10 +166,11 @@ class _Lock:
     """A lock file that its holder touches every few seconds, for disks where `flock` may not reach other nodes."""
 
     def __init__(self, path: Path) -> None:
+        self.content = ""  # of the lock file while this process holds it
         self._path = path
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._seen: tuple[Any, ...] | None = None  # of somebody else's lock: content and time of the last touch
+        self._seen: tuple[str, int] | None = None  # of somebody else's lock: content and time of the last touch
         self._seen_at = 0.0
         self._told_at = -_MESSAGE_EVERY_S
 
@@ -147,44 +182,61 @@ class _Lock:
             handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
+        self.content = json.dumps(holder)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(holder, file)
+            file.write(self.content)
         self._stop.clear()
         self._thread = threading.Thread(target=self._touch, name="lock", daemon=True)
         self._thread.start()
         return True
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Give the lock back, unless somebody has taken it away."""
         self._stop.set()
         assert self._thread is not None, "released a lock that was not taken"
         self._thread.join()
-        self._path.unlink(missing_ok=True)
+        if self._is_ours():
+            self._path.unlink(missing_ok=True)
+
+    def _is_ours(self) -> bool:
+        try:
+            return self._path.read_text(encoding="utf-8") == self.content
+        except FileNotFoundError:
+            return False
 
     def wait_a_little(self, folder: Path) -> None:
         """Wait for the holder, or remove the lock of one that is dead."""
         now = time.monotonic()
-        try:
-            seen = (self._path.read_text(encoding="utf-8"), self._path.stat().st_mtime_ns)
-        except FileNotFoundError:
+        seen = self._look()
+        if seen is None:
             return  # released in between
         if seen != self._seen:
             self._seen, self._seen_at = seen, now
         if now - self._seen_at > ABANDONED_S or _is_dead(seen[0]):
             get_logger().warning("%s was left behind by a process that died; taking over", self._path)
-            self._path.unlink(missing_ok=True)
+            if self._look() == seen:  # else another process that waits was faster and holds it now
+                self._path.unlink(missing_ok=True)
             return
         if now - self._told_at >= _MESSAGE_EVERY_S:
             get_logger().info("waiting for another process that builds %s (%s)", folder, seen[0].strip())
             self._told_at = now
         time.sleep(_POLL_S)
 
+    def _look(self) -> tuple[str, int] | None:
+        """Content and time of the last touch [ns] of somebody else's lock; None when there is none."""
+        try:
+            return self._path.read_text(encoding="utf-8"), self._path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
     def _touch(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             try:
+                if not self._is_ours():
+                    return  # somebody took this process for dead: both build, one publishes
                 os.utime(self._path)
             except OSError:
-                return  # removed by somebody who took this process for dead: both build, one publishes
+                return
 
 
 def _is_dead(holder: str) -> bool:

@@ -147,6 +147,83 @@ def test_a_lock_of_another_machine_counts_while_it_beats(
     assert find_fault(folder) is None
 
 
+class TwoBuilders:
+    """A builder that is taken for dead while it lives, and the one that takes over; each writes file after file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lock = folder.with_name(f"{folder.name}.lock")
+        self.answers: dict[str, bool] = {}
+        self.errors: list[Exception] = []
+        self.go_on = {"first": threading.Event(), "second": threading.Event()}
+        self.began = {"first": threading.Event(), "second": threading.Event()}
+        self.threads: dict[str, threading.Thread] = {}
+
+    def start(self, name: str, *, writes: bool) -> None:
+        def build(place: Path) -> None:
+            fill(place)
+            self.began[name].set()
+            while not self.go_on[name].wait(0.05):
+                if writes:
+                    (place / "more").write_text("of it")
+            place.mkdir(exist_ok=True)  # as megatron-core does before each of its indices
+            (place / "last").write_text(name)
+
+        def run() -> None:
+            try:
+                self.answers[name] = build_once(self.folder, build)
+            except Exception as error:
+                self.errors.append(error)
+
+        self.threads[name] = threading.Thread(target=run)
+        self.threads[name].start()
+        assert self.began[name].wait(30)
+
+    def end(self, name: str) -> None:
+        self.go_on[name].set()
+        self.threads[name].join(30)
+
+
+@pytest.fixture
+def two_builders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TwoBuilders:
+    monkeypatch.setattr(index_cache, "HEARTBEAT_S", 1000.0)  # a process that is stopped, a disk that hangs
+    monkeypatch.setattr(index_cache, "ABANDONED_S", 0.5)
+    return TwoBuilders(tmp_path / "key")
+
+
+def test_a_living_builder_that_writes_keeps_its_folder_and_the_other_its_lock(two_builders: TwoBuilders) -> None:
+    two_builders.start("first", writes=True)
+    two_builders.start("second", writes=True)  # waits, takes over, builds
+    seconds_lock = two_builders.lock.read_text()
+    two_builders.end("first")
+    assert two_builders.answers == {"first": True}
+    assert two_builders.lock.read_text() == seconds_lock
+    two_builders.end("second")
+    assert two_builders.answers == {"first": True, "second": False}
+    assert (two_builders.folder / "last").read_text() == "first"
+    assert find_fault(two_builders.folder) is None
+    assert names(two_builders.folder) == ["key"]
+
+
+def test_a_living_builder_whose_folder_was_taken_away_accepts_the_index_of_the_other(
+    two_builders: TwoBuilders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_builders.start("first", writes=False)
+    time.sleep(0.6)
+    two_builders.start("second", writes=True)
+    monkeypatch.setattr(index_cache, "ABANDONED_S", 600.0)  # it is not taken for dead in its turn
+    two_builders.go_on["first"].set()
+    time.sleep(0.3)
+    assert not two_builders.answers and not two_builders.folder.exists()  # half of an index is not published
+    two_builders.end("second")
+    two_builders.end("first")
+    assert two_builders.errors == []
+    assert two_builders.answers == {"first": False, "second": True}
+    assert (two_builders.folder / "last").read_text() == "second"
+    assert find_fault(two_builders.folder) is None
+    assert names(two_builders.folder) == ["key"]
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match=r"cannot hold the sample indices: .*; set data\.cache_dir"):
