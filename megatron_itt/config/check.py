@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from megatron_itt.config.model import ModelConfig, SampledCapacity, ThinkingConfig
 from megatron_itt.config.run import BatchConfig, ParallelConfig, RunConfig, ScheduleConfig, ValidationConfig
+from megatron_itt.config.switches import find_idle_settings
 
 
 def find_problems(config: RunConfig, *, without: Collection[str] = ()) -> list[str]:
@@ -70,14 +71,22 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def _thinking_problems(thinking: ThinkingConfig) -> Iterator[str]:
+    yield from find_idle_settings(thinking)
     if thinking.kind == "none":
         if thinking.capacity:
             yield "thinking.capacity is set but thinking.kind is none; set capacity to [] or kind to itt"
         return
-    if thinking.kind == "loop" and any(share != 1.0 for share in thinking.nominal_capacity):
+    if thinking.kind == "loop":
+        if any(share != 1.0 for share in thinking.nominal_capacity):
+            yield (
+                f"thinking.capacity is {list(thinking.nominal_capacity)} but thinking.kind is loop, where every token "
+                "takes every step; use 1.0 for each"
+            )
+        return
+    if thinking.skip == "literal" and thinking.reweight == "symmetric":
         yield (
-            f"thinking.capacity is {list(thinking.nominal_capacity)} but thinking.kind is loop, where every token "
-            "takes every step; use 1.0 for each"
+            "thinking.skip is literal and thinking.reweight is symmetric: both say what happens to tokens that are "
+            "not picked; choose one"
         )
     for key in ("alpha", "step_init"):
         value = getattr(thinking, key)
@@ -86,14 +95,19 @@ def _thinking_problems(thinking: ThinkingConfig) -> Iterator[str]:
                 f"thinking.{key} has {len(value)} values but thinking.capacity has {thinking.num_routed_steps} routed "
                 "steps; give one number, or one per routed step"
             )
-    if thinking.kind == "itt":
-        yield from _switch_problems(thinking)
-        yield from _capacity_problems(thinking)
+    yield from _capacity_problems(thinking)
 
 
 def _layer_problems(thinking: ThinkingConfig, model: ModelConfig) -> Iterator[str]:
     layers, num_layers = thinking.layers, model.num_layers
-    if thinking.kind == "none" or layers == "every_other":
+    if thinking.kind == "none":
+        return
+    if layers == "every_other":
+        if not thinking.layer_indices(num_layers):
+            yield (
+                f"thinking.layers is every_other but model.num_layers is {num_layers}, and the first layer that thinks "
+                "would be the second; name layers, such as [0], or set thinking.kind to none"
+            )
         return
     if not layers:
         yield "thinking.layers is []; name at least one layer, or set thinking.kind to none"
@@ -119,32 +133,6 @@ def _capacity_problems(thinking: ThinkingConfig) -> Iterator[str]:
             f"thinking.ramp_start_share is {thinking.ramp_start_share}, above a share of thinking.capacity = "
             f"{list(thinking.capacity)}; a ramp rises, so start lower"
         )
-    elif thinking.capacity_schedule == "ramp" and thinking.routing == "none":
-        yield "thinking.capacity_schedule is ramp but thinking.routing is none, where every token thinks; use constant"
-
-
-def _switch_problems(thinking: ThinkingConfig) -> Iterator[str]:
-    if thinking.skip == "literal" and thinking.reweight == "symmetric":
-        yield (
-            "thinking.skip is literal and thinking.reweight is symmetric: both say what happens to tokens that are "
-            "not picked; choose one"
-        )
-    if thinking.routing == "none":
-        for key, default in (("reweight", "selected"), ("skip", "keep"), ("attend", "all")):
-            value = getattr(thinking, key)
-            if value != default:
-                yield (
-                    f"thinking.{key} is {value} but thinking.routing is none, where no token is skipped; set it to "
-                    f"{default}"
-                )
-    if thinking.residual == "replace":
-        for key, default in (("update", "full"), ("reweight", "selected"), ("skip", "keep")):
-            value = getattr(thinking, key)
-            if value != default:
-                yield (
-                    f"thinking.{key} is {value} but thinking.residual is replace, which has neither updates nor "
-                    f"weights; set it to {default}"
-                )
 
 
 def _parallel_problems(parallel: ParallelConfig) -> Iterator[str]:

@@ -1,8 +1,6 @@
-"""Rules that need the number of processes, and switches that exclude each other."""
+"""Rules that need the number of processes, and models that would not think."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 
@@ -38,23 +36,16 @@ def test_a_batch_of_an_interleaved_schedule_is_put_right_at_once() -> None:
     assert problem.endswith("= 1 * 4 = 4; choose a multiple of 8")
 
 
-@pytest.mark.parametrize(
-    "switches",
-    [
-        {"skip": "literal", "reweight": "symmetric"},
-        {"routing": "none", "attend": "selected"},
-        {"routing": "none", "reweight": "symmetric"},
-        {"residual": "replace", "update": "delta"},
-        {"residual": "replace", "reweight": "symmetric"},
-        {"residual": "replace", "skip": "literal"},
-    ],
-)
-def test_switches_that_exclude_each_other_are_refused(switches: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="thinking"):
-        tiny_recipe(thinking=switches)
-
-
 def test_every_other_layer_starts_with_the_second() -> None:
     config = tiny_recipe(model={"num_layers": 8})
     assert config.thinking.layer_indices(8) == (1, 3, 5, 7)
     assert config.thinking.num_steps == 4
+
+
+@pytest.mark.parametrize("kind", ["itt", "loop"])
+def test_a_model_without_a_thinking_layer_is_refused(kind: str) -> None:
+    thinking = {"kind": kind, "capacity": [1.0]}
+    with pytest.raises(ConfigError, match=r"every_other but model\.num_layers is 1.*such as \[0\]"):
+        tiny_recipe(model={"num_layers": 1}, thinking=thinking)
+    config = tiny_recipe(model={"num_layers": 1}, thinking={**thinking, "layers": [0]})
+    assert config.thinking.layer_indices(1) == (0,)

@@ -94,7 +94,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"kind": "loop", "capacity": [1.0, 1.0]},
     ITT,
     ITT | {"attend": "selected"},
-    ITT | {"residual": "replace"},
+    ITT | {"residual": "replace", "alpha": 1.0},
     ITT | {"routing": "none"},
     ITT | {"routing": "topp"},
     ITT | {"routing": "threshold"},
