@@ -12,6 +12,8 @@ from collections.abc import Callable
 from megatron_itt.errors import IttError
 
 LOGGER_NAME = "megatron_itt"
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 
 
 def get_logger() -> logging.Logger:
@@ -58,7 +60,8 @@ def run_command(main: Callable[[], int]) -> int:
     """Run a command's `main` and turn its errors into exit codes.
 
     Returns what `main` returns; after a one-line message, the code of an `IttError` (2 for bad input) or 2 for a full
-    disk; and 130 for an interrupt from the keyboard. Any other exception is a bug and keeps its traceback.
+    disk or a path that cannot be used; and 130 for an interrupt from the keyboard.
+    Any other exception is a bug and keeps its traceback.
     """
     try:
         return main()
@@ -73,14 +76,26 @@ def run_command(main: Callable[[], int]) -> int:
         sys.stdout = None  # type: ignore[assignment]
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        message = _explain(error)
+        if message is None:
             raise
-        print(
-            f"error: no space left on device while writing {error.filename or 'output'}; free space and run the same "
-            "command again",
-            file=sys.stderr,
-        )
+        print(f"error: {message}", file=sys.stderr)
         return 2
+
+
+def _explain(error: OSError) -> str | None:
+    """What a user can do about it, None where nothing is known."""
+    if error.errno in _FULL_DISK:
+        return (
+            f"no space left on device while writing {error.filename or 'output'}; free space and run the same command "
+            "again"
+        )
+    if error.errno in _UNUSABLE_PATH and error.filename is not None:
+        return (
+            f"{error.filename}: {error.strerror}; give a path that lies in folders, not below a file, and where you "
+            "may read and write"
+        )
+    return None
 
 
 def positive_int(text: str) -> int:

@@ -77,6 +77,17 @@ def test_parts_and_their_merge_on_the_command_line(tokenizer_dir: Path, tmp_path
     assert "50 documents" in done.stdout
 
 
+@pytest.mark.parametrize("prefix", ["FILE/y", "/proc/x/y"])
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_two(
+    tokenizer_dir: Path, tmp_path: Path, prefix: str
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", make_texts(50))
+    prefix = prefix.replace("FILE", str(source))
+    done = run("preprocess", "--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", prefix, "--quiet")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {Path(prefix).parent}") and done.stderr.count("\n") == 1
+
+
 def test_speed_is_measured_and_nothing_is_left(tokenizer_dir: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(50))
     done = run("data_speed", "--input", source, "--tokenizer", tokenizer_dir, "--workers", 1, "--output", tmp_path)
