@@ -6,6 +6,7 @@ bucket is sorted in memory by itself, and later occurrences are marked in a bitm
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,8 +44,10 @@ def _mark_first(shards: Sequence[tuple[ShardTask, ShardRecord]], folder: Path, b
     if total == 0:
         return np.empty(0, dtype=np.uint8)
     path = folder / "first.bitmap"
-    with naming_file(path):
-        keep = np.memmap(path, dtype=np.uint8, mode="w+", shape=(total,))
+    with naming_file(path), path.open("wb") as stream:
+        # A sparse file that finds no room once it is mapped ends the process with SIGBUS; this raises.
+        os.posix_fallocate(stream.fileno(), 0, total)
+    keep = np.memmap(path, dtype=np.uint8, mode="r+", shape=(total,))
     keep[:] = 1
     buckets = _fill_buckets(shards, folder, num_buckets=-(-total // bucket_documents))
     for bucket in buckets:
@@ -99,5 +102,5 @@ def _compact(task: ShardTask, keep: np.ndarray, dtype: np.dtype) -> Part:
             stream.write(run)
             crc32 = zlib.crc32(run, crc32)
     with naming_file(lengths_path):
-        kept_lengths.tofile(lengths_path)
+        lengths_path.write_bytes(kept_lengths.tobytes())  # numpy's tofile does not say why it fails
     return Part(tokens_path, lengths_path, len(kept_lengths), int(kept_lengths.sum(dtype=np.int64)), crc32)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -376,19 +374,3 @@ def test_a_second_run_on_the_same_prefix_is_refused(options: PreprocessOptions) 
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="in use by another run"):
             preprocess(options)
-
-
-def test_a_write_that_fails_names_the_file_and_can_be_continued(options: PreprocessOptions) -> None:
-    """A limit on the file size stands in for a full disk: the same error path, without mounting anything."""
-
-    def limit_file_size() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    process = run_tool(replace(options, shard_bytes=None), num_workers=1, preexec_fn=limit_file_size)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert os.strerror(errno.EFBIG) in errors
-    assert "set.partial" in errors
-    assert not Path(f"{options.output_prefix}.bin").exists()
-    assert preprocess(options).manifest.documents == len(TEXTS)
