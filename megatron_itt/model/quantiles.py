@@ -1,8 +1,10 @@
 """The thresholds that stand in for top-k at inference: quantiles of router logits, as a moving average of training.
 
-The quantiles of a step are those of all tokens of the global batch, pooled: each sequence is summed up by evenly spaced
-order statistics, the summaries are gathered over data-parallel ranks, and quantiles are taken of the pool. So the table
-does not depend on how the batch was divided into ranks and micro-batches.
+The quantiles of a step are those of all tokens of the global batch, pooled: each sequence is summed up by points that
+stand for equally many of its tokens, the summaries are gathered over data-parallel ranks, and quantiles are taken of
+the pool. So the table does not depend on how the batch was divided into ranks and micro-batches.
+
+Shapes: s whole sequence, b micro-batch, n sequences of the global batch, m points of a summary = min(s, 257).
 """
 
 from __future__ import annotations
@@ -15,19 +17,29 @@ from megatron_itt.model.layer import ThinkingLayer
 from megatron_itt.model.routing import NUM_QUANTILES
 from megatron_itt.model.trace import RoutingRecorder
 
-SUMMARY_POINTS = 257
+SUMMARY_POINTS = 257  # of a long sequence
 
 
 def summarise_sequences(logits: Tensor) -> Tensor:
-    """Evenly spaced quantiles of each sequence. logits [s, b] float32 -> [b, 257], ascending."""
-    points = torch.linspace(0.0, 1.0, SUMMARY_POINTS, device=logits.device)
-    return _quantiles_of_sorted(torch.sort(logits, dim=0).values, points).t().contiguous()
+    """Points that stand for equal parts of each sequence. logits [s, b] float32 -> [b, m], ascending.
+
+    A short sequence is its own summary. A long one is cut into m parts, each given by its middle: points at the ends of
+    the parts would have a sequence's highest and lowest logit, one token each, count as much as any other part.
+    """
+    ascending = torch.sort(logits, dim=0).values
+    seq_length = logits.shape[0]
+    if seq_length > SUMMARY_POINTS:
+        middles = (torch.arange(SUMMARY_POINTS, device=logits.device) + 0.5) / SUMMARY_POINTS
+        # Token i of s covers the levels i/s to (i+1)/s.
+        ascending = _values_at(ascending, middles * seq_length - 0.5)
+    return ascending.t().contiguous()
 
 
 def pool_quantiles(summaries: Tensor) -> Tensor:
-    """Quantiles of the pooled summaries. [n, 257] -> [1025], ascending."""
-    points = torch.linspace(0.0, 1.0, NUM_QUANTILES, device=summaries.device)
-    return _quantiles_of_sorted(torch.sort(summaries.flatten()).values.unsqueeze(-1), points).squeeze(-1)
+    """Quantiles of the pooled summaries. [n, m] -> [1025], ascending."""
+    pool = torch.sort(summaries.flatten()).values.unsqueeze(-1)
+    levels = torch.linspace(0.0, 1.0, NUM_QUANTILES, device=summaries.device)
+    return _values_at(pool, levels * (pool.shape[0] - 1)).squeeze(-1)
 
 
 def update_quantiles(
@@ -42,12 +54,12 @@ def update_quantiles(
     recorded = [(key, summaries) for key, summaries in found if summaries is not None]
     if not recorded:
         return
-    local = torch.stack([summaries for _, summaries in recorded])  # [tables, n, 257]
+    local = torch.stack([summaries for _, summaries in recorded])  # [tables, own part of n, m]
     gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
     dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
     pooled = gathered.view(group.size(), *local.shape)
     for index, ((layer, step), _) in enumerate(recorded):
-        fresh = pool_quantiles(pooled[:, index].reshape(-1, SUMMARY_POINTS))
+        fresh = pool_quantiles(pooled[:, index].flatten(0, 1))
         assert layer.thinking.logit_quantiles is not None, "a routed step has its quantiles"
         row = layer.thinking.logit_quantiles[step - 1]
         # A table of zeros is one that has never been set.
@@ -59,9 +71,8 @@ def _summaries(recorder: RoutingRecorder, layer_idx: int, step: int) -> Tensor |
     return torch.cat([summarise_sequences(entry.logits) for entry in entries]) if entries else None
 
 
-def _quantiles_of_sorted(ascending: Tensor, points: Tensor) -> Tensor:
-    """Linear interpolation between order statistics. ascending [n, b], points [m] in [0, 1] -> [m, b]."""
-    places = points * (ascending.shape[0] - 1)
+def _values_at(ascending: Tensor, places: Tensor) -> Tensor:
+    """Linear interpolation between order statistics. ascending [s, b], places [m] in [0, s - 1] -> [m, b]."""
     low = places.floor().long()
     high = (low + 1).clamp(max=ascending.shape[0] - 1)
     return torch.lerp(ascending[low], ascending[high], (places - low).unsqueeze(-1))
