@@ -100,15 +100,19 @@ def measure_budgets(
         point["on_front"] = on_front
     values = {"points": points, "seq_length": exports[0].max_length, "monotone": _is_monotone(points)}
     source = {"models": [str(path) for path in models]}
-    return Measurement(kind=BUDGETS, values=values, source=source, notes=_notes_on_windows(exports, texts))
+    return Measurement(kind=BUDGETS, values=values, source=source, notes=_notes_on_windows(exports, texts, max_tokens))
 
 
-def _notes_on_windows(exports: Sequence[ExportedModel], texts: Sequence[str]) -> list[str]:
+def _notes_on_windows(exports: Sequence[ExportedModel], texts: Sequence[str], max_tokens: int | None) -> list[str]:
     length, tokenizer = min(export.max_length for export in exports), exports[0].tokenizer
-    long = sum(len(tokenizer.encode(text, add_special_tokens=False)) > length for text in texts)
-    return [f"{long:,} of {len(texts):,} texts are longer than {length:,} tokens and were read in windows."] * (
-        long > 0
-    )
+    num_long = num_read = 0
+    for text in texts:
+        if max_tokens is not None and num_read >= max_tokens:
+            break
+        num_tokens = len(tokenizer.encode(text, add_special_tokens=False))
+        num_read += num_tokens
+        num_long += num_tokens > length
+    return [f"Longer than {length:,} tokens, so read in windows: {num_long:,} texts."] if num_long else []
 
 
 def budgets_of(export: ExportedModel, budgets: Sequence[Budget], grid: Sequence[float]) -> list[Budget | None]:

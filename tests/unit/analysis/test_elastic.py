@@ -27,6 +27,14 @@ def test_every_model_is_measured_at_its_budgets_with_both_counters(itt_dir: Path
     own = measure_perplexity(load_export(itt_dir), texts, budget=(1.0, 1.0), max_tokens=150)
     assert points[2]["loss"] == own.loss
     assert isinstance(measured.values["monotone"], bool)
+    longest = max(len(load_export(itt_dir).tokenizer.encode(text)) for text in texts)
+    assert bool(measured.notes) == (longest > load_export(itt_dir).max_length)
+
+
+def test_windows_are_said(itt_dir: Path) -> None:
+    text = "one two three " * 200
+    measured = measure_budgets([itt_dir], [text, "short"], budgets=[TRAINED_BUDGET], grid=(), max_tokens=150)
+    assert measured.notes == [f"Longer than {load_export(itt_dir).max_length} tokens, so read in windows: 1 texts."]
 
 
 def test_the_shape_of_an_export_is_costed_like_its_recipe(itt: ExportedModel, llama_dir: Path) -> None:
