@@ -34,12 +34,14 @@ def reference_forward(
     *,
     budget: Sequence[float] | None = None,
     routing: str | None = None,
+    temperature: float = 1.0,
     starts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Run one sequence through the whole model.
 
-    `budget` replaces `thinking.capacity` (shares per routed step), `routing` replaces `thinking.routing`. `starts`
-    holds, per token, the place where its document begins: it sees nothing before that, and counts positions from there.
+    `budget` replaces `thinking.capacity` (shares per routed step), `routing` replaces `thinking.routing`. The gate
+    divides router logits by `temperature`; picks and the scores that are returned do not. `starts` holds, per token,
+    the place where its document begins: it sees nothing before that, and counts positions from there.
     """
     matrices = {name: _as_array(value) for name, value in weights.items()}
     shares = list(thinking.capacity if budget is None else budget)
@@ -58,7 +60,7 @@ def reference_forward(
             for _ in range(len(thinking.capacity) + 1):
                 rows = layer.apply(rows, rows)
         else:
-            rows, layer_picks, layer_scores = _think(layer, rows, thinking, shares, rule)
+            rows, layer_picks, layer_scores = _think(layer, rows, thinking, shares, rule, temperature=temperature)
             picks |= {(layer_idx, step): picked for step, picked in layer_picks.items()}
             scores |= {(layer_idx, step): values for step, values in layer_scores.items()}
         hidden.append(np.stack([rows[position] for position in range(len(tokens))]))
@@ -111,7 +113,7 @@ def _threshold(quantiles: Sequence[float], share: float) -> float:
 
 
 def _think(
-    layer: BaseLayer, rows: Rows, thinking: Any, shares: Sequence[float], rule: str
+    layer: BaseLayer, rows: Rows, thinking: Any, shares: Sequence[float], rule: str, *, temperature: float
 ) -> tuple[Rows, dict[int, list[int]], dict[int, Array]]:
     """All thinking steps of one layer: the full pass over every token, then one routed step per share."""
     num_tokens = len(rows)
@@ -125,7 +127,7 @@ def _think(
             continue
         quantiles = layer.quantiles[step - 1] if rule == "threshold" else None
         picked = pick(logits.tolist(), share, rule, quantiles)
-        gates = [1.0 if rule == "none" else _gate(logit, thinking.gate) for logit in logits]
+        gates = [1.0 if rule == "none" else _gate(logit / temperature, thinking.gate) for logit in logits]
         again = {position: y[position] for position in picked}
         refined = layer.apply(again, y if thinking.attend == "all" else again)  # y as it stood before this step
         updated = {}

@@ -165,6 +165,14 @@ def test_the_case_worked_by_hand(switches: dict[str, Any], skipped: Any, thought
     np.testing.assert_allclose(result["hidden"][0], [skipped, thought], rtol=1e-14)
 
 
+def test_a_temperature_divides_the_logits_of_the_gate() -> None:
+    result = reference_forward(HAND_WEIGHTS, HAND_SHAPE, HAND, [0, 1], temperature=1.5)
+    thought = [3, -2] + 0.5 / (1 + math.exp(-3 / 1.5)) * PHI * F_ALL
+    assert result["picks"] == {(0, 1): [1]}
+    np.testing.assert_allclose(result["scores"][0, 1], [2, 3], rtol=1e-14)
+    np.testing.assert_allclose(result["hidden"][0], [[2, 2], thought], rtol=1e-14)
+
+
 def test_routing_none_lets_everybody_think_with_gate_one() -> None:
     result = reference_forward(HAND_WEIGHTS, HAND_SHAPE, replace(HAND, routing="none"), [0, 1])
     first = np.array([2, 2]) + np.array([1, 1])

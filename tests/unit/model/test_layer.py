@@ -105,6 +105,30 @@ def test_a_budget_replaces_the_capacity(budget: tuple[float, ...], routing: str)
     assert np.abs(logits[0].numpy() - expected["logits"]).max() <= TOLERANCE * np.abs(expected["logits"]).max()
 
 
+@pytest.mark.parametrize("routing", ["topk", "topp", "threshold"])
+@pytest.mark.parametrize("switches", [{}, {"gate": "tanh", "reweight": "symmetric"}], ids=_name)
+def test_a_temperature_softens_the_gate_and_leaves_picks_alone(switches: dict[str, Any], routing: str) -> None:
+    """What `capacity_schedule: ramp` sets at a step: smaller shares, and a gate whose logits are divided."""
+    config = tiny_recipe(thinking={"routing": routing, **switches})
+    weights = make_weights(config.model, config.thinking, seed=5)
+    tokens = random_tokens(config, batch=1)
+    budget, recorder = (0.3, 0.4, 0.2), RoutingRecorder()
+    with built_model(config, weights=weights) as built:
+        chunk, positions = built.chunks[0], torch.arange(config.model.seq_length).unsqueeze(0)
+        with torch.no_grad(), built.control.override(budget=budget, temperature=1.75, recorder=recorder):
+            logits = chunk(tokens, positions, None)
+    sequence = tokens[0].tolist()
+    expected = reference_forward(weights, config.model, config.thinking, sequence, budget=budget, temperature=1.75)
+    plain = reference_forward(weights, config.model, config.thinking, sequence, budget=budget)
+    scale = np.abs(expected["logits"]).max()
+    assert np.abs(logits[0].numpy() - expected["logits"]).max() <= TOLERANCE * scale
+    assert np.abs(plain["logits"] - expected["logits"]).max() > 1e-3 * scale
+    for (layer_idx, step), picked in expected["picks"].items():
+        record = recorder.records[0, layer_idx, step]
+        assert record.picked[:, 0].nonzero().flatten().tolist() == picked
+        np.testing.assert_allclose(record.logits[:, 0], expected["scores"][layer_idx, step], rtol=1e-5, atol=1e-5)
+
+
 def test_one_thinking_step_equals_the_plain_model_bit_for_bit() -> None:
     tokens = random_tokens(tiny_recipe())
     outputs = []
