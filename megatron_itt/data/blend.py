@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_itt.config import RunConfig
-from megatron_itt.data.indexed import Index, idx_path, read_index
-from megatron_itt.data.manifest import check_sizes, manifest_path, read_manifest
+from megatron_itt.data.indexed import Index, idx_path
+from megatron_itt.data.manifest import manifest_path
+from megatron_itt.data.verify import open_checked
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import get_logger
 
@@ -117,19 +118,11 @@ def resolve_blend(config: RunConfig) -> Blend:
 
 
 def _resolve_domain(config: RunConfig, name: str, prefix: str, weight: float) -> Domain:
-    manifest = read_manifest(prefix)
-    if manifest is not None:
-        check_sizes(prefix, manifest)
-    index = read_index(prefix)
+    index, manifest = open_checked(prefix, config.model.vocab_size)
     if len(index.documents) - 1 != len(index.lengths):
         raise DataError(f"{idx_path(prefix)} has documents of several sequences; write it with tools/preprocess.py")
     if manifest is None:
         get_logger().warning("%s does not exist: tokenizer and origin of %s are unknown", manifest_path(prefix), name)
-    elif (manifest.documents, manifest.tokens) != (index.num_documents, index.num_tokens):
-        raise DataError(
-            f"{manifest_path(prefix)} says {manifest.documents} documents and {manifest.tokens} tokens, the index has "
-            f"{index.num_documents} and {index.num_tokens}; write the dataset again"
-        )
     first, validation_tokens = _split_validation(config, name, index, weight)
     return Domain(
         name=name,

@@ -1,7 +1,7 @@
 """Checks of an indexed dataset against its own structure, its manifest and its tokenizer.
 
-`cheap` looks at headers, sizes and counts and costs the same for any size: training does it at every start. `full`
-reads every entry and every token, in pieces, with bounded memory.
+`cheap` looks at headers, sizes and counts and costs the same for any size: training does it at every start, in
+`blend.py`. `full` reads every entry and every token, in pieces, with bounded memory.
 """
 
 from __future__ import annotations
@@ -44,17 +44,12 @@ def verify_indexed_dataset(
 ) -> Verified:
     """Check `PREFIX.bin` and `PREFIX.idx`, and `PREFIX.json` where there is one.
 
-    Cheap: files present, sizes agree with header, manifest and each other, token type fits the vocabulary. Full: also
-    lengths positive and below the file, pointers contiguous, documents in order, every id below `vocab_size`, every
-    document ending in `eod` (default: as the manifest says), checksums. Raises `DataError` naming the file.
+    Cheap: files present, sizes agree with header, manifest and each other, ids are whole numbers, the manifest's
+    vocabulary fits. Full: also lengths positive and below the file, pointers contiguous, documents in order, every id
+    below `vocab_size`, every document ending in `eod` (default: as the manifest says), checksums. Raises `DataError`
+    naming the file.
     """
-    manifest = read_manifest(prefix)
-    if manifest is not None:
-        check_sizes(prefix, manifest)
-    index = read_index(prefix)
-    if index.dtype.kind not in "iu":
-        raise DataError(f"{idx_path(prefix)} holds {index.dtype.name}, not token ids; write the dataset again")
-    _check_manifest(index, manifest, vocab_size)
+    index, manifest = open_checked(prefix, vocab_size)
     max_token = None
     if level == "full":
         if eod is None and manifest is not None and manifest.options.get("append_eod"):
@@ -71,6 +66,18 @@ def verify_indexed_dataset(
         max_token=max_token,
         has_manifest=manifest is not None,
     )
+
+
+def open_checked(prefix: str | Path, vocab_size: int) -> tuple[Index, Manifest | None]:
+    """Index and manifest (None where there is none) after the cheap checks; raises as `verify_indexed_dataset` does."""
+    manifest = read_manifest(prefix)
+    if manifest is not None:
+        check_sizes(prefix, manifest)
+    index = read_index(prefix)
+    if index.dtype.kind not in "iu":
+        raise DataError(f"{idx_path(prefix)} holds {index.dtype.name}, not token ids; write the dataset again")
+    _check_manifest(index, manifest, vocab_size)
+    return index, manifest
 
 
 def decode_samples(prefix: str | Path, tokenizer: Tokenizer, count: int) -> Iterator[tuple[int, str]]:

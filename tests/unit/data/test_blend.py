@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 
 from megatron_itt.config import load_config
+from megatron_itt.config.load import config_to_yaml
 from megatron_itt.data.blend import resolve_blend
 from megatron_itt.data.indexed import read_index
 from megatron_itt.data.url_list import DOMAINS
 from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.log import run_command
+from megatron_itt.train import main
 
 ROOT = Path(__file__).parents[3]
 
@@ -104,6 +108,45 @@ def test_data_without_a_manifest_is_used(domains: Any, make_config: Any) -> None
     blend = resolve_blend(make_config(domains))
     assert blend.domains[0].tokenizer_sha256 is None
     assert blend.domains[0].training_tokens > 0
+
+
+def write_floats(prefix: str) -> None:
+    """The same documents as 32-bit numbers with a point, which Megatron's writer takes too."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    index = read_index(prefix)
+    documents = np.split(np.array(index.tokens(), dtype=np.float32), np.cumsum(index.lengths)[:-1])
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.float32)
+    for document in documents:
+        builder.add_document(torch.from_numpy(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+
+
+def test_training_refuses_data_that_holds_no_token_ids(
+    domains: Any, make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = domains["code"][0]
+    Path(f"{prefix}.json").unlink()
+    write_floats(prefix)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config_to_yaml(make_config(domains)))
+    capsys.readouterr()
+    assert run_command(lambda: main([str(recipe), "--check"])) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {prefix}.idx holds float32, not token ids") and message.count("\n") == 1
+
+
+def test_data_with_more_tokens_than_the_vocabulary_is_refused(domains: Any, make_config: Any) -> None:
+    with pytest.raises(DataError, match=r"code\.json: written with a vocabulary of 400, the limit is 399"):
+        resolve_blend(make_config(domains, vocab_size=399))
+
+
+def test_a_manifest_that_contradicts_the_index_is_refused(domains: Any, make_config: Any) -> None:
+    path = Path(f"{domains['code'][0]}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "int32"}))
+    with pytest.raises(DataError, match=r"code\.json says \(documents, tokens, type\)"):
+        resolve_blend(make_config(domains))
 
 
 SMALL = ("base", "debug", "study")  # parents, and recipes on small data of their own
