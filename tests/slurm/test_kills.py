@@ -1,6 +1,7 @@
-"""kill -9 of one process of a run at random moments, in and out of saves: every restart ends at the same loss.
+"""kill -9 of one rank of a run, or of all, at random moments, in and out of saves: every restart ends at the same loss.
 
-Runs on this machine alone, through the launcher. `ITT_TEST_KILLS=30` in the environment asks for more moments,
+A rank that survives removes the checkpoint that it was writing; where all die at once it stays, torn, and the next start
+must see that. Runs on this machine alone, through the launcher. `ITT_TEST_KILLS=30` in the environment asks for more moments,
 `ITT_TEST_KILLS_SEED` for others.
 """
 
@@ -113,37 +114,42 @@ def whole(recipe: Path, settings: dict[str, str]) -> Run:
 
 def test_a_rank_killed_at_any_moment_changes_no_loss(whole: Run) -> None:
     chance = random.Random(SEED)
-    torn = 0
+    struck = torn = 0
     for number in range(NUM_KILLS):
         run = Run(whole.recipe, whole.settings, f"killed_{number}")
-        torn += kill_and_restart(run, chance, in_save=number % 2 == 0)
+        in_save, left_torn = kill_and_restart(run, chance, in_save=number % 2 == 0, all_ranks=number % 4 == 2)
+        struck, torn = struck + in_save, torn + left_torn
         assert run.numbers() == whole.numbers()
-    assert torn or NUM_KILLS < 10, "no kill struck a save"
-    print(f"{NUM_KILLS} kills, {torn} of them left a torn checkpoint, {NUM_KILLS} times the same {NUM_STEPS} losses")
+    print(f"{NUM_KILLS} kills, {struck} in a save, {torn} torn; {NUM_KILLS} times the same {NUM_STEPS} losses")
+    assert (struck and torn) or NUM_KILLS < 10, "no kill struck a save"
 
 
-def kill_and_restart(run: Run, chance: random.Random, *, in_save: bool) -> bool:
-    """Kill a rank once, then run to the end. Returns whether the kill left a checkpoint half written."""
+def kill_and_restart(run: Run, chance: random.Random, *, in_save: bool, all_ranks: bool) -> tuple[bool, bool]:
+    """Kill once, then run to the end. Returns whether that was in a save, and left a checkpoint half written."""
     process = run.start()
     wait_until(lambda: bool(run.records()), process)
-    victim = chance.choice(ranks_of(process))  # finding it takes longer than a save
+    ranks = ranks_of(process)  # finding them takes longer than a save
+    victims = ranks if all_ranks else [chance.choice(ranks)]
     if in_save:
         nth = chance.randrange(1, NUM_STEPS // 2)  # each save shows up in `latest`
         wait_until(lambda: run.latest() >= 2 * (nth - 1) and run.is_saving(), process)
     time.sleep(chance.uniform(0.0, 0.01 if in_save else 2.0))
-    victim.kill()
+    for victim in victims:
+        victim.kill()
+    struck = run.is_saving()
     text = run.end_of(process)
     assert not psutil.wait_procs(run.processes(), timeout=20)[1], "something outlived the run"
     torn, kept = run.is_saving(), run.latest()
-    print(f"killed at step {len(run.records())}, {'in' if torn else 'out of'} a save; newest checkpoint {kept}")
+    place = "in a save, torn" if torn else "in a save" if struck else "out of saves"
+    print(f"{len(victims)} killed at step {len(run.records())}, {place}; newest checkpoint {kept}")
     if (run.run_dir / "finished").exists():
-        return torn  # too late: the other rank had no more need of it
+        return struck, torn  # too late: the other rank had no more need of it
     assert process.returncode != 0, text
     assert "Traceback" not in text or "the same command continues" in text
     text = run.finish()
     assert kept == 0 or re.search(rf"resumed from \S*step_0*{kept}\b", text), text
     assert not run.is_saving(), "the torn checkpoint is still there"
-    return torn
+    return struck, torn
 
 
 @pytest.mark.slow
