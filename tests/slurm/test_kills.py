@@ -1,8 +1,8 @@
 """kill -9 of one rank of a run, or of all, at random moments, in and out of saves: every restart ends at the same loss.
 
-A rank that survives removes the checkpoint that it was writing; where all die at once it stays, torn, and the next start
-must see that. Runs on this machine alone, through the launcher. `ITT_TEST_KILLS=30` in the environment asks for more moments,
-`ITT_TEST_KILLS_SEED` for others.
+A rank that survives removes the checkpoint that it was writing. Where all die at once it stays, torn, and the next
+start must see that. Runs on this machine alone, through the launcher. `ITT_TEST_KILLS=30` in the environment asks for
+more moments, `ITT_TEST_KILLS_SEED` for others.
 """
 
 from __future__ import annotations
