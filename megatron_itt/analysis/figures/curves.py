@@ -105,9 +105,11 @@ def _mark_reach(axes: Any, values: Values, size: float) -> None:
             f"{row['run']}: {100 * row['tokens_share']:.1f}% of the tokens",
             (row["tokens"] / size, row["baseline_loss"]),
             textcoords="offset points",
-            xytext=(-6, 14 + 12 * place),
+            xytext=(-6, 60 + 14 * place),  # above the curves, which fall to the left of the star
             ha="right",
             fontsize=7.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
+            arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.6},
         )
 
 
