@@ -1,8 +1,13 @@
 """Very long documents, encoded piece by piece with exactly the ids of the whole: bounds memory on huge lines.
 
-A byte-level BPE splits text into words before it merges, and never merges across words. A line feed between a printable
-ASCII character and an ASCII letter is a word of its own both inside a text and at the end of one, so a text may be cut
-behind it. Tokenizers of another kind get their texts whole.
+A byte-level BPE splits text into words before it merges, and never merges across words. Two places are ends of words
+whatever stands around them, so a text may be cut there:
+- Behind a line feed between a printable ASCII character and an ASCII letter: it is a word of its own both inside a text
+  and at the end of one.
+- Before a space between two ASCII letters. The pattern of words (GPT-2's) takes a space at the beginning of a word
+  only, or between white space; so no word that begins before it contains it. A word that ends before it ends there at
+  the end of a text too, and the pattern never looks behind, so what follows does not depend on what was cut off.
+Tokenizers of another kind get their texts whole.
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from megatron_itt.data.tokenizer import Tokenizer
 
 LONG_CHARS = 1 << 20
 PIECE_CHARS = 1 << 18
-_CUT = re.compile(r"[!-~]\n(?=[A-Za-z])")
+_CUT = re.compile(r"[!-~]\n(?=[A-Za-z])|[A-Za-z](?= [A-Za-z])")
+_ACROSS = re.compile(r"\n|[A-Za-z] ")  # an added token that could lie across a cut
 
 
 class PiecewiseEngine:
@@ -62,13 +68,16 @@ def bound_memory(engine: Engine, tokenizer: Tokenizer) -> Engine:
 
 
 def may_be_cut(tokenizer: Tokenizer) -> bool:
-    """Whether texts may be cut behind a line feed: byte-level words, nothing that looks across them."""
+    """Whether texts may be cut: byte-level words by GPT-2's pattern, nothing that looks across them."""
     content = orjson.loads(tokenizer.backend.to_str())
     words = content.get("pre_tokenizer") or {}
     plain = (
         words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words.get("add_prefix_space", True)
     )
-    across = any("\n" in token["content"] or token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
+    across = any(
+        _ACROSS.search(token["content"]) or token["lstrip"] or token["rstrip"] or token["single_word"]
+        for token in content["added_tokens"]
+    )
     return bool(plain) and content.get("normalizer") is None and not across
 
 

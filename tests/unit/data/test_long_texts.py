@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import AddedToken
 
 from megatron_itt.data import long_texts
 from megatron_itt.data.engine import HuggingFaceEngine
@@ -28,6 +32,15 @@ HARD = [
     "\x1c\n",
     "1\n2",
     "Z\nA",
+    "a b",
+    " a  b ",
+    "don't s",
+    "'l l",
+    "1 a",
+    "a 1",
+    "\u00e9 a \u00e9",
+    "a\u00a0 b",
+    "a <|endoftext|> b",
 ]
 
 
@@ -52,8 +65,36 @@ def test_ids_of_the_pieces_are_those_of_the_whole(tokenizer: Tokenizer, small_pi
     assert np.array_equal(lengths, expected_lengths)
 
 
+def test_a_cut_before_a_space_changes_no_id_whatever_stands_around_it(tokenizer: Tokenizer) -> None:
+    """Every choice of three neighbours before and one behind, of the kinds that the pattern of words tells apart."""
+    kinds = ["a", "'", "l", " ", "\n", "1", ".", "\u00e9", "\u00a0", "<|endoftext|>"]
+    lefts = ["".join(part) + "s" for part in itertools.product(kinds, repeat=3)]
+    rights = [" t" + kind for kind in kinds]
+    left_ids = dict(zip(lefts, tokenizer.encode_batch(lefts), strict=True))
+    right_ids = dict(zip(rights, tokenizer.encode_batch(rights), strict=True))
+    for left in lefts:
+        whole = tokenizer.encode_batch([left + right for right in rights])
+        assert whole == [left_ids[left] + right_ids[right] for right in rights]
+
+
+@pytest.mark.parametrize("added", ["two words", "end of\n", {"lstrip": True}, {"rstrip": True}, {"single_word": True}])
+def test_added_tokens_that_may_lie_across_a_cut_forbid_it(tokenizer: Tokenizer, added: str | dict[str, bool]) -> None:
+    token = AddedToken(added) if isinstance(added, str) else AddedToken("<|new|>", **added)
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_tokens([AddedToken("<|harmless|>"), AddedToken("   ")])
+    assert may_be_cut(dataclasses.replace(tokenizer, backend=backend))
+    backend.add_tokens([token])
+    assert not may_be_cut(dataclasses.replace(tokenizer, backend=backend))
+
+
+def test_a_line_of_words_is_cut(small_pieces: None) -> None:
+    pieces = list(cut("words and no line feed " * 50))
+    assert "".join(pieces) == "words and no line feed " * 50
+    assert max(map(len, pieces[:-1])) < 20
+
+
 def test_pieces_together_are_the_text(small_pieces: None) -> None:
-    text = "line of text\n" * 50 + "no more cuts " * 50
+    text = "line of text\n" * 50 + "no_more_cuts" * 50
     pieces = list(cut(text))
     assert "".join(pieces) == text
     assert len(pieces) > 20
@@ -61,9 +102,6 @@ def test_pieces_together_are_the_text(small_pieces: None) -> None:
 
 
 def test_only_byte_level_tokenizers_are_cut(tokenizer: Tokenizer) -> None:
-    import dataclasses
-
-    import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers
 
     assert may_be_cut(tokenizer)
