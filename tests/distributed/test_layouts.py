@@ -23,6 +23,8 @@ THINKING: dict[str, dict[str, Any]] = {
     "itt_threshold": {"routing": "threshold"},
     "itt_elastic": {"capacity": {"sample": [0.3, 0.9]}},
     "itt_recompute": {"recompute": "routed"},
+    "itt_topp": {"routing": "topp"},
+    "itt_delta_recompute_all": {"update": "delta", "recompute": "layer"},
     "loop": {"kind": "loop", "capacity": [1.0, 1.0, 1.0]},
     "none": {"kind": "none", "capacity": []},
 }
@@ -39,9 +41,13 @@ def layouts(world_size: int) -> list[dict[str, Any]]:
 
 
 def recipe(kind: str, parallel: dict[str, Any], *, distributed: bool = True, overlap: bool = False) -> Any:
-    """Shares of its 32 tokens are multiples of four: no layout rounds them (`routing.count_picked`)."""
+    """Shares of its 32 tokens are multiples of four: no layout rounds them (`routing.count_picked`).
+
+    Drawn shares are twentieths; of 40 tokens they are even, which layouts of two ranks do not round.
+    """
+    seq_length = 40 if kind == "itt_elastic" else 32
     return tiny_recipe(
-        model={"num_query_groups": 4, "num_layers": num_layers(parallel), "seq_length": 32},
+        model={"num_query_groups": 4, "num_layers": num_layers(parallel), "seq_length": seq_length},
         thinking=THINKING[kind],
         parallel=parallel,
         batch={"global": 8, "micro": 1},
@@ -86,6 +92,9 @@ REDUCED = [
     ("itt_elastic", {}, {"overlap": True}),
     ("itt_recompute", {}, {"overlap": True}),
     ("itt_recompute", {"tensor": 2, "sequence": True}, {}),
+    ("itt_topp", {"tensor": 2, "sequence": True}, {}),
+    ("itt_delta_recompute_all", {"tensor": 2, "sequence": True}, {}),
+    ("itt_elastic", {"tensor": 2, "sequence": True}, {}),
     ("loop", {"tensor": 2, "sequence": True}, {}),
     ("none", {"tensor": 2, "sequence": True}, {}),
 ]
@@ -108,6 +117,16 @@ def test_every_layout_computes_what_one_rank_computes(kind: str, world_size: int
     jobs = [(recipe(kind, parallel, distributed=distributed),) for parallel, distributed in cases]
     for (parallel, _), observed in zip(cases, run_ranks(world_size, observe_steps, jobs), strict=True):
         assert_same(observed, expected[num_layers(parallel)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_pipelines_of_four_ranks_compute_the_same_while_gradients_are_reduced() -> None:
+    cases: list[dict[str, Any]] = [{"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}]
+    jobs = [(recipe("itt", parallel, overlap=True),) for parallel in cases]
+    expected = observe_on_one_rank("itt")
+    for observed in run_ranks(4, observe_steps, jobs):
+        assert_same(observed, expected)
 
 
 def test_every_gradient_is_that_of_one_rank() -> None:
