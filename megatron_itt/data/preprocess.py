@@ -6,9 +6,8 @@ tokenizer and the options, never on the number of workers, on parts made elsewhe
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,12 +28,14 @@ from megatron_itt.data.shares import (
     claim,
     enter_as_done,
     plan_content,
+    remove_folder,
+    remove_leftover,
     shares_of_missing,
     working_on,
 )
 from megatron_itt.data.sources import HUB, Segment, find_sources, split_source
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
-from megatron_itt.data.workers import Finished, TaskFunction, Workers
+from megatron_itt.data.workers import Report, TaskFunction, Workers
 from megatron_itt.errors import ConfigError, DataError
 
 MIN_SHARD_BYTES = 1 << 19
@@ -90,7 +91,10 @@ def preprocess(options: PreprocessOptions, *, merge_only: bool = False) -> Outco
     with _start(options) as workers:
         job = _plan_job(options, None)
         existing = job.existing()
-        return _preprocess_new(job, workers, merge_only=merge_only) if existing is None else existing
+        if existing is None:
+            return _preprocess_new(job, workers, merge_only=merge_only)
+        remove_leftover(job.folder)
+        return existing
 
 
 def _preprocess_new(job: _Job, workers: Workers, *, merge_only: bool) -> Outcome:
@@ -117,6 +121,7 @@ def preprocess_part(options: PreprocessOptions, share: Share) -> PartOutcome:
         job = _plan_job(options, share)
         existing = job.existing()
         if existing is not None:
+            remove_leftover(job.folder)
             return PartOutcome(num_shards=len(share.of(job.tasks)), merged=existing)
         return _make_part(job, share, workers)
 
@@ -258,7 +263,7 @@ def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
     return [(task, records[idx]) for idx, task in enumerate(job.tasks)]
 
 
-def _find_shard(task: ShardTask, report: Callable[[tuple[int, ...]], None]) -> ShardRecord | None:
+def _find_shard(task: ShardTask, report: Report) -> ShardRecord | None:
     """A task for the pool: the record of a finished shard, or None."""
     record = finished_shard(task)
     report((sum(segment.length for segment in task.segments), 0, 0))
@@ -269,21 +274,20 @@ def _run(
     function: TaskFunction, tasks: Sequence[ShardTask], workers: Workers, description: str | None
 ) -> dict[int, Any]:
     """Have the tasks done; results by number. With a description shows input MB/s, tokens/s and ETA."""
-    results: dict[int, Any] = {}
     total = sum(segment.length for task in tasks for segment in task.segments)
     tokens = 0
     started = time.monotonic()
     with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=description is None) as bar:
-        for event in workers.run(function, tasks):
-            if isinstance(event, Finished):
-                results[event.task_idx] = event.result
-                continue
-            input_bytes, _, new_tokens = event.counts
+
+        def advance(counts: tuple[int, ...]) -> None:
+            nonlocal tokens
+            input_bytes, _, new_tokens = counts
             tokens += new_tokens
             rate = tokens / max(time.monotonic() - started, 1e-9)
             bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
             bar.update(input_bytes)
-    return results
+
+        return {finished.task_idx: finished.result for finished in workers.run(function, tasks, advance)}
 
 
 def _publish(job: _Job, shards: list[Shard]) -> Outcome:
@@ -299,5 +303,5 @@ def _publish(job: _Job, shards: list[Shard]) -> Outcome:
         ),
         shards,
     )
-    shutil.rmtree(job.folder)
+    remove_folder(job.folder)
     return Outcome(manifest=manifest, reused=False)

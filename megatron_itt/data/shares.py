@@ -7,6 +7,7 @@ list complete. What a shard is, and how it is made, is in `shards.py`.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -28,6 +29,7 @@ DECISIVE_OPTIONS = ("tokenizer_sha256", "text_key", "append_eod", "append_bos", 
 _AGREED = (*DECISIVE_OPTIONS, "engine", "engine_version", "inputs")  # by all who work at the same time
 _CLAIM_TIMEOUT_S = 20.0
 _POLL_S = 0.05
+_PLAN = "plan.json"  # in every partial folder: what is made there
 _DONE = "parts_done"
 
 Item = TypeVar("Item")
@@ -125,7 +127,7 @@ def claim(folder: Path, plan: dict[str, Any], *, alone: bool, resume: bool, stri
 
     `strict`: also refuse other inputs or another engine, because other processes rely on theirs.
     """
-    path = folder / "plan.json"
+    path = folder / _PLAN
     folder.mkdir(parents=True, exist_ok=True)
     previous: dict[str, Any] = {}
     if path.is_file() and resume:
@@ -150,7 +152,7 @@ def claim(folder: Path, plan: dict[str, Any], *, alone: bool, resume: bool, stri
 
 def check_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Raise `DataError` unless `folder` was begun with just this plan, in whatever number of parts."""
-    path = folder / "plan.json"
+    path = folder / _PLAN
     if not path.is_file():
         raise DataError(f"{folder} does not exist: there is nothing to merge; make the parts first")
     _check_agreement(folder, _read_plan(path), plan, _AGREED)
@@ -193,6 +195,27 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a partial folder that is no longer needed, the plan last, so that what a kill leaves is known again."""
+    for path in folder.iterdir():
+        if path.name != _PLAN and not path.is_dir():
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def remove_leftover(folder: Path) -> None:
+    """Remove the partial folder of an output that is complete, unless it is in use or not of preprocess."""
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / _PLAN).is_file()):
+        return
+    lock = FolderLock(folder)
+    try:
+        with contextlib.suppress(DataError, OSError):  # in use, or on a disk that is read-only by now
+            lock.take(shared=False)
+            remove_folder(folder)
+    finally:
+        lock.close()
+
+
 def enter_as_done(folder: Path, share: Share) -> list[Share]:
     """Note that a share is made; return those that are not yet. Exactly one process sees the last one entered."""
     with (folder / _DONE).open("a+", encoding="utf-8") as stream:
@@ -214,7 +237,7 @@ def all_shares(count: int) -> list[Share]:
 
 def shares_of_missing(folder: Path, is_missing: Callable[[int], bool], num_shards: int) -> list[str]:
     """Which parts, of the division last used in `folder`, hold missing shards."""
-    count = _read_plan(folder / "plan.json").get("num_parts") or 1
+    count = _read_plan(folder / _PLAN).get("num_parts") or 1
     return [str(share) for share in all_shares(count) if any(map(is_missing, share.of(range(num_shards))))]
 
 

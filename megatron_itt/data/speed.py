@@ -17,7 +17,7 @@ from megatron_itt.data.documents import DocumentReader
 from megatron_itt.data.engine import choose_engine
 from megatron_itt.data.sources import Segment, find_sources
 from megatron_itt.data.tokenizer import load_tokenizer
-from megatron_itt.data.workers import Finished, run_tasks
+from megatron_itt.data.workers import run_tasks
 from megatron_itt.errors import DataError
 
 _BATCH_CHARS = 1 << 20
@@ -67,7 +67,7 @@ def measure_engine(
         )
         for idx in range(num_workers)
     ]
-    results = [event.result for event in run_tasks(_encode_texts, tasks, num_workers) if isinstance(event, Finished)]
+    results = [event.result for event in run_tasks(_encode_texts, tasks, num_workers)]
     return EngineSpeed(
         engine=results[0][0],
         text_bytes=sum(size for _, size, _, _ in results),

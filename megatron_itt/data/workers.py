@@ -17,13 +17,13 @@ from megatron_itt.errors import DataError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# A task function gets the task and a callback for progress counts (any tuple of ints).
-TaskFunction = Callable[[Any, Callable[[tuple[int, ...]], None]], Any]
+Report = Callable[[tuple[int, ...]], None]  # called with progress counts (any tuple of ints) as a task advances
+TaskFunction = Callable[[Any, Report], Any]  # gets the task and where to report
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Counts a task has advanced by since its last report."""
+    """A message of a worker: counts a task has advanced by since its last report."""
 
     counts: tuple[int, ...]
 
@@ -61,13 +61,15 @@ class Workers:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def run(self, function: TaskFunction, tasks: Sequence[Task]) -> Iterator[Progress | Finished[Any]]:
-        """Run `function` on every task and yield progress and results as they come, in any order.
+    def run(self, function: TaskFunction, tasks: Sequence[Task], report: Report) -> Iterator[Finished[Any]]:
+        """Run `function` on every task and yield results as they come, in any order.
 
-        An exception in a task is raised here. Raises `DataError` when a worker process dies.
+        `report` is called in this process while the tasks run, also within a task that runs here. An exception in a
+        task is raised here. Raises `DataError` when a worker process dies.
         """
         if not self._pipes:
-            yield from _run_here(function, tasks)
+            for task_idx, task in enumerate(tasks):
+                yield Finished(task_idx, function(task, report))
             return
         waiting = iter(enumerate(tasks))
         busy: dict[Connection, int] = {}
@@ -79,7 +81,7 @@ class Workers:
                 if isinstance(message, BaseException):
                     raise message
                 if isinstance(message, Progress):
-                    yield message
+                    report(message.counts)
                     continue
                 yield Finished(busy.pop(pipe), message)
                 self._give(pipe, function, waiting, busy)
@@ -123,18 +125,12 @@ class Workers:
             process.join()
 
 
-def _run_here(function: TaskFunction, tasks: Sequence[Task]) -> Iterator[Progress | Finished[Any]]:
-    for task_idx, task in enumerate(tasks):
-        reports: list[tuple[int, ...]] = []
-        result = function(task, reports.append)
-        yield from map(Progress, reports)
-        yield Finished(task_idx, result)
-
-
-def run_tasks(function: TaskFunction, tasks: Sequence[Task], num_workers: int) -> Iterator[Progress | Finished[Any]]:
+def run_tasks(
+    function: TaskFunction, tasks: Sequence[Task], num_workers: int, report: Report = lambda counts: None
+) -> Iterator[Finished[Any]]:
     """Run `function` on every task in processes of their own; see `Workers`. They end with the iteration."""
     with Workers(min(num_workers, max(1, len(tasks)))) as workers:
-        yield from workers.run(function, tasks)
+        yield from workers.run(function, tasks, report)
 
 
 def _work(pipe: Connection, prepare: Callable[[], Any] | None) -> None:

@@ -130,6 +130,30 @@ def test_the_same_command_again_changes_nothing(options: PreprocessOptions) -> N
     assert Path(f"{options.output_prefix}.bin").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize("removed", [0, 1, 5, 1000])
+def test_shards_that_a_kill_behind_the_manifest_left_are_removed(
+    options: PreprocessOptions, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    folder = Path(f"{options.output_prefix}.partial")
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_itt.data.preprocess.remove_folder", lambda folder: None)
+        preprocess(options)
+    others = [path for path in folder.iterdir() if path.name != "plan.json"]
+    for path in [*others, folder / "plan.json"][:removed]:
+        path.unlink()
+    assert preprocess(options).reused
+    assert [path.name for path in folder.parent.iterdir() if "partial" in path.name] == []
+
+
+def test_a_foreign_partial_folder_beside_a_finished_output_is_left_alone(options: PreprocessOptions) -> None:
+    preprocess(options)
+    thesis = Path(f"{options.output_prefix}.partial") / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("precious")
+    assert preprocess(options).reused
+    assert thesis.read_text() == "precious"
+
+
 @pytest.mark.parametrize("change", [{"append_eod": False}, {"min_length": 5}])
 def test_an_output_made_with_other_options_is_refused(options: PreprocessOptions, change: dict[str, Any]) -> None:
     preprocess(options)

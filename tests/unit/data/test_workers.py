@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from megatron_itt.data.workers import Finished, Progress, run_tasks
+from megatron_itt.data.workers import run_tasks
 from megatron_itt.errors import DataError
 
 
@@ -23,10 +25,27 @@ def square(task: int, report: Callable[[tuple[int, ...]], None]) -> int:
 
 @pytest.mark.parametrize("num_workers", [1, 2, 5])
 def test_every_task_is_done_once_and_progress_adds_up(num_workers: int) -> None:
-    events = list(run_tasks(square, [3, 1, 2], num_workers))
-    results = {event.task_idx: event.result for event in events if isinstance(event, Finished)}
+    reports: list[tuple[int, ...]] = []
+    results = {event.task_idx: event.result for event in run_tasks(square, [3, 1, 2], num_workers, reports.append)}
     assert results == {0: 9, 1: 1, 2: 4}
-    assert sum(event.counts[0] for event in events if isinstance(event, Progress)) == 6
+    assert sum(counts[0] for counts in reports) == 6
+
+
+def report_then_wait(task: str, report: Callable[[tuple[int, ...]], None]) -> bool:
+    """Whether somebody saw the report and answered before the task ended."""
+    report((1,))
+    deadline = time.monotonic() + 30
+    while not Path(task).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return Path(task).exists()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_progress_is_seen_while_a_task_runs(tmp_path: Path, num_workers: int) -> None:
+    answer = tmp_path / "seen"
+    tasks = [str(answer)] * 2
+    finished = run_tasks(report_then_wait, tasks, num_workers, lambda counts: answer.touch())
+    assert [event.result for event in finished] == [True, True]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
