@@ -186,6 +186,6 @@ def _bare_step(trainer: Any, batches: Sequence[dict[str, Any]]) -> Any:
     forward = _ForwardStep(trainer.place.device, recorder)
     with trainer.built.control.override(recorder=recorder):
         _run_schedule(trainer, iter(batches), trainer.num_microbatches, forward)
-    _update(trainer, recorder, gradient_norm(trainer.optimizer))
+    _update(trainer, recorder, gradient_norm(trainer.optimizer), trainer.schedule.num_steps + 1)
     trainer.schedule.step(increment=1)
     return recorder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_itt.checkpoint.state import RunState
@@ -25,10 +25,16 @@ _FIXED = ("optimizer.distributed",)
 
 
 def check_resumable(
-    state: RunState, config: RunConfig, *, data_fingerprint: str | None, allow_changed: Iterable[str] = ()
+    state: RunState,
+    config: RunConfig,
+    *,
+    fingerprint_at: Callable[[int], str | None],
+    allow_changed: Iterable[str] = (),
 ) -> None:
     """Raise CheckpointError naming every difference that makes continuing wrong.
 
+    `fingerprint_at` gives that of today's data in a run of so many samples: a run of another length reads the same data
+    in another order, which changing `schedule.steps` takes into account.
     `allow_changed` names sections or keys (`data`, `data.blend`, `schedule.steps`) whose change is wanted; it has no
     say over what the weights depend on.
     """
@@ -41,8 +47,9 @@ def check_resumable(
     separate = saved["data"].get("reset_at_document_end", False)
     if separate != wanted["data"]["reset_at_document_end"]:
         found.append(("data.reset_at_document_end", f"was {separate!r} and is now {not separate!r}"))
-    if state.data_fingerprint != data_fingerprint:
-        change = f"was {state.data_fingerprint} and is now {data_fingerprint}"
+    now = fingerprint_at(saved["schedule"]["steps"] * saved["batch"]["global"])
+    if state.data_fingerprint != now:
+        change = f"was {state.data_fingerprint} and is now {now}"
         found.append(("data", f"fingerprint {change} (files, weights, sequence length or seed changed)"))
     given = tuple(allow_changed)
     refused = [(name, change) for name, change in found if not _is_allowed(name, given)]

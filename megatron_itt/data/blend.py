@@ -57,10 +57,14 @@ class Blend:
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides which tokens a run sees, and in which order; paths do not count."""
+        return self.fingerprint_at(self.num_training_samples)
+
+    def fingerprint_at(self, num_training_samples: int) -> str:
+        """The fingerprint of the same data in a run of another length."""
         domains = [
             [domain.name, domain.identity, domain.weight, domain.first_validation_document] for domain in self.domains
         ]
-        content = [domains, self.sequence_length, self.num_training_samples, self.seed]
+        content = [domains, self.sequence_length, num_training_samples, self.seed]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def table(self) -> str:

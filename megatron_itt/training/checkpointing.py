@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,17 @@ class Checkpointer:
         config: RunConfig,
         run_dir: Path,
         *,
-        data_fingerprint: str,
+        fingerprint_at: Callable[[int], str],
         tokenizer_sha256: str,
         allow_changed: Sequence[str] = (),
     ) -> None:
         self._config, self._allow_changed = config, tuple(allow_changed)
         self._root = checkpoint_root(run_dir)
-        self._facts: dict[str, Any] = {"data_fingerprint": data_fingerprint, "tokenizer_sha256": tokenizer_sha256}
+        self._fingerprint_at = fingerprint_at
+        self._facts: dict[str, Any] = {
+            "data_fingerprint": fingerprint_at(config.num_training_samples),
+            "tokenizer_sha256": tokenizer_sha256,
+        }
         wanted = config.checkpoint
         retention = Retention(
             keep_last=wanted.keep_last, keep_every_steps=wanted.keep_every_steps, keep_best=wanted.keep_best
@@ -67,12 +71,7 @@ class Checkpointer:
         if folder is None:
             return None
         state = read_run_state(folder)
-        check_resumable(
-            state,
-            self._config,
-            data_fingerprint=self._facts["data_fingerprint"],
-            allow_changed=self._allow_changed,
-        )
+        check_resumable(state, self._config, fingerprint_at=self._fingerprint_at, allow_changed=self._allow_changed)
         return ResumePoint(folder=folder, state=state)
 
     def resume(self, trainer: Trainer, point: ResumePoint) -> None:

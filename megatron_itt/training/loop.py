@@ -113,7 +113,7 @@ def _start_or_resume(
     checkpointer = Checkpointer(
         config,
         run_dir,
-        data_fingerprint=blend.fingerprint,
+        fingerprint_at=blend.fingerprint_at,
         tokenizer_sha256=tokenizer.sha256,
         allow_changed=allow_changed,
     )
