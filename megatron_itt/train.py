@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_itt.accounting.report import check_report, format_check
 from megatron_itt.config import load_config
 from megatron_itt.config.environment import end_with_torchrun, process_place
 from megatron_itt.config.load import config_to_yaml
@@ -52,9 +53,10 @@ def main(argv: list[str] | None = None) -> int:
 
         if arguments.check:
             check_inputs(config)
-            print(
-                f"{arguments.recipe}: recipe, layout of {place.world_size} process(es), tokenizer and data fit; {parts}"
-            )
+            if place.rank == 0:
+                fits = f"recipe, layout of {place.world_size} process(es), tokenizer and data fit"
+                print(f"{arguments.recipe}: {fits}; {parts}")
+                print(format_check(check_report(config, place.world_size)))
             return 0
         train(config, parts=parts, allow_changed=arguments.allow_changed)
     except IttError as error:

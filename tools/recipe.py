@@ -1,4 +1,4 @@
-"""Check a recipe and see what it costs, without a GPU and, unless ranks are built, without torch."""
+"""Check a recipe and see what it costs, without a GPU and, but for building ranks, without torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from megatron_itt.accounting import report
 from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml, dump_config, load_config
 from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.errors import ConfigError
 from megatron_itt.log import run_command, silence_known_warnings
 
 EPILOG = """examples:
-  python tools/recipe.py check recipes/466m/itt_x4.yaml parallel.tensor=2 --world-size 16
-  python tools/recipe.py check recipes/scale/7b_itt_x4.yaml --world-size 64 --build
+  python tools/recipe.py check recipes/466m/itt_x4.yaml parallel.tensor=2 --world-size 16 --no-build
+  python tools/recipe.py check recipes/scale/7b_itt_x4.yaml --world-size 64
   python tools/recipe.py flops recipes/162m/itt_x4.yaml --json
   python tools/recipe.py memory recipes/466m/itt_x4.yaml --world-size 8
   python tools/recipe.py show recipes/162m/llama.yaml schedule.steps=100
 """
 ACTIONS = {
-    "check": "load it, check every rule, print its size and layout",
+    "check": "load it, check every rule, print its size and layout; given a world size, build its distinct ranks",
     "flops": "parameters and FLOPs of one sequence: the true count and the paper's",
     "memory": "bytes per rank for each pipeline stage",
     "show": "the resolved recipe, with its base and the overrides",
@@ -39,14 +40,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
     parser.add_argument("--world-size", type=int, metavar="N", help="processes of the job (default: the fewest)")
     parser.add_argument(
-        "--build", action="store_true", help="check: build every distinct rank without values, and count its parameters"
+        "--build",
+        action=argparse.BooleanOptionalAction,
+        help="check: build every distinct rank without values, and count its parameters (default: with --world-size, "
+        "where torch and megatron-core are installed)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.world_size is not None and arguments.world_size < 1:
         parser.error(f"--world-size is {arguments.world_size}; a job has at least 1 process")
-    if arguments.build and arguments.action != "check":
-        parser.error(f"--build belongs to check, not to {arguments.action}")
+    if arguments.build is not None and arguments.action != "check":
+        parser.error(f"{'--build' if arguments.build else '--no-build'} belongs to check, not to {arguments.action}")
     return arguments
 
 
@@ -57,13 +61,21 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
     return load_config(arguments.recipe, arguments.overrides)
 
 
-def _check(config: RunConfig, world_size: int | None, *, build: bool) -> dict[str, Any]:
-    if not build:
+def _check(config: RunConfig, world_size: int | None, *, build: bool | None) -> dict[str, Any]:
+    """The report of a recipe and, if wanted, its ranks; `build` None: if a world size is given and torch is there."""
+    if build is False or (build is None and world_size is None):
         return report.check_report(config, world_size)
     silence_known_warnings()
     hide_unusable_parts()
-    from megatron_itt.training.dry_build import built_check_report
-
+    try:
+        from megatron_itt.training.dry_build import built_check_report
+    except ImportError as error:
+        if build:
+            raise ConfigError(
+                f"--build needs torch and megatron-core ({error}); install them or leave it out"
+            ) from None
+        print(f"ranks are not built: torch or megatron-core is missing ({error})", file=sys.stderr)
+        return report.check_report(config, world_size)
     return built_check_report(config, world_size)
 
 

@@ -226,9 +226,25 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 def test_check_and_print_config_train_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(recipe, "--check") == 0
+    checked = capsys.readouterr().out
+    assert "tokenizer and data fit" in checked and "layout            1 processes, 1 data-parallel" in checked
     assert run(recipe, "--print-config", "schedule.steps=3") == 0
     assert "steps: 3" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_check_prints_how_the_pipeline_is_cut_once_per_job(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process of a job checks; only the first speaks."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    printed = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run(recipe, "--check", "parallel.pipeline=2") == 0
+        printed.append(capsys.readouterr().out)
+    assert "\npipeline          layers 0" in printed[0] and printed[1] == ""
 
 
 def test_deterministic_runs_compute_the_same_bits(recipe: Path, tmp_path: Path) -> None:

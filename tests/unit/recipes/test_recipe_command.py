@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ ROOT = Path(__file__).resolve().parents[3]
 ITT = "recipes/466m/itt_x4.yaml"
 
 
-def run_recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_recipe(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the tool, with packages of the folder `path` before all others."""
     command = [sys.executable, "tools/recipe.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = os.environ.get("PYTHONPATH", "")
+    environment = {**os.environ, "PYTHONPATH": found if path is None else os.pathsep.join([path, found])}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_check_accepts_a_layout_that_fits() -> None:
@@ -25,12 +29,31 @@ def test_check_accepts_a_layout_that_fits() -> None:
 
 
 def test_check_builds_every_distinct_rank_of_a_job_of_64() -> None:
-    done = run_recipe("check", "recipes/scale/7b_itt_x4.yaml", "--world-size", "64", "--build")
+    done = run_recipe("check", "recipes/scale/7b_itt_x4.yaml", "--world-size", "64")
     assert done.returncode == 0, done.stderr
     ranks = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("built rank")]
     assert ranks == ["0", "32"]
     assert "layers 0-15: 842.63 M parameters as counted" in done.stdout
     assert done.stderr == ""
+
+
+def test_without_a_world_size_or_with_no_build_nothing_is_built() -> None:
+    for arguments in ([], ["--world-size", "8", "--no-build"]):
+        done = run_recipe("check", ITT, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert "466.71 M" in done.stdout and "built rank" not in done.stdout
+    assert "built rank 0" in run_recipe("check", ITT, "--build").stdout
+
+
+def test_ranks_are_left_out_aloud_where_torch_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch')")
+    done = run_recipe("check", ITT, "--world-size", "8", path=str(tmp_path))
+    assert done.returncode == 0 and "8 processes" in done.stdout and "built rank" not in done.stdout
+    assert done.stderr.splitlines() == [
+        "ranks are not built: torch or megatron-core is missing (No module named torch)"
+    ]
+    refused = run_recipe("check", ITT, "--build", path=str(tmp_path))
+    assert refused.returncode == 2 and "--build needs torch and megatron-core" in refused.stderr
 
 
 def test_flops_prints_the_fixed_json_keys() -> None:
@@ -70,6 +93,7 @@ def test_show_prints_a_recipe_that_loads_again(tmp_path: Path) -> None:
         (["memory", ITT, "parallel.tensor=4", "--world-size", "6"], "the world size is 6"),
         (["check", ITT, "--world-size", "0"], "a job has at least 1 process"),
         (["flops", ITT, "--build"], "--build belongs to check, not to flops"),
+        (["show", ITT, "--no-build"], "--no-build belongs to check, not to show"),
         (["cost", ITT], "invalid choice: 'cost'"),
     ],
 )
