@@ -110,16 +110,16 @@ def test_a_chain_continues_where_the_link_before_stopped(
 
 
 def test_the_tasks_of_an_array_are_links_of_a_chain(cluster: Cluster, recipe: Path, settings: dict[str, str]) -> None:
-    job = submit(cluster, recipe, settings, "--array=1-3%1", "--no-requeue", "schedule.steps=60")
+    job = submit(cluster, recipe, settings, "--array=1-3%1", "--no-requeue", "schedule.steps=600")
     links = [f"{job.job_id}_{number}" for number in (1, 2, 3)]
-    for link, step in zip(links[:2], (3, 20), strict=True):
+    for link, step in zip(links[:2], (3, 300), strict=True):
         job.wait_for_step(step, of=link)
         cluster.command("scancel", "--signal=USR1", "--batch", link)
         assert cluster.wait_for_end(link) == "COMPLETED", job.text()
     assert cluster.wait_for_end(links[2]) == "COMPLETED", job.text()
     assert all(cluster.job(link)["Restarts"] == "0" for link in links)
     assert job.text().count("resumed from") == 2
-    assert [record["step"] for record in job.records()] == list(range(1, 61))
+    assert [record["step"] for record in job.records()] == list(range(1, 601))
 
 
 def test_a_diverged_run_is_not_queued_again(cluster: Cluster, recipe: Path, settings: dict[str, str]) -> None:
