@@ -19,7 +19,7 @@ EPILOG = """examples:
   python tools/benchmark.py
   python tools/benchmark.py --parts steps,routed --shape 162m --repeats 3 --output docs/results --name cpu-162m
   python tools/benchmark.py --parts steps --models "ITT x4;Loop x4" --shape recipes/466m/itt_x4.yaml model.num_layers=2
-  python tools/benchmark.py --parts lengths --shape 162m --lengths 1024,2048,4096,8192 model.num_layers=1
+  python tools/benchmark.py --parts lengths --shape 162m --lengths 1024,2048,4096,8192 model.num_layers=2
   python tools/benchmark.py --parts overhead --repeats 40 model.hidden_size=384 logging.run_dir=runs/overhead
 """
 
