@@ -71,6 +71,31 @@ def submitted(tmp_path: Path, settings: dict[str, str]) -> dict[str, str]:
     return {**settings, "PATH": f"{programs}:{os.environ['PATH']}"}
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "is_noted"),
+    [("StorageError('the disk went away')", 1, False), ("CheckpointError('it does not fit')", 2, True)],
+    ids=["storage", "misfit"],
+)
+def test_only_what_another_start_would_meet_again_is_noted_as_refused(
+    error: str, code: int, is_noted: bool, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "code" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.touch()
+    (tmp_path / "in_use").write_text("job 7 start 0\n")
+    script = (
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); from megatron_itt import errors, train\n"
+        f"def fail(): raise errors.{error}\n"
+        f"train.main = fail; sys.argv = ['task.py', {str(recipe)!r}]\n"
+        f"runpy.run_path({str(ROOT / 'slurm' / 'task.py')!r}, run_name='__main__')"
+    )
+    claim = {"ITT_CLAIM": "job 7 start 0"}
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **claim}, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert (tmp_path / "refused").exists() == is_noted
+
+
 def test_a_job_file_is_submitted_from_any_folder(submitted: dict[str, str]) -> None:
     done = run_shell("bash itt_466m_x4.sbatch --submit", submitted, cwd=ROOT / "slurm")
     assert done.returncode == 0, done.stderr

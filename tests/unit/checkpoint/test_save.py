@@ -24,7 +24,7 @@ from megatron_itt.checkpoint.space import check_space, count_bytes
 from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
 from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.checkpoint.verify import find_intact
-from megatron_itt.errors import CheckpointError
+from megatron_itt.errors import CheckpointError, StorageError
 from tests.helpers.one_rank import built_model, tiny_recipe
 
 WEIGHT = "embedding.word_embeddings.weight"
@@ -109,7 +109,7 @@ def test_a_failed_write_is_raised_and_leaves_the_earlier_checkpoint(
     writer = new_writer(tmp_path, asynchronous=asynchronous)
     save(writer, built, 1)
     writer.finish()
-    with pytest.raises(CheckpointError, match=r"step 2 could not be saved .*earlier checkpoints are intact"):  # noqa: SIM117
+    with pytest.raises(StorageError, match=r"step 2 could not be saved .*earlier checkpoints are intact"):  # noqa: SIM117
         with files_of_at_most(20_000):
             save(writer, built, 2)
             writer.finish()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_itt.config import RunConfig, load_config
 from megatron_itt.errors import ConfigError
-from megatron_itt.launch.snapshot import ClusterFolders, load_for_cluster, take_snapshot, use_snapshot
+from megatron_itt.launch.snapshot import ClusterFolders, load_for_cluster, source_commit, take_snapshot, use_snapshot
 from tests.architecture.sources import ROOT
 
 RECIPE = str(ROOT / "recipes" / "162m" / "itt_x4.yaml")
@@ -28,6 +29,28 @@ def test_a_snapshot_holds_the_code_and_the_resolved_recipe(tmp_path: Path) -> No
     assert load_config(snapshot / "recipe.yaml") == config
     assert not list(snapshot.rglob("__pycache__"))
     assert use_snapshot(config) == snapshot
+
+
+def test_a_snapshot_knows_the_commit_that_it_was_taken_of(tmp_path: Path) -> None:
+    checkout, identity = tmp_path / "checkout", ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for name in ("megatron_itt", "tools", "recipes", "slurm"):
+        (checkout / name).mkdir(parents=True)
+        (checkout / name / "file").write_text("first", encoding="utf-8")
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *identity, *arguments], cwd=checkout, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert source_commit(checkout) is None  # whatever lies around it
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    first = git("rev-parse", "HEAD")
+    config = load_config(RECIPE, [f"logging.run_dir={checkout}/runs/a"])
+    snapshot = take_snapshot(config, checkout)
+    git("commit", "-q", "--allow-empty", "-m", "second")
+    assert source_commit(checkout) == git("rev-parse", "HEAD") != first
+    assert source_commit(snapshot) == first
 
 
 def test_a_changed_recipe_is_refused_with_every_difference(tmp_path: Path) -> None:
