@@ -7,7 +7,6 @@ Shape legend: s tokens of the passage, T thinking steps (T-1 of them routed).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from megatron_itt.errors import DataError, EvaluationError
 from megatron_itt.evaluation.exported_model import Budget, ExportedModel
 from megatron_itt.evaluation.perplexity import Window, sliding_windows
+from megatron_itt.hf.remote_code.thinking_itt import thresholds
 
 Scores = list[list[list[float]]]
 
@@ -224,12 +224,5 @@ def _thinking(model: Any, layer_idx: int) -> Any:
 
 def _thresholds(module: Any, budget: Budget, gate: Callable[[Tensor], Tensor]) -> list[float]:
     """Score from which on a token thinks, one per routed step: the gate of the logit quantile at 1 - share."""
-    quantiles = module.logit_quantiles.double()
-    taus = []
-    for step, share in enumerate(budget):
-        place = (1 - share) * (quantiles.shape[1] - 1)
-        low = min(int(place), quantiles.shape[1] - 2)
-        tau = torch.lerp(quantiles[step, low], quantiles[step, low + 1], place - low)
-        tau = torch.full_like(tau, -math.inf if share >= 1 else math.inf) if share in (0, 1) else tau
-        taus.append(float(gate(tau)))
-    return taus
+    tau = thresholds(module.logit_quantiles.double(), torch.tensor([budget], device=module.logit_quantiles.device))
+    return gate(tau)[0].tolist()

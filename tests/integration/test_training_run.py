@@ -17,6 +17,7 @@ import pytest
 from megatron_itt.config import load_config
 from megatron_itt.log import run_command
 from megatron_itt.train import main
+from tests.helpers.small_disk import small_disk
 
 PLAIN = ["thinking.kind=none", "thinking.capacity=[]", "validation.budgets=[]"]
 LOOP = ["thinking.kind=loop", "thinking.capacity=[1.0, 1.0, 1.0]", "validation.budgets=[]"]
@@ -181,28 +182,19 @@ def test_a_checkpoint_of_another_architecture_is_refused(recipe: Path, capsys: p
 def test_a_full_disk_keeps_the_last_checkpoint(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("a small file system of its own needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("this machine cannot mount a file system in memory")
-    try:
-        place = f"logging.run_dir={disk / 'run'}"
+    with small_disk(tmp_path / "disk", "6m") as disk:
+        place = f"logging.run_dir={disk.path / 'run'}"
         long = ["schedule.steps=40", "checkpoint.keep_last=40", "validation.interval_steps=40"]
         assert run(recipe, *long, place) == 2
         error = capsys.readouterr().err.strip()
         assert "no space left" in error
         assert "\n" not in error
-        checkpoints = disk / "run" / "checkpoints"
+        checkpoints = disk.path / "run" / "checkpoints"
         assert not list(checkpoints.glob(".writing_*"))
         latest = (checkpoints / "latest").read_text().strip()
         assert (checkpoints / latest / "run_state.json").is_file()
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        disk.resize("64m")
         assert run(recipe, *long, place) == 0
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
 def test_a_run_that_diverges_says_so_and_leaves_a_marker(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.architecture.sources import ROOT
+from tests.helpers.small_disk import small_disk
 
 JOB_FILES = sorted((ROOT / "slurm").rglob("*.sbatch"))
 TRAINING = [path for path in JOB_FILES if "recipes/" in path.read_text().split("exec", 1)[1]]
@@ -195,25 +196,18 @@ def test_a_change_that_is_allowed_reaches_the_training(recipe: Path, tmp_path: P
 def test_a_full_disk_ends_a_run_that_more_room_continues(
     recipe: Path, tmp_path: Path, settings: dict[str, str]
 ) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("a small file system of its own needs root")
-    disk = tmp_path / "runs"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("this machine cannot mount a file system in memory")
     arguments = [str(recipe), "schedule.steps=60", "checkpoint.save_interval_steps=1", "checkpoint.keep_last=60"]
-    try:
+    with small_disk(tmp_path / "runs", "9m") as disk:
+        run_dir = disk.path / "tiny"
         code, text, error = launch("train.sbatch", *arguments, settings=settings)
         assert code == 2, text + error
         assert "no space left" in error
-        assert "no space left" in (disk / "tiny" / "stopped").read_text()
-        subprocess.run(["mount", "-o", "remount,size=99m", str(disk)], check=True)
+        assert "no space left" in (run_dir / "stopped").read_text()
+        disk.resize("99m")
         code, text, error = launch("train.sbatch", *arguments, settings=settings)
         assert code == 0, text + error
-        lines = [json.loads(line) for line in (disk / "tiny" / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
 @pytest.mark.slow

@@ -6,40 +6,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
+from tests.helpers.small_disk import SmallDisk, small_disk
 from tests.unit.data.conftest import make_texts, write_jsonl
 
 ROOT = Path(__file__).parents[3]
 
 
-@dataclass(frozen=True)
-class Disk:
-    """A small file system in memory."""
-
-    path: Path
-
-    def resize(self, size: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(self.path)], check=True)
-
-
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    if os.geteuid() != 0:
-        pytest.skip("a small file system of its own needs root")
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(path)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("this machine cannot mount a file system in memory")
-    try:
-        yield Disk(path)
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=False)
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    with small_disk(tmp_path / "disk", "16k") as mounted:
+        yield mounted
 
 
 def run_python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -50,7 +31,7 @@ def run_python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("num_workers", "deduplicate"), [(1, False), (2, True)])
 def test_preprocessing_ends_with_one_line_and_continues_with_more_room(
-    disk: Disk, tokenizer_dir: Path, tmp_path: Path, num_workers: int, deduplicate: bool
+    disk: SmallDisk, tokenizer_dir: Path, tmp_path: Path, num_workers: int, deduplicate: bool
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(2000) + make_texts(50))
     reference = PreprocessOptions(
@@ -80,7 +61,7 @@ def test_preprocessing_ends_with_one_line_and_continues_with_more_room(
     assert not prefix.with_suffix(".partial").exists()
 
 
-def test_the_marks_of_duplicates_meet_a_full_disk_as_an_error(disk: Disk) -> None:
+def test_the_marks_of_duplicates_meet_a_full_disk_as_an_error(disk: SmallDisk) -> None:
     """Pages of a sparse file that find no room when they are written to end the process with SIGBUS."""
     code = (
         "import sys\n"
