@@ -13,7 +13,7 @@ from megatron_itt.errors import CheckpointError
 _MODEL_KEYS = ("model", "thinking")
 _FREE_THINKING_KEYS = (
     *("capacity", "capacity_schedule", "ramp_start_share", "ramp_steps", "ramp_start_temperature"),
-    *("routing", "recompute", "quantile_decay", "router_init_std", "step_init"),
+    *("routing", "threshold_phase", "recompute", "quantile_decay", "router_init_std", "step_init"),
 )
 _FREE_MODEL_KEYS = ("init_std",)
 _ORDER_KEYS = (("batch", "global"), ("precision", "dtype"))

@@ -87,6 +87,7 @@ class ThinkingConfig:
     router_init_std: PositiveFloat = 0.02
     residual: Literal["accumulate", "replace"] = "accumulate"
     routing: Literal["topk", "topp", "threshold", "none"] = "topk"
+    threshold_phase: Annotated[float, Field(ge=0, lt=1)] = 0.0  # last part of a run that picks by thresholds
     step_encoding: bool = True
     gate: Literal["sigmoid", "tanh"] = "sigmoid"
     reweight: Literal["selected", "symmetric"] = "selected"

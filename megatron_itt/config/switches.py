@@ -12,7 +12,7 @@ from megatron_itt.config.model import ThinkingConfig
 
 _RAMP = ("ramp_start_share", "ramp_steps", "ramp_start_temperature")
 _SKIPPED = ("reweight", "skip")  # what happens to tokens that are not picked
-_ROUTER = ("router_init_std", "routing", "gate", "attend", *_SKIPPED, "quantile_decay")
+_ROUTER = ("router_init_std", "routing", "threshold_phase", "gate", "attend", *_SKIPPED, "quantile_decay")
 _UPDATE = ("alpha", "step_init", "update")
 _ROUTED_STEPS = (*_ROUTER, *_UPDATE, "capacity_schedule", *_RAMP)
 # Keys, when they do nothing, and why. The first reason that holds for a key is given.
@@ -33,9 +33,14 @@ _IDLE: tuple[tuple[tuple[str, ...], Callable[[ThinkingConfig], bool], str], ...]
         "thinking.capacity is [], so that there is no routed step",
     ),
     (
-        ("router_init_std", "gate", "attend", *_SKIPPED, "quantile_decay", "capacity_schedule"),
+        ("router_init_std", "threshold_phase", "gate", "attend", *_SKIPPED, "quantile_decay", "capacity_schedule"),
         lambda thinking: thinking.routing == "none",
         "thinking.routing is none, where every token thinks with weight 1 and no token is skipped",
+    ),
+    (
+        ("threshold_phase",),
+        lambda thinking: thinking.routing == "threshold",
+        "thinking.routing is threshold, which picks by thresholds from the first step",
     ),
     (
         ("gate", *_UPDATE, "step_encoding", *_SKIPPED, "ramp_start_temperature"),

@@ -1,4 +1,4 @@
-"""How many tokens think at an optimizer step: constant, rising, or drawn per batch. Pure functions of step and seed.
+"""How many tokens think at an optimizer step, and by which rule. Pure functions of step and seed.
 
 The same on all ranks by construction, and constant within a step, so that pipelines and overlapped gradient reduction
 see the same shapes and the same parameters in every micro-batch.
@@ -40,6 +40,15 @@ def training_temperature(config: RunConfig, step: int) -> float:
     if thinking.kind != "itt" or thinking.capacity_schedule != "ramp":
         return 1.0
     return 1.0 + (thinking.ramp_start_temperature - 1.0) * (1.0 - _risen(config, step))
+
+
+def training_rule(config: RunConfig, step: int) -> str | None:
+    """The rule of routing at optimizer step `step` (from 1); None where the recipe's own holds.
+
+    Ours: in the last part of a run tokens are picked by thresholds, so that the weights meet the choices of inference.
+    """
+    begin = config.schedule.steps * (1.0 - config.thinking.threshold_phase)
+    return "threshold" if step > begin else None
 
 
 def _risen(config: RunConfig, step: int) -> float:

@@ -16,7 +16,7 @@ from megatron_itt.model.quantiles import update_quantiles
 from megatron_itt.model.trace import RoutingRecorder
 from megatron_itt.training.agreement import agree
 from megatron_itt.training.assemble import Trainer
-from megatron_itt.training.capacity import training_capacity, training_temperature
+from megatron_itt.training.capacity import training_capacity, training_rule, training_temperature
 from megatron_itt.training.guards import ACCEPTED, StepGuard, Verdict
 from megatron_itt.training.metrics import peak_memory_bytes
 from megatron_itt.training.optimizer import gradient_norm, update_weights
@@ -65,11 +65,15 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     recorder = RoutingRecorder()
-    budget, temperature = training_capacity(trainer.config, step), training_temperature(trainer.config, step)
     forward = _ForwardStep(trainer.place.device, recorder, None if watch is None else watch.pulse)
     if watch is not None:
         watch.pulse.beat("forward and backward", step)
-    with trainer.built.control.override(budget=budget, temperature=temperature, recorder=recorder):
+    with trainer.built.control.override(
+        budget=training_capacity(trainer.config, step),
+        routing=training_rule(trainer.config, step),
+        temperature=training_temperature(trainer.config, step),
+        recorder=recorder,
+    ):
         losses = _run_schedule(trainer, batches, trainer.num_microbatches, forward)
     grad_norm = gradient_norm(trainer.optimizer)
     report = agree(

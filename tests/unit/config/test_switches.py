@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "skip": "literal",
     "recompute": "layer",
     "quantile_decay": 0.5,
+    "threshold_phase": 0.25,
 }
 
 
@@ -45,6 +46,7 @@ OTHER: dict[str, Any] = {
         ({"routing": "none", "skip": "literal"}, "skip is literal but thinking.routing is none"),
         ({"routing": "none", "gate": "tanh"}, "gate is tanh but thinking.routing is none"),
         ({"routing": "none", "capacity_schedule": "ramp"}, "capacity_schedule is ramp but thinking.routing is none"),
+        ({"routing": "threshold", "threshold_phase": 0.5}, "threshold_phase is 0.5 but thinking.routing is threshold"),
         ({"residual": "replace", "update": "delta"}, "update is delta but thinking.residual is replace"),
         ({"residual": "replace", "reweight": "symmetric"}, "reweight is symmetric but thinking.residual is replace"),
         ({"residual": "replace", "skip": "literal"}, "skip is literal but thinking.residual is replace"),

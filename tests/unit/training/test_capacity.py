@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_itt.errors import ConfigError
-from megatron_itt.training.capacity import training_capacity, training_temperature
+from megatron_itt.training.capacity import training_capacity, training_rule, training_temperature
 from tests.helpers.one_rank import tiny_recipe
 
 
@@ -38,6 +38,13 @@ def test_a_ramp_rises_to_the_capacity_while_the_gate_sharpens() -> None:
     assert shares[1] == pytest.approx((0.35, 0.475, 0.225))
     assert shares[2] == shares[3] == pytest.approx((0.5, 0.75, 0.25))
     assert temperatures == pytest.approx([2.0, 1.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(("phase", "begins_after"), [(0.0, 40), (0.25, 30), (0.01, 39), (0.99, 0)])
+def test_the_last_part_of_a_run_picks_by_thresholds(phase: float, begins_after: int) -> None:
+    config = tiny_recipe(thinking={"threshold_phase": phase}, schedule={"steps": 40, "warmup_steps": 1})
+    rules = [training_rule(config, step) for step in range(1, 41)]
+    assert rules == [None] * begins_after + ["threshold"] * (40 - begins_after)
 
 
 @pytest.mark.parametrize(
