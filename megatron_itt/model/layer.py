@@ -5,11 +5,12 @@ h hidden, k tokens picked per sequence, q = k / degree under sequence parallelis
 
 How it is parallel. Heads and MLP columns are split over tensor-parallel ranks as in any megatron-core layer. Under
 sequence parallelism a layer's input lies in parts of the sequence, but the choice of tokens is one choice over the
-whole. So the base pass runs as ever; then one all-gather gives every rank all token states, every rank makes the same
-choice, and the k picked rows are divided evenly: rank r carries rows r*q .. (r+1)*q through the residual path, the
-norms and the MLP. Shapes are static, and a routed step costs four exchanges of k rows, where a full pass costs four of
-s rows. Every use of the gathered states is a partial one (own rows, own heads), so its gradient is summed over ranks
-by the gather's reduce-scatter.
+whole. So the base pass runs as ever; then two all-gathers give every rank the router logits and the states of all
+tokens. Every rank scores its own part, and all make the same choice from the gathered logits while the states are
+still on their way. The k picked rows are divided evenly: rank r carries rows r*q .. (r+1)*q through the residual path,
+the norms and the MLP. Shapes are static, and a routed step costs four exchanges of k rows, where a full pass costs four
+of s rows. Every use of the gathered logits and states is a partial one (own rows, own heads), so its gradient is summed
+over ranks by the gather's reduce-scatter.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megatron_itt.config.model import ThinkingConfig
 from megatron_itt.model import routed_attention, routing, thinking
 from megatron_itt.model.router import ThinkingParameters
 from megatron_itt.model.trace import RoutingControl, RoutingPlan
+from megatron_itt.parallel.async_gather import PendingGather, begin_gather
 
 
 class ThinkingLayer(TransformerLayer):
@@ -86,18 +88,21 @@ class ThinkingLayer(TransformerLayer):
 
         mask: the full pass's, bool [b, 1, s, s], where it is not causal alone.
         """
-        states = self._gather_sequence(hidden)  # [p, b, h] -> [s, b, h]
-        angles = routed_attention.Angles.of(rotary, states.dtype)
+        steps = [step for step, share in enumerate(plan.shares, start=1) if share > 0]
+        arriving_logits = self._begin_gather(self._score(hidden, steps[0]))  # [p, b] -> [s, b]
+        arriving_states = self._begin_gather(hidden)  # [p, b, h] -> [s, b, h]
+        # Until the states arrive: what needs this layer's weights and the logits alone.
+        angles = routed_attention.Angles.of(rotary, hidden.dtype)
         projections = routed_attention.Projections.of(self) if self.switches.attend == "all" else None
+        logits = arriving_logits.wait()
+        positions = self._pick(logits, steps[0], plan)
+        states = arriving_states.wait()
         keys_values: routed_attention.KeysValues | None = None
         changed: Tensor | None = None  # positions whose keys and values are out of date
-        for step, share in enumerate(plan.shares, start=1):
-            if share == 0:
-                continue
-            # Picked rows alone teach the router (`_update_rows`), unless skipped ones are scaled by their logits too.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.switches.reweight == "symmetric"):
-                logits = self.thinking.logits(states, step)
-            positions = self._pick(logits, step, share, plan)
+        for step in steps:
+            if step > steps[0]:
+                logits = self._score(states, step)
+                positions = self._pick(logits, step, plan)
             rows = thinking.take_rows(states, positions)  # [k, b, h]
             if projections is not None:
                 keys_values = routed_attention.refresh_keys_values(
@@ -116,11 +121,21 @@ class ThinkingLayer(TransformerLayer):
             )
             # Where skipped tokens change too, every key and value is out of date.
             changed = None if self._changes_skipped else positions
+        # Even after the last step every rank gathered all increments: whose part of the sequence a row lies in depends
+        # on the data, and so would the sizes of a smaller exchange, for which the host would have to wait.
         return self._own_part(states)
 
-    def _pick(self, logits: Tensor, step: int, share: float, plan: RoutingPlan) -> Tensor:
+    def _score(self, states: Tensor, step: int) -> Tensor:
+        """Router logits of all rows or of a part of them. [s, b, h] -> [s, b].
+
+        Picked rows alone teach the router (`_update_rows`), unless skipped ones are scaled by their logits too.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.switches.reweight == "symmetric"):
+            return self.thinking.logits(states, step)
+
+    def _pick(self, logits: Tensor, step: int, plan: RoutingPlan) -> Tensor:
         """The tokens that think at this step. logits [s, b] -> positions [k, b], ascending."""
-        count = routing.count_picked(share, logits.shape[0], multiple=self._num_parts)
+        count = routing.count_picked(plan.shares[step - 1], logits.shape[0], multiple=self._num_parts)
         positions = routing.pick_topk(logits.detach(), count)
         if plan.recorder is not None:
             plan.record(self.layer_idx, step, logits, routing.positions_to_mask(positions, logits.shape[0]))
@@ -171,7 +186,7 @@ class ThinkingLayer(TransformerLayer):
         logits = self.thinking.logits(hidden, step)  # [p, b]
         if plan.rule == "none":
             return self._apply_masked(hidden, step, None, logits, kwargs)
-        whole = self._gather_values(logits.detach())  # [s, b]
+        whole = self._gather_sequence(logits.detach())  # [s, b]
         if plan.rule == "topp":
             picked = routing.pick_topp(whole, share)
         else:
@@ -228,19 +243,13 @@ class ThinkingLayer(TransformerLayer):
         """Into how many parts the sequence is divided."""
         return self.tp_group.size() if self.config.sequence_parallel else 1
 
-    def _gather_sequence(self, part: Tensor) -> Tensor:
-        """[p, b, h] -> [s, b, h]; backward sums the ranks' partial gradients."""
-        if self._num_parts == 1:
-            return part
-        return tensor_parallel.gather_from_sequence_parallel_region(part.contiguous(), group=self.tp_group)
+    def _begin_gather(self, part: Tensor) -> PendingGather:
+        """[p, b, ...] -> [s, b, ...], which its `wait` gives; backward sums the ranks' partial gradients."""
+        return begin_gather(part, self.tp_group if self.config.sequence_parallel else None)
 
-    def _gather_values(self, part: Tensor) -> Tensor:
-        """[p, b] -> [s, b], for values without gradient."""
-        if self._num_parts == 1:
-            return part
-        whole = part.new_empty(part.shape[0] * self._num_parts, *part.shape[1:])
-        torch.distributed.all_gather_into_tensor(whole, part.contiguous(), group=self.tp_group)
-        return whole
+    def _gather_sequence(self, part: Tensor) -> Tensor:
+        """The same at once."""
+        return self._begin_gather(part).wait()
 
     def _own_part(self, whole: Tensor) -> Tensor:
         """This rank's part along the first dimension."""

@@ -1,7 +1,7 @@
 """What a routed step sends under sequence parallelism, counted at the collectives themselves; and that nobody waits.
 
 One full pass of a plain layer exchanges s rows four times forward (gather, scatter, gather, scatter). A routed step
-exchanges its k picked rows four times, and the first one gathers the s rows of the states once before that.
+exchanges its k picked rows four times, and the first one gathers the logits and the s rows of the states before that.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tests.helpers.one_rank import tiny_recipe
 from tests.helpers.waiting import WatchOperations
 
 PARALLEL = {"tensor": 2, "sequence": True}
-LARGE = 1000  # bytes; smaller messages are not rows of hidden states
+Counted = dict[str, tuple[list[int], list[int], list[str]]]
 
 
 def count_layer(place: ProcessPlace, config: RunConfig) -> tuple[list[int], list[int], list[str]]:
-    """Sizes of the collectives of layer 1, forward and backward; and its operations that let the host wait."""
+    """Bytes of the collectives of layer 1, forward and backward; and its operations that let the host wait."""
     from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
@@ -40,13 +40,13 @@ def count_layer(place: ProcessPlace, config: RunConfig) -> tuple[list[int], list
             output, _ = chunk.decoder.layers[1](hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
         with watch, backward:
             output.sum().backward()
-        return _large(forward.messages), _large(backward.messages), watch.waiting
+        return _num_bytes(forward.messages), _num_bytes(backward.messages), watch.waiting
     finally:
         stop_parallel()
 
 
-def _large(messages: Iterable[Message]) -> list[int]:
-    return [message.num_bytes for message in messages if message.num_bytes >= LARGE]
+def _num_bytes(messages: Iterable[Message]) -> list[int]:
+    return [message.num_bytes for message in messages]
 
 
 def recipe(capacity: list[float], **thinking: Any) -> RunConfig:
@@ -57,12 +57,13 @@ def recipe(capacity: list[float], **thinking: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[str, tuple[list[int], list[int], list[str]]]:
+def counted() -> Counted:
     jobs: dict[str, Callable[[], RunConfig]] = {
         "plain": lambda: recipe([]),
         "one": lambda: recipe([0.5]),
         "two": lambda: recipe([0.5, 0.5]),
         "selected": lambda: recipe([0.5], attend="selected"),
+        "symmetric": lambda: recipe([0.5], reweight="symmetric"),
         "topp": lambda: recipe([0.5], routing="topp"),
         "threshold": lambda: recipe([0.5], routing="threshold", attend="selected"),
         "recompute": lambda: recipe([0.5, 0.5], recompute="routed"),
@@ -72,7 +73,7 @@ def counted() -> dict[str, tuple[list[int], list[int], list[str]]]:
 
 
 def test_a_routed_step_sends_at_most_what_a_full_pass_sends(
-    counted: dict[str, tuple[list[int], list[int], list[str]]],
+    counted: Counted,
 ) -> None:
     for direction in (0, 1):
         plain = sum(counted["plain"][direction])
@@ -82,16 +83,22 @@ def test_a_routed_step_sends_at_most_what_a_full_pass_sends(
 
 
 def test_the_exchanges_of_a_routed_step_are_four_of_the_picked_rows(
-    counted: dict[str, tuple[list[int], list[int], list[str]]],
+    counted: Counted,
 ) -> None:
     config = recipe([0.5])
     row = config.batch.micro * config.model.hidden_size * 4
     whole, picked = config.model.seq_length * row, config.model.seq_length // 2 * row
-    assert counted["plain"][0] == [whole] * 4
-    assert counted["one"][0] == [whole] * 5 + [picked] * 4
-    assert counted["two"][0] == [whole] * 5 + [picked] * 8
-    assert counted["selected"][0] == counted["one"][0]
+    logits = config.model.seq_length * config.batch.micro * 4
+    full_pass, entry = [whole] * 4, [logits, whole]  # logits first: behind the states they would wait for them
+    assert counted["plain"][0] == full_pass
+    assert counted["one"][0] == full_pass + entry + [picked] * 4
+    assert counted["two"][0] == full_pass + entry + [picked] * 8
+    assert counted["selected"][0] == counted["symmetric"][0] == counted["one"][0]
 
 
-def test_no_rank_waits_for_its_data(counted: dict[str, tuple[list[int], list[int], list[str]]]) -> None:
+def test_logits_are_exchanged_backward_only_where_skipped_tokens_need_them(counted: Counted) -> None:
+    assert len(counted["symmetric"][1]) == len(counted["one"][1]) + 1
+
+
+def test_no_rank_waits_for_its_data(counted: Counted) -> None:
     assert {name: found[2] for name, found in counted.items()} == {name: [] for name in counted}

@@ -131,18 +131,21 @@ def test_pipelines_of_four_ranks_compute_the_same_while_gradients_are_reduced() 
 
 def test_every_gradient_is_that_of_one_rank() -> None:
     """Parameter by parameter, routers and step encodings included: norms of all could hide a wrong factor of one."""
-    layouts_of_two = [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]
-    expected = observe_gradients(ONE_PROCESS, recipe("itt", {}, distributed=False))
-    jobs = [(recipe("itt", parallel, distributed=False),) for parallel in layouts_of_two]
-    for parallel, ranks in zip(layouts_of_two, run_ranks(2, observe_gradients, jobs), strict=True):
-        assert {name for gradients in ranks for name in gradients} == set(expected)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        *(("itt", parallel) for parallel in ({"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {})),
+        ("itt_symmetric", {"tensor": 2, "sequence": True}),  # its logits are gathered with their gradient
+    ]
+    expected = {kind: observe_gradients(ONE_PROCESS, recipe(kind, {}, distributed=False)) for kind, _ in cases}
+    jobs = [(recipe(kind, parallel, distributed=False),) for kind, parallel in cases]
+    for (kind, parallel), ranks in zip(cases, run_ranks(2, observe_gradients, jobs), strict=True):
+        assert {name for gradients in ranks for name in gradients} == set(expected[kind])
         for rank, gradients in enumerate(ranks):
             for name, gradient in gradients.items():
-                whole = expected[name]
+                whole = expected[kind][name]
                 own = _own_shard(whole, name, rank=rank, degree=parallel.get("tensor", 1))
                 assert gradient.shape == own.shape, name
                 # Sums in another order; scaled by the largest entry, because single entries may cancel to nothing.
-                assert (gradient - own).abs().max() <= TOLERANCE * whole.abs().max(), (parallel, name)
+                assert (gradient - own).abs().max() <= TOLERANCE * whole.abs().max(), (kind, parallel, name)
 
 
 def test_a_checkpoint_continues_under_another_layout(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""A gather that others compute beside: megatron-core's values and gradients, and what runs while it is under way."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.parallel import async_gather
+from megatron_itt.parallel.async_gather import begin_gather
+from tests.helpers.launch import run_ranks
+
+
+class Between(torch.autograd.Function):
+    """A computation that notes when it runs."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, events: list[str]) -> Tensor:
+        ctx.events = events
+        events.append("between")
+        return 2 * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.events.append("between")
+        return 2 * grad, None
+
+
+class NotedExchange(async_gather._Exchange):
+    """An exchange that notes when it begins and ends."""
+
+    events: ClassVar[list[str]] = []
+
+    def gather(self, part: Tensor) -> None:
+        self.events.append("gather")
+        super().gather(part)
+
+    def reduce_scatter(self, whole: Tensor) -> Tensor:
+        self.events.append("reduce-scatter")
+        return super().reduce_scatter(whole)
+
+    def finish(self) -> Tensor | None:
+        self.events.append("wait")
+        return super().finish()
+
+
+def join(place: ProcessPlace) -> dist.ProcessGroup:
+    address = f"tcp://{place.master_address}:{place.master_port}"
+    dist.init_process_group("gloo", init_method=address, rank=place.rank, world_size=place.world_size)
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def gather_both_ways(place: ProcessPlace, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """The whole and the gradient of the part, with megatron-core's gather and with ours, of strided rows."""
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    from megatron_itt.parallel.host_device import install_host_device
+
+    install_host_device()
+    group = join(place)
+    found = []
+    for gather in (
+        lambda part: gather_from_sequence_parallel_region(part.contiguous(), group=group),
+        lambda part: begin_gather(part, group).wait(),
+    ):
+        generator = torch.Generator().manual_seed(place.rank)
+        leaf = torch.randn(shape, generator=generator).requires_grad_(True)
+        whole = gather(leaf.transpose(0, 1))
+        weights = torch.randn(whole.shape, generator=generator)  # other ones on every rank
+        (whole * weights).sum().backward()
+        assert leaf.grad is not None
+        found.append((whole.detach(), leaf.grad))
+    with torch.no_grad():
+        assert torch.equal(begin_gather(leaf.transpose(0, 1), group).wait(), found[0][0])
+    dist.destroy_process_group()
+    return found
+
+
+def order_of_events(place: ProcessPlace) -> list[str]:
+    """What happens when, forward and backward, where something is computed between the two ends."""
+    group = join(place)
+    async_gather._Exchange = NotedExchange  # type: ignore[misc]
+    events = NotedExchange.events = []
+    weight, part = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    pending = begin_gather(part, group)
+    factor = Between.apply(weight, events)
+    whole = pending.wait()
+    loss = (whole * factor).sum()
+    events.append("backward")
+    loss.backward()
+    assert weight.grad is not None and part.grad is not None
+    dist.destroy_process_group()
+    return [*events, f"{weight.grad.tolist()}", f"{part.grad.tolist()}"]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 5)])
+def test_values_and_gradients_are_those_of_megatron_cores_gather(shape: tuple[int, ...]) -> None:
+    (ranks,) = run_ranks(2, gather_both_ways, [(shape,)])
+    for (whole, grad), (own_whole, own_grad) in ranks:
+        assert torch.equal(own_whole, whole)
+        assert torch.equal(own_grad, grad)
+
+
+def test_what_is_computed_meanwhile_has_its_gradients_computed_meanwhile() -> None:
+    (ranks,) = run_ranks(2, order_of_events, [()])
+    forward, backward = ["gather", "between", "wait"], ["backward", "reduce-scatter", "between", "wait"]
+    gradients = ["[8.0, 8.0, 8.0]", "[[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]"]
+    assert ranks == [[*forward, *backward, *gradients]] * 2
+
+
+def test_without_other_ranks_the_part_is_the_whole() -> None:
+    part = torch.randn(4, 2)
+    assert begin_gather(part, None).wait() is part
