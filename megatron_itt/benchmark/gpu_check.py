@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_itt.benchmark.decode import decode_section
+from megatron_itt.benchmark.graphs import graphs_section
 from megatron_itt.benchmark.isolated import Action, run_isolated
 from megatron_itt.benchmark.kernel_checks import kernels_section
 from megatron_itt.benchmark.lengths import lengths_section
@@ -95,10 +96,9 @@ def plan_check(request: CheckRequest, *, num_gpus: int) -> list[Action]:
         precise["162m, 2 layers"] = _shape(request, "162m", *_STOCK_CUT, "model.seq_length=1024").config
     add = partial(_action, request)
     actions = [add("machine", best, 90, machine_section, device), add("kernels", best, 90, kernels_section, device)]
-    actions += [
-        add(f"precision, {parts}", parts, 60, partial(precision_section, parts=parts), precise, device)
-        for parts in usable_parts(request.device)
-    ]
+    for parts in usable_parts(request.device):
+        for name, section in (("precision", precision_section), ("graphs", graphs_section)):
+            actions.append(add(f"{name}, {parts}", parts, 60, partial(section, parts=parts), precise, device))
     if num_gpus > 1:
         actions.append(add("ranks", best, 90, partial(ranks_section, num_ranks=2), small))
     for name, shape in shapes.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -100,8 +101,8 @@ def measure_precision(config: RunConfig, device: torch.device) -> PrecisionRepor
         device=str(device),
         parts=config.precision.parts,
         attend=config.thinking.attend,
-        logit_difference=_relative([wide.logits], [narrow.logits]),
-        gradient_difference=_relative(wide.gradients, narrow.gradients),
+        logit_difference=relative_difference([wide.logits], [narrow.logits]),
+        gradient_difference=relative_difference(wide.gradients, narrow.gradients),
         same_picks=float(same.mean()),
     )
 
@@ -135,11 +136,13 @@ def _run(config: RunConfig, device: torch.device, dtype: torch.dtype) -> _Result
     )
 
 
-def _relative(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Norm of all differences over the norm of all expected values."""
-    differences = sum(float((a - b).double().square().sum()) for a, b in zip(expected, found, strict=True))
+def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Norm of all differences over the norm of all expected values; NaN where anything is."""
+    differences = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(expected, found, strict=True))
     whole = sum(float(a.double().square().sum()) for a in expected)
-    return (differences / whole) ** 0.5
+    if whole == 0.0 and differences == 0.0:
+        return 0.0
+    return math.sqrt(differences / whole) if whole else math.inf
 
 
 def _expected(report: str) -> str:

@@ -38,7 +38,8 @@ ABSENT = (
 def test_the_plan_begins_with_the_numbers_and_then_times_the_papers_shapes() -> None:
     names = [action.name for action in plan_check(CheckRequest(), num_gpus=1)]
     assert names[0] == "machine"
-    assert names.index("precision, native") < names.index("steps 162m") < names.index("steps 466m")
+    assert names.index("graphs, native") == names.index("precision, native") + 1  # of the same process
+    assert names.index("graphs, native") < names.index("steps 162m") < names.index("steps 466m")
     assert {"stock", "routed 162m", "routed 466m", "decode", "memory", "lengths"} <= set(names)
     assert "ranks" not in names and "scaling" not in names
     assert {"ranks", "scaling"} <= {action.name for action in plan_check(CheckRequest(), num_gpus=2)}
