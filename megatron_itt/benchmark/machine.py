@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,15 @@ class MatrixRates:
 
 
 def matrix_rates(device: torch.device) -> MatrixRates:
-    """The ceiling that MFU is measured against: both types, several shapes, warm, the threads of this process."""
+    """The ceiling that MFU is measured against: both types, several shapes, warm, the threads of this process.
+
+    Measured once per process and number of threads, so that all sections have the same.
+    """
+    return _measure_rates(device, torch.get_num_threads())
+
+
+@cache
+def _measure_rates(device: torch.device, _num_threads: int) -> MatrixRates:
     return MatrixRates(**{name: max(_rates(device, dtype)) for name, dtype in DTYPES.items()})
 
 

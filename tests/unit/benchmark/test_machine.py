@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from megatron_itt.benchmark.machine import MatrixRates, free_bytes, machine_facts
+from megatron_itt.benchmark import machine
+from megatron_itt.benchmark.machine import DTYPES, MatrixRates, free_bytes, machine_facts, matrix_rates
 
 CPU = torch.device("cpu")
 
@@ -15,6 +17,19 @@ def test_the_ceiling_is_the_best_of_both_types() -> None:
     assert facts["machine"] and facts["threads"] >= 1 and facts["torch"] == torch.__version__
     rates = MatrixRates(fp32=2e9, bf16=6e9)
     assert (rates.of("fp32"), rates.of("bf16")) == (2e9, 6e9)
+
+
+def test_the_ceiling_is_measured_once_for_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(machine, "_rates", lambda device, dtype: [float(len(measured)), measured.append(dtype) or 0.0])
+    device, num_threads = torch.device("cpu", 0), torch.get_num_threads()  # a device that no other test asks for
+    rates = matrix_rates(device)
+    assert rates is matrix_rates(device) and len(measured) == len(DTYPES)
+    try:
+        torch.set_num_threads(num_threads + 1)
+        assert matrix_rates(device) is not rates
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_free_memory_is_less_than_all_memory() -> None:
