@@ -166,9 +166,8 @@ class _Sizes:
         return self.element * rows * 3 * self.ffn
 
     def full_pass(self, rows: float) -> float:
-        """The base layer over all tokens."""
-        attention = self.attention(rows, rows, projected=self.query + 2 * self.key)
-        return 2 * self.norm(self.local(rows)) + attention + 2 * self.angles(rows) + self.mlp(rows)
+        """The base layer over all tokens; cosine and sine of its rotation are one for all layers."""
+        return 2 * self.norm(self.local(rows)) + self.attention(rows, rows, projected=self.key) + self.mlp(rows)
 
     def gain(self, rows: float) -> float:
         """A product with a learned gain keeps its other factor."""

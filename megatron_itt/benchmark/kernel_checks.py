@@ -14,8 +14,9 @@ from megatron_itt.errors import EvaluationError
 
 # Of the largest value; sums of thousands of products in another order, in numbers of 24 and of 8 bits.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
-# (picked, all tokens, batch, query heads, key/value heads, head size)
 ROWS = (130, 3, 256)  # rows, batch, width
+MIXED = (130, 3, 2, 2 + 2, 96)  # rows, batch, key/value heads, query heads of each + key + value, head size
+# (picked, all tokens, batch, query heads, key/value heads, head size)
 SIZES = ((96, 200, 2, 4, 2, 32), (512, 1024, 2, 8, 8, 64), (300, 777, 1, 4, 1, 128))
 
 
@@ -76,14 +77,18 @@ def find_attention_kernel(device: torch.device) -> tuple[str, Callable[..., Tens
 
 
 def compare_row_kernels(dtype: torch.dtype, device: torch.device) -> list[KernelDifference]:
-    """Norm, SwiGLU and the scaling of increments: outputs and the gradients of all their inputs."""
+    """Norm, SwiGLU, the scaling of increments, rotation: outputs and the gradients of all their inputs."""
     from megatron_itt.kernels.increment import scale_rows
     from megatron_itt.kernels.rms_norm import normalise
+    from megatron_itt.kernels.rotary import rotate, split_and_rotate
     from megatron_itt.kernels.swiglu import swiglu
 
     num_rows, batch, width = ROWS
     hidden, gain, logits = _random(dtype, device, (num_rows, batch, width), (width,), (num_rows, batch))
     projected, weights = _random(dtype, device, (num_rows, batch, 2 * width))[0], logits.float().sigmoid()
+    mixed = _random(dtype, device, MIXED)[0]
+    angles = torch.arange(MIXED[0] * MIXED[-1] // 2, device=device).view(MIXED[0], 1, 1, -1).repeat(1, 1, 1, 2) / 1e3
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
     cases: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Tensor]]] = {
         "normalise": (
             lambda x, g: normalise(x, g, 1e-5),
@@ -100,11 +105,21 @@ def compare_row_kernels(dtype: torch.dtype, device: torch.device) -> list[Kernel
             lambda x, w, g: 0.7 * w.unsqueeze(-1) * g * x,
             {"rows": hidden, "weights": weights, "gain": gain},
         ),
+        "rotate": (
+            lambda x: rotate(x[..., -2, :], cosine, sine),
+            lambda x: _plain_rotation(x[..., -2, :], angles),
+            {"mixed": mixed},
+        ),
+        "split_and_rotate": (
+            lambda x: torch.cat(split_and_rotate(x, cosine, sine), dim=2),
+            lambda x: _plain_split(x, angles),
+            {"mixed": mixed},
+        ),
     }
     return [
         row
         for name, (kernel, plain, inputs) in cases.items()
-        for row in _compare(name, kernel, plain, inputs, sizes=ROWS)
+        for row in _compare(name, kernel, plain, inputs, sizes=MIXED if "mixed" in inputs else ROWS)
     ]
 
 
@@ -178,3 +193,15 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tenso
     later = torch.arange(key.shape[0], device=key.device) > positions.t().unsqueeze(-1)  # [b, k, s]
     weights = scores.masked_fill(later.unsqueeze(1), float("-inf")).softmax(dim=-1)
     return torch.einsum("baks,sbad->kbad", weights, value).flatten(2)
+
+
+def _plain_rotation(heads: Tensor, angles: Tensor) -> Tensor:
+    """heads [k, b, a, d], angles [k, 1, 1, d]."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+
+
+def _plain_split(mixed: Tensor, angles: Tensor) -> Tensor:
+    """mixed [k, b, g, r + 2, d] -> query, key and value side by side, [k, b, g*r + 2*g, d]."""
+    query, key, value = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
+    return torch.cat((_plain_rotation(query, angles), _plain_rotation(key, angles), value), dim=2)

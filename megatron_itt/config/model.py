@@ -83,7 +83,7 @@ class ThinkingConfig:
     ramp_steps: PositiveInt | None = None  # optimizer steps of the ramp; None: half of the run
     ramp_start_temperature: Annotated[float, Field(ge=1)] = 2.0  # router logits are divided by it; anneals to 1
     alpha: float | tuple[float, ...] = 1.0
-    step_init: float | tuple[float, ...] = 0.1  # step encoding phi_t of the routed steps at initialisation
+    step_init: float | tuple[float, ...] = 1.0  # step encoding phi_t of the routed steps at initialisation
     router_init_std: PositiveFloat = 0.02
     residual: Literal["accumulate", "replace"] = "accumulate"
     routing: Literal["topk", "topp", "threshold", "none"] = "topk"

@@ -38,8 +38,15 @@ class Angles:
 
     @staticmethod
     def of(rotary: Tensor, dtype: torch.dtype) -> Angles:
-        """From megatron-core's angles, in the type of the heads that they turn."""
-        return Angles(torch.cos(rotary).to(dtype), torch.sin(rotary).to(dtype))
+        """From megatron-core's angles, in the type of the heads that they turn.
+
+        All layers of a pass are given the same tensor, and megatron-core keeps it from pass to pass; so they are made
+        once, and live as long as it does.
+        """
+        kept: dict[torch.dtype, Angles] = vars(rotary).setdefault("cosine_and_sine", {})
+        if dtype not in kept:
+            kept[dtype] = Angles(torch.cos(rotary).to(dtype), torch.sin(rotary).to(dtype))
+        return kept[dtype]
 
     def at(self, positions: Tensor) -> Angles:
         """Those of the tokens at `positions` [k, b], each [k, b, 1, d]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_itt.config.model import ThinkingConfig
+from megatron_itt.model.attention import RotatingSelfAttention
 from megatron_itt.model.layer import ThinkingLayer
 from megatron_itt.model.loop_layer import LoopLayer
 from megatron_itt.model.parts import LayerParts
@@ -56,7 +57,7 @@ def _submodules(parts: LayerParts) -> TransformerLayerSubmodules:
     return TransformerLayerSubmodules(
         input_layernorm=parts.norm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=RotatingSelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=parts.column_linear,

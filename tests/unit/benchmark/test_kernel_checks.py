@@ -14,8 +14,9 @@ CPU = torch.device("cpu")
 
 def test_every_kernel_is_compared_in_both_types_with_its_gradients() -> None:
     rows = kernels_section(CPU).rows
-    assert {row["kernel"] for row in rows} == {"normalise", "swiglu", "scale_rows", "attend_blocks"}
-    for kernel, num_inputs in (("normalise", 2), ("swiglu", 1), ("scale_rows", 3)):
+    num_inputs_of = {"normalise": 2, "swiglu": 1, "scale_rows": 3, "rotate": 1, "split_and_rotate": 1}
+    assert {row["kernel"] for row in rows} == {*num_inputs_of, "attend_blocks"}
+    for kernel, num_inputs in num_inputs_of.items():
         assert sum(row["kernel"] == kernel for row in rows) == len(TOLERANCES) * (1 + num_inputs)
     assert sum(row["kernel"] == "attend_blocks" for row in rows) == len(TOLERANCES) * len(SIZES) * 4
     for row in rows:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from megatron_itt.kernels import forms
 from megatron_itt.kernels.increment import picked_logits, scale_rows
 from megatron_itt.kernels.rms_norm import _normalise_rows, _normalise_rows_backward, normalise
-from megatron_itt.kernels.rotary import rotate
+from megatron_itt.kernels.rotary import _turn, rotate, split_and_rotate
 from megatron_itt.kernels.swiglu import _swiglu_rows, _swiglu_rows_backward, swiglu
 
 EPS = 1e-5
@@ -74,11 +74,16 @@ def test_swiglu(precision: tuple[torch.dtype, float]) -> None:
     compare(swiglu, plain_swiglu, numbers((9, 2, 40), dtype=precision[0]), precision[1])
 
 
+def make_angles(batch: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of eleven rows, float64, and their cosine and sine, each [11, batch, 1, size]."""
+    half = torch.linspace(0, 5, 11 * batch * size // 2, dtype=torch.float64).view(11, batch, 1, size // 2)
+    angles = torch.cat((half, half), dim=-1)
+    return angles, angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_rotation(batch: int, precision: tuple[torch.dtype, float]) -> None:
-    half = torch.linspace(0, 5, 11 * batch * 4, dtype=torch.float64).view(11, batch, 1, 4)
-    angles = torch.cat((half, half), dim=-1)
-    cosine, sine = (part.to(precision[0]) for part in (angles.cos(), angles.sin()))
+    angles, cosine, sine = make_angles(batch, 8, precision[0])
 
     def found(heads: Tensor) -> Tensor:
         return rotate(heads[..., 1, :], cosine, sine)  # a slice, as keys are of their product
@@ -87,6 +92,32 @@ def test_rotation(batch: int, precision: tuple[torch.dtype, float]) -> None:
         return plain_rotation(heads[..., 1, :], angles)
 
     compare(found, plain, numbers((11, 2, 3, 2, 8), dtype=precision[0]), precision[1])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("per_group", [1, 3])
+def test_split_and_rotation(per_group: int, batch: int, precision: tuple[torch.dtype, float]) -> None:
+    angles, cosine, sine = make_angles(batch, 8, precision[0])
+
+    def found(mixed: Tensor) -> Tensor:
+        parts = split_and_rotate(mixed, cosine, sine)
+        assert all(part.is_contiguous() and part.data_ptr() != mixed.data_ptr() for part in parts)
+        return torch.cat(parts, dim=2)  # so that their gradients are slices of one tensor
+
+    def plain(mixed: Tensor) -> Tensor:
+        query, key, value = mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :]
+        return torch.cat((plain_rotation(query, angles), plain_rotation(key, angles), value), dim=2)
+
+    compare(found, plain, numbers((11, 2, 2, per_group + 2, 8), dtype=precision[0]), precision[1])
+
+
+def test_a_part_that_nothing_came_of_has_no_gradient() -> None:
+    angles, cosine, sine = make_angles(1, 8, torch.float64)
+    (mixed,) = numbers((11, 2, 2, 3, 8))
+    _query, key, _value = split_and_rotate(mixed, cosine, sine)
+    (found,) = torch.autograd.grad(key.sum(), mixed)
+    (expected,) = torch.autograd.grad(plain_rotation(mixed[..., -2, :], angles).sum(), mixed)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("with_gain", [True, False])
@@ -156,3 +187,39 @@ def test_triton_equals_plain_torch(
     for number, (a, b) in enumerate(pairs):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max(), number
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "queries": lambda mixed: mixed[..., :-2, :],
+    "keys": lambda mixed: mixed[..., -2, :],
+    "rows inside": lambda mixed: mixed[..., :-2, :].transpose(0, 3).contiguous().transpose(0, 3),
+    "last not dense": lambda mixed: mixed[..., -2, :].mT.contiguous().mT,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("size", "at_once", "batch"), [(8, 2048, 1), (12, 32, 2), (128, 64, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_turns_as_plain_torch_does(
+    layout: str, size: int, at_once: int, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices of a product, forward and back, into slices of another."""
+    pytest.importorskip("triton")
+    from megatron_itt.kernels import triton_rotary
+
+    monkeypatch.setattr(triton_rotary, "_NUMBERS", at_once)  # all heads in one program, four, or one
+    _angles, cosine, sine = make_angles(batch, size, dtype)
+    (mixed,) = (part.detach().to(dtype) for part in numbers((11, 2, 2, 3 + 2, size)))
+    heads = LAYOUTS[layout](mixed)
+    if heads.dim() == 5:
+        cosine, sine = cosine.unsqueeze(2), sine.unsqueeze(2)
+    for direction in (1.0, -1.0):
+        expected = torch.empty_like(heads)
+        _turn(heads, expected, cosine, sine, direction=direction)
+        product = torch.zeros(11, 2, 2, 3 + 2, size, dtype=dtype, device=DEVICE)
+        found = product[..., :-2, :] if heads.dim() == 5 else product[..., -2, :]
+        triton_rotary.turn_heads(heads.to(DEVICE), found, cosine.to(DEVICE), sine.to(DEVICE), direction=direction)
+        # The result is rounded once, and not after each of its two products.
+        tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+        assert (found.cpu() - expected).abs().max() <= tolerance * expected.abs().max()
+        assert int((product != 0).sum()) <= heads.numel()  # nothing beside its place

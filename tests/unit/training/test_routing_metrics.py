@@ -48,7 +48,7 @@ def test_entries_say_what_a_plain_computation_says() -> None:
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
 
-    config = tiny_recipe()
+    config = tiny_recipe(thinking={"step_init": [0.1, 0.2, 0.3]})
     place = start_parallel(config, place=ONE_PROCESS)
     try:
         trainer = build_trainer(config, place)
@@ -70,4 +70,4 @@ def test_entries_say_what_a_plain_computation_says() -> None:
     assert entries[1]["score_std"] == pytest.approx(float(both.std(unbiased=False)))
     assert entries[1]["share"] == pytest.approx(float((both > 0).double().mean()))
     assert entries[1]["threshold"] == pytest.approx(-0.5)  # the share 0.75 of a uniform table from -1 to 1
-    assert entries[1]["phi_norm"] == pytest.approx(0.1 * 32**0.5, rel=1e-5)
+    assert entries[1]["phi_norm"] == pytest.approx(0.2 * 32**0.5, rel=1e-5)

@@ -1,0 +1,128 @@
+"""Self-attention with our rotation equals megatron-core's own, and leaves to it what it does not know."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_itt.model import attention as our_attention
+from megatron_itt.model.attention import RotatingSelfAttention
+from megatron_itt.model.routed_attention import Angles
+from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def layer_attention(built: Any) -> RotatingSelfAttention:
+    attention = built.chunks[0].decoder.layers[0].self_attention
+    assert type(attention) is RotatingSelfAttention
+    return attention
+
+
+def run(attention: SelfAttention, rotary: Any, dtype: torch.dtype) -> list[Tensor]:
+    """The output, and the gradients of the input and of all weights."""
+    torch.manual_seed(3)
+    hidden = torch.randn(24, 2, 32, dtype=dtype).requires_grad_(True)
+    output, bias = attention(hidden, attention_mask=None, rotary_pos_emb=rotary)
+    assert bias is None
+    parameters = dict(attention.named_parameters())
+    gradients = torch.autograd.grad((output * torch.randn_like(output)).sum(), [hidden, *parameters.values()])
+    return [output.detach(), *gradients]
+
+
+def run_as_megatron_core(attention: RotatingSelfAttention, rotary: Any, dtype: torch.dtype) -> list[Tensor]:
+    attention.__class__ = SelfAttention
+    try:
+        return run(attention, rotary, dtype)
+    finally:
+        attention.__class__ = RotatingSelfAttention
+
+
+@pytest.mark.parametrize("per_sequence", [False, True], ids=["one for all", "per sequence"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_and_gradients_are_megatron_cores_bit_for_bit(
+    groups: int, dtype: torch.dtype, per_sequence: bool
+) -> None:
+    with built_model(tiny_recipe(model={"num_query_groups": groups}), dtype=dtype) as built:
+        attention = layer_attention(built)
+        rotary = built.chunks[0].rotary_pos_emb(24)
+        if per_sequence:
+            rotary = torch.cat((rotary, rotary.flip(0)), dim=1)
+        expected, found = run_as_megatron_core(attention, rotary, dtype), run(attention, rotary, dtype)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_every_kind_of_layer_has_it_and_no_other_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer import attention as stock_attention
+
+    def refuse(*_args: Any, **_kwargs: Any) -> Tensor:
+        raise AssertionError("megatron-core turned heads")
+
+    monkeypatch.setattr(stock_attention, "apply_rotary_pos_emb", refuse)
+    for thinking in ({}, {"kind": "loop", "capacity": [1.0]}, {"routing": "none", "capacity": [1.0]}):
+        config = tiny_recipe(thinking=thinking)
+        with built_model(config, dtype=torch.float32) as built:
+            tokens = random_tokens(config)
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            assert torch.isfinite(built.chunks[0](tokens, positions, None)).all()
+
+
+def test_cosine_and_sine_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Angles] = []
+    of = Angles.of
+    monkeypatch.setattr(our_attention, "Angles", SimpleNamespace(of=lambda *args: made.append(of(*args)) or made[-1]))
+    config = tiny_recipe()
+    with built_model(config, dtype=torch.float32) as built:
+        tokens = random_tokens(config)
+        for _ in range(2):
+            built.chunks[0](tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    assert len(made) == 2 * config.model.num_layers
+    assert all(angles is made[0] for angles in made)
+
+
+def test_angles_of_queries_and_keys_may_come_apart() -> None:
+    with built_model(tiny_recipe(), dtype=torch.float64) as built:
+        attention = layer_attention(built)
+        rotary = built.chunks[0].rotary_pos_emb(24)
+        for given in ((rotary, rotary), (rotary, 2 * rotary), None):
+            expected = run_as_megatron_core(attention, given, torch.float64)
+            found = run(attention, given, torch.float64)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_call_that_training_does_not_make_is_megatron_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(SelfAttention, "forward", lambda self, *args, **kwargs: seen.append(kwargs) or (args[0], None))
+    with built_model(tiny_recipe(), dtype=torch.float32) as built:
+        attention, rotary = layer_attention(built), built.chunks[0].rotary_pos_emb(24)
+        hidden = torch.zeros(24, 1, 32)
+        attention(hidden, None, rotary_pos_emb=rotary, packed_seq_params=object())
+        attention(hidden, None, rotary_pos_emb=rotary, inference_context=object(), of_a_later_version=1)
+        attention(hidden, None, rotary_pos_emb=rotary, packed_seq_params=None, inference_context=None)
+    assert [kwargs["rotary_pos_emb"] is rotary for kwargs in seen] == [True, True, False]
+    assert seen[1]["of_a_later_version"] == 1
+    assert seen[2]["rotary_pos_emb"] is None
+
+
+def test_a_pass_that_fails_leaves_no_angles_behind() -> None:
+    with built_model(tiny_recipe(), dtype=torch.float32) as built:
+        attention, rotary = layer_attention(built), built.chunks[0].rotary_pos_emb(24)
+        with pytest.raises(RuntimeError):
+            attention(torch.zeros(24, 1, 31), None, rotary_pos_emb=rotary)
+        assert attention._angles is None
+
+
+def test_a_shape_that_it_does_not_know_is_refused() -> None:
+    with built_model(tiny_recipe(), dtype=torch.float32) as built:
+        spec = built.chunks[0].decoder.layers[0].submodules_config.self_attention
+        built.config.rotary_interleaved = True
+        with pytest.raises(AssertionError, match="our rotation does not know rotary_interleaved"):
+            RotatingSelfAttention(built.config, spec.submodules, layer_number=1)
