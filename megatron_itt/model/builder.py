@@ -15,6 +15,7 @@ from torch.nn import functional
 from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config.parts import NATIVE, choose_parts
 from megatron_itt.config.run import RunConfig
+from megatron_itt.kernels.forms import has_triton
 from megatron_itt.model.initialisation import initialise_weights
 from megatron_itt.model.layer import ThinkingLayer
 from megatron_itt.model.parts import LayerParts, import_parts
@@ -44,7 +45,7 @@ def build_model(config: RunConfig, *, dtype: torch.dtype, device: torch.device) 
     """
     wanted = NATIVE if device.type == "meta" else config.precision.parts
     parts = import_parts(choose_parts(wanted, device=device.type).name)
-    transformer = transformer_config(config, dtype=dtype)
+    transformer = transformer_config(config, dtype=dtype, device=device)
     control = RoutingControl()
     virtual_stages = config.parallel.virtual_pipeline
     chunks = []
@@ -57,7 +58,7 @@ def build_model(config: RunConfig, *, dtype: torch.dtype, device: torch.device) 
     return BuiltModel(chunks=chunks, control=control, config=transformer)
 
 
-def transformer_config(config: RunConfig, *, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
     """megatron-core's configuration of a recipe: a LLaMA-shaped decoder without biases and dropout."""
     model, parallel = config.model, config.parallel
     return TransformerConfig(
@@ -74,13 +75,15 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype) -> TransformerC
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Fusions that need CUDA kernels or compile on first use stay off.
+        # Fusions that need CUDA kernels or compile on first use stay off, but for the loss's. Rotation is our own.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        cross_entropy_loss_fusion=_fuses_loss(config, dtype=dtype, device=device),
+        cross_entropy_fusion_impl="native",
         # Weights are written by `initialise_weights`.
         use_cpu_initialization=True,
         perform_initialization=False,
@@ -99,6 +102,17 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype) -> TransformerC
         hetereogenous_dist_checkpoint=True,
         deterministic_mode=config.runtime.deterministic,
     )
+
+
+def _fuses_loss(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the loss is megatron-core's fused cross entropy, which torch compiles with Triton on first use.
+
+    It rounds the gradient of the logits to bfloat16 whatever their type, and megatron-core does not call it
+    deterministic. TransformerEngine's takes probabilities in the type of the logits, so that the gradient of a target
+    vanishes near 1, and before 2.11 mixes up the weights of tokens in micro-batches of several sequences.
+    """
+    deterministic = config.runtime.deterministic
+    return device.type == "cuda" and dtype == torch.bfloat16 and not deterministic and has_triton()
 
 
 def _pipeline_layout(config: RunConfig) -> list[list[str]] | None:

@@ -28,7 +28,7 @@ def build_stock_model(
     Its layers are of megatron-core's local specs, or, with `same_parts`, of the parts that the recipe would get.
     """
     plain = replace(config, thinking=ThinkingConfig(), parallel=ParallelConfig())
-    transformer = transformer_config(plain, dtype=dtype)
+    transformer = transformer_config(plain, dtype=dtype, device=device)
     transformer.use_te_activation_func = same_parts  # its own specs name no activation
     model = plain.model
     chunk = GPTModel(
