@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -241,13 +241,20 @@ def _judge_elastic(runs: Mapping[int, RunRecord]) -> Judgement:
         budgets = sorted({point.budget for point in final if point.budget}, key=sum)
         losses = [overall_loss([point for point in final if point.budget == budget]) for budget in budgets]
         falls.append(len(budgets) >= MIN_BUDGETS and all(b < a for a, b in pairwise(losses)))
-        told.append(f"seed {seed}: " + ", ".join(f"{loss:.4f}" for loss in losses))
+        told.append(
+            f"seed {seed}: " + ", ".join(f"{loss:.4f} at {_name(at)}" for at, loss in zip(budgets, losses, strict=True))
+        )
     if not runs:
         return Judgement(
             text=text, source=source, verdict="not testable at this scale", reason="no such run", differences=[]
         )
     verdict: Literal["reproduced", "not reproduced"] = "reproduced" if all(falls) else "not reproduced"
     return Judgement(text=text, source=source, verdict=verdict, reason="; ".join(told), differences=[])
+
+
+def _name(budget: Sequence[float]) -> str:
+    """A budget of equal shares by one of them."""
+    return "/".join(f"{share:g}" for share in (budget[:1] if len(set(budget)) == 1 else budget))
 
 
 def _table_place(variant: str) -> tuple[int, str]:
