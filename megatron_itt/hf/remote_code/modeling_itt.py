@@ -72,9 +72,7 @@ class ITTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ITTThinking):
-            nn.init.constant_(module.step_encoding, 0.1)
-            if not getattr(module.step_encoding, "_is_hf_initialized", False):
-                nn.init.ones_(module.step_encoding.data[0])
+            nn.init.ones_(module.step_encoding)
             if module.router is not None and module.logit_quantiles is not None:
                 nn.init.normal_(module.router, std=self.config.initializer_range)
                 nn.init.zeros_(module.logit_quantiles)

@@ -191,7 +191,7 @@ def test_a_new_model_starts_as_the_method_says() -> None:
     keys = {"vocab_size": 11, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = ITTForCausalLM(modeling_itt.ITTConfig(intermediate_size=16, thinking=thinking, **keys))
     gains = model.model.layers[0].thinking.step_encoding
-    assert torch.equal(gains, torch.tensor([1.0, 0.1, 0.1])[:, None].expand(3, 64))
+    assert torch.equal(gains, torch.ones(3, 64))
     assert model.model.layers[0].thinking.router.std().item() == pytest.approx(0.02, rel=0.3)
 
 
