@@ -25,9 +25,7 @@ def draw_router_weights(values: Values) -> Figure:
     layers = sorted({row["layer"] for row in values["steps"]})
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
-    figure, grid = new_figure(
-        rows, columns, width=3.3 * columns + 0.6, height=2.7 * rows + 0.5, sharex=True, sharey=True
-    )
+    figure, grid = new_figure(rows, columns, width=3.3 * columns + 0.6, height=2.7 * rows + 0.5, sharex=True)
     edges = np.array(values["edges"])
     widths = np.diff(edges)
     for place, axes in enumerate(grid.flat):
