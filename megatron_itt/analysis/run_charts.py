@@ -52,10 +52,23 @@ def trained_budget_of(run: RunRecord) -> Budget | None:
 
 
 def main_budget(run: RunRecord) -> Budget | None:
-    """The budget whose validation stands for the run: the trained one if it was validated, else the first."""
+    """The budget that stands for a run: the trained one, or the nearest to the middle of those drawn, or the first."""
     budgets = [point.budget for point in run.validation]
     trained = trained_budget_of(run)
-    return trained if trained in budgets or not budgets else budgets[0]
+    if trained in budgets or not budgets:
+        return trained
+    drawn, given = _drawn_shares(run), [budget for budget in budgets if budget]
+    if drawn is None or not given:
+        return budgets[0]
+    return min(given, key=lambda budget: abs(sum(budget) / len(budget) - sum(drawn) / 2))
+
+
+def _drawn_shares(run: RunRecord) -> list[float] | None:
+    """Lowest and highest share that training draws, if it does."""
+    thinking = run.recipe.get("thinking")
+    capacity = thinking.get("capacity") if isinstance(thinking, dict) else None
+    drawn = capacity.get("sample") if isinstance(capacity, dict) else None
+    return drawn if isinstance(drawn, list) and len(drawn) == 2 else None
 
 
 def draw_figure(chart: Chart, *, heading: str = "", num_columns: int = 1) -> Figure:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_itt.analysis.collect import read_run
 from megatron_itt.analysis.report import evaluation_tables, measure, passage_budgets, render_report, write_report
-from megatron_itt.analysis.run_charts import budget_table, show_budget, trained_budget_of
+from megatron_itt.analysis.run_charts import budget_table, main_budget, show_budget, trained_budget_of
 from megatron_itt.analysis.summary import list_versions, short_number, tell_summary
 from megatron_itt.errors import DataError
 from tests.unit.analysis.runs import run_lines, training_line, validation_line, write_run
@@ -171,3 +171,13 @@ def test_the_command_writes_the_page_and_keeps_an_existing_one(
     with pytest.raises(DataError, match="--overwrite"):
         main(arguments)
     assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_a_run_of_drawn_shares_is_shown_at_the_budget_nearest_to_their_middle(tmp_path: Path) -> None:
+    budgets = [[0.05, 0.05, 0.05], [0.5, 0.5, 0.5], [0.9, 0.9, 0.9]]
+    rows = [{"budget": budget, "domain": "code", "loss": 4.0, "perplexity": 1.0} for budget in budgets]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 20, "validation": rows}) + "\n", encoding="utf-8")
+    for sample, nearest in (([0.1, 1.0], 0.5), ([0.7, 1.0], 0.9), ([0.01, 0.1], 0.05)):
+        recipe = {"thinking": {"kind": "itt", "capacity": {"sample": sample, "steps": 3}}}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+        assert main_budget(read_run(tmp_path)) == (nearest,) * 3
