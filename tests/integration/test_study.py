@@ -70,7 +70,7 @@ def test_two_variants_with_two_seeds_run_resume_and_are_compared(
     recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "study"
-    arguments = ["--recipes", str(recipes), "--root", str(root), *SHORT]
+    arguments = ["--recipes", str(recipes), "--root", str(root), "--variants", "llama,itt_x4", *SHORT]
     assert main([*arguments, "--seeds", "1"]) == 0
     first = {path: path.read_text() for path in root.glob("*/seed_1/metrics.jsonl")}
     assert len(first) == 2
