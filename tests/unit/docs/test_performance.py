@@ -67,7 +67,7 @@ def test_the_floor_of_routed_steps_is_the_accountings(shape: str) -> None:
 
 
 def test_every_result_says_where_it_comes_from_and_is_linked() -> None:
-    results = sorted(RESULTS.glob("*.json"))
+    results = sorted(path for path in RESULTS.glob("*.json") if path.stem.startswith(("cpu-", "gpu-")))
     assert results, "figures are committed with the file that they come from"
     page = PAGE.read_text(encoding="utf-8")
     for path in results:
