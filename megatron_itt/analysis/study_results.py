@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 from megatron_itt.analysis.collect import RunRecord, overall_loss, read_run
 from megatron_itt.analysis.curves import check_comparable, curves_of, tokens_to_reach
 from megatron_itt.analysis.measurement import mean_and_error
+from megatron_itt.analysis.run_charts import show_budget
 from megatron_itt.analysis.study_claims import BEYOND_THE_SCALE, CLAIMS, Claim, Judgement, judge
 from megatron_itt.errors import DataError
 from megatron_itt.training.run_folder import DIVERGED_FILE, is_finished
@@ -242,7 +243,8 @@ def _judge_elastic(runs: Mapping[int, RunRecord]) -> Judgement:
         losses = [overall_loss([point for point in final if point.budget == budget]) for budget in budgets]
         falls.append(len(budgets) >= MIN_BUDGETS and all(b < a for a, b in pairwise(losses)))
         told.append(
-            f"seed {seed}: " + ", ".join(f"{loss:.4f} at {_name(at)}" for at, loss in zip(budgets, losses, strict=True))
+            f"seed {seed}: "
+            + ", ".join(f"{loss:.4f} at {show_budget(at)}" for at, loss in zip(budgets, losses, strict=True))
         )
     if not runs:
         return Judgement(
@@ -250,11 +252,6 @@ def _judge_elastic(runs: Mapping[int, RunRecord]) -> Judgement:
         )
     verdict: Literal["reproduced", "not reproduced"] = "reproduced" if all(falls) else "not reproduced"
     return Judgement(text=text, source=source, verdict=verdict, reason="; ".join(told), differences=[])
-
-
-def _name(budget: Sequence[float]) -> str:
-    """A budget of equal shares by one of them."""
-    return "/".join(f"{share:g}" for share in (budget[:1] if len(set(budget)) == 1 else budget))
 
 
 def _table_place(variant: str) -> tuple[int, str]:

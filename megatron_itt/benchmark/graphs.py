@@ -17,14 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from megatron_itt.benchmark.models import ATTENDS, on_one_rank
-from megatron_itt.benchmark.precision import relative_difference
+from megatron_itt.benchmark.passes import Pass, PassResults, random_tokens, relative_difference, training_pass
 from megatron_itt.benchmark.sections import Section, markdown_table
 from megatron_itt.benchmark.timing import paired_ratio, take_turns
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import lone_process
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import EvaluationError
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
@@ -35,19 +33,8 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 MIN_SAME_PICKS = 0.999
 NUM_REPLAYS = 3
 _WARM_UPS = 3  # Triton compiles, libraries take their workspaces, megatron-core fills its caches
-_BATCH = 2
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PassResults:
-    """A forward and backward pass. `gradients` in the order of the parameters, `picks` in that of layers and steps."""
-
-    logits: Tensor
-    gradients: list[Tensor]
-    picks: list[Tensor]
-
-
-Pass = Callable[[], PassResults]
 Capture = Callable[[Pass], Pass]  # from a pass to its replay, whose results each replay overwrites
 
 
@@ -117,16 +104,14 @@ def compare_replays(
     model: str, config: RunConfig, device: torch.device, *, dtype: torch.dtype, capture: Capture
 ) -> GraphReport:
     """Capture a pass over some tokens, then replay it over others and run the same eagerly."""
-    place = ProcessPlace(rank=0, world_size=1, local_rank=device.index or 0, master_address="127.0.0.1", master_port=0)
-    start_parallel(config, place=place)
+    start_parallel(config, place=lone_process(device.index or 0))
     try:
-        tokens = torch.zeros(_BATCH, config.model.seq_length + 1, dtype=torch.long, device=device)
+        tokens = random_tokens(config, seed=0).to(device)
         eager = training_pass(config, tokens, dtype=dtype)
-        _fill(tokens, config, seed=0)
         replay = capture(eager)
         expected, found = [], []
         for seed in range(1, NUM_REPLAYS + 1):
-            _fill(tokens, config, seed=seed)
+            tokens.copy_(random_tokens(config, seed=seed))
             expected.append(eager())
             found.append(_copy(replay()))
         seconds = take_turns(
@@ -144,29 +129,6 @@ def compare_replays(
         allowed=TOLERANCES[dtype],
         time_ratio=paired_ratio(seconds["replay"], seconds["eager"]),
     )
-
-
-def training_pass(config: RunConfig, tokens: Tensor, *, dtype: torch.dtype) -> Pass:
-    """Forward and backward over what `tokens` [b, s + 1] hold when it is called; nothing in it waits for the data."""
-    from megatron_itt.model.builder import build_model
-    from megatron_itt.model.trace import RoutingRecorder
-
-    built = build_model(config, dtype=dtype, device=tokens.device)
-    chunk: Any = built.chunks[0].train()
-    parameters = list(chunk.parameters())
-    positions = torch.arange(config.model.seq_length, device=tokens.device).expand(tokens.shape[0], -1)
-
-    def run() -> PassResults:
-        recorder = RoutingRecorder()
-        with built.control.override(recorder=recorder):
-            logits = chunk(tokens[:, :-1].contiguous(), positions, None)
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-        # Not `backward`: gradients that add up in `.grad` would be a state between passes.
-        gradients = torch.autograd.grad(loss, parameters)
-        picks = [entry.picked for _, entry in sorted(recorder.records.items())]
-        return PassResults(logits=logits.detach(), gradients=list(gradients), picks=picks)
-
-    return run
 
 
 def capture_graph(function: Pass) -> Pass:
@@ -196,12 +158,6 @@ def describe_difference(report: GraphReport) -> str:
         f"square), with {100 * report.same_picks:.1f}% of the picks equal; at most {report.allowed:.0e} and at least "
         f"{100 * MIN_SAME_PICKS:.1f}% are expected"
     )
-
-
-def _fill(tokens: Tensor, config: RunConfig, *, seed: int) -> None:
-    """Write random tokens where the graph reads them."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens.copy_(torch.randint(0, config.model.vocab_size, tokens.shape, generator=generator))
 
 
 def _copy(results: PassResults) -> PassResults:

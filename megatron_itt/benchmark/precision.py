@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_itt.benchmark.models import ATTENDS
+from megatron_itt.benchmark.passes import random_tokens, relative_difference, training_pass
 from megatron_itt.benchmark.sections import Section, markdown_table
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import lone_process
 from megatron_itt.config.run import PrecisionConfig, RunConfig
 from megatron_itt.errors import EvaluationError
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
@@ -90,10 +89,10 @@ def compare_precisions(config: RunConfig, device: torch.device) -> PrecisionRepo
 
 def measure_precision(config: RunConfig, device: torch.device) -> PrecisionReport:
     """Differences between float32 and bfloat16 with the same weights and tokens."""
-    place = ProcessPlace(rank=0, world_size=1, local_rank=device.index or 0, master_address="127.0.0.1", master_port=0)
-    start_parallel(config, place=place)
+    start_parallel(config, place=lone_process(device.index or 0))
     try:
-        wide, narrow = (_run(config, device, dtype) for dtype in (torch.float32, torch.bfloat16))
+        tokens = random_tokens(config, seed=0).to(device)
+        wide, narrow = (training_pass(config, tokens, dtype=dtype)() for dtype in (torch.float32, torch.bfloat16))
     finally:
         stop_parallel()
     same = torch.cat([(a == b).flatten().float() for a, b in zip(wide.picks, narrow.picks, strict=True)])
@@ -105,44 +104,6 @@ def measure_precision(config: RunConfig, device: torch.device) -> PrecisionRepor
         gradient_difference=relative_difference(wide.gradients, narrow.gradients),
         same_picks=float(same.mean()),
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Results:
-    logits: Tensor
-    gradients: list[Tensor]
-    picks: list[Tensor]
-
-
-def _run(config: RunConfig, device: torch.device, dtype: torch.dtype) -> _Results:
-    from megatron_itt.model.builder import build_model
-    from megatron_itt.model.trace import RoutingRecorder
-
-    model = config.model
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.vocab_size, (2, model.seq_length + 1), generator=generator).to(device)
-    positions = torch.arange(model.seq_length, device=device).expand(2, -1)
-    built = build_model(config, dtype=dtype, device=device)
-    recorder = RoutingRecorder()
-    chunk: Any = built.chunks[0].train()
-    with built.control.override(recorder=recorder):
-        logits = chunk(tokens[:, :-1].contiguous(), positions, None)
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-    return _Results(
-        logits=logits.detach().float(),
-        gradients=[parameter.grad.float() for parameter in chunk.parameters() if parameter.grad is not None],
-        picks=[entry.picked for _, entry in sorted(recorder.records.items())],
-    )
-
-
-def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Norm of all differences over the norm of all expected values; NaN where anything is."""
-    differences = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(expected, found, strict=True))
-    whole = sum(float(a.double().square().sum()) for a in expected)
-    if whole == 0.0 and differences == 0.0:
-        return 0.0
-    return math.sqrt(differences / whole) if whole else math.inf
 
 
 def _expected(report: str) -> str:

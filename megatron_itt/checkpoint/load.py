@@ -19,7 +19,7 @@ from megatron_itt.checkpoint.layout import resolve_checkpoint
 from megatron_itt.checkpoint.safe_read import SafeCommonStrategy, SafeShardedStrategy
 from megatron_itt.checkpoint.state import RunState, load_model_state, read_run_state, sharded_model_state
 from megatron_itt.checkpoint.verify import check_together
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import lone_process
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.errors import CheckpointError, StorageError
 from megatron_itt.model.builder import BuiltModel, build_model
@@ -66,9 +66,8 @@ def load_model_for_inference(
     check_together(folder)
     state = read_run_state(folder)
     config = single_process_config(state.config)
-    place = ProcessPlace(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)
     try:
-        parallel_place = start_parallel(config, place=place)
+        parallel_place = start_parallel(config, place=lone_process())
         built = build_model(config, dtype=dtype, device=parallel_place.device)
         loaded = load_sharded_state(sharded_model_state(built.chunks), folder)
         load_model_state(built.chunks, loaded)

@@ -32,6 +32,11 @@ class ProcessPlace:
     master_port: int
 
 
+def lone_process(local_rank: int = 0) -> ProcessPlace:
+    """A job of this process alone, whatever the environment says."""
+    return ProcessPlace(rank=0, world_size=1, local_rank=local_rank, master_address="127.0.0.1", master_port=0)
+
+
 def process_place() -> ProcessPlace:
     """Read torchrun's variables, else Slurm's, else a job of one process."""
     env = os.environ

@@ -73,3 +73,16 @@ def random_tokens(config: RunConfig, batch: int = 2, seed: int = 0) -> torch.Ten
     """Token ids [batch, seq_length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.model.vocab_size, (batch, config.model.seq_length), generator=generator)
+
+
+@contextmanager
+def opened(config: RunConfig) -> Iterator[Any]:
+    """A trainer of this process alone, for a block."""
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+    from megatron_itt.training.assemble import build_trainer
+
+    place = start_parallel(config, place=ONE_PROCESS)
+    try:
+        yield build_trainer(config, place)
+    finally:
+        stop_parallel()

@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from megatron_itt.analysis.figures.style import COLOURS, GREY, line_style, new_figure, scaled_flops, show_budget
+from megatron_itt.analysis.figures.style import COLOURS, GREY, line_style, new_figure, scaled_flops
+from megatron_itt.analysis.run_charts import show_budget
 
 Values = dict[str, Any]
 _KINDS = {"none": "LLaMA", "loop": "Loop", "itt": "ITT"}

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from megatron_itt.analysis.figures.style import COLOURS, GREY, show_budget
+from megatron_itt.analysis.figures.style import COLOURS, GREY
+from megatron_itt.analysis.run_charts import show_budget
 
 Values = dict[str, Any]
 _TOKENS_PER_ROW = 48

@@ -62,12 +62,6 @@ def add_notes(figure: Figure, notes: Sequence[str]) -> None:
     figure.supxlabel(text, fontsize=7.5, color=GREY, x=0.01, ha="left")
 
 
-def show_budget(budget: Sequence[float]) -> str:
-    """Write a budget as 90/70/50%, or 50% where all steps are equal."""
-    shares = [f"{100 * share:g}" for share in budget]
-    return (shares[0] if len(set(shares)) == 1 else "/".join(shares)) + "%"
-
-
 def scaled_flops(values: Sequence[float]) -> tuple[float, str]:
     """What to divide FLOPs by so that they read well, and the unit."""
     largest = max(values, default=0.0)

@@ -10,15 +10,13 @@ import torch
 from megatron_itt.benchmark import graphs
 from megatron_itt.benchmark.graphs import (
     GraphReport,
-    Pass,
-    PassResults,
     capture_graph,
     compare_replays,
     describe_difference,
     graph_cases,
     graphs_section,
-    training_pass,
 )
+from megatron_itt.benchmark.passes import Pass, PassResults, training_pass
 from megatron_itt.config import RunConfig
 from megatron_itt.errors import EvaluationError
 from megatron_itt.model import routed_attention

@@ -109,10 +109,12 @@ def test_a_failed_write_is_raised_and_leaves_the_earlier_checkpoint(
     writer = new_writer(tmp_path, asynchronous=asynchronous)
     save(writer, built, 1)
     writer.finish()
-    with pytest.raises(StorageError, match=r"step 2 could not be saved .*earlier checkpoints are intact"):  # noqa: SIM117
-        with files_of_at_most(20_000):
-            save(writer, built, 2)
-            writer.finish()
+    with (
+        pytest.raises(StorageError, match=r"step 2 could not be saved .*earlier checkpoints are intact"),
+        files_of_at_most(20_000),
+    ):
+        save(writer, built, 2)
+        writer.finish()
     assert names(tmp_path) == [LATEST_FILE, checkpoint_name(1)]
     save(writer, built, 3)
     writer.finish()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +9,10 @@ import pytest
 
 from megatron_itt.checkpoint.save import save_checkpoint
 from megatron_itt.checkpoint.state import new_run_state
-from megatron_itt.config import RunConfig
-from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
+from tests.helpers.one_rank import opened, tiny_recipe
 from tests.helpers.steps import _microbatches as microbatches
 
 NUM_STEPS = 3
-
-
-@contextmanager
-def opened(config: RunConfig) -> Iterator[Any]:
-    from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
-
-    place = start_parallel(config, place=ONE_PROCESS)
-    try:
-        yield build_trainer(config, place)
-    finally:
-        stop_parallel()
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from megatron_itt.model.routing import count_picked, pick_above, threshold_for
-from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
+from tests.helpers.one_rank import opened, tiny_recipe
 from tests.helpers.steps import _microbatches as microbatches
 
 
 def test_the_phase_picks_what_lies_above_the_thresholds_of_the_step_before() -> None:
-    from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import train_step
 
     config = tiny_recipe(thinking={"threshold_phase": 0.5}, schedule={"steps": 4, "warmup_steps": 1})
-    place = start_parallel(config, place=ONE_PROCESS)
-    try:
-        trainer = build_trainer(config, place)
+    with opened(config) as trainer:
         free = 0  # choices of another number of tokens than top-k's
         for step in range(1, 5):
             layers = trainer.built.thinking_layers()
@@ -33,5 +29,3 @@ def test_the_phase_picks_what_lies_above_the_thresholds_of_the_step_before() -> 
                 else:
                     assert fixed
         assert free > 0
-    finally:
-        stop_parallel()
