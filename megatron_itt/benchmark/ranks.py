@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessPlace, meet_at_hosted_store
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import silence_known_warnings
 
@@ -41,7 +42,8 @@ def run_jobs(
     `timeout_s`; they are killed then. What a process raises is raised here.
     """
     num_processes = max(job.world_size for job in jobs)
-    ports = [free_port() for _ in jobs]
+    stores = [host_store() for _ in jobs]
+    ports = [store.port for store in stores]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.spawn(
             _run_process, args=(function, list(zip(jobs, ports, strict=True)), threads, folder), nprocs=num_processes,
@@ -65,6 +67,7 @@ def _run_process(
     rank: int, function: Callable[..., Any], jobs: Sequence[tuple[Job, int]], threads: int, folder: str
 ) -> None:
     silence_known_warnings()
+    meet_at_hosted_store()
     torch.set_num_threads(threads)
     results: list[Any] = []
     for job, port in jobs:
@@ -76,6 +79,15 @@ def _run_process(
         )
         results.append(function(place, *job.arguments))
     torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+def host_store() -> dist.TCPStore:
+    """Where the processes of one job meet, on a port that the system chose and that is taken from now on.
+
+    A port that is only looked up may belong to another job by the time that rank 0 opens it, and the ranks then read
+    each other's addresses.
+    """
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def free_port() -> int:

@@ -76,6 +76,11 @@ def _end_with_starter() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def meet_at_hosted_store() -> None:
+    """As under torchrun: the store at a job's address is hosted by somebody else, so that rank 0 connects to it too."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+
+
 def set_offline(enabled: bool) -> None:
     """Tell the Hugging Face libraries to use local files only (or lift that). Effective before they are imported."""
     for name in _OFFLINE_VARIABLES:

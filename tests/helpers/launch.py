@@ -5,52 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-import torch.multiprocessing as multiprocessing
-
-from megatron_itt.benchmark.ranks import free_port
+from megatron_itt.benchmark.ranks import Job, free_port, run_jobs
 from megatron_itt.config.environment import ProcessPlace
 from tests.helpers.leaving import free_left_trainers
 
-# Jobs that one set of processes takes on: ports are chosen when it starts.
-JOBS_AT_ONCE = 12
+__all__ = ["free_port", "run_ranks", "start_rank"]
+
+TIMEOUT_S = 3600.0  # the tests have limits of their own
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
     """Call `function(place, *job)` for every job in turn, on all ranks; results[job][rank]."""
-    portions = [jobs[first : first + JOBS_AT_ONCE] for first in range(0, len(jobs), JOBS_AT_ONCE)]
-    return [result for portion in portions for result in _run_portion(world_size, function, portion)]
+    wanted = [Job(world_size=world_size, arguments=job) for job in jobs]
+    return run_jobs(partial(_run_and_free, function), wanted, timeout_s=TIMEOUT_S)
 
 
-def _run_portion(world_size: int, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
-    jobs_at = [(free_port(), job) for job in jobs]
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_run_rank, args=(world_size, function, jobs_at, folder), nprocs=world_size)
-        by_rank = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
-    return [[results[index] for results in by_rank] for index in range(len(jobs))]
-
-
-def _run_rank(
-    rank: int,
-    world_size: int,
-    function: Callable[..., Any],
-    jobs_at: list[tuple[int, tuple[Any, ...]]],
-    folder: str,
-) -> None:
-    torch.set_num_threads(1)
-    results = []
-    for port, job in jobs_at:
-        place = ProcessPlace(
-            rank=rank, world_size=world_size, local_rank=rank, master_address="127.0.0.1", master_port=port
-        )
-        results.append(function(place, *job))
-        free_left_trainers()
-    torch.save(results, Path(folder) / f"{rank}.pt")
+def _run_and_free(function: Callable[..., Any], place: ProcessPlace, *job: Any) -> Any:
+    result = function(place, *job)
+    free_left_trainers()
+    return result
 
 
 def start_rank(rank: int, command: list[str], port: int) -> subprocess.Popen[str]:
