@@ -26,6 +26,7 @@ _SPLIT_DIMS = {
     "linear_fc2.weight": 1,
     "output_layer.weight": 0,
 }
+EMBEDDING = "embedding.word_embeddings.weight"
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
@@ -52,7 +53,12 @@ def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingC
 
 
 def global_name(name: str, model: GPTModel) -> str:
-    """A parameter's name with the layer's index in the whole model instead of that in its pipeline stage."""
+    """A parameter's name in the whole model: the layer's index there instead of that in its pipeline stage.
+
+    The last stage's copy of a tied embedding has the name of the embedding, so that it is drawn and compared as one.
+    """
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return EMBEDDING
     match = re.match(r"(decoder\.layers\.)(\d+)(\..*)", name)
     if match is None:
         return name

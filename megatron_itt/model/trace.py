@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from megatron_itt.config.model import ThinkingConfig
@@ -52,7 +53,7 @@ class RoutingPlan:
     def record(self, layer_idx: int, step: int, logits: Tensor, picked: Tensor) -> None:
         """Store one step's router logits and picks, if anybody asked."""
         if self.recorder is not None:
-            entry = StepRecord(logits=logits.detach().float(), picked=picked)
+            entry = StepRecord(logits=logits.detach().to(torch.float32), picked=picked)
             self.recorder.records[self.microbatch, layer_idx, step] = entry
 
 

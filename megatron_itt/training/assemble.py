@@ -64,7 +64,7 @@ def _wrap(built: BuiltModel, position: int, config: RunConfig) -> DistributedDat
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.distributed,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=built.config.bf16,  # other weights have gradients of their own type
     )
     # Buckets let reduction overlap with backward; only the first chunk's are waited for early.
     return DistributedDataParallel(built.config, ddp, chunk, disable_bucketing=position > 0)

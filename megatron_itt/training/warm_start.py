@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megatron_itt.checkpoint.layout import resolve_checkpoint
 from megatron_itt.checkpoint.load import load_sharded_state
+from megatron_itt.checkpoint.random_states import KEY as RANDOM_STATES
 from megatron_itt.checkpoint.safe_read import SafeShardedStrategy
 from megatron_itt.checkpoint.state import read_run_state, sharded_model_state
 from megatron_itt.config.run import RunConfig
@@ -26,6 +27,7 @@ from megatron_itt.training.assemble import Trainer
 
 # A plain model has no router and no step encoding; those of a thinking recipe then start as the recipe says.
 OPTIONAL_PART = ".thinking."
+NOT_WEIGHTS = ("optimizer", RANDOM_STATES)
 SHOWN_TENSORS = 12
 
 Shapes = dict[str, tuple[int, ...]]
@@ -64,8 +66,8 @@ def load_initial_weights(trainer: Trainer, folder: Path) -> list[str]:
         for part, state in wanted.items()
     }
     loaded = load_sharded_state(known, folder)
-    for chunk, part in zip(chunks, loaded.values(), strict=True):
-        chunk.load_state_dict(part, strict=False)
+    for chunk, name in zip(chunks, known, strict=True):  # a training checkpoint brings optimizer and schedule as well
+        chunk.load_state_dict(loaded[name], strict=False)
     trainer.optimizer.reload_model_params()  # the float32 copies that bf16 training steps
     get_logger().info("weights of %s", folder)
     if fresh:
@@ -97,7 +99,7 @@ def _stored_shapes(folder: Path) -> Shapes:
     except Exception as error:  # whatever megatron-core or torch meets in a damaged folder
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint.initial_weights is {folder}, which cannot be read ({reason})") from None
-    return {key: tuple(tensor.global_shape) for key, tensor in metadata.items() if not key.startswith("optimizer")}
+    return {key: tuple(tensor.global_shape) for key, tensor in metadata.items() if not key.startswith(NOT_WEIGHTS)}
 
 
 def _gather(shapes: Shapes) -> Shapes:
@@ -119,5 +121,5 @@ def _compare(wanted: Shapes, stored: Shapes) -> tuple[list[str], list[str]]:
             fresh.append(key)
         else:
             problems.append(f"{key} is missing there")
-    problems += [f"{key} has no place here" for key in sorted(stored) if OPTIONAL_PART in key and key not in wanted]
+    problems += [f"{key} has no place here" for key in sorted(stored) if key not in wanted]
     return problems, fresh

@@ -1,7 +1,8 @@
-"""Looks at the weights themselves: whether they are finite, and whether copies of them are the same on all ranks.
+"""Checks of the weights: whether they are finite, and whether all ranks hold the same copies of them.
 
-Data-parallel replicas hold the same parameters and quantile tables; within a tensor-parallel group, so they do those
-that are not split: norms, routers, step encodings. Sums of bit patterns are compared, which a single changed bit moves.
+Data-parallel replicas hold the same parameters and quantile tables. Tensor-parallel ranks hold the same copies of what
+is not split: norms, routers, step encodings. The first and the last pipeline stage hold the same tied embedding. Sums
+of bit patterns are compared, which a single changed bit moves.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_itt.errors import IttError
 from megatron_itt.model.builder import BuiltModel
-from megatron_itt.model.initialisation import global_name
+from megatron_itt.model.initialisation import EMBEDDING, global_name
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NAMES_SHOWN = 4
@@ -31,9 +32,11 @@ def check_replicas(built: BuiltModel) -> None:
     """Raise ReplicaMismatchError on all ranks if any copies differ, naming ranks and weights. A collective call."""
     names, sums, split = _checksums(built)
     whole = [index for index, is_split in enumerate(split) if not is_split]
+    tied = _tied_embedding(built, names)
     reports = [
         _compare(names, sums, parallel_state.get_data_parallel_group()),
         _compare([names[i] for i in whole], sums[whole], parallel_state.get_tensor_model_parallel_group()),
+        _compare([names[i] for i in tied], sums[tied], parallel_state.get_embedding_group(check_initialized=False)),
     ]
     found = [report for report in reports if report]
     flag = torch.tensor([len(found)], dtype=torch.int32, device=sums.device)
@@ -70,13 +73,19 @@ def _checksums(built: BuiltModel) -> tuple[list[str], Tensor, list[bool]]:
     return names, torch.stack(sums), split
 
 
+def _tied_embedding(built: BuiltModel, names: Sequence[str]) -> list[int]:
+    """Index of the embedding, if this rank is the first or the last stage of a pipeline that ties it to the head."""
+    is_tied = built.chunks[0].share_embeddings_and_output_weights
+    return [index for index, name in enumerate(names) if is_tied and name == EMBEDDING]
+
+
 def _sum_of_bits(value: Tensor) -> Tensor:
     return value.contiguous().view(_BITS[value.element_size()]).sum(dtype=torch.int64)
 
 
-def _compare(names: Sequence[str], sums: Tensor, group: dist.ProcessGroup) -> str:
-    """What differs within a group, as text; empty if nothing does."""
-    if group.size() == 1 or not names:
+def _compare(names: Sequence[str], sums: Tensor, group: dist.ProcessGroup | None) -> str:
+    """What differs within a group (None: this rank is in none), as text; empty if nothing does."""
+    if group is None or not names or group.size() == 1:
         return ""
     bounds = torch.cat([sums, ~sums])  # ~x = -1 - x: the largest complement belongs to the smallest sum
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)

@@ -34,9 +34,9 @@ for step in range(1, 4):
 """
 
 
-def recipe(**parallel: Any) -> RunConfig:
+def recipe(*, tied: bool = False, **parallel: Any) -> RunConfig:
     return tiny_recipe(
-        model={"num_query_groups": 4},
+        model={"num_query_groups": 4, "tie_embeddings": tied},
         parallel=parallel,
         batch={"global": 4, "micro": 1},
         runtime={"spike_policy": "skip"},
@@ -79,6 +79,7 @@ def _state(trainer: Any) -> list[torch.Tensor]:
 
 def differing_replica(place: ProcessPlace, config: RunConfig, name: str) -> tuple[str, str]:
     """The complaint before and after rank 1's copy of a weight changes by one bit."""
+    from megatron_itt.model.initialisation import global_name
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.weight_checks import ReplicaMismatchError, check_replicas
@@ -89,7 +90,8 @@ def differing_replica(place: ProcessPlace, config: RunConfig, name: str) -> tupl
         found = []
         for corrupting in (False, True):
             if corrupting and place.rank == 1:
-                weight = dict(trainer.built.chunks[0].named_parameters())[name]
+                chunk = trainer.built.chunks[0]
+                weight = next(value for local, value in chunk.named_parameters() if global_name(local, chunk) == name)
                 weight.data.view(torch.int32).flatten()[3] ^= 1
             try:
                 check_replicas(trainer.built)
@@ -111,9 +113,13 @@ def test_one_broken_rank_keeps_every_rank_from_updating() -> None:
 
 def test_a_replica_that_differs_by_one_bit_is_named() -> None:
     fc1, router = "decoder.layers.2.mlp.linear_fc1.weight", "decoder.layers.1.thinking.router"
-    jobs = [(recipe(), fc1), (recipe(tensor=2), router), (recipe(tensor=2), fc1)]
-    replicated, shared, split = run_ranks(2, differing_replica, jobs)
-    for result, name in ((replicated, fc1), (shared, router)):
+    embedding = "embedding.word_embeddings.weight"
+    jobs = [
+        *((recipe(), fc1), (recipe(tensor=2), router), (recipe(pipeline=2, tied=True), embedding)),
+        (recipe(tensor=2), fc1),
+    ]
+    replicated, shared, tied, split = run_ranks(2, differing_replica, jobs)
+    for result, name in ((replicated, fc1), (shared, router), (tied, embedding)):
         for before, after in result:
             assert before == ""
             assert f"ranks 0 and 1 in {name}" in after

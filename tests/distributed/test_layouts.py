@@ -15,7 +15,10 @@ from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import NUM_STEPS, Observed, observe_gradients, observe_steps
 
-TOLERANCE = 1e-5  # float32 sums in another order, over five optimizer steps
+# In float64 sums in another order differ by 1e-13 after five steps. What is left is a norm that megatron-core rounds to
+# float32: its own value, and the clipping of gradients, which AdamW divides out again.
+TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 1e-10  # of the largest entry; float64 throughout
 THINKING: dict[str, dict[str, Any]] = {
     "itt": {},
     "itt_selected": {"attend": "selected", "routing": "topk"},
@@ -27,6 +30,8 @@ THINKING: dict[str, dict[str, Any]] = {
     "itt_delta_recompute_all": {"update": "delta", "recompute": "layer"},
     "loop": {"kind": "loop", "capacity": [1.0, 1.0, 1.0]},
     "none": {"kind": "none", "capacity": []},
+    "itt_tied": {},
+    "none_tied": {"kind": "none", "capacity": []},
 }
 
 
@@ -47,7 +52,12 @@ def recipe(kind: str, parallel: dict[str, Any], *, distributed: bool = True, ove
     """
     seq_length = 40 if kind == "itt_elastic" else 32
     return tiny_recipe(
-        model={"num_query_groups": 4, "num_layers": num_layers(parallel), "seq_length": seq_length},
+        model={
+            "num_query_groups": 4,
+            "num_layers": num_layers(parallel),
+            "seq_length": seq_length,
+            "tie_embeddings": kind.endswith("_tied"),
+        },
         thinking=THINKING[kind],
         parallel=parallel,
         batch={"global": 8, "micro": 1},
@@ -72,7 +82,7 @@ def assert_same(observed: list[Observed], expected: Observed) -> None:
         assert rank.grad_norms == pytest.approx(expected.grad_norms, rel=TOLERANCE)
         assert rank.validation == pytest.approx(expected.validation, rel=TOLERANCE)
         for layer_idx, table in rank.quantiles.items():
-            assert (table - expected.quantiles[layer_idx]).abs().max() < 1e-4
+            assert (table - expected.quantiles[layer_idx]).abs().max() < 1e-5  # float32 tables of logits below 10
         for key, picked in rank.picks.items():
             assert torch.equal(picked, expected.picks[key]), key
     assert {key for rank in observed for key in rank.picks} == set(expected.picks)
@@ -97,6 +107,11 @@ REDUCED = [
     ("itt_elastic", {"tensor": 2, "sequence": True}, {}),
     ("loop", {"tensor": 2, "sequence": True}, {}),
     ("none", {"tensor": 2, "sequence": True}, {}),
+    ("none_tied", {"pipeline": 2}, {}),
+    ("itt_tied", {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    ("itt_tied", {"pipeline": 2}, {"overlap": True}),
+    ("itt_tied", {"pipeline": 2}, {"distributed": False}),
+    ("itt_tied", {"tensor": 2, "sequence": True}, {}),
 ]
 
 
@@ -110,7 +125,7 @@ def test_two_ranks_compute_what_one_computes() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("kind", ["itt", "loop", "none"])
+@pytest.mark.parametrize("kind", ["itt", "loop", "none", "itt_tied"])
 def test_every_layout_computes_what_one_rank_computes(kind: str, world_size: int) -> None:
     expected = {layers: observe_on_one_rank(kind, layers=layers) for layers in (4, 8)}
     cases = list(itertools.product(layouts(world_size), (True, False)))
@@ -134,6 +149,7 @@ def test_every_gradient_is_that_of_one_rank() -> None:
     cases: list[tuple[str, dict[str, Any]]] = [
         *(("itt", parallel) for parallel in ({"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {})),
         ("itt_symmetric", {"tensor": 2, "sequence": True}),  # its logits are gathered with their gradient
+        ("itt_tied", {"pipeline": 2}),
     ]
     expected = {kind: observe_gradients(ONE_PROCESS, recipe(kind, {}, distributed=False)) for kind, _ in cases}
     jobs = [(recipe(kind, parallel, distributed=False),) for kind, parallel in cases]
@@ -144,24 +160,32 @@ def test_every_gradient_is_that_of_one_rank() -> None:
                 whole = expected[kind][name]
                 own = _own_shard(whole, name, rank=rank, degree=parallel.get("tensor", 1))
                 assert gradient.shape == own.shape, name
-                # Sums in another order; scaled by the largest entry, because single entries may cancel to nothing.
-                assert (gradient - own).abs().max() <= TOLERANCE * whole.abs().max(), (kind, parallel, name)
+                difference = (gradient - own).abs().max()
+                assert difference <= GRADIENT_TOLERANCE * whole.abs().max(), (kind, parallel, name)
 
 
-def test_a_checkpoint_continues_under_another_layout(tmp_path: Path) -> None:
-    """Saved under TP2 + SP after three steps; the rest is run on one rank, TP2, PP2 and DP2, optimizer included."""
-    whole = observe_on_one_rank("itt")
-    saved = recipe("itt", {"tensor": 2, "sequence": True})
-    run_ranks(2, _save_after_three, [(saved, str(tmp_path))])
+@pytest.mark.parametrize("kind", ["itt", "itt_tied"])
+def test_a_checkpoint_continues_under_another_layout(kind: str, tmp_path: Path) -> None:
+    """Saved after three steps, under TP2 + SP or (tied) over two stages; the rest runs under others, as one rank would.
+
+    A run that starts from its weights alone validates them as the run that saved them did.
+    """
+    whole = observe_on_one_rank(kind)
+    saved_under = {"pipeline": 2} if kind == "itt_tied" else {"tensor": 2, "sequence": True}
+    ((saved, _),) = run_ranks(2, _save_after_three, [(recipe(kind, saved_under), str(tmp_path))])
     checkpoint = str(tmp_path / "step_0000003")
-    layouts_to_load = [{"tensor": 2}, {"pipeline": 2}, {}]
-    jobs = [(recipe("itt", parallel), checkpoint) for parallel in layouts_to_load]
+    layouts_to_load: list[dict[str, Any]] = [{"tensor": 2}, {"pipeline": 2}, {}]
+    jobs = [(recipe(kind, parallel), checkpoint) for parallel in layouts_to_load]
     continued = [ranks[0] for ranks in run_ranks(2, _continue_from, jobs)]
-    continued.append(_continue_from(ONE_PROCESS, recipe("itt", {}), checkpoint))
+    continued.append(_continue_from(ONE_PROCESS, recipe(kind, {}), checkpoint))
     for observed in continued:
         assert observed.losses == pytest.approx(whole.losses[3:], rel=TOLERANCE)
         assert observed.grad_norms == pytest.approx(whole.grad_norms[3:], rel=TOLERANCE)
         assert observed.validation == pytest.approx(whole.validation, rel=TOLERANCE)
+    started = [ranks[0] for ranks in run_ranks(2, _start_from, jobs)]
+    started.append(_start_from(ONE_PROCESS, recipe(kind, {}), checkpoint))
+    for observed in started:
+        assert observed.validation == pytest.approx(saved.validation, rel=TOLERANCE)
 
 
 def _save_after_three(place: Any, config: Any, root: str) -> Observed:
@@ -170,3 +194,7 @@ def _save_after_three(place: Any, config: Any, root: str) -> Observed:
 
 def _continue_from(place: Any, config: Any, checkpoint: str) -> Observed:
     return observe_steps(place, config, load_from=checkpoint, steps=(3, NUM_STEPS))
+
+
+def _start_from(place: Any, config: Any, checkpoint: str) -> Observed:
+    return observe_steps(place, config, weights_from=checkpoint, steps=(0, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from megatron_itt.config import RunConfig
 from megatron_itt.config.environment import ProcessPlace
+from tests.helpers.float64 import build_in_float64, float64_is_float32
 
 NUM_STEPS = 5
 
@@ -33,35 +35,47 @@ def observe_steps(
     config: RunConfig,
     *,
     load_from: str | None = None,
+    weights_from: str | None = None,
     save_to: str | None = None,
     steps: tuple[int, int] = (0, NUM_STEPS),
+    as_trained: bool = False,
 ) -> Observed:
-    """Train from step `steps[0]` to `steps[1]` under the config's layout, optionally from and to a checkpoint."""
+    """Train from step `steps[0]` to `steps[1]` under the config's layout, optionally from and to a checkpoint
+    (`weights_from`: from its weights alone).
+
+    A recipe in fp32 is run in float64, unless it is to be run `as_trained`.
+    """
     from megatron_itt.checkpoint.save import save_checkpoint
     from megatron_itt.checkpoint.state import new_run_state
+    from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.checkpointing import load_trainer, trainer_state
     from megatron_itt.training.step import train_step, validation_loss
+    from megatron_itt.training.warm_start import load_initial_weights
 
+    exact = config.precision.dtype == "fp32" and not as_trained
     parallel_place = start_parallel(config, place=place)
     try:
-        trainer = build_trainer(config, parallel_place)
-        if load_from is not None:
-            load_trainer(trainer, Path(load_from))
-        results = [train_step(trainer, iter(_microbatches(trainer, step)), step + 1) for step in range(*steps)]
-        validation = validation_loss(trainer, _microbatches(trainer, NUM_STEPS))
-        if save_to is not None:
-            state = new_run_state(config, step=steps[1])
-            save_checkpoint(trainer_state(trainer, loading=False), state, Path(save_to), keep_last=1)
-        layers = trainer.built.thinking_layers()
-        return Observed(
-            losses=[result.loss for result in results],
-            grad_norms=[result.grad_norm for result in results],
-            picks=_picks_of_validation(trainer),
-            quantiles={layer.layer_idx: layer.thinking.logit_quantiles.clone() for layer in layers},
-            validation=validation,
-        )
+        with float64_is_float32() if exact else nullcontext():
+            trainer = build_trainer(config, parallel_place, build=build_in_float64 if exact else build_model)
+            if load_from is not None:
+                load_trainer(trainer, Path(load_from))
+            if weights_from is not None:
+                load_initial_weights(trainer, Path(weights_from))
+            results = [train_step(trainer, iter(_microbatches(trainer, step)), step + 1) for step in range(*steps)]
+            validation = validation_loss(trainer, _microbatches(trainer, NUM_STEPS))
+            if save_to is not None:
+                state = new_run_state(config, step=steps[1])
+                save_checkpoint(trainer_state(trainer, loading=False), state, Path(save_to), keep_last=1)
+            layers = trainer.built.thinking_layers()
+            return Observed(
+                losses=[result.loss for result in results],
+                grad_norms=[result.grad_norm for result in results],
+                picks=_picks_of_validation(trainer),
+                quantiles={layer.layer_idx: layer.thinking.logit_quantiles.clone() for layer in layers},
+                validation=validation,
+            )
     finally:
         stop_parallel()
 
@@ -111,18 +125,22 @@ def _picks_of_validation(trainer: Any) -> dict[tuple[int, int, int], torch.Tenso
 
 
 def observe_gradients(place: ProcessPlace, config: RunConfig) -> dict[str, torch.Tensor]:
-    """This rank's parts of all gradients of one global batch, reduced over ranks, by the names of the whole model."""
+    """This rank's parts of all gradients of one global batch, reduced over ranks, by the names of the whole model.
+
+    In float64: gradients cancel, a router's to a thousandth of its summands, so that float32 says little about them.
+    """
     from megatron_itt.model.initialisation import global_name
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
 
     parallel_place = start_parallel(config, place=place)
     try:
-        trainer = build_trainer(config, parallel_place)
+        trainer = build_trainer(config, parallel_place, build=build_in_float64)
         for chunk in trainer.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
-        _run_schedule(trainer, 0)
+        with float64_is_float32():
+            _run_schedule(trainer, 0)
         return {
             global_name(name, chunk): parameter.main_grad.clone()
             for chunk in trainer.built.chunks
