@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import Tensor
 
 from megatron_itt.config.run import RunConfig
@@ -20,30 +26,34 @@ from megatron_itt.training.optimizer_state import from_common_form, to_common_fo
 
 # The layout of the optimizer's state on disk that any tensor, pipeline and data-parallel size can read.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# To megatron-core they are matrices; decay would pull every gain, the base pass's included, towards 0.
+_NOT_DECAYED = ParamKey(name=("*.thinking.router", "*.thinking.step_encoding"))
 _TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 # What the recipe says of a parameter group; the rest of a group is state. The schedule sets its rate and decay.
 _RECIPE_KEYS = ("max_lr", "min_lr", "betas", "eps")
 
 
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW over all parameters of this rank, sharded over data-parallel ranks if the recipe says so."""
+    """AdamW over all parameters of this rank, sharded over data-parallel ranks if the recipe says so.
+
+    Weight decay applies to matrices: not to norms and biases, and not to routers and step encodings.
+    """
     settings = config.optimizer
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.learning_rate,
-            min_lr=settings.learning_rate * config.schedule.min_learning_rate_ratio,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            clip_grad=settings.clip_grad_norm,
-            use_distributed_optimizer=settings.distributed,
-            bf16=config.precision.dtype == "bf16",
-            params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
-        ),
-        chunks,
+    wanted = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        min_lr=settings.learning_rate * config.schedule.min_learning_rate_ratio,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad_norm,
+        use_distributed_optimizer=settings.distributed,
+        bf16=config.precision.dtype == "bf16",
+        params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
     )
+    overrides = {**get_standard_config_overrides(wanted), _NOT_DECAYED: ParamGroupOverride(wd_mult=0.0)}
+    optimizer = get_megatron_optimizer(wanted, chunks, config_overrides=overrides)
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             move_own_shares(part)
@@ -74,11 +84,15 @@ def update_weights(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
 
 def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up from zero, then the recipe's decay to `min_learning_rate_ratio`; counted in optimizer steps."""
+    """Linear warm-up, then the recipe's decay to `min_learning_rate_ratio`; counted in optimizer steps.
+
+    Step n of a warm-up of w steps has the rate n / (w + 1), so that the first step trains and the first one after the
+    warm-up has the full rate.
+    """
     rate, schedule = config.optimizer.learning_rate, config.schedule
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=rate / (schedule.warmup_steps + 1),
         max_lr=rate,
         min_lr=rate if schedule.decay == "constant" else rate * schedule.min_learning_rate_ratio,
         lr_warmup_steps=schedule.warmup_steps,

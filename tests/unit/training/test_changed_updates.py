@@ -43,7 +43,7 @@ def test_changed_settings_hold_from_the_first_step_after_a_resume(saved: Path) -
             load_trainer(trainer, saved)
             assert trainer.schedule.num_steps == NUM_STEPS
             assert group_settings(trainer) == wanted
-    assert wanted[0]["lr"] == pytest.approx(1e-4 * NUM_STEPS / 10)
+    assert wanted[0]["lr"] == pytest.approx(1e-4 * (NUM_STEPS + 1) / 11)
 
 
 def group_settings(trainer: Any) -> list[dict[str, Any]]:
