@@ -20,7 +20,7 @@ from megatron_itt.analysis.measurement import mean_and_error
 from megatron_itt.analysis.run_charts import show_budget
 from megatron_itt.analysis.study_claims import BEYOND_THE_SCALE, CLAIMS, Claim, Judgement, judge
 from megatron_itt.errors import DataError
-from megatron_itt.training.run_folder import DIVERGED_FILE, is_finished
+from megatron_itt.training.run_folder import DIVERGED_FILE, finished_step
 
 RunState = Literal["waiting", "interrupted", "finished", "diverged"]
 MAIN_VARIANTS = ("llama", "loop_x4", "itt_x4")
@@ -43,7 +43,7 @@ def seed_dir(root: Path, variant: str, seed: int) -> Path:
 
 def state_of(run_dir: Path) -> RunState:
     """How far a run is; a diverged one is not started again."""
-    if is_finished(run_dir):
+    if finished_step(run_dir) is not None:
         return "finished"
     if (run_dir / DIVERGED_FILE).is_file():
         return "diverged"

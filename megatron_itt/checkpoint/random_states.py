@@ -1,6 +1,6 @@
 """The random states of every rank as sharded tensors: Python's, numpy's, torch's, the device's, megatron-core's.
 
-They belong to a layout: a run that continues under another one starts them anew from its seed.
+They belong to a layout and a type of device: a run that continues under another one starts them anew from its seed.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class RunState:
     """How far a run is, and what it reads. `recipe` is the resolved recipe as plain data.
 
     `loop` is what the training loop remembers from step to step; `validation_loss` was measured at this very step;
-    the random states are those of `world_size` ranks under the recipe's layout.
+    the random states are those of `world_size` ranks under the recipe's layout, on devices of type `device`.
     """
 
     recipe: dict[str, Any]
@@ -36,6 +36,7 @@ class RunState:
     loop: dict[str, Any] = field(default_factory=dict)
     validation_loss: float | None = None
     world_size: int | None = None
+    device: str | None = None
     project_version: str = __version__
     format_version: int = FORMAT_VERSION
 

@@ -36,6 +36,11 @@ class BuiltModel:
         """Thinking layers on this rank, in order of depth."""
         return [layer for chunk in self.chunks for layer in chunk.decoder.layers if isinstance(layer, ThinkingLayer)]
 
+    def has_thresholds(self) -> bool:
+        """Whether the quantile tables of this rank's layers have been set, by training or by loaded weights."""
+        tables = [layer.thinking.logit_quantiles for layer in self.thinking_layers()]
+        return all(table is not None and bool(table.any()) for table in tables)
+
 
 def build_model(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> BuiltModel:
     """Build and initialise this rank's part of the model; needs the process groups of `start_parallel`.

@@ -183,9 +183,9 @@ class ThinkingLayer(TransformerLayer):
         hidden [p, b, h] -> [p, b, h].
         """
         share = plan.shares[step - 1]
-        logits = self.thinking.logits(hidden, step)  # [p, b]
         if plan.rule == "none":
-            return self._apply_masked(hidden, step, None, logits, kwargs)
+            return self._apply_masked(hidden, step, None, None, kwargs)
+        logits = self.thinking.logits(hidden, step)  # [p, b]
         whole = self._gather_sequence(logits.detach())  # [s, b]
         if plan.rule == "topp":
             picked = routing.pick_topp(whole, share)
@@ -200,14 +200,15 @@ class ThinkingLayer(TransformerLayer):
         return self._apply_masked(hidden, step, self._own_part(picked), logits / plan.temperature, kwargs)
 
     def _apply_masked(
-        self, hidden: Tensor, step: int, picked: Tensor | None, logits: Tensor, kwargs: dict[str, Any]
+        self, hidden: Tensor, step: int, picked: Tensor | None, logits: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
+        """One routed step over all rows; `picked` and `logits` [p, b] are None where every token thinks with w = 1."""
         result = self._full_pass(hidden, kwargs)
         if self.switches.residual == "replace":
             return result if picked is None else torch.where(picked.unsqueeze(-1), result, hidden)
         if self.switches.update == "delta":
             result = result - hidden
-        weights = None if picked is None else thinking.gate_scores(logits, self.switches.gate)
+        weights = None if logits is None else thinking.gate_scores(logits, self.switches.gate)
         gain = self.thinking.gain(step)
         increment = thinking.step_increment(result, weights, self.switches.alpha_per_step[step - 1], gain)
         if picked is None or weights is None:

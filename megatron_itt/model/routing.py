@@ -31,8 +31,7 @@ def pick_topk(logits: Tensor, count: int) -> Tensor:
 
     Ties go to the earlier token. Ascending positions keep attention among picked tokens causal.
     """
-    order = torch.sort(logits, dim=0, descending=True, stable=True).indices
-    return torch.sort(order[:count], dim=0).values
+    return torch.sort(_rank(logits)[:count], dim=0).values
 
 
 def pick_topp(logits: Tensor, share: float) -> Tensor:
@@ -40,10 +39,23 @@ def pick_topp(logits: Tensor, share: float) -> Tensor:
 
     At least one token per sequence; ties go to the earlier token. Source: paper, Table 3 (Router Sampling, Top-P).
     """
-    probabilities = torch.softmax(logits, dim=0)
-    ranked, order = torch.sort(probabilities, dim=0, descending=True, stable=True)
+    order = _rank(logits)
+    ranked = torch.softmax(logits, dim=0).gather(0, order)
     before = torch.cumsum(ranked, dim=0) - ranked
     return torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before < share)
+
+
+def _rank(logits: Tensor) -> Tensor:
+    """Positions of each sequence from the highest logit down; ties go to the earlier token. [s, b] -> [s, b].
+
+    Ours: logits are compared on a grid, 2^-16 of the sequence's largest magnitude (2^-40 in float64). Tokens with equal
+    states, such as the first ones of documents that begin alike, differ by rounding alone, and in another layout by
+    another rounding; on the grid they tie in all but about one percent of the cases.
+    """
+    largest = torch.where(torch.isfinite(logits), logits.abs(), 0.0).amax(dim=0, keepdim=True)
+    bits = 40 if logits.dtype == torch.float64 else 16
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - bits)
+    return torch.sort(torch.round(logits / unit), dim=0, descending=True, stable=True).indices
 
 
 def pick_above(logits: Tensor, threshold: Tensor) -> Tensor:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
+from fractions import Fraction
 
 from megatron_itt.config.model import SampledCapacity
 from megatron_itt.config.run import RunConfig
+from megatron_itt.model.routing import count_picked
 
 # Drawn shares are multiples of this, so that an elastic run meets a bounded number of shapes.
 SHARE_GRID = 0.05
+_SHARES_SHOWN = 3
 
 
 def training_capacity(config: RunConfig, step: int) -> tuple[float, ...] | None:
@@ -47,8 +51,44 @@ def training_rule(config: RunConfig, step: int) -> str | None:
 
     Ours: in the last part of a run tokens are picked by thresholds, so that the weights meet the choices of inference.
     """
-    begin = config.schedule.steps * (1.0 - config.thinking.threshold_phase)
-    return "threshold" if step > begin else None
+    phase = Fraction(repr(config.thinking.threshold_phase))  # as written: in floats, 10 steps less 90% are below 1
+    return "threshold" if step > config.schedule.steps * (1 - phase) else None
+
+
+def describe_rounding(config: RunConfig) -> str | None:
+    """How sequence parallelism changes the number of selected tokens of this recipe; None where it does not.
+
+    Each rank carries an equal part of them, so that their number is a multiple of the tensor-parallel degree.
+    """
+    thinking, degree = config.thinking, config.parallel.tensor if config.parallel.sequence else 1
+    if thinking.kind != "itt" or thinking.routing != "topk" or degree == 1:
+        return None
+    seq_length = config.model.seq_length
+    counts = [
+        (share, count_picked(share, seq_length), count_picked(share, seq_length, multiple=degree))
+        for share in sorted(set(_possible_shares(config)))
+    ]
+    changed = [f"{share:g} selects {used} (not {alone})" for share, alone, used in counts if used != alone]
+    if not changed:
+        return None
+    shown = ", ".join(changed[:_SHARES_SHOWN]) + (" and so on" if len(changed) > _SHARES_SHOWN else "")
+    return (
+        f"of {seq_length} tokens a capacity of {shown}: sequence parallelism over {degree} ranks rounds their number to a "
+        f"multiple of {degree}, so that other layouts select other tokens"
+    )
+
+
+def _possible_shares(config: RunConfig) -> Iterator[float]:
+    """Capacities that the steps of a run use, of a ramp its two ends."""
+    thinking = config.thinking
+    if not isinstance(thinking.capacity, SampledCapacity):
+        yield from (share for share in thinking.capacity if share > 0)
+        if thinking.capacity_schedule == "ramp":
+            yield thinking.ramp_start_share
+        return
+    low, high = thinking.capacity.sample
+    for step in range(math.ceil(low / SHARE_GRID), math.floor(high / SHARE_GRID) + 1):
+        yield round(step * SHARE_GRID, 9)
 
 
 def _risen(config: RunConfig, step: int) -> float:

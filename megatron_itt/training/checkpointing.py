@@ -76,11 +76,14 @@ class Checkpointer:
 
     def resume(self, trainer: Trainer, point: ResumePoint) -> None:
         """Bring a new trainer to the state of a checkpoint."""
-        same_layout = (
-            point.state.world_size == trainer.place.world_size and point.state.config.parallel == self._config.parallel
+        state, place = point.state, trainer.place
+        fits = (
+            state.world_size == place.world_size
+            and state.device in (None, place.device.type)  # None: of a version that did not record it
+            and state.config.parallel == self._config.parallel
         )
-        load_trainer(trainer, point.folder, with_random_states=same_layout)
-        get_logger().info("resumed from %s", point.folder)
+        load_trainer(trainer, point.folder, with_random_states=fits)
+        get_logger().info("resumed from %s%s", point.folder, "" if fits else "; random states start anew from the seed")
 
     def save(
         self,
@@ -100,6 +103,7 @@ class Checkpointer:
             loop=loop or {},
             validation_loss=validation_loss,
             world_size=trainer.place.world_size,
+            device=trainer.place.device.type,
             **self._facts,
         )
         self._writer.save(trainer_state(trainer, loading=False), state)

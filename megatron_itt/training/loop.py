@@ -17,14 +17,15 @@ from megatron_itt.data.blend import resolve_blend
 from megatron_itt.data.datasets import Datasets, build_datasets, check_document_ends
 from megatron_itt.data.loader import Loader, check_loader, open_loader
 from megatron_itt.data.tokenizer import Tokenizer, check_vocabulary, recipe_tokenizer
-from megatron_itt.errors import ConfigError, IttError
+from megatron_itt.errors import ConfigError, DataError, IttError
 from megatron_itt.log import configure_logging, get_logger
 from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
 from megatron_itt.training.assemble import Trainer, build_trainer
+from megatron_itt.training.capacity import describe_rounding
 from megatron_itt.training.checkpointing import Checkpointer
 from megatron_itt.training.guards import StepGuard, TrainingDivergedError, Verdict
 from megatron_itt.training.reporter import Reporter
-from megatron_itt.training.run_folder import LOG_FILE, mark_diverged, mark_finished, opened_run_folder
+from megatron_itt.training.run_folder import LOG_FILE, mark_diverged, mark_finished, opened_run_folder, unmark_finished
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import check_sinks
 from megatron_itt.training.step import Batch, Watch, train_step
@@ -52,15 +53,16 @@ def train(config: RunConfig, *, parts: ChosenParts | None = None, allow_changed:
     """Run a recipe to its last step, resuming from the newest checkpoint in its run folder.
 
     Every process of the job calls this. Returns whether the run is complete; False after a signal asked it to stop, in
-    which case a checkpoint was saved. `parts` is logged; `allow_changed` names what may differ from the checkpoint that
-    the run continues from. Raises IttError subclasses for bad input, and TrainingDivergedError.
+    which case a checkpoint was saved. `parts` is logged. `allow_changed` names what may differ from the checkpoint that
+    the run continues from; with `schedule.steps` in it, a finished run trains on to a later step. Raises IttError
+    subclasses for bad input, and TrainingDivergedError.
     """
     tokenizer = check_inputs(config)
     stop = StopRequest()  # before the slow part of starting: a warning that arrives there is not lost
     try:
         place = start_parallel(config)
         run_dir = Path(config.logging.run_dir)
-        with _opened_run_folder(config, place) as has_work:
+        with _opened_run_folder(config, place, allow_changed=allow_changed) as has_work:
             configure_logging(rank=place.rank, log_file=str(run_dir / LOG_FILE) if has_work else None)
             if not has_work:
                 get_logger().info("%s is finished already; choose another logging.run_dir to train again", run_dir)
@@ -86,7 +88,7 @@ def check_inputs(config: RunConfig) -> Tokenizer:
 
 
 @contextmanager
-def _opened_run_folder(config: RunConfig, place: ParallelPlace) -> Iterator[bool]:
+def _opened_run_folder(config: RunConfig, place: ParallelPlace, *, allow_changed: Sequence[str]) -> Iterator[bool]:
     """Hold the run folder within a block: the main process claims and fills it, and tells the others how that went.
 
     Yields whether there is something left to do.
@@ -95,7 +97,7 @@ def _opened_run_folder(config: RunConfig, place: ParallelPlace) -> Iterator[bool
         outcome: list[Any] = [None]
         if place.is_main:
             try:
-                outcome = [held.enter_context(opened_run_folder(config))]
+                outcome = [held.enter_context(opened_run_folder(config, allow_changed=allow_changed))]
             except IttError as error:
                 outcome = [error]
         dist.broadcast_object_list(outcome, src=0)
@@ -121,6 +123,8 @@ def _start_or_resume(
     weights = find_initial_weights(config) if point is None else None
     datasets = build_datasets(config, tokenizer=tokenizer)
     trainer = build_trainer(config, place)
+    if (rounding := describe_rounding(config)) is not None:
+        get_logger().info(rounding)
     watch = Watch(guard=StepGuard(config.runtime), stop=stop)
     first_step = 0
     memory: dict[str, Any] = {"validation_due": True}
@@ -144,6 +148,10 @@ def _start_or_resume(
 
 def _run_to_end(run: Run) -> bool:
     trainer, config = run.trainer, run.trainer.config
+    if trainer.place.is_main:
+        unmark_finished(
+            run.run_dir
+        )  # of a shorter run that trains on; everything that could refuse it has been checked
     loader = open_loader(
         config.data.loader,
         run.datasets.train,
@@ -176,7 +184,7 @@ def _step_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
     num_steps = run.trainer.config.schedule.steps
     if run.validation_due and _validate(run, run.first_step) is None:
         return run.first_step, False
-    batches = _timed(loader, run.report)
+    batches = _TimedBatches(loader, run.report)
     for step in range(run.first_step + 1, num_steps + 1):
         run.report.begin(step)
         closely = run.report.looks_closely(step)
@@ -245,12 +253,26 @@ def _give_up(run: Run, step: int, problem: str) -> None:
     raise TrainingDivergedError(reason)
 
 
-def _timed(loader: Loader, report: Reporter) -> Iterator[Batch]:
-    while True:
+class _TimedBatches:
+    """The loader's batches; how long each was waited for goes to the report."""
+
+    def __init__(self, loader: Loader, report: Reporter) -> None:
+        self._loader, self._report = loader, report
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
         started = time.perf_counter()
-        batch = next(loader)
-        report.waited(time.perf_counter() - started)
-        yield batch
+        try:
+            batch = next(self._loader)
+        except StopIteration:  # megatron-core's schedules would take it for an end of their own
+            raise DataError(
+                "the training data ended before the last step; the index of the samples is that of a shorter run: "
+                "remove data.cache_dir (it is built again) and start again"
+            ) from None
+        self._report.waited(time.perf_counter() - started)
+        return batch
 
 
 def _validate(run: Run, step: int) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -27,15 +27,24 @@ _PACKAGES = ("torch", "megatron-core", "numpy", "transformers", "tokenizers", "t
 
 
 @contextmanager
-def opened_run_folder(config: RunConfig) -> Iterator[bool]:
+def opened_run_folder(config: RunConfig, *, allow_changed: Sequence[str] = ()) -> Iterator[bool]:
     """Create the run folder and hold it within a block. Yields False, and writes nothing, if the run is finished.
 
-    Writes the resolved recipe and the versions. ConfigError when it cannot be written, or another job is at work there.
+    Writes the resolved recipe and the versions. A finished run trains on if its recipe has more steps now and
+    `allow_changed` names `schedule.steps` or `schedule`. ConfigError when it does not name them, when the folder cannot
+    be written, or when another job is at work there.
     """
     run_dir = Path(config.logging.run_dir)
-    if is_finished(run_dir):
+    done = finished_step(run_dir)
+    if done is not None and config.schedule.steps <= done:
         yield False
         return
+    if done is not None and not {"schedule", "schedule.steps"} & set(allow_changed):
+        raise ConfigError(
+            f"{run_dir} is finished at step {done} and schedule.steps is {config.schedule.steps} now; add "
+            "--allow-changed=schedule.steps to train on (learning rates and the order of samples are then those of the "
+            "longer run), or choose another logging.run_dir"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -76,14 +85,22 @@ def describe_environment() -> dict[str, str | None]:
     return facts
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Whether the run completed all its steps."""
-    return (run_dir / FINISHED_FILE).is_file()
+def finished_step(run_dir: Path) -> int | None:
+    """The last step of a run that completed all its steps; None for another."""
+    try:
+        return int((run_dir / FINISHED_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
 
 
 def mark_finished(run_dir: Path, step: int) -> None:
     """Write the marker that says so."""
     write_atomically(run_dir / FINISHED_FILE, f"{step}\n")
+
+
+def unmark_finished(run_dir: Path) -> None:
+    """Remove that marker: the run trains on."""
+    (run_dir / FINISHED_FILE).unlink(missing_ok=True)
 
 
 def mark_diverged(run_dir: Path, reason: str) -> None:

@@ -20,7 +20,7 @@ def run_validation(
 ) -> dict[str, Any] | None:
     """Mean loss (nats per token) and perplexity of every domain at every budget; None if the job was asked to stop."""
     watch.pulse.beat("validation", step)
-    routing = validation_routing(trainer.config, step)
+    routing = validation_routing(trainer.config, has_thresholds=trainer.built.has_thresholds())
     entries = []
     batches = {domain: _batches(trainer, dataset) for domain, dataset in datasets.items()}
     for budget in validation_budgets(trainer.config):
@@ -40,14 +40,15 @@ def validation_budgets(config: RunConfig) -> list[tuple[float, ...] | None]:
     return list(config.validation.budgets) or [config.thinking.nominal_capacity]
 
 
-def validation_routing(config: RunConfig, step: int) -> str | None:
-    """The rule of routing in a validation after `step` steps, where it is not the one of training.
+def validation_routing(config: RunConfig, *, has_thresholds: bool) -> str | None:
+    """The rule of routing in a validation, where it is not the one of training.
 
-    Thresholds come from training, so that there are none before the first step; they stand for top-k and nothing else.
+    Thresholds come from training, so that a model has none before its first step, unless it starts from the weights of
+    another run; they stand for top-k and nothing else.
     """
     thinking = config.thinking
     causal = config.validation.routing == "threshold" and thinking.kind == "itt" and thinking.routing == "topk"
-    return "threshold" if causal and step > 0 else None
+    return "threshold" if causal and has_thresholds else None
 
 
 def headline_loss(record: dict[str, Any]) -> float:

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_itt.config import load_config
+from megatron_itt.data.loader import open_loader
 from megatron_itt.log import run_command
 from megatron_itt.train import main
 from tests.helpers.small_disk import small_disk
@@ -104,6 +106,37 @@ def test_a_finished_run_is_left_alone(recipe: Path, tmp_path: Path, capsys: pyte
     assert run(recipe, "schedule.steps=2") == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     assert "finished already" in capsys.readouterr().out
+
+
+def test_a_finished_run_trains_on_to_a_later_step_with_permission(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(recipe, "schedule.steps=2") == 0
+    assert run(recipe, "schedule.steps=4") == 2
+    assert "is finished at step 2 and schedule.steps is 4 now; add --allow-changed=" in capsys.readouterr().err
+    assert (tmp_path / "run" / "finished").read_text() == "2\n"
+    assert run(recipe, "schedule.steps=4", "--allow-changed=schedule.steps") == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")[0]] == [1, 2, 3, 4]
+    assert (tmp_path / "run" / "finished").read_text() == "4\n"
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert run(recipe, "schedule.steps=3", "--allow-changed=schedule") == 0  # fewer steps are done already
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_longer_run_that_is_refused_stays_finished(recipe: Path, tmp_path: Path) -> None:
+    assert run(recipe, "schedule.steps=2") == 0
+    longer = ["schedule.steps=4", "--allow-changed=schedule.steps"]
+    assert run(recipe, *longer, "optimizer.learning_rate=0.5") == 2
+    assert (tmp_path / "run" / "finished").read_text() == "2\n"
+
+
+def test_data_that_ends_early_is_an_error_of_the_data(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_itt.training.loop.open_loader", partial(open_loader, num_samples=2 * 4))
+    assert run(recipe) == 2
+    error = capsys.readouterr().err
+    assert "the training data ended before the last step" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

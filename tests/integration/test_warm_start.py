@@ -68,6 +68,33 @@ def test_an_itt_starts_with_the_loss_of_the_llama_and_fresh_thinking_tensors(
         assert loss == pytest.approx(domain, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "overrides", [[], ["precision.dtype=bf16"], ["optimizer.distributed=false", *PLAIN]], ids=["itt", "bf16", "plain"]
+)
+def test_a_run_starts_from_the_weights_of_another_run(recipe: Path, tmp_path: Path, overrides: list[str]) -> None:
+    """Folder of the run, of its checkpoint: the first validation is the last one of that run, by either routing."""
+    causal = [*overrides, "validation.routing=threshold"] if PLAIN[0] not in overrides else overrides
+    assert run(recipe, *causal, "schedule.steps=3", f"logging.run_dir={tmp_path / 'source'}") == 0
+    lines = [json.loads(line) for line in (tmp_path / "source" / "metrics.jsonl").read_text().splitlines()]
+    last = next(line["validation"] for line in reversed(lines) if "validation" in line)
+    for number, folder in enumerate((tmp_path / "source", tmp_path / "source/checkpoints/step_0000003")):
+        target = [f"checkpoint.initial_weights={folder}", f"logging.run_dir={tmp_path / f'target{number}'}"]
+        assert run(recipe, *causal, *ONE_STEP, *target) == 0
+        assert first_losses(tmp_path / f"target{number}") == [entry["loss"] for entry in last]
+
+
+def test_weights_that_the_recipe_has_no_place_for_are_named(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(recipe, "schedule.steps=1", "schedule.warmup_steps=0", f"logging.run_dir={tmp_path / 'source'}") == 0
+    capsys.readouterr()
+    weights = f"checkpoint.initial_weights={tmp_path / 'source'}"
+    for change, name in (("model.num_layers=3", "decoder.layers.3."), ("model.tie_embeddings=true", "output_layer")):
+        assert run(recipe, *ONE_STEP, weights, change) == 2
+        error = capsys.readouterr().err
+        assert name in error and "has no place here" in error
+
+
 def test_a_run_that_has_checkpoints_resumes_and_needs_the_folder_no_more(
     recipe: Path, tmp_path: Path, llama_checkpoint: Path
 ) -> None:

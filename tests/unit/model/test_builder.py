@@ -9,7 +9,9 @@ import torch
 from megatron.core.models.common.language_module import language_module
 
 from megatron_itt.model import builder
-from tests.helpers.one_rank import built_model, tiny_recipe
+from megatron_itt.model.builder import forward_logits
+from megatron_itt.model.router import ThinkingParameters
+from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -72,3 +74,10 @@ def test_the_fused_loss_is_the_unfused_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
     # Each is rounded to bfloat16 once, from float32 numbers that differ by roundings of their own.
     assert torch.allclose(found_grad, expected_grad, rtol=2**-7, atol=1e-7)
+
+
+def test_a_model_that_routes_nothing_computes_no_router_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_recipe(thinking={"routing": "none"})
+    with built_model(config) as built:
+        monkeypatch.setattr(ThinkingParameters, "logits", None)
+        assert forward_logits(built, random_tokens(config)).isfinite().all()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_itt.checkpoint.layout import list_checkpoints
 from megatron_itt.training.checkpointing import Checkpointer
@@ -62,3 +64,23 @@ def open_checkpointer(folder: Path, asynchronous: bool) -> Checkpointer:
     return Checkpointer(
         config, folder / str(asynchronous), fingerprint_at=lambda _: "data", tokenizer_sha256="tokenizer"
     )
+
+
+def test_random_states_of_another_type_of_device_start_anew(
+    tmp_path: Path, trainer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of the same layout on a GPU, whose generator has a state of 16 bytes."""
+    checkpointer = open_checkpointer(tmp_path, asynchronous=False)
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
+        elsewhere = replace(trainer, place=replace(trainer.place, device=torch.device("cuda", 0)))
+        checkpointer.save(elsewhere, 1)
+    point = checkpointer.find_resume_point()
+    assert point is not None and point.state.device == "cuda"
+    weights = [value.detach().clone() for value in trainer.built.chunks[0].parameters()]
+    for value in trainer.built.chunks[0].parameters():
+        value.data.zero_()
+    with caplog.at_level("INFO"):
+        checkpointer.resume(trainer, point)
+    assert all(value.equal(kept) for value, kept in zip(trainer.built.chunks[0].parameters(), weights, strict=True))
+    assert "random states start anew" in caplog.text

@@ -14,21 +14,21 @@ from tests.helpers.one_rank import tiny_recipe
 
 
 @pytest.mark.parametrize(
-    ("rule", "thinking", "step", "expected"),
+    ("rule", "thinking", "has_thresholds", "expected"),
     [
-        ("threshold", {}, 5, "threshold"),
-        ("threshold", {}, 0, None),
-        ("as_trained", {}, 5, None),
-        ("threshold", {"routing": "topp"}, 5, None),
-        ("threshold", {"kind": "loop", "capacity": [1.0, 1.0, 1.0]}, 5, None),
+        ("threshold", {}, True, "threshold"),
+        ("threshold", {}, False, None),
+        ("as_trained", {}, True, None),
+        ("threshold", {"routing": "topp"}, True, None),
+        ("threshold", {"kind": "loop", "capacity": [1.0, 1.0, 1.0]}, True, None),
     ],
     ids=["top-k", "before training", "as trained", "top-p", "no routing"],
 )
 def test_thresholds_stand_for_top_k_once_there_are_any(
-    rule: str, thinking: dict[str, Any], step: int, expected: str | None
+    rule: str, thinking: dict[str, Any], has_thresholds: bool, expected: str | None
 ) -> None:
     config = tiny_recipe(validation={"routing": rule}, thinking=thinking)
-    assert validation_routing(config, step) == expected
+    assert validation_routing(config, has_thresholds=has_thresholds) == expected
 
 
 def test_thresholds_follow_logits_that_move_early_in_a_run() -> None:
