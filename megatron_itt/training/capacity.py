@@ -73,7 +73,7 @@ def describe_rounding(config: RunConfig) -> str | None:
         return None
     shown = ", ".join(changed[:_SHARES_SHOWN]) + (" and so on" if len(changed) > _SHARES_SHOWN else "")
     return (
-        f"of {seq_length} tokens a capacity of {shown}: sequence parallelism over {degree} ranks rounds their number to a "
+        f"of {seq_length} tokens, a capacity of {shown}: sequence parallelism over {degree} ranks rounds to a "
         f"multiple of {degree}, so that other layouts select other tokens"
     )
 
