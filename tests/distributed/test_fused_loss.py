@@ -42,7 +42,7 @@ def test_losses_and_gradients_are_those_of_one_rank_unfused(num_ranks: int) -> N
     expected, expected_grad = observe_loss(ONE_PROCESS, tiny_recipe(), False)
     (ranks,) = run_ranks(num_ranks, observe_loss, [(tiny_recipe(parallel={"tensor": num_ranks}), True)])
     for losses, _ in ranks:
-        assert (losses - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert (losses - expected).abs().max() <= 1e-5 * expected.abs().max()
     grads = torch.cat([grad for _, grad in ranks], dim=-1)
     # Each is rounded to bfloat16 once, from float32 numbers that differ by roundings of their own.
     assert torch.allclose(grads, expected_grad, rtol=2**-7, atol=1e-7)

@@ -161,23 +161,23 @@ PHI = np.array([0.1, 0.2])
 def test_the_case_worked_by_hand(switches: dict[str, Any], skipped: Any, thought: Any) -> None:
     result = reference_forward(HAND_WEIGHTS, HAND_SHAPE, replace(HAND, **switches), [0, 1])
     assert result["picks"] == {(0, 1): [1]}
-    np.testing.assert_allclose(result["scores"][0, 1], [2, 3], rtol=1e-14)
-    np.testing.assert_allclose(result["hidden"][0], [skipped, thought], rtol=1e-14)
+    np.testing.assert_allclose(result["scores"][0, 1], [2, 3], rtol=1e-12)
+    np.testing.assert_allclose(result["hidden"][0], [skipped, thought], rtol=1e-12)
 
 
 def test_a_temperature_divides_the_logits_of_the_gate() -> None:
     result = reference_forward(HAND_WEIGHTS, HAND_SHAPE, HAND, [0, 1], temperature=1.5)
     thought = [3, -2] + 0.5 / (1 + math.exp(-3 / 1.5)) * PHI * F_ALL
     assert result["picks"] == {(0, 1): [1]}
-    np.testing.assert_allclose(result["scores"][0, 1], [2, 3], rtol=1e-14)
-    np.testing.assert_allclose(result["hidden"][0], [[2, 2], thought], rtol=1e-14)
+    np.testing.assert_allclose(result["scores"][0, 1], [2, 3], rtol=1e-12)
+    np.testing.assert_allclose(result["hidden"][0], [[2, 2], thought], rtol=1e-12)
 
 
 def test_routing_none_lets_everybody_think_with_gate_one() -> None:
     result = reference_forward(HAND_WEIGHTS, HAND_SHAPE, replace(HAND, routing="none"), [0, 1])
     first = np.array([2, 2]) + np.array([1, 1])
     np.testing.assert_allclose(
-        result["hidden"][0], [[2, 2] + 0.5 * PHI * first, [3, -2] + 0.5 * PHI * F_ALL], rtol=1e-14
+        result["hidden"][0], [[2, 2] + 0.5 * PHI * first, [3, -2] + 0.5 * PHI * F_ALL], rtol=1e-12
     )
 
 
@@ -186,8 +186,8 @@ def test_the_first_step_encoding_scales_the_full_pass_unless_steps_replace() -> 
     weights = {**HAND_WEIGHTS, "decoder.layers.0.thinking.step_encoding": gains}
     scaled = reference_forward(weights, HAND_SHAPE, HAND, [0, 1])
     replaced = reference_forward(weights, HAND_SHAPE, replace(HAND, residual="replace"), [0, 1])
-    np.testing.assert_allclose(scaled["hidden"][0][0], [4, 6], rtol=1e-14)
-    np.testing.assert_allclose(replaced["hidden"][0][0], [2, 2], rtol=1e-14)
+    np.testing.assert_allclose(scaled["hidden"][0][0], [4, 6], rtol=1e-12)
+    np.testing.assert_allclose(replaced["hidden"][0][0], [2, 2], rtol=1e-12)
 
 
 def test_a_loop_applies_each_chosen_layer_as_often_as_there_are_steps() -> None:
@@ -222,7 +222,8 @@ def test_picked_tokens_keep_their_original_positions() -> None:
         rows = dict(zip(positions, vectors, strict=True))
         return np.stack(list(layer.apply(rows, rows).values()))
 
-    np.testing.assert_allclose(outputs([2, 5, 9]), outputs([4, 7, 11]), rtol=1e-11)
+    moved = outputs([4, 7, 11])
+    np.testing.assert_allclose(outputs([2, 5, 9]), moved, rtol=0, atol=1e-11 * np.abs(moved).max())
     assert np.abs(outputs([2, 5, 9]) - outputs([0, 1, 2])).max() > 0.01
 
 
@@ -239,7 +240,7 @@ def test_a_token_never_depends_on_later_tokens_under_threshold_routing() -> None
     weights = make_weights(SHAPE, ITT, scale=1.5)
     whole = reference_forward(weights, SHAPE, ITT, TOKENS, routing="threshold")["logits"]
     prefix = reference_forward(weights, SHAPE, ITT, TOKENS[:5], routing="threshold")["logits"]
-    np.testing.assert_allclose(whole[:5], prefix, rtol=1e-12)
+    np.testing.assert_allclose(whole[:5], prefix, rtol=0, atol=1e-12 * np.abs(prefix).max())
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_validation_by_thresholds_needs_no_later_tokens_and_differs_from_top_k(r
     assert by_threshold[0] == by_top_k[0]  # before the first step there are no thresholds
     for expected, observed in zip(by_top_k[-1], by_threshold[-1], strict=True):
         part = min(observed["budget"])
-        is_same = observed["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        is_same = observed["loss"] == pytest.approx(expected["loss"], rel=1e-5)  # float32, by another path
         assert is_same == (part == 1.0), observed  # a budget of 1 leaves no choice
 
 

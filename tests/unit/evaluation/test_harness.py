@@ -101,7 +101,7 @@ def test_every_budget_is_a_run_and_the_harness_alone_gives_the_same_scores(
         task_manager=TaskManager(include_path=str(task_dir), include_defaults=False),
     )
     for (task, metric), value in _scores(runs[0]).items():
-        assert value == pytest.approx(unaided["results"][task][f"{metric},none"], rel=1e-6)
+        assert value == pytest.approx(unaided["results"][task][f"{metric},none"], rel=1e-4)  # float32, other batches
 
 
 def test_a_task_folder_can_move(llama_dir: Path, task_dir: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(llama: Expo
     finally:
         weight.data.copy_(before)
     assert result.perplexity == pytest.approx(llama.model.config.vocab_size, rel=TOLERANCE)
-    assert result.loss_stderr == pytest.approx(0.0, abs=1e-6)  # all documents have the same loss
+    assert result.loss_stderr == pytest.approx(0.0, abs=1e-5)  # all documents have the same loss
 
 
 def test_budgets_give_different_losses_and_are_reported(itt: ExportedModel, documents: dict[str, list[str]]) -> None:

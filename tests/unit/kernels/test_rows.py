@@ -167,7 +167,7 @@ def test_triton_equals_plain_torch(
     from megatron_itt.kernels import triton_rows
 
     monkeypatch.setattr(triton_rows, "_PROGRAMS", 2)  # so that a program of the norm's backward pass has several rows
-    tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3  # sums of up to 1100 numbers in another order
     rows, slopes, wide, weight = (
         part.detach().to(DEVICE, dtype)
         for part in numbers((num_rows, width), (num_rows, width), (num_rows, 2 * width), (width,))

@@ -71,7 +71,7 @@ def test_the_fused_loss_is_the_unfused_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == ["vocab_parallel_cross_entropy", "fused_vocab_parallel_cross_entropy"]
     (expected, expected_grad), (found, found_grad) = results
     assert found.dtype == expected.dtype == torch.float32 and found_grad.dtype == torch.bfloat16
-    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # sums of 64 float32 exponentials
     # Each is rounded to bfloat16 once, from float32 numbers that differ by roundings of their own.
     assert torch.allclose(found_grad, expected_grad, rtol=2**-7, atol=1e-7)
 
