@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_itt.model.initialisation import _own_shard
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
-from tests.helpers.steps import NUM_STEPS, Observed, observe_gradients, observe_steps
+from tests.helpers.steps import NUM_STEPS, Observed, global_batch, observe_gradients, observe_steps
 
 # In float64 sums in another order differ by 1e-13 after five steps. What is left is a norm that megatron-core rounds to
 # float32: its own value, and the clipping of gradients, which AdamW divides out again.
@@ -186,6 +187,24 @@ def test_a_checkpoint_continues_under_another_layout(kind: str, tmp_path: Path) 
     started.append(_start_from(ONE_PROCESS, recipe(kind, {}), checkpoint))
     for observed in started:
         assert observed.validation == pytest.approx(saved.validation, rel=TOLERANCE)
+
+
+def test_an_export_of_tied_stages_has_the_loss_that_they_validated(tmp_path: Path) -> None:
+    from megatron_itt.hf.export import ExportOptions, export_checkpoint
+
+    config = recipe("itt_tied", {"pipeline": 2})
+    ((saved, _),) = run_ranks(2, _train_and_save, [(config, str(tmp_path / "checkpoints"))])
+    export_checkpoint(tmp_path / "checkpoints", tmp_path / "export", ExportOptions(with_tokenizer=False))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    rows = global_batch(config, NUM_STEPS)
+    with torch.no_grad():
+        logits = model(rows[:, :-1], routing="topk").logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    assert float(loss) == pytest.approx(saved.validation, rel=1e-5)  # float32, by another path
+
+
+def _train_and_save(place: Any, config: Any, root: str) -> Observed:
+    return observe_steps(place, config, save_to=root, as_trained=True)
 
 
 def _save_after_three(place: Any, config: Any, root: str) -> Observed:

@@ -80,13 +80,17 @@ def observe_steps(
         stop_parallel()
 
 
+def global_batch(config: RunConfig, step: int) -> torch.Tensor:
+    """Token ids of a step, [global batch, seq_length + 1]; they depend on the step alone."""
+    shape = (config.batch.global_size, config.model.seq_length + 1)
+    return torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(step))
+
+
 def _microbatches(trainer: Any, step: int) -> list[dict[str, torch.Tensor]]:
-    """This rank's share of a step's global batch; the batch itself depends on the step alone."""
+    """This rank's share of a step's global batch."""
     config, place = trainer.config, trainer.place
-    size, micro, length = config.batch.global_size, config.batch.micro, config.model.seq_length
-    generator = torch.Generator().manual_seed(step)
-    rows = torch.randint(0, config.model.vocab_size, (size, length + 1), generator=generator)
-    batches = []
+    micro, length = config.batch.micro, config.model.seq_length
+    rows, batches = global_batch(config, step), []
     for microbatch in range(trainer.num_microbatches):
         first = (microbatch * place.data_parallel_size + place.data_parallel_rank) * micro
         part = rows[first : first + micro]
