@@ -28,7 +28,7 @@ from megatron_itt.training.reporter import Reporter
 from megatron_itt.training.run_folder import LOG_FILE, mark_diverged, mark_finished, opened_run_folder, unmark_finished
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import check_sinks
-from megatron_itt.training.step import Batch, Watch, train_step
+from megatron_itt.training.step import Batch, StepResult, Watch, train_step
 from megatron_itt.training.validation import headline_loss, run_validation
 from megatron_itt.training.warm_start import find_initial_weights, load_initial_weights
 from megatron_itt.training.watchdog import start_watchdog
@@ -149,9 +149,7 @@ def _start_or_resume(
 def _run_to_end(run: Run) -> bool:
     trainer, config = run.trainer, run.trainer.config
     if trainer.place.is_main:
-        unmark_finished(
-            run.run_dir
-        )  # of a shorter run that trains on; everything that could refuse it has been checked
+        unmark_finished(run.run_dir)  # a shorter run that trains on; what could refuse it has been checked
     loader = open_loader(
         config.data.loader,
         run.datasets.train,
@@ -164,7 +162,7 @@ def _run_to_end(run: Run) -> bool:
     )
     watchdog = start_watchdog(run.watch.pulse, limit_s=60 * config.runtime.timeout_minutes, device=trainer.place.device)
     try:
-        step, is_complete = _step_until_stopped(run, loader)
+        step, is_complete = _train_until_stopped(run, loader)
         run.checkpointer.finish()
     finally:
         watchdog.stop()
@@ -179,49 +177,66 @@ def _run_to_end(run: Run) -> bool:
     return True
 
 
-def _step_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
-    """Train to the last step or a request to stop. Returns the number of steps done, and whether that is all."""
-    num_steps = run.trainer.config.schedule.steps
-    if run.validation_due and _validate(run, run.first_step) is None:
-        return run.first_step, False
-    batches = _TimedBatches(loader, run.report)
-    for step in range(run.first_step + 1, num_steps + 1):
-        run.report.begin(step)
-        closely = run.report.looks_closely(step)
-        result = train_step(run.trainer, batches, step, watch=run.watch, closely=closely)
-        run.watch.pulse.beat("after the update", step)
-        run.report.end(step, result)
-        must_save = result.verdict.action != "accept" and _recover(run, step, result.verdict)
-        stopping, validation_due = _tend(run, step, stopping=result.stopping, must_save=must_save)
-        if stopping and (step < num_steps or validation_due):
-            return step, False
-    return num_steps, True
+def _train_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
+    """Train to the last step or until a stop is requested. Return the last step done and whether the run is complete.
 
-
-def _tend(run: Run, step: int, *, stopping: bool, must_save: bool) -> tuple[bool, bool]:
-    """What is due after a step: validate, compare replicas, save. Returns whether to stop, and whether to validate yet.
-
-    A request to stop puts validation off until the run continues; the checkpoint comes first.
+    A stop puts validation off until the run continues: the checkpoint comes first.
     """
-    config, last = run.trainer.config, step == run.trainer.config.schedule.steps
-    validation_due = bool(run.datasets.validation) and (last or step % config.validation.interval_steps == 0)
-    loss = None
-    if validation_due and not stopping:
-        loss = _validate(run, step)
-        stopping = validation_due = loss is None
-    saving = last or stopping or must_save or step % config.checkpoint.save_interval_steps == 0
-    check_every = config.runtime.replica_check_steps
-    if check_every and (saving or step % check_every == 0):
-        check_replicas(run.trainer.built)
-    if not saving:
-        run.checkpointer.poll()
-        return stopping, validation_due
+    config, batches = run.trainer.config, _TimedBatches(loader, run.report)
+    step, validation_due, stop_requested = run.first_step, run.validation_due, False
+    if validation_due:
+        stop_requested = validation_due = _validate(run, step) is None
+    while step < config.schedule.steps and not stop_requested:
+        step += 1
+        result = _train_step(run, batches, step)
+        stop_requested = result.stopping
+        has_recovered = result.verdict.action != "accept" and _recover(run, step, result.verdict)
+        validation_due, loss = bool(run.datasets.validation) and should_validate(config, step), None
+        if validation_due and not stop_requested:
+            loss = _validate(run, step)
+            stop_requested = validation_due = loss is None
+        saving = stop_requested or has_recovered or should_save(config, step)
+        if should_compare_replicas(config, step, saving=saving):
+            check_replicas(run.trainer.built)
+        if saving:
+            _save(run, step, validation_loss=loss, validation_due=validation_due)
+            stop_requested |= run.watch.stop.is_agreed(run.trainer.place.device)
+        else:
+            run.checkpointer.poll()
+    return step, step == config.schedule.steps and not validation_due
+
+
+def should_validate(config: RunConfig, step: int) -> bool:
+    """Whether a step is one of those that validation follows; the last one always is."""
+    return step == config.schedule.steps or step % config.validation.interval_steps == 0
+
+
+def should_save(config: RunConfig, step: int) -> bool:
+    """Whether a step is one of those that a checkpoint follows; the last one always is."""
+    return step == config.schedule.steps or step % config.checkpoint.save_interval_steps == 0
+
+
+def should_compare_replicas(config: RunConfig, step: int, *, saving: bool) -> bool:
+    """Whether replicas are compared after a step: at intervals and before every save, unless the recipe says never."""
+    interval = config.runtime.replica_check_steps
+    return interval > 0 and (saving or step % interval == 0)
+
+
+def _train_step(run: Run, batches: Iterator[Batch], step: int) -> StepResult:
+    run.report.begin(step)
+    closely = run.report.looks_closely(step)
+    result = train_step(run.trainer, batches, step, watch=run.watch, closely=closely)
+    run.watch.pulse.beat("after the update", step)
+    run.report.end(step, result)
+    return result
+
+
+def _save(run: Run, step: int, *, validation_loss: float | None, validation_due: bool) -> None:
     run.watch.pulse.beat("saving", step)
     if not are_weights_finite(run.trainer.built):
         _give_up(run, step, "the weights are no longer finite, so they are not saved")
     memory = {"guard": run.watch.guard.state(), "validation_due": validation_due}
-    run.checkpointer.save(run.trainer, step, validation_loss=loss, loop=memory)
-    return stopping or run.watch.stop.is_agreed(run.trainer.place.device), validation_due
+    run.checkpointer.save(run.trainer, step, validation_loss=validation_loss, loop=memory)
 
 
 def _recover(run: Run, step: int, verdict: Verdict) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from megatron_itt.checkpoint.load import load_model_for_inference
+from megatron_itt.data.loader import TrainLoader
 from megatron_itt.log import run_command
 from megatron_itt.train import main
-from megatron_itt.training import loop, validation
+from megatron_itt.training import validation
 from megatron_itt.training.checkpointing import Checkpointer
 from megatron_itt.training.run_lock import claimed
 from tests.helpers.launch import free_port, start_rank
@@ -35,15 +37,15 @@ def read_lines(run_dir: Path, key: str) -> list[dict[str, Any]]:
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the data of these steps of the next run give a loss that is not a number."""
-    original = loop._timed
+    original, indices = TrainLoader.__next__, itertools.count()
 
-    def poisoned(*arguments: Any) -> Iterator[dict[str, torch.Tensor]]:
-        for index, batch in enumerate(original(*arguments)):
-            if index // NUM_MICROBATCHES + 1 in steps:
-                batch = {**batch, "loss_mask": torch.full_like(batch["loss_mask"], torch.nan)}
-            yield batch
+    def poisoned(loader: TrainLoader) -> dict[str, torch.Tensor]:
+        batch = original(loader)
+        if next(indices) // NUM_MICROBATCHES + 1 in steps:
+            batch = {**batch, "loss_mask": torch.full_like(batch["loss_mask"], torch.nan)}
+        return batch
 
-    monkeypatch.setattr(loop, "_timed", poisoned)
+    monkeypatch.setattr(TrainLoader, "__next__", poisoned)
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
