@@ -66,6 +66,29 @@ def observe_steps(
         stop_parallel()
 
 
+def observe_padded_validation(place: ProcessPlace, config: RunConfig) -> float:
+    """Validation loss of fresh weights over a global batch whose rows end in padding, each at another place."""
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.step import validation_loss
+
+    parallel_place = start_parallel(config, place=place)
+    try:
+        trainer = build_trainer(config, parallel_place)
+        batches = _microbatches(trainer, 0)
+        for batch in batches:
+            length = batch["tokens"].shape[1]
+            lengths = length - batch["tokens"][:, 0] % (length // 2)  # as the row says, whichever rank has it
+            padding = torch.arange(length) >= lengths[:, None]
+            batch["tokens"] = batch["tokens"].masked_fill(padding, 0)
+            batch["loss_mask"] = (torch.arange(length) < lengths[:, None] - 1).float()
+        loss = validation_loss(trainer, batches)
+        assert loss is not None
+        return loss
+    finally:
+        stop_parallel()
+
+
 def _microbatches(trainer: Any, step: int) -> list[dict[str, torch.Tensor]]:
     """This rank's share of a step's global batch; the batch itself depends on the step alone."""
     config, place = trainer.config, trainer.place
@@ -138,7 +161,7 @@ def _run_schedule(trainer: Any, step: int, recorder: Any = None, *, forward_only
 
     batches, chunks = _microbatches(trainer, step), trainer.wrapped
     trainer.forward_backward(
-        forward_step_func=_ForwardStep(trainer.place.device, recorder),
+        forward_step_func=_ForwardStep(trainer, recorder),
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 NUM_QUANTILE_INTERVALS = 1024
 NO_COLUMN = -1
+GATES = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
 
 
 def round_up(count: int, granule: int) -> int:
@@ -101,8 +102,10 @@ def router_logits(hidden: Tensor, router: Tensor) -> Tensor:
 
 
 def gate(logits: Tensor, kind: str) -> Tensor:
-    """Weight of a picked token; kind "sigmoid" or "tanh"."""
-    return torch.sigmoid(logits) if kind == "sigmoid" else torch.tanh(logits)
+    """Weight of a picked token; kind is one of `GATES`, else ValueError."""
+    if kind not in GATES:
+        raise ValueError(f"thinking.gate is {kind!r}; use one of {sorted(GATES)}.")
+    return GATES[kind](logits)
 
 
 def count_from_share(share: Tensor, length: Tensor) -> Tensor:
@@ -124,11 +127,14 @@ def pick_topk(logits: Tensor, share: Tensor, real: Tensor) -> Tensor:
 
 
 def pick_topp(logits: Tensor, share: Tensor, real: Tensor) -> Tensor:
-    """The smallest set of highest logits whose softmax over the row's tokens reaches `share`; ties to the earlier."""
-    probability = logits.masked_fill(~real, float("-inf")).softmax(dim=1)
+    """The smallest set of highest logits whose softmax over the row's tokens reaches `share`; ties to the earlier.
+
+    A share of 1 is every token by rule: a sum of probabilities rounds to 1 before its end, and so it may in float64.
+    """
+    probability = logits.double().masked_fill(~real, float("-inf")).softmax(dim=1)
     ordered, index = probability.sort(dim=1, descending=True, stable=True)
     before = torch.nn.functional.pad(ordered.cumsum(dim=1)[:, :-1], (1, 0))
-    first = (before < share[:, None]) & (share > 0)[:, None]
+    first = (before < share[:, None]) & (share > 0)[:, None] | (share >= 1)[:, None]
     return torch.zeros_like(real).scatter(1, index, first) & real
 
 
@@ -148,8 +154,9 @@ def thresholds(logit_quantiles: Tensor, share: Tensor) -> Tensor:
 
 
 def pick_threshold(logits: Tensor, tau: Tensor, real: Tensor) -> Tensor:
-    """Tokens whose logit [b, c] exceeds tau [b]: looks at one token only, hence causal."""
-    return (logits > tau[:, None].to(logits.dtype)) & real
+    """Tokens whose logit [b, c] exceeds tau [b]: looks at one token only, hence causal; -inf picks every token."""
+    bar = tau[:, None].to(logits.dtype)
+    return ((logits > bar) | (bar == float("-inf"))) & real
 
 
 def add_thought(rows: Tensor, thought: Tensor, *, gain: Tensor | None, phi: Tensor | None) -> Tensor:
