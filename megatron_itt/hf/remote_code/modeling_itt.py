@@ -30,7 +30,7 @@ from .arguments_itt import (
     wants_hidden_states,
 )
 from .cache_itt import ITTCache
-from .configuration_itt import ITTConfig
+from .configuration_itt import ITTConfig, complete_thinking
 from .layers_itt import Call, ITTDecoderLayer, ITTLinear, ITTRMSNorm, ITTThinking
 from .memory_itt import document_starts
 from .thinking_itt import NO_COLUMN, Selection
@@ -75,6 +75,8 @@ class ITTPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ITTConfig) -> None:
         super().__init__(config)
+        # A dictionary may have been changed since the config was made; layers read it without another look.
+        config.thinking = complete_thinking(config.thinking, config.num_hidden_layers)
         if config.thinking["kind"] == "itt" and config.thinking["layers"]:
             # transformers 4 knows this only for names of modules; router and gains then load as float32 copies of
             # their stored values, which changes no result.
