@@ -183,7 +183,7 @@ def _bare_step(trainer: Any, batches: Sequence[dict[str, Any]]) -> Any:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     recorder = RoutingRecorder()
-    forward = _ForwardStep(trainer.place.device, recorder)
+    forward = _ForwardStep(trainer, recorder)
     with trainer.built.control.override(recorder=recorder):
         _run_schedule(trainer, iter(batches), trainer.num_microbatches, forward)
     _update(trainer, recorder, gradient_norm(trainer.optimizer), trainer.schedule.num_steps + 1)

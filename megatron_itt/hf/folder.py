@@ -20,10 +20,15 @@ REMOTE_CODE_FILES = (
     "thinking_itt.py",
     "cache_itt.py",
     "memory_itt.py",
+    "arguments_itt.py",
     "layers_itt.py",
     "modeling_itt.py",
 )
-AUTO_MAP = {"AutoConfig": "configuration_itt.ITTConfig", "AutoModelForCausalLM": "modeling_itt.ITTForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_itt.ITTConfig",
+    "AutoModel": "modeling_itt.ITTModel",
+    "AutoModelForCausalLM": "modeling_itt.ITTForCausalLM",
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -68,10 +68,14 @@ def generate_text(folder: str | Path, prompt: str, options: GenerationOptions) -
 
 @torch.no_grad()
 def _count_steps(model: Any, tokenizer: Any, output: torch.Tensor, inputs: Any, budget: dict) -> list[TokenThinking]:
-    """One full pass over the finished text; thresholds look at one token only, so it repeats what decoding did."""
+    """One full pass over the finished text; thresholds look at one token only, so it repeats what decoding did.
+
+    A last token beyond the trained length was generated, but never read.
+    """
     if not hasattr(model.config, "thinking"):
         raise ExportError("--show-thinking was given, but the model is a plain LLaMA that never thinks again.")
-    routing = model(output, output_routing=True, **budget).routing
+    output = output[:, : model.config.max_position_embeddings]
+    routing = model(output, output_routing=True, use_cache=False, **budget).routing
     counts = (
         torch.stack([picked[0].sum(dim=0) for picked in routing]) if routing else output.new_zeros(0, output.shape[1])
     )

@@ -24,7 +24,8 @@ BUDGETS = """
 `thinking_budget` is the share of tokens that think again at each routed step, from 0 (skip the step) to 1 (all).
 It can be given to `forward` and `generate`, as one list or one per row of the batch, or set as
 `model.config.thinking_budget`. A token thinks when its router logit exceeds a threshold read from a table of quantiles
-(`logit_quantiles`): the rule looks at one token only, so decoding with the cache gives the logits of the full pass.
+(`logit_quantiles`): the rule looks at one token only, so decoding with the cache gives the logits of the full pass, up
+to rounding. In bf16 a logit near its threshold may fall on the other side; use float32 where that matters.
 `routing="topk"` picks as in training, over the whole sequence; it looks at later tokens and cannot be cached.
 `output_routing=True` returns who thought, for each thinking layer [batch, routed step, token].
 """

@@ -15,6 +15,7 @@ over ranks by the gather's reduce-scatter.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -135,8 +136,13 @@ class ThinkingLayer(TransformerLayer):
 
     def _pick(self, logits: Tensor, step: int, plan: RoutingPlan) -> Tensor:
         """The tokens that think at this step. logits [s, b] -> positions [k, b], ascending."""
-        count = routing.count_picked(plan.shares[step - 1], logits.shape[0], multiple=self._num_parts)
-        positions = routing.pick_topk(logits.detach(), count)
+        share, compared = plan.shares[step - 1], logits.detach()
+        count = routing.count_picked(share, logits.shape[0], multiple=self._num_parts)
+        if plan.real is not None:
+            compared = routing.fill_with_padding(
+                compared, plan.real, share=share, count=count, multiple=self._num_parts
+            )
+        positions = routing.pick_topk(compared, count)
         if plan.recorder is not None:
             plan.record(self.layer_idx, step, logits, routing.positions_to_mask(positions, logits.shape[0]))
         return positions
@@ -188,11 +194,14 @@ class ThinkingLayer(TransformerLayer):
         logits = self.thinking.logits(hidden, step)  # [p, b]
         whole = self._gather_sequence(logits.detach())  # [s, b]
         if plan.rule == "topp":
-            picked = routing.pick_topp(whole, share)
+            picked = routing.pick_topp(whole if plan.real is None else whole.masked_fill(~plan.real, -math.inf), share)
         else:
+            assert plan.rule == "threshold", f"unknown routing {plan.rule}"
             assert self.thinking.logit_quantiles is not None, "a routed step has its quantiles"
             tau = routing.threshold_for(share, self.thinking.logit_quantiles[step - 1])
             picked = routing.pick_above(whole, tau.to(whole.dtype))
+        if plan.real is not None:
+            picked = picked & plan.real
         plan.record(self.layer_idx, step, whole, picked)
         if self.switches.attend == "selected":
             forbidden = routed_attention.forbid_skipped_keys(picked, kwargs.get("attention_mask"))

@@ -20,14 +20,19 @@ from megatron_itt.model.trace import RoutingRecorder
 SUMMARY_POINTS = 257  # of a long sequence
 
 
-def summarise_sequences(logits: Tensor) -> Tensor:
+def summarise_sequences(logits: Tensor, real: Tensor | None = None) -> Tensor:
     """Points that stand for equal parts of each sequence. logits [s, b] float32 -> [b, m], ascending.
 
-    A short sequence is its own summary. A long one is cut into m parts, each given by its middle: points at the ends of
-    the parts would have a sequence's highest and lowest logit, one token each, count as much as any other part.
+    real bool [s, b]: false on padding, which counts for nothing. A short sequence is its own summary. A long one is cut
+    into m parts, each given by its middle: points at the ends of the parts would have a sequence's highest and lowest
+    logit, one token each, count as much as any other part.
     """
-    ascending = torch.sort(logits, dim=0).values
     seq_length = logits.shape[0]
+    if real is not None:
+        return torch.stack(
+            [_summarise(logits[real[:, row], row], min(seq_length, SUMMARY_POINTS)) for row in range(logits.shape[1])]
+        )
+    ascending = torch.sort(logits, dim=0).values
     if seq_length > SUMMARY_POINTS:
         middles = (torch.arange(SUMMARY_POINTS, device=logits.device) + 0.5) / SUMMARY_POINTS
         # Token i of s covers the levels i/s to (i+1)/s.
@@ -66,9 +71,16 @@ def update_quantiles(
         row.copy_(torch.where(row.any(), torch.lerp(fresh, row, decay), fresh))
 
 
+def _summarise(logits: Tensor, num_points: int) -> Tensor:
+    """The middles of `num_points` equal parts of the tokens of one sequence. [n] -> [m], ascending."""
+    middles = (torch.arange(num_points, device=logits.device) + 0.5) / num_points
+    places = (middles * logits.shape[0] - 0.5).clamp(0, logits.shape[0] - 1)
+    return _values_at(torch.sort(logits).values.unsqueeze(-1), places).squeeze(-1)
+
+
 def _summaries(recorder: RoutingRecorder, layer_idx: int, step: int) -> Tensor | None:
     entries = recorder.of_step(layer_idx, step)
-    return torch.cat([summarise_sequences(entry.logits) for entry in entries]) if entries else None
+    return torch.cat([summarise_sequences(entry.logits, entry.real) for entry in entries]) if entries else None
 
 
 def _values_at(ascending: Tensor, places: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 NUM_QUANTILES = 1025
 
@@ -17,9 +18,11 @@ NUM_QUANTILES = 1025
 def count_picked(share: float, seq_length: int, *, multiple: int = 1) -> int:
     """How many of `seq_length` tokens a share stands for: rounded half up, then to a multiple of `multiple`.
 
-    At least one token (one `multiple`), at most all. Source: paper, section 3.3.
+    At least one token (one `multiple`), at most all; a share of 1 or more is all. Source: paper, section 3.3.
     Ours: `multiple` is the tensor-parallel degree under sequence parallelism, so that every rank gets equal shapes.
     """
+    if share >= 1.0:
+        return seq_length
     count = max(1, math.floor(share * seq_length + 0.5))
     if multiple > 1:
         count = max(1, math.floor(count / multiple + 0.5)) * multiple
@@ -34,14 +37,31 @@ def pick_topk(logits: Tensor, count: int) -> Tensor:
     return torch.sort(_rank(logits)[:count], dim=0).values
 
 
+def fill_with_padding(logits: Tensor, real: Tensor, *, share: float, count: int, multiple: int = 1) -> Tensor:
+    """Logits with which `pick_topk` selects of each sequence the share of its own tokens. [s, b] -> [s, b].
+
+    real bool [s, b] is false on padding, which ends a sequence. Shapes are those of a whole sequence, so the places of
+    `count` that a shorter one leaves free go to its padding (infinite logits): no token sees that, and nothing is made
+    of it. Paper: silent on padding. Ours: padding is never selected and does not count towards k.
+    """
+    lengths = real.sum(dim=0).tolist()
+    free = [count - count_picked(share, length, multiple=multiple) if length else count for length in lengths]
+    padding = ~real
+    fills = padding & (padding.cumsum(dim=0) <= torch.tensor(free, device=logits.device))
+    return logits.masked_fill(padding, -math.inf).masked_fill(fills, math.inf)
+
+
 def pick_topp(logits: Tensor, share: float) -> Tensor:
     """Tokens whose softmax probabilities, taken from the largest down, first reach `share`. [s, b] -> bool [s, b].
 
-    At least one token per sequence; ties go to the earlier token. Source: paper, Table 3 (Router Sampling, Top-P).
+    At least one token per sequence; ties go to the earlier token. A share of 1 or more is every token by rule: a sum of
+    probabilities rounds to 1 before its end, and so it may in float64. Source: paper, Table 3 (Router Sampling, Top-P).
     """
+    if share >= 1.0:
+        return torch.ones_like(logits, dtype=torch.bool)
     order = _rank(logits)
-    ranked = torch.softmax(logits, dim=0).gather(0, order)
-    before = torch.cumsum(ranked, dim=0) - ranked
+    ranked = torch.softmax(logits.double(), dim=0).gather(0, order)
+    before = functional.pad(torch.cumsum(ranked, dim=0)[:-1], (0, 0, 1, 0))
     return torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before < share)
 
 
@@ -59,8 +79,11 @@ def _rank(logits: Tensor) -> Tensor:
 
 
 def pick_above(logits: Tensor, threshold: Tensor) -> Tensor:
-    """Tokens above a threshold [] or [b]: a rule that looks at one token only. [s, b] -> bool [s, b]."""
-    return logits > threshold
+    """Tokens above a threshold [] or [b]: a rule that looks at one token only. [s, b] -> bool [s, b].
+
+    Minus infinity, the threshold of a share of 1, is every token by rule.
+    """
+    return (logits > threshold) | (threshold == -math.inf)
 
 
 def threshold_for(share: float, logit_quantiles: Tensor) -> Tensor:

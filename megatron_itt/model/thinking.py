@@ -10,10 +10,13 @@ from torch import Tensor
 
 from megatron_itt.kernels.increment import scale_rows
 
+GATES = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
+
 
 def gate_scores(logits: Tensor, gate: str) -> Tensor:
     """Weights w of the routed update, float32, same shape. Source: paper, Table 3 (Router Weight Norm)."""
-    return torch.tanh(logits) if gate == "tanh" else torch.sigmoid(logits)
+    assert gate in GATES, f"gate is {gate!r}; the recipe allows {sorted(GATES)}"
+    return GATES[gate](logits)
 
 
 def step_increment(rows: Tensor, weights: Tensor | None, alpha: float, step_encoding: Tensor | None) -> Tensor:

@@ -78,8 +78,10 @@ def _add_records(row: Tensor, recorder: RoutingRecorder, layer_idx: int, step: i
     if not records:
         return
     logits = torch.cat([record.logits for record in records], dim=1).double()  # [s, n]
+    real = torch.cat([record.picked | True if record.real is None else record.real for record in records], dim=1)
+    logits = logits.masked_fill(~real, 0.0)
     picked = torch.cat([record.picked for record in records], dim=1)
-    row[_TOKENS] += logits.numel()
+    row[_TOKENS] += real.sum()
     row[_SUM] += logits.sum()
     row[_SQUARES] += logits.square().sum()
     row[_SEQUENCES] += logits.shape[1]

@@ -65,7 +65,7 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     recorder = RoutingRecorder()
-    forward = _ForwardStep(trainer.place.device, recorder, None if watch is None else watch.pulse)
+    forward = _ForwardStep(trainer, recorder, None if watch is None else watch.pulse)
     if watch is not None:
         watch.pulse.beat("forward and backward", step)
     with trainer.built.control.override(
@@ -129,7 +129,7 @@ def validation_loss(
     """
     for chunk in trainer.wrapped:
         chunk.eval()
-    forward = _ForwardStep(trainer.place.device, None, None if watch is None else watch.pulse)
+    forward = _ForwardStep(trainer, None, None if watch is None else watch.pulse)
     portion = len(batches) if watch is None else trainer.num_microbatches
     total = torch.zeros(2, dtype=torch.float64)
     for begin in range(0, len(batches), portion):
@@ -172,10 +172,9 @@ def _run_schedule(
 class _ForwardStep:
     """megatron-core's forward-step callback: one micro-batch through one model chunk."""
 
-    def __init__(
-        self, device: torch.device, recorder: RoutingRecorder | None = None, pulse: Pulse | None = None
-    ) -> None:
-        self.device = device
+    def __init__(self, trainer: Trainer, recorder: RoutingRecorder | None = None, pulse: Pulse | None = None) -> None:
+        self.device = trainer.place.device
+        self.control = trainer.built.control
         self.recorder = recorder
         self.pulse = pulse
         self.calls: dict[int, int] = {}
@@ -183,12 +182,31 @@ class _ForwardStep:
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
         if self.pulse is not None:
             self.pulse.beat(self.pulse.phase)
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in next(data_iterator).items()}
+        gathered = next(data_iterator)
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in gathered.items()}
+        real = find_padding(gathered["loss_mask"])
+        self.control.real = None if real is None else real.to(self.device)
         if self.recorder is not None:
             self.recorder.microbatch = self.calls.get(id(model), 0)
             self.calls[id(model)] = self.recorder.microbatch + 1
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return output, partial(_reduce_loss, batch["loss_mask"])
+
+
+def find_padding(loss_mask: Tensor) -> Tensor | None:
+    """Which tokens are no padding, from loss_mask [b, s] -> bool [s, b]; None where all are, or where the GPU knows.
+
+    Padding ends a sample and has no loss; nor has the token before it, which has no next one. A row without any loss
+    only fills up a batch. A batch that is on a GPU already (`data.loader: dali`) is one of training, whose samples are
+    whole: to look at it would make the host wait.
+    """
+    if loss_mask.device.type != "cpu":
+        return None
+    counts = loss_mask > 0
+    real = counts.clone()
+    real[:, 1:] |= counts[:, :-1]
+    real |= ~counts.any(dim=1, keepdim=True)
+    return None if bool(real.all()) else real.t().contiguous()
 
 
 def _reduce_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -74,8 +74,8 @@ def pick(scores: Sequence[float], share: float, rule: str, quantiles: Sequence[f
     """Positions that think: `scores` are one sequence's router logits, `share` is rho of the step.
 
     topk: the k = max(1, floor(rho s + 1/2)) largest. topp: the largest ones until their softmax adds up to rho.
-    threshold: all above the quantile 1 - rho of the table. none: all. Ties go to the earlier token. A share of 0 is a
-    step that nobody takes, under every rule that picks.
+    threshold: all above the quantile 1 - rho of the table. none: all. Ties go to the earlier token. Under every rule
+    that picks a share of 0 is a step that nobody takes, and a share of 1 or more one that all take.
     """
     positions = list(range(len(scores)))
     best_first = sorted(positions, key=lambda position: (-scores[position], position))
@@ -83,6 +83,8 @@ def pick(scores: Sequence[float], share: float, rule: str, quantiles: Sequence[f
         return positions
     if share == 0:
         return []
+    if share >= 1:
+        return positions
     if rule == "topk":
         return sorted(best_first[: max(1, math.floor(share * len(scores) + 0.5))])
     if rule == "threshold":
@@ -155,7 +157,10 @@ def _skip(row: Array, gate: float, phi: Array, thinking: Any) -> Array:
 
 
 def _gate(logit: float, kind: str) -> float:
-    return math.tanh(logit) if kind == "tanh" else 1 / (1 + math.exp(-logit))
+    if kind == "tanh":
+        return math.tanh(logit)
+    assert kind == "sigmoid", f"unknown gate {kind}"
+    return 1 / (1 + math.exp(-logit))
 
 
 def _alpha(alpha: float | Sequence[float], step: int) -> float:

@@ -80,6 +80,29 @@ def observe_steps(
         stop_parallel()
 
 
+def observe_padded_validation(place: ProcessPlace, config: RunConfig) -> float:
+    """Validation loss of fresh weights over a global batch whose rows end in padding, each at another place."""
+    from megatron_itt.parallel.groups import start_parallel, stop_parallel
+    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.step import validation_loss
+
+    parallel_place = start_parallel(config, place=place)
+    try:
+        trainer = build_trainer(config, parallel_place)
+        batches = _microbatches(trainer, 0)
+        for batch in batches:
+            length = batch["tokens"].shape[1]
+            lengths = length - batch["tokens"][:, 0] % (length // 2)  # as the row says, whichever rank has it
+            padding = torch.arange(length) >= lengths[:, None]
+            batch["tokens"] = batch["tokens"].masked_fill(padding, 0)
+            batch["loss_mask"] = (torch.arange(length) < lengths[:, None] - 1).float()
+        loss = validation_loss(trainer, batches)
+        assert loss is not None
+        return loss
+    finally:
+        stop_parallel()
+
+
 def global_batch(config: RunConfig, step: int) -> torch.Tensor:
     """Token ids of a step, [global batch, seq_length + 1]; they depend on the step alone."""
     shape = (config.batch.global_size, config.model.seq_length + 1)
@@ -160,7 +183,7 @@ def _run_schedule(trainer: Any, step: int, recorder: Any = None, *, forward_only
 
     batches, chunks = _microbatches(trainer, step), trainer.wrapped
     trainer.forward_backward(
-        forward_step_func=_ForwardStep(trainer.place.device, recorder),
+        forward_step_func=_ForwardStep(trainer, recorder),
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),

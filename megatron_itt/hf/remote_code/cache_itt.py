@@ -10,6 +10,7 @@ Rows of a batch grow at their own pace, so each store keeps its own length per r
 
 Shape legend: b rows, g key/value heads, d head size, n selected tokens of the batch, k most selected in a row,
 P places in a store, T thinking steps. A column is a token's place in its row, padding included, over all calls.
+Where several documents are packed into a row, a token sees those columns only that its own document has.
 """
 
 from __future__ import annotations
@@ -39,14 +40,19 @@ class Keys(NamedTuple):
     lengths: list[int] | None = None
 
 
-def visible(key_columns: Tensor, query_columns: Tensor, live: Tensor | None = None) -> Tensor:
+def visible(
+    key_columns: Tensor, query_columns: Tensor, live: Tensor | None = None, starts: Tensor | None = None
+) -> Tensor:
     """mask [b, 1, k, P]: keys at or before the query's column, and `live` [b, P] if given.
 
+    starts [b, k]: the column where each query's document begins; None where all of a row is one document.
     Unused places have key column NO_COLUMN. Unused query places (NO_COLUMN) attend to everything: their result is
     thrown away and must only stay finite, for the sake of its gradient.
     """
     usable = key_columns >= 0 if live is None else (key_columns >= 0) & live
     mask = (key_columns[:, None, :] <= query_columns[:, :, None]) & usable[:, None, :]
+    if starts is not None:
+        mask = mask & (key_columns[:, None, :] >= starts[:, :, None])
     return (mask | (query_columns < 0)[:, :, None])[:, None]
 
 
@@ -131,8 +137,8 @@ class SlotStore:
         live = self._tensors()[3]
         live[step:, tokens.row, place] = False
 
-    def read(self, query_columns: Tensor, *, step: int = 1, newest: bool = False) -> Keys:
-        """What queries at query_columns [b, k] see at the reading step `step` (1-based).
+    def read(self, query_columns: Tensor, starts: Tensor | None = None, *, step: int = 1, newest: bool = False) -> Keys:
+        """What queries at query_columns [b, k] see at the reading step `step` (1-based); starts as in `visible`.
 
         newest: each row has one query at most, its last column so far, so that every entry lies at or before it.
         """
@@ -140,8 +146,10 @@ class SlotStore:
         used = slice(0, max(1, self.max_length))
         k, v, live = keys[:, :, used], values[:, :, used], live[step - 1, :, used]
         if not newest:
-            return Keys(k, v, visible(columns[:, used], query_columns, live))
-        if self.even and self.num_read_steps == 1:
+            return Keys(k, v, visible(columns[:, used], query_columns, live, starts))
+        if starts is not None:
+            live = live & (columns[:, used] >= starts)
+        elif self.even and self.num_read_steps == 1:
             return Keys(k, v, None, lengths=self.lengths)
         return Keys(k, v, live[:, None, None], lengths=self.lengths)
 
@@ -205,19 +213,33 @@ class LayerCache:
 
 
 class ITTCache(Cache):
-    """Keys and values of a whole model for cached decoding; `generate` makes one by itself."""
+    """Keys and values of a whole model for cached decoding; `forward` and `generate` make one by themselves.
+
+    tokens [2, b, columns]: of every token so far its position (NO_COLUMN for padding) and the column where its document
+    begins.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self.layers: list[Any] = [LayerCache() for _ in range(num_layers)]
-        self.num_columns = 0
-        self.num_real: Tensor | None = None
+        self.tokens: Tensor | None = None
         self.offloading = False
 
-    def record_call(self, real: Tensor) -> None:
-        """Count one call's tokens; real [b, c] is false on padding."""
-        counted = real.sum(dim=1)
-        self.num_real = counted if self.num_real is None else self.num_real + counted
-        self.num_columns += real.shape[1]
+    @property
+    def num_columns(self) -> int:
+        """Columns seen so far, padding included."""
+        return 0 if self.tokens is None else self.tokens.shape[2]
+
+    def record_call(self, positions: Tensor, starts: Tensor, real: Tensor) -> None:
+        """Remember one call's tokens: position and start of the document of each [b, c]; real is false on padding."""
+        called = torch.stack((positions.masked_fill(~real, NO_COLUMN), starts.expand_as(positions)))
+        self.tokens = called if self.tokens is None else torch.cat((self.tokens, called), dim=2)
+
+    def last_tokens(self) -> tuple[Tensor, Tensor]:
+        """Position of each row's last token (NO_COLUMN: none so far) and the column where its document begins, [b]."""
+        assert self.tokens is not None, "record_call comes first"
+        positions, starts = self.tokens
+        last = positions.shape[1] - 1 - (positions >= 0).flip(1).int().argmax(dim=1, keepdim=True)
+        return positions.gather(1, last)[:, 0], starts.gather(1, last)[:, 0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, padding included."""
@@ -252,8 +274,8 @@ class ITTCache(Cache):
     def _select_rows(self, rows: Tensor) -> None:
         for store in self._stores():
             store.select_rows(rows)
-        if self.num_real is not None:
-            self.num_real = self.num_real.index_select(0, rows.to(self.num_real.device))
+        if self.tokens is not None:
+            self.tokens = self.tokens.index_select(1, rows.to(self.tokens.device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row r becomes the former row beam_idx[r]."""
@@ -265,8 +287,8 @@ class ITTCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
-        if self.num_real is not None:
-            rows = torch.arange(self.num_real.shape[0], device=self.num_real.device)
+        if self.tokens is not None:
+            rows = torch.arange(self.batch_size, device=self.tokens.device)
             self._select_rows(rows.repeat_interleave(repeats))
 
     def crop(self, length: int) -> None:
@@ -279,15 +301,13 @@ class ITTCache(Cache):
             return
         for store in self._stores():
             store.crop(kept)
-        self.num_columns = kept
-        assert self.num_real is not None, "there are columns"
-        self.num_real = torch.tensor(self.layers[0].store("base").lengths, device=self.num_real.device)
+        assert self.tokens is not None, "there are columns"
+        self.tokens = self.tokens[:, :, :kept]
 
     def reset(self) -> None:
         """Forget everything."""
         self.layers = [LayerCache() for _ in self.layers]
-        self.num_columns = 0
-        self.num_real = None
+        self.tokens = None
 
     def activate_past_recording(self) -> None:
         """Nothing to do: cropping never loses an earlier token."""
@@ -302,7 +322,7 @@ class ITTCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.num_real is None else self.num_real.shape[0]
+        return -1 if self.tokens is None else self.tokens.shape[1]
 
     @property
     def max_batch_size(self) -> int:

@@ -59,14 +59,17 @@ from .thinking_itt import (
 class Call:
     """What every layer of one forward call shares.
 
-    cos, sin [b, c, d]; real [b, c] (false = padding) or None without padding; columns [b, c]; shares [b, T-1];
-    granule: see `Selection`.
+    cos, sin [b, c, d]; positions, columns [b, c]; real [b, c] (false = padding) or None without padding; starts [b, c]:
+    the column where each token's document begins, or None without packed documents; shares [b, T-1]; granule: see
+    `Selection`.
     """
 
     cos: Tensor
     sin: Tensor
     real: Tensor | None
+    positions: Tensor
     columns: Tensor
+    starts: Tensor | None
     everyone: Selection
     everyone_real: Selection
     shares: Tensor
@@ -254,11 +257,16 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         self, hidden: Tensor, call: Call, past_key_values: ITTCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden [b, c, h] -> the layer's result [b, c, h] and, if it thinks, who was picked [b, T-1, c]."""
-        memory: DenseMemory | CachedMemory = DenseMemory(call.real, call.columns)
+        memory: DenseMemory | CachedMemory = DenseMemory(call.real, call.columns, call.starts)
         if past_key_values is not None:
             layer_cache = past_key_values.layers[self.layer_idx]
             memory = CachedMemory(
-                layer_cache, call.columns, self.num_steps, everyone_real=call.everyone_real, real=call.real
+                layer_cache,
+                call.columns,
+                call.starts,
+                num_steps=self.num_steps,
+                everyone_real=call.everyone_real,
+                real=call.real,
             )
         everyone = call.everyone
         keys = memory.exchange(0, everyone, *self._keys_values(hidden, everyone, call), everyone)

@@ -17,16 +17,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
+from .arguments_itt import (
+    check_cache_position,
+    check_generated_length,
+    num_cached,
+    resolve_budget,
+    resolve_cache,
+    resolve_routing,
+    unpadded_tokens,
+    wants_hidden_states,
+)
 from .cache_itt import ITTCache
-from .configuration_itt import ITTConfig
+from .configuration_itt import ITTConfig, complete_thinking
 from .layers_itt import Call, ITTDecoderLayer, ITTLinear, ITTRMSNorm, ITTThinking
-from .memory_itt import DenseMemory as DenseMemory  # transformers 4 copies those files only that this one imports
-from .thinking_itt import Selection
+from .memory_itt import document_starts
+from .thinking_itt import NO_COLUMN, Selection
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 STEADY_GRANULE = 32
-CALL_ROUTINGS = ("threshold", "topk", "topp")
+LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 @dataclass
@@ -64,6 +75,8 @@ class ITTPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ITTConfig) -> None:
         super().__init__(config)
+        # A dictionary may have been changed since the config was made; layers read it without another look.
+        config.thinking = complete_thinking(config.thinking, config.num_hidden_layers)
         if config.thinking["kind"] == "itt" and config.thinking["layers"]:
             # transformers 4 knows this only for names of modules; router and gains then load as float32 copies of
             # their stored values, which changes no result.
@@ -89,6 +102,7 @@ class ITTModel(ITTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -96,21 +110,28 @@ class ITTModel(ITTPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: ITTCache | None = None,
         inputs_embeds: Tensor | None = None,
-        *,
         use_cache: bool | None = None,
+        *,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         thinking_budget: Any = None,
         routing: str | None = None,
         output_routing: bool = False,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> ITTModelOutputWithPast:
         """As `ITTForCausalLM.forward`, without the head."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        wants_states = wants_hidden_states(self.config, output_hidden_states, output_attentions, kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._resolve_cache(past_key_values, use_cache)
-        routing = self._resolve_routing(routing, cache)
-        shares = self._resolve_budget(thinking_budget, routing, hidden, cache)
+        cache, use_cache = resolve_cache(self, past_key_values, use_cache, hidden.shape[0])
+        check_cache_position(cache_position, cache, hidden.shape[1])
+        routing = resolve_routing(self, routing, cache)
+        shares = resolve_budget(self.config, thinking_budget, routing, hidden.shape[0])
+        if routing == "threshold" and not num_cached(cache) and bool(((shares > 0) & (shares < 1)).any()):
+            self._require_quantiles()
+        shares = shares.to(hidden.device)
         call = self._describe_call(hidden, attention_mask, position_ids, cache, shares=shares, routing=routing)
         states: list[Tensor] = []
         picks: list[Tensor] = []
@@ -121,63 +142,14 @@ class ITTModel(ITTPreTrainedModel):
                 picks.append(picked)
         hidden = self.norm(hidden)
         if cache is not None:
-            cache.record_call(call.everyone_real.mask)
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            starts = torch.zeros_like(call.columns) if call.starts is None else call.starts
+            cache.record_call(call.positions, starts, call.everyone_real.mask)
         return ITTModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache,
+            past_key_values=cache if use_cache else None,
             hidden_states=(*states, hidden) if wants_states else None,
             routing=tuple(picks) if output_routing else None,
         )
-
-    def _resolve_cache(self, past_key_values: ITTCache | None, use_cache: bool | None) -> ITTCache | None:
-        """The cache to read and extend: made when use_cache is true, kept when one is given."""
-        if past_key_values is not None and not isinstance(past_key_values, ITTCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; this model needs its own ITTCache, which "
-                "generate() and use_cache=True make by themselves."
-            )
-        use_cache = past_key_values is not None if use_cache is None else use_cache
-        if not use_cache or (self.gradient_checkpointing and self.training):
-            return None
-        return ITTCache(len(self.layers)) if past_key_values is None else past_key_values
-
-    def _resolve_routing(self, routing: str | None, cache: ITTCache | None) -> str:
-        """The rule of this call: the argument, else the trained rule while training, else threshold."""
-        thinking = self.config.thinking
-        routed = thinking["kind"] == "itt" and thinking["routing"] != "none" and thinking["capacity"]
-        if routing is not None and routing not in CALL_ROUTINGS:
-            raise ValueError(f"routing is {routing!r}; use one of {list(CALL_ROUTINGS)}.")
-        if not routed:
-            return "none"
-        routing = routing or (thinking["routing"] if self.training else "threshold")
-        if routing != "threshold" and cache is not None and cache.num_columns > 0:
-            raise ValueError(
-                f"routing={routing} compares tokens of a whole sequence, so it cannot continue from a cache; use "
-                "routing='threshold' or use_cache=False."
-            )
-        return routing
-
-    def _resolve_budget(self, budget: Any, routing: str, hidden: Tensor, cache: ITTCache | None) -> Tensor:
-        """Shares [b, T-1] float64 on the model's device, from a list, a list per row, or the model's default."""
-        thinking = self.config.thinking
-        if budget is not None and routing == "none":
-            raise ValueError("thinking_budget was given, but this model has no router that could follow it.")
-        if budget is None:
-            budget = self.config.thinking_budget or thinking["capacity"]
-        shares = torch.as_tensor(budget, dtype=torch.float64)
-        batch, num_routed = hidden.shape[0], self.config.num_routed_steps
-        if shares.shape not in ((num_routed,), (batch, num_routed)):
-            raise ValueError(
-                f"thinking_budget has shape {list(shares.shape)}; give {num_routed} shares, or {batch} rows of "
-                f"{num_routed}, one share per routed step."
-            )
-        if not bool(((shares >= 0) & (shares <= 1)).all()):
-            raise ValueError(f"thinking_budget is {shares.tolist()}; each share of tokens must be in [0, 1].")
-        starts = cache is None or cache.num_columns == 0
-        if starts and routing == "threshold" and bool(((shares > 0) & (shares < 1)).any()):
-            self._require_quantiles()
-        return shares.to(hidden.device).expand(batch, num_routed)
 
     def _require_quantiles(self) -> None:
         """ValueError if a thinking layer has no table of router logits."""
@@ -199,16 +171,23 @@ class ITTModel(ITTPreTrainedModel):
         shares: Tensor,
         routing: str,
     ) -> Call:
-        """Work out padding, columns and positions of this call's tokens."""
+        """Work out padding, columns, positions and documents of this call's tokens."""
         batch, width = hidden.shape[:2]
-        past = 0 if cache is None else cache.num_columns
-        real = self._real_tokens(attention_mask, batch, width, past)
+        past = num_cached(cache)
+        real = unpadded_tokens(attention_mask, batch, width, cache)
         everything = torch.ones((batch, width), dtype=torch.bool, device=hidden.device)
+        columns = torch.arange(past, past + width, device=hidden.device).expand(batch, width)
+        none_before = columns.new_full((batch,), NO_COLUMN), columns.new_zeros(batch)
+        last = none_before if cache is None or past == 0 else cache.last_tokens()
         if position_ids is None:
-            seen = None if cache is None else cache.num_real
-            position_ids = ((everything if real is None else real).cumsum(dim=1) - 1).clamp(min=0)
-            position_ids = position_ids if seen is None else position_ids + seen[:, None]
-        position_ids = position_ids.expand(batch, width)
+            counted = (everything if real is None else real).cumsum(dim=1) - 1
+            position_ids = counted.clamp(min=0) + (last[0] + 1)[:, None]
+            starts = last[1][:, None].expand(batch, width) if bool(last[1].any()) else None
+        else:
+            position_ids = position_ids.expand(batch, width)
+            tokens = everything if real is None else real
+            jumps = attention_mask is None and past == 0
+            starts = document_starts(position_ids, tokens, columns, last, jumps=jumps)
         if width and int(position_ids.max()) >= self.config.max_position_embeddings:
             raise ValueError(
                 f"a sequence reaches position {int(position_ids.max())}, but the model was trained for "
@@ -220,26 +199,15 @@ class ITTModel(ITTPreTrainedModel):
             cos=cos,
             sin=sin,
             real=real,
-            columns=torch.arange(past, past + width, device=hidden.device).expand(batch, width),
+            positions=position_ids,
+            columns=columns,
+            starts=starts,
             everyone=everyone,
             everyone_real=everyone if real is None else Selection.from_mask(real),
             shares=shares,
             routing=routing,
-            granule=1 if self.training or cache is not None else STEADY_GRANULE,
+            granule=1 if self.training or past else STEADY_GRANULE,
         )
-
-    @staticmethod
-    def _real_tokens(attention_mask: Tensor | None, batch: int, width: int, past: int) -> Tensor | None:
-        """[b, c] true where a token of this call is no padding, or None if all are."""
-        if attention_mask is None:
-            return None
-        if attention_mask.shape not in ((batch, width), (batch, past + width)):
-            raise ValueError(
-                f"attention_mask has shape {list(attention_mask.shape)}; give [{batch}, {past + width}] with 1 for "
-                "tokens and 0 for padding."
-            )
-        real = attention_mask[:, -width:] != 0
-        return None if bool(real.all()) else real
 
 
 class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
@@ -254,6 +222,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         self.lm_head = ITTLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -263,21 +232,25 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         thinking_budget: Any = None,
         routing: str | None = None,
         output_routing: bool = False,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
-    ) -> ITTCausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [b, c, vocab] of input_ids [b, c].
+    ) -> ITTCausalLMOutputWithPast:
+        """Logits [b, c, vocab] of input_ids [b, c]; what is left out is read from the config, as in LLaMA.
 
         thinking_budget: T-1 shares of tokens in [0, 1] (0 skips the step), or one such list per row; default: the
         config's. routing: "threshold" (default; causal, cacheable), "topk" or "topp" (as in training; they look at
         the whole sequence). output_routing: also return who thought, per thinking layer [b, T-1, c].
-        attention_mask [b, past + c] with 0 for padding, left or right. ValueError for anything that cannot work.
+        attention_mask [b, past + c] with 0 for padding, left or right. position_ids [b, c] that start anew separate
+        documents: none sees another. ValueError for anything that cannot work, unknown arguments included.
         """
+        for_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -286,24 +259,27 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             thinking_budget=thinking_budget,
             routing=routing,
             output_routing=output_routing,
+            cache_position=cache_position,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         last = outputs.last_hidden_state[:, kept]
         logits = self.lm_head(last.flatten(0, 1)).unflatten(0, last.shape[:2])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        result = ITTCausalLMOutputWithPast(
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
+        return ITTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             routing=outputs.routing,
         )
-        return result.to_tuple() if return_dict is False else result
 
     def generate(self, *args: Any, thinking_budget: Any = None, **kwargs: Any) -> Any:
         """As in transformers, with `thinking_budget` as in `forward`."""
@@ -314,8 +290,15 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
     ) -> None:
+        check_generated_length(self.config, model_kwargs, max_cache_length)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; leave it unset, this model makes "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 NUM_QUANTILE_INTERVALS = 1024
 NO_COLUMN = -1
+GATES = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
 
 
 def round_up(count: int, granule: int) -> int:
@@ -101,8 +102,10 @@ def router_logits(hidden: Tensor, router: Tensor) -> Tensor:
 
 
 def gate(logits: Tensor, kind: str) -> Tensor:
-    """Weight of a picked token; kind "sigmoid" or "tanh"."""
-    return torch.sigmoid(logits) if kind == "sigmoid" else torch.tanh(logits)
+    """Weight of a picked token; kind is one of `GATES`, else ValueError."""
+    if kind not in GATES:
+        raise ValueError(f"thinking.gate is {kind!r}; use one of {sorted(GATES)}.")
+    return GATES[kind](logits)
 
 
 def count_from_share(share: Tensor, length: Tensor) -> Tensor:
@@ -111,24 +114,40 @@ def count_from_share(share: Tensor, length: Tensor) -> Tensor:
     return torch.where(share > 0, torch.minimum(count, length), torch.zeros_like(count))
 
 
+def order_by_logits(logits: Tensor, real: Tensor) -> Tensor:
+    """Places of each row from the highest logit down, padding last; ties to the earlier token. [b, c] -> [b, c].
+
+    Logits are compared on a grid, 2^-16 of the row's largest magnitude (2^-40 in float64), as in training: tokens with
+    equal states differ by rounding alone.
+    """
+    largest = logits.abs().masked_fill(~real, 0.0).amax(dim=1, keepdim=True)
+    bits = 40 if logits.dtype == torch.float64 else 16
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - bits)
+    compared = torch.round(logits / unit).masked_fill(~real, float("-inf"))
+    return compared.sort(dim=1, descending=True, stable=True).indices
+
+
 def pick_topk(logits: Tensor, share: Tensor, real: Tensor) -> Tensor:
     """The `share` [b] of highest logits [b, c] in each row, ties to the earlier token -> mask [b, c].
 
     Paper: silent on padding. Ours: padding (`real` false) is never picked and does not count towards k.
     Source: paper, adaptive token routing.
     """
-    ordered = logits.masked_fill(~real, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+    ordered = order_by_logits(logits, real)
     count = count_from_share(share, real.sum(dim=1))
     first = torch.arange(logits.shape[1], device=logits.device) < count[:, None]
     return torch.zeros_like(real).scatter(1, ordered, first) & real
 
 
 def pick_topp(logits: Tensor, share: Tensor, real: Tensor) -> Tensor:
-    """The smallest set of highest logits whose softmax over the row's tokens reaches `share`; ties to the earlier."""
-    probability = logits.masked_fill(~real, float("-inf")).softmax(dim=1)
-    ordered, index = probability.sort(dim=1, descending=True, stable=True)
-    before = torch.nn.functional.pad(ordered.cumsum(dim=1)[:, :-1], (1, 0))
-    first = (before < share[:, None]) & (share > 0)[:, None]
+    """The smallest set of highest logits whose softmax over the row's tokens reaches `share`; ties to the earlier.
+
+    A share of 1 is every token by rule: a sum of probabilities rounds to 1 before its end, and so it may in float64.
+    """
+    probability = logits.double().masked_fill(~real, float("-inf")).softmax(dim=1)
+    index = order_by_logits(logits, real)
+    before = torch.nn.functional.pad(probability.gather(1, index).cumsum(dim=1)[:, :-1], (1, 0))
+    first = (before < share[:, None]) & (share > 0)[:, None] | (share >= 1)[:, None]
     return torch.zeros_like(real).scatter(1, index, first) & real
 
 
@@ -148,8 +167,9 @@ def thresholds(logit_quantiles: Tensor, share: Tensor) -> Tensor:
 
 
 def pick_threshold(logits: Tensor, tau: Tensor, real: Tensor) -> Tensor:
-    """Tokens whose logit [b, c] exceeds tau [b]: looks at one token only, hence causal."""
-    return (logits > tau[:, None].to(logits.dtype)) & real
+    """Tokens whose logit [b, c] exceeds tau [b]: looks at one token only, hence causal; -inf picks every token."""
+    bar = tau[:, None].to(logits.dtype)
+    return ((logits > bar) | (bar == float("-inf"))) & real
 
 
 def add_thought(rows: Tensor, thought: Tensor, *, gain: Tensor | None, phi: Tensor | None) -> Tensor:

@@ -15,8 +15,10 @@ import torch
 
 from megatron_itt.data.datasets import build_datasets, data_fingerprint, prebuild_index
 from megatron_itt.data.indexed import read_index
+from megatron_itt.data.loader import gather
 from megatron_itt.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.training.step import find_padding
 from tests.unit.data.conftest import make_texts
 
 ROOT = Path(__file__).parents[3]
@@ -68,6 +70,23 @@ def test_validation_weighs_every_held_out_token_but_the_first(domains: Any, make
         dataset = datasets.validation[domain.name]
         weighed = sum(float(dataset[idx]["loss_mask"].sum()) for idx in range(len(dataset)))  # type: ignore[arg-type]
         assert weighed == domain.validation_tokens - 1
+
+
+def test_training_samples_are_whole_and_a_last_validation_sample_says_where_it_ends(
+    domains: Any, make_config: Any, tokenizer: Any
+) -> None:
+    datasets = build_datasets(make_config(domains), tokenizer=tokenizer)
+    train = gather(datasets.train, range(len(datasets.train)))  # type: ignore[arg-type]
+    assert find_padding(train["loss_mask"]) is None
+    for domain in datasets.blend.domains:
+        dataset: Any = datasets.validation[domain.name]
+        samples = gather(dataset, [*range(len(dataset)), None])
+        real = find_padding(samples["loss_mask"])
+        assert real is not None
+        length = datasets.blend.sequence_length
+        last = domain.validation_tokens - (len(dataset) - 1) * length
+        # Samples are shuffled; the one that fills up counts as whole.
+        assert sorted(real.sum(dim=0).tolist()) == [last] + [length] * len(dataset)
 
 
 def test_validation_is_the_same_for_other_seeds_and_lengths_of_run(

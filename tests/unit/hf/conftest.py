@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
@@ -54,6 +54,24 @@ def build() -> Callable[..., ITTForCausalLM]:
         model = ITTForCausalLM(ITTConfig(**shape, tie_word_embeddings=tied, thinking=thinking)).eval()
         _awaken(model)
         return model.to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def llama_like() -> Callable[[ITTForCausalLM], LlamaForCausalLM]:
+    """A function that gives transformers' LLaMA of the same weights, thinking left out."""
+
+    def make(model: ITTForCausalLM) -> LlamaForCausalLM:
+        config = model.config
+        shape = {key: getattr(config, key) for key in SHAPE}
+        llama_config = LlamaConfig(
+            **shape, rms_norm_eps=config.rms_norm_eps, tie_word_embeddings=config.tie_word_embeddings
+        )
+        llama = LlamaForCausalLM(llama_config).eval().to(model.dtype)
+        plain = {name: tensor for name, tensor in model.state_dict().items() if ".thinking." not in name}
+        llama.load_state_dict(plain, strict=True)
+        return llama
 
     return make
 

@@ -203,7 +203,7 @@ def test_an_exported_folder_is_complete_and_continues_text(
     assert all(1 <= sum(token.steps) <= 2 and len(token.steps) == 1 for token in generated.thinking)
     assert generated.text == generate_text(output, "def f", options).text
     for bad, message in (
-        (GenerationOptions(budget=[0.5]), "thinking_budget"),
+        (GenerationOptions(budget=[0.5], max_new_tokens=5), "thinking_budget"),
         (GenerationOptions(max_new_tokens=0), ""),
     ):
         with pytest.raises(ExportError, match=message):

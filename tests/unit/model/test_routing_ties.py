@@ -5,16 +5,36 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_itt.hf.remote_code import thinking_itt
 from megatron_itt.model.routing import pick_topk, pick_topp, positions_to_mask
 
-SEQ_LENGTH = 256
+SEQ_LENGTH, NUM_SELECTED, SHARE = 256, 65, 0.4567
 
 
+def _select_as_trained(rule: str, logits: torch.Tensor) -> torch.Tensor:
+    if rule == "topk":
+        return positions_to_mask(pick_topk(logits, NUM_SELECTED), SEQ_LENGTH)
+    return pick_topp(logits, SHARE)
+
+
+def _select_as_exported(rule: str, logits: torch.Tensor) -> torch.Tensor:
+    """Rows of the batch come first there; the last column is padding."""
+    padded = torch.nn.functional.pad(logits.t(), (0, 1), value=1e9)
+    real = torch.arange(SEQ_LENGTH + 1).expand(padded.shape) < SEQ_LENGTH
+    share = torch.full((padded.shape[0],), NUM_SELECTED / SEQ_LENGTH if rule == "topk" else SHARE)
+    pick = thinking_itt.pick_topk if rule == "topk" else thinking_itt.pick_topp
+    return pick(padded, share, real)[:, :SEQ_LENGTH].t()
+
+
+SELECT = {"trained": _select_as_trained, "exported": _select_as_exported}
+
+
+@pytest.mark.parametrize("select", ["trained", "exported"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("rule", ["topk", "topp"])
 def test_equal_tokens_are_selected_by_position_in_spite_of_rounding(
-    rule: str, scale: float, dtype: torch.dtype
+    rule: str, scale: float, dtype: torch.dtype, select: str
 ) -> None:
     """Every logit occurs twice, as in two documents of the same text; another layout adds other rounding errors."""
     generator = torch.Generator().manual_seed(0)
@@ -22,18 +42,12 @@ def test_equal_tokens_are_selected_by_position_in_spite_of_rounding(
     exact = torch.cat([once, once])
     error = torch.finfo(dtype).eps * exact.abs().amax(dim=0)
     layouts = [exact + error * (torch.rand(exact.shape, generator=generator, dtype=exact.dtype) - 0.5) for _ in (0, 1)]
-    first, second = (_select(rule, logits.to(dtype)) for logits in layouts)
+    first, second = (SELECT[select](rule, logits.to(dtype)) for logits in layouts)
     differing = (first != second).any(dim=0).double().mean()
     assert differing <= 0.05  # of 64 sequences; a comparison of every bit makes it a third and more
     # Of two equal tokens, never the later one alone.
     later_alone = (first[SEQ_LENGTH // 2 :] & ~first[: SEQ_LENGTH // 2]).any(dim=0).double().mean()
     assert later_alone <= 0.05
-
-
-def _select(rule: str, logits: torch.Tensor) -> torch.Tensor:
-    if rule == "topk":
-        return positions_to_mask(pick_topk(logits, SEQ_LENGTH // 4 + 1), SEQ_LENGTH)
-    return pick_topp(logits, 0.4567)
 
 
 def test_tokens_that_differ_are_selected_by_their_logits() -> None:

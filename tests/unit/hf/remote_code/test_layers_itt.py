@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_itt.hf.remote_code import modeling_itt
 from megatron_itt.hf.weight_map import hf_to_megatron
@@ -82,53 +81,34 @@ def test_a_budget_replaces_the_trained_shares(
     assert torch.allclose(logits[0], torch.from_numpy(expected["logits"]), rtol=0, atol=1e-10)
 
 
-def _llama_like(model: torch.nn.Module) -> LlamaForCausalLM:
-    """transformers' LLaMA with the same weights."""
-    config = model.config
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-    ).eval()
-    plain = {name: tensor for name, tensor in model.state_dict().items() if ".thinking." not in name}
-    llama.load_state_dict(plain, strict=True)
-    return llama
-
-
 @pytest.mark.parametrize("keys", [{"kind": "none"}, {"kind": "none", "num_key_value_heads": 4}], ids=str)
-def test_a_model_that_never_thinks_again_is_transformers_llama_bit_for_bit(keys: dict, build: Callable) -> None:
+def test_a_model_that_never_thinks_again_is_transformers_llama_bit_for_bit(
+    keys: dict, build: Callable, llama_like: Callable
+) -> None:
     model = build(dtype=torch.float32, **keys)
     tokens = torch.randint(0, 61, (2, 40))
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, _llama_like(model)(tokens).logits)
+        assert torch.equal(model(tokens).logits, llama_like(model)(tokens).logits)
 
 
-def test_one_thinking_step_with_gain_one_is_llama_bit_for_bit(build: Callable) -> None:
+def test_one_thinking_step_with_gain_one_is_llama_bit_for_bit(build: Callable, llama_like: Callable) -> None:
     model = build(dtype=torch.float32, capacity=[], alpha=[])
     with torch.no_grad():
         for layer_idx in (0, 2):
             model.model.layers[layer_idx].thinking.step_encoding.fill_(1.0)
     tokens = torch.randint(0, 61, (2, 40))
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, _llama_like(model)(tokens).logits)
+        assert torch.equal(model(tokens).logits, llama_like(model)(tokens).logits)
 
 
-def test_gains_of_zero_leave_llama_logits(build: Callable) -> None:
+def test_gains_of_zero_leave_llama_logits(build: Callable, llama_like: Callable) -> None:
     model = build(dtype=torch.float32)
     with torch.no_grad():
         for layer_idx in (0, 2):
             model.model.layers[layer_idx].thinking.step_encoding.fill_(0.0)[0] = 1.0
     tokens = torch.randint(0, 61, (2, 40))
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, _llama_like(model)(tokens).logits)
+        assert torch.equal(model(tokens).logits, llama_like(model)(tokens).logits)
 
 
 def test_tokens_not_picked_leave_the_layer_as_if_it_had_no_such_step(build: Callable) -> None:

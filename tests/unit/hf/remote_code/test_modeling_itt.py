@@ -257,6 +257,18 @@ def test_a_bad_configuration_says_what_is_wrong(change: dict, message: str, buil
         build(**change)
 
 
+def test_a_switch_changed_after_the_configuration_was_made_is_checked_again(build: Callable) -> None:
+    for switch in ("gate", "residual", "routing", "reweight", "attend", "update", "skip", "kind"):
+        config = build().config
+        config.thinking[switch] = "relu"
+        with pytest.raises(ValueError, match=f"thinking.{switch} is 'relu'; use one of"):
+            ITTForCausalLM(config)
+    model = build()
+    model.config.thinking["gate"] = "relu"
+    with pytest.raises(ValueError, match=r"thinking\.gate is 'relu'"):
+        model(torch.zeros(1, 4, dtype=torch.long))
+
+
 LOADER = """
 import sys
 

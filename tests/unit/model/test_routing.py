@@ -1,0 +1,97 @@
+"""Who thinks: the rules at their edges, and sequences that end in padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_itt.hf.remote_code import thinking_itt
+from megatron_itt.model.routing import (
+    NUM_QUANTILES,
+    count_picked,
+    fill_with_padding,
+    pick_above,
+    pick_topk,
+    pick_topp,
+    positions_to_mask,
+    threshold_for,
+)
+from megatron_itt.model.thinking import gate_scores
+from tests.helpers.reference import pick
+
+# Peaked and flat distributions: a float32 sum of the former reaches 1 long before its end.
+SCALES = (0.1, 4.0, 30.0)
+
+
+def _logits(scale: float, length: int = 4096) -> torch.Tensor:
+    return torch.randn(length, 3, generator=torch.Generator().manual_seed(0)) * scale
+
+
+@pytest.mark.parametrize("share", [1.0, 1.5])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("rule", ["topk", "topp", "threshold"])
+def test_a_share_of_one_or_more_is_every_token(rule: str, scale: float, share: float) -> None:
+    logits = _logits(scale)
+    logits[5] = -torch.inf  # the lowest there is
+    quantiles = torch.linspace(-1.0, 1.0, NUM_QUANTILES)
+    tau = threshold_for(share, quantiles)
+    if rule == "topk":
+        picked = positions_to_mask(pick_topk(logits, count_picked(share, 4096)), 4096)
+    else:
+        picked = pick_topp(logits, share) if rule == "topp" else pick_above(logits, tau)
+    assert bool(picked.all())
+    bars = torch.full((3,), share, dtype=torch.float64)
+    if rule == "threshold":
+        bars = thinking_itt.thresholds(quantiles[None], bars[:, None])[:, 0]
+    exported = getattr(thinking_itt, f"pick_{rule}")(logits.t(), bars, torch.ones(3, 4096, dtype=torch.bool))
+    assert bool(exported.all())
+    assert pick([3.0, -900.0, 5.0], share, rule, quantiles.tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_a_share_of_one_is_not_rounded(multiple: int) -> None:
+    assert [count_picked(1.0, length, multiple=multiple) for length in (7, 9, 10)] == [7, 9, 10]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("scale", SCALES)
+def test_top_p_of_training_export_and_reference_pick_the_same_tokens(scale: float, share: float) -> None:
+    logits = _logits(scale, length=257)
+    picked = pick_topp(logits, share)
+    bars, real = torch.full((3,), share, dtype=torch.float64), torch.ones(3, 257, dtype=torch.bool)
+    assert torch.equal(picked.t(), thinking_itt.pick_topp(logits.t(), bars, real))
+    for row in range(3):
+        assert picked[:, row].nonzero().flatten().tolist() == pick(logits[:, row].tolist(), share, "topp")
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.75, 1.0])
+def test_top_k_selects_each_sequence_by_its_own_length(share: float, multiple: int) -> None:
+    """Shapes are those of a whole sequence; the rest of the places goes to padding."""
+    lengths = (24, 20, 13, 8, 1)
+    logits = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
+    real = torch.arange(24)[:, None] < torch.tensor(lengths)
+    logits[~real] = 100.0  # higher than any token's
+    count = count_picked(share, 24, multiple=multiple)
+    filled = fill_with_padding(logits, real, share=share, count=count, multiple=multiple)
+    positions = pick_topk(filled, count)
+    assert positions.shape == (count, 5)
+    picked = positions_to_mask(positions, 24) & real
+    for row, length in enumerate(lengths):
+        own = max(count_picked(share, length, multiple=multiple), count - (24 - length))
+        alone = positions_to_mask(pick_topk(logits[:length, row : row + 1], own), length)[:, 0]
+        assert torch.equal(picked[:length, row], alone)
+        if multiple == 1:
+            mask = real[:, row][None]
+            shares = torch.tensor([share], dtype=torch.float64)
+            assert torch.equal(picked[:, row][None], thinking_itt.pick_topk(logits[:, row][None], shares, mask))
+
+
+def test_an_unknown_gate_is_refused_in_training_and_in_the_export() -> None:
+    logits = torch.linspace(-2.0, 2.0, 5)
+    with pytest.raises(AssertionError, match="gate is 'relu'"):
+        gate_scores(logits, "relu")
+    with pytest.raises(ValueError, match="gate is 'relu'; use one of"):
+        thinking_itt.gate(logits, "relu")
+    for kind in ("sigmoid", "tanh"):
+        assert torch.equal(gate_scores(logits, kind), thinking_itt.gate(logits, kind))
