@@ -9,16 +9,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
-import zstandard
 
-from megatron_itt.data.frames import HashedFile, open_zstd
+from megatron_itt.data.frames import DECOMPRESSION_ERRORS, HashedFile, open_zstd
 from megatron_itt.data.sources import GZIP, HUB, HUB_PREFIX, JSONL, PARQUET, ZSTD, Segment
 from megatron_itt.errors import DataError
 
@@ -26,7 +24,6 @@ MAX_LINE_BYTES = 1 << 30
 _BUFFER_BYTES = 1 << 20
 _PARQUET_ROWS = 64
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_DAMAGE = (zstandard.ZstdError, EOFError, gzip.BadGzipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class DocumentReader:
             try:
                 # No name holds a line while its document is out: it may be very long.
                 yield from map(self._document_of, self._lines_of(stream))
-            except _DAMAGE as error:
+            except DECOMPRESSION_ERRORS as error:
                 raise self._damaged(str(error)) from error
             if raw.tracker is not None and not raw.tracker.complete:
                 raise self._damaged("it ends inside a zstd frame")

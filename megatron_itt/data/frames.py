@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
+import zlib
 from pathlib import Path
 from typing import IO, Any, cast
 
 import zstandard
 
+DECOMPRESSION_ERRORS = (zstandard.ZstdError, EOFError, gzip.BadGzipFile, zlib.error)
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _MAX_HEADER_BYTES = 18
 _BLOCK_HEADER_BYTES = 3

@@ -38,7 +38,12 @@ class Manifest:
     bin_parts: list[list[int]]  # bytes and CRC-32 of consecutive pieces of .bin
     wall_seconds: float = 0.0
     format: int = FORMAT
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # left_out: entries below the inputs that were not read
+
+    @property
+    def num_left_out(self) -> int:
+        """How many files and folders below the inputs were left out by rule."""
+        return int(self.extra.get("left_out", {}).get("count", 0))
 
     @property
     def identity(self) -> str:

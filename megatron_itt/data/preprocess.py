@@ -33,7 +33,7 @@ from megatron_itt.data.shares import (
     shares_of_missing,
     working_on,
 )
-from megatron_itt.data.sources import HUB, Segment, find_sources, split_source
+from megatron_itt.data.sources import HUB, Inputs, Segment, find_inputs, split_source
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
 from megatron_itt.data.workers import Report, TaskFunction, Workers
 from megatron_itt.errors import ConfigError, DataError
@@ -150,7 +150,7 @@ class _Job:
     options: PreprocessOptions
     tokenizer: Tokenizer
     encoding: EncodingOptions
-    sources: list[Segment]
+    inputs: Inputs
     folder: Path
     tasks: list[ShardTask]
     plan: dict[str, Any]
@@ -158,7 +158,7 @@ class _Job:
 
     def existing(self) -> Outcome | None:
         """The output, where it is there already and what is asked for."""
-        manifest = existing_output(self.options.output_prefix, self.encoding, self.sources)
+        manifest = existing_output(self.options.output_prefix, self.encoding, self.inputs.sources)
         return None if manifest is None else Outcome(manifest=manifest, reused=True)
 
 
@@ -167,14 +167,14 @@ def _plan_job(options: PreprocessOptions, share: Share | None) -> _Job:
     tokenizer = load_tokenizer(options.tokenizer)
     _check_options(options, tokenizer)
     encoding = _encoding_options(options, tokenizer, choose_engine(tokenizer, options.engine))
-    sources = find_sources(options.inputs)
+    inputs = find_inputs(options.inputs)
     folder = Path(f"{options.output_prefix}.partial")
-    tasks = plan_shards(sources, encoding, folder, options.shard_bytes)
+    tasks = plan_shards(inputs.sources, encoding, folder, options.shard_bytes)
     return _Job(
         options=options,
         tokenizer=tokenizer,
         encoding=encoding,
-        sources=sources,
+        inputs=inputs,
         folder=folder,
         tasks=tasks,
         plan=plan_content(encoding, tasks, share),
@@ -300,6 +300,7 @@ def _publish(job: _Job, shards: list[Shard]) -> Outcome:
             max_bad_fraction=job.options.max_bad_fraction,
             num_threads=max(_MIN_COPY_THREADS, job.options.num_workers),
             started=job.started,
+            left_out=job.inputs.left_out,
         ),
         shards,
     )
