@@ -224,7 +224,7 @@ class _ShardWriter:
     def _check_engine(self, texts: list[str]) -> None:
         """Re-encode a document with the reference tokenizer now and then; a difference stops the run."""
         self._num_batches += 1
-        if self.engine.name == "hf" or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
+        if self.engine.name == self.tokenizer.library[0] or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
             return
         begin = self._num_batches * 7 % len(texts)  # not always the first of its batch
         fitting = (text for text in texts[begin:] + texts[:begin] if len(text) <= _CHECK_MAX_CHARS)

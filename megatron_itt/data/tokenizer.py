@@ -20,6 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_itt.config import RunConfig
+from megatron_itt.data.covering_texts import ODD_STRINGS
 from megatron_itt.errors import ConfigError, DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -67,6 +68,11 @@ class Tokenizer:
     def json_path(self) -> Path:
         """The `tokenizer.json` that was read."""
         return _json_path(Path(self.path))
+
+    @property
+    def check_texts(self) -> Sequence[str]:
+        """Texts on which another implementation must agree before it is used."""
+        return ODD_STRINGS
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without special tokens added."""
