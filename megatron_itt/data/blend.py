@@ -32,6 +32,7 @@ class Domain:
     weight: float  # share of the training samples; all shares add to 1
     identity: str  # hash of the content
     tokenizer_sha256: str | None  # None where the data has no manifest
+    eod: int | None  # the id that ends its documents; None where there is none, or no manifest
     num_documents: int
     first_validation_document: int
     training_tokens: int
@@ -134,6 +135,7 @@ def _resolve_domain(config: RunConfig, name: str, prefix: str, weight: float) ->
         weight=weight,
         identity=manifest.identity if manifest is not None else _identity_of_index(index),
         tokenizer_sha256=manifest.tokenizer["sha256"] if manifest is not None else None,
+        eod=manifest.tokenizer["eod"] if manifest is not None and manifest.options.get("append_eod") else None,
         num_documents=index.num_documents,
         first_validation_document=first,
         training_tokens=index.num_tokens - validation_tokens,

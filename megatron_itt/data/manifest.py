@@ -22,7 +22,7 @@ class Manifest:
     """Contents of `PREFIX.json`. `sources` holds per file: path, size, modified_ns, lines, sha256 (of each part)."""
 
     version: str  # of this package
-    tokenizer: dict[str, Any]  # path, sha256, vocab_size, eod, engine, engine_version
+    tokenizer: dict[str, Any]  # path, sha256, vocab_size, eod, bos, eod_token, engine, engine_version
     options: dict[str, Any]
     sources: list[dict[str, Any]]
     documents: int

@@ -35,6 +35,7 @@ from megatron_itt.data.shares import (
 )
 from megatron_itt.data.sources import HUB, Inputs, Segment, find_inputs, split_source
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
+from megatron_itt.data.tokenizer_folder import check_exportable, warn_of_other_readings
 from megatron_itt.data.workers import Report, TaskFunction, Workers
 from megatron_itt.errors import ConfigError, DataError
 
@@ -104,6 +105,7 @@ def _preprocess_new(job: _Job, workers: Workers, *, merge_only: bool) -> Outcome
             check_plan(job.folder, job.plan)
             return _publish(job, _finished_shards(job, workers))
         claim(job.folder, job.plan, alone=True, resume=job.options.resume, strict=False)
+        _check_tokenizer(job.tokenizer)
         return _publish(job, _make_shards(job, job.tasks, workers))
 
 
@@ -128,6 +130,7 @@ def preprocess_part(options: PreprocessOptions, share: Share) -> PartOutcome:
 
 def _make_part(job: _Job, share: Share, workers: Workers) -> PartOutcome:
     mine = share.of(job.tasks)
+    _check_tokenizer(job.tokenizer)
     with _lock_of(job.folder) as lock:
         if lock.take(shared=True):
             claim(job.folder, job.plan, alone=True, resume=True, strict=True)
@@ -189,6 +192,12 @@ def _start(options: PreprocessOptions) -> Workers:
     return Workers(options.num_workers, partial(prepare_tools, options.tokenizer, options.engine))
 
 
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Nothing is written that no export could read; it costs seconds, beside which the workers start."""
+    check_exportable(tokenizer)
+    warn_of_other_readings(tokenizer)
+
+
 @contextmanager
 def _lock_of(folder: Path) -> Iterator[FolderLock]:
     lock = FolderLock(folder)
@@ -220,6 +229,8 @@ def _encoding_options(options: PreprocessOptions, tokenizer: Tokenizer, engine: 
         append_bos=options.append_bos,
         min_length=options.min_length,
         deduplicate=options.deduplicate,
+        eod=tokenizer.eod if options.append_eod else None,
+        bos=tokenizer.bos if options.append_bos else None,
     )
 
 

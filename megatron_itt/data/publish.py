@@ -19,7 +19,7 @@ from megatron_itt.data.indexed import bin_path, idx_path, token_dtype
 from megatron_itt.data.manifest import Manifest, check_sizes, manifest_content, manifest_path, read_manifest
 from megatron_itt.data.merge import Part, Shard, merge_parts, rejected_path, write_rejected
 from megatron_itt.data.shards import EncodingOptions, ShardRecord, write_json_atomically
-from megatron_itt.data.shares import DECISIVE_OPTIONS
+from megatron_itt.data.shares import DECISIVE_OPTIONS, MARKS
 from megatron_itt.data.sources import Segment
 from megatron_itt.data.tokenizer import Tokenizer
 from megatron_itt.errors import DataError
@@ -44,6 +44,13 @@ def existing_output(prefix: str, encoding: EncodingOptions, sources: Sequence[Se
             raise DataError(
                 f"{manifest_path(prefix)} was made with {name} {manifest.options.get(name)!r}, not {wanted[name]!r}; "
                 "choose another --output-prefix or delete the old files"
+            )
+    for name in MARKS:
+        known = manifest.tokenizer.get(name)  # older manifests do not name bos
+        if wanted[name] is not None and known not in (None, wanted[name]):
+            raise DataError(
+                f"{manifest_path(prefix)} was made with {name} token {known}, and that of {encoding.tokenizer} is now "
+                f"{wanted[name]}; restore its tokenizer_config.json, or choose another --output-prefix"
             )
     _check_same_sources(prefix, manifest, sources)
     check_sizes(prefix, manifest)
@@ -127,10 +134,12 @@ def _describe(
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
+            "bos": tokenizer.bos,
+            "eod_token": tokenizer.name_of(tokenizer.eod),
             "engine": encoding.engine,
             "engine_version": encoding.engine_version,
         },
-        options={key: value for key, value in asdict(encoding).items() if key != "tokenizer"},
+        options={key: value for key, value in asdict(encoding).items() if key not in ("tokenizer", *MARKS)},
         sources=_merge_segments(records),
         documents=documents,
         tokens=sum(part.tokens for part in parts),

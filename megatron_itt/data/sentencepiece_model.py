@@ -9,7 +9,6 @@ compared with sentencepiece on texts that cover the vocabulary. sentencepiece is
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -75,26 +74,19 @@ class SentencePieceTokenizer(Tokenizer):
         """Token ids of each text, as `encode` gives them."""
         return self.processor.encode(list(texts), num_threads=1) if texts else []
 
-    def save(self, folder: Path) -> None:
-        """Write a Hugging Face tokenizer folder: the conversion, the names of the special tokens, and the `.model`."""
-        names = {"bos_token": self.bos, "eos_token": self.eod, "pad_token": self.pad, "unk_token": self._unknown}
-        special = {name: self.model.pieces[token].piece for name, token in names.items() if token != NO_TOKEN}
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # known to transformers 4 and 5 alike
-            **special,
-            "split_special_tokens": True,  # a special token's name in a text is text, as in the training data
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 1_000_000,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(Path(self.path).read_bytes())
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
-        (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
+    @property
+    def source_folder(self) -> None:
+        """Nothing but the `.model` file counts."""
+        return
 
     @property
-    def _unknown(self) -> int:
-        return next((place for place, piece in enumerate(self.model.pieces) if piece.type == _UNKNOWN), NO_TOKEN)
+    def finds_special_tokens(self) -> bool:
+        """The library takes the name of a control piece for text."""
+        return False
+
+    def json_bytes(self) -> bytes:
+        """The conversion, with the names of the control pieces."""
+        return self.backend.to_str().encode()
 
 
 def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
