@@ -26,7 +26,6 @@ from megatron_itt.data.tokenizer_folder import (
 from megatron_itt.errors import DataError
 from tests.unit.data.conftest import make_texts, write_jsonl
 
-pytest.importorskip("transformers")
 DIGITS = [f"{number} and {number * 7919}, or {number}{number}x" for number in range(1000, 1300)]
 
 
