@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder, tokenizer.json, or name on the hub")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
-    parser.add_argument("--text-key", default="text", help="key or column that holds the text (default %(default)s)")
+    parser.add_argument(
+        "--text-key", default="text", help="key or column of the text; a.b: inside an object (default %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument(
         "--append-eod",
