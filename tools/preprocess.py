@@ -15,7 +15,10 @@ EXAMPLE = """example:
   python tools/preprocess.py --input corpus/code --tokenizer runs/tokenizer --output-prefix data/code --workers 8
 
 An interrupted run continues when the same command is given again. Lines that give no document are listed in
-PREFIX.rejected.jsonl. An <end of document> token is appended to every document unless --no-append-eod is given.
+PREFIX.rejected.jsonl. Folders are read through links. Left out, and named in the log and in PREFIX.json, are hidden
+entries, markers of other programs such as _SUCCESS, and files that are not data by content or by name; a file that is
+named like data and holds none stops the run. An <end of document> token is appended to every document unless
+--no-append-eod is given.
 
 Several machines that see the same folders share the work: each runs the same command with its own --part I/N, in any
 order or at the same time, and the one that finishes last merges. slurm/preprocess.sbatch does this as an array job."""
@@ -35,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder, tokenizer.json, or name on the hub")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
-    parser.add_argument("--text-key", default="text", help="key or column that holds the text (default %(default)s)")
+    parser.add_argument(
+        "--text-key", default="text", help="key or column of the text; a.b: inside an object (default %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument(
         "--append-eod",
@@ -100,6 +105,7 @@ def describe(prefix: str, outcome: Outcome) -> str:
     return (
         f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.rejected:,} rejected, "
         f"{manifest.duplicates:,} duplicates, {manifest.text_bytes / 1e6:.1f} MB of text ({state})"
+        + (f", {manifest.num_left_out:,} files or folders of the input left out" if manifest.num_left_out else "")
     )
 
 

@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids, special tokens included")
     parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--text-key", default="text")
+    parser.add_argument(
+        "--text-key", default="text", help="key or column of the text; a.b: inside an object (default %(default)s)"
+    )
     parser.add_argument(
         "--max-bytes", type=int, default=200_000_000, help="text to read, spread over the files (default %(default)s)"
     )

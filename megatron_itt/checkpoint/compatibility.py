@@ -29,12 +29,14 @@ def check_resumable(
     config: RunConfig,
     *,
     fingerprint_at: Callable[[int], str | None],
+    end_of_document: int | None = None,
     allow_changed: Iterable[str] = (),
 ) -> None:
     """Raise CheckpointError naming every difference that makes continuing wrong.
 
     `fingerprint_at` gives that of today's data in a run of so many samples: a run of another length reads the same data
-    in another order, which changing `schedule.steps` takes into account.
+    in another order, which changing `schedule.steps` takes into account. `end_of_document` is its token today, of which
+    the fingerprint says nothing.
     `allow_changed` names sections or keys (`data`, `data.blend`, `schedule.steps`) whose change is wanted; it has no
     say over what the weights depend on.
     """
@@ -51,6 +53,8 @@ def check_resumable(
     if state.data_fingerprint != now:
         change = f"was {state.data_fingerprint} and is now {now}"
         found.append(("data", f"fingerprint {change} (files, weights, sequence length or seed changed)"))
+    if None not in (state.end_of_document, end_of_document) and state.end_of_document != end_of_document:
+        found.append(("data", f"end-of-document token was {state.end_of_document} and is now {end_of_document}"))
     given = tuple(allow_changed)
     refused = [(name, change) for name, change in found if not _is_allowed(name, given)]
     if refused:

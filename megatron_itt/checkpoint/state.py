@@ -33,6 +33,7 @@ class RunState:
     consumed_tokens: int
     data_fingerprint: str | None = None
     tokenizer_sha256: str | None = None
+    end_of_document: int | None = None  # the token id that ends the documents of the data
     loop: dict[str, Any] = field(default_factory=dict)
     validation_loss: float | None = None
     world_size: int | None = None

@@ -32,6 +32,7 @@ class Domain:
     weight: float  # share of the training samples; all shares add to 1
     identity: str  # hash of the content
     tokenizer_sha256: str | None  # None where the data has no manifest
+    eod: int | None  # the id that ends its documents; None where there is none, or no manifest
     num_documents: int
     first_validation_document: int
     training_tokens: int
@@ -134,6 +135,7 @@ def _resolve_domain(config: RunConfig, name: str, prefix: str, weight: float) ->
         weight=weight,
         identity=manifest.identity if manifest is not None else _identity_of_index(index),
         tokenizer_sha256=manifest.tokenizer["sha256"] if manifest is not None else None,
+        eod=manifest.tokenizer["eod"] if manifest is not None and manifest.options.get("append_eod") else None,
         num_documents=index.num_documents,
         first_validation_document=first,
         training_tokens=index.num_tokens - validation_tokens,
@@ -149,11 +151,24 @@ def _split_validation(config: RunConfig, name: str, index: Index, weight: float)
     total = index.num_tokens
     num_held_out, held_out = _documents_from_end(index.lengths, wanted)
     if num_held_out >= index.num_documents or held_out > MAX_VALIDATION_SHARE * total or total - held_out < sequence:
-        raise ConfigError(
-            f"validation.tokens is {config.validation.tokens:,}: domain {name} would give {wanted:,} tokens in whole "
-            f"documents from its end, more than half of its {total:,} tokens; lower validation.tokens or add data"
-        )
+        raise ConfigError(_why_no_validation(config, name, index, wanted=wanted, held_out=held_out))
     return index.num_documents - num_held_out, held_out
+
+
+def _why_no_validation(config: RunConfig, name: str, index: Index, *, wanted: int, held_out: int) -> str:
+    """What stands in the way of splitting validation off a domain, and what would help."""
+    total, sample = index.num_tokens, config.model.seq_length + 1
+    subject = f"validation.tokens is {config.validation.tokens:,}, taken in whole documents from the end: domain {name}"
+    if index.num_documents < 2:
+        return f"{subject} is one document of {total:,} tokens; cut its text into documents or add data"
+    last = int(index.lengths[-1])
+    if held_out == last and last > MAX_VALIDATION_SHARE * total:
+        return f"{subject} ends with a document of {last:,} of its {total:,} tokens, too many; cut it or add data"
+    if wanted == sample:
+        return f"{subject} has {total:,} tokens, too few to split off one sample of {sample:,}; add data"
+    return (
+        f"{subject} would give {wanted:,} tokens, more than half of its {total:,}; lower validation.tokens or add data"
+    )
 
 
 def _documents_from_end(lengths: np.ndarray, wanted: int) -> tuple[int, int]:

@@ -98,7 +98,7 @@ def build_datasets(config: RunConfig, *, tokenizer: Tokenizer) -> Datasets:
     Raises `ConfigError` for a blend or vocabulary that cannot work, `DataError` for missing or damaged files or data
     written with another tokenizer.
     """
-    blend = _check_blend(config, tokenizer)
+    blend = check_blend(config, tokenizer)
     with _process_group():
         return _open(config, blend, tokenizer, _build_index_on_main(config, blend, tokenizer))
 
@@ -108,7 +108,7 @@ def prebuild_index(config: RunConfig, *, tokenizer: Tokenizer) -> IndexReport:
 
     Safe to call from many processes at once. Raises as `build_datasets` does.
     """
-    blend = _check_blend(config, tokenizer)
+    blend = check_blend(config, tokenizer)
     started = time.monotonic()
     with _process_group():
         folder, was_built = _build_index(config, blend, tokenizer)
@@ -122,7 +122,7 @@ def data_fingerprint(config: RunConfig) -> str:
     return resolve_blend(config).fingerprint
 
 
-def check_document_ends(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> None:
+def _check_document_ends(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> None:
     """Raise `ConfigError` when documents are to be kept apart but do not end with an end-of-document token."""
     if not config.data.reset_at_document_end:
         return
@@ -136,7 +136,11 @@ def check_document_ends(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -
             )
 
 
-def _check_blend(config: RunConfig, tokenizer: Tokenizer) -> Blend:
+def check_blend(config: RunConfig, tokenizer: Tokenizer) -> Blend:
+    """The blend of a run, after checks that its data was written with this tokenizer and end-of-document token.
+
+    Raises `ConfigError` and `DataError` as `build_datasets` does.
+    """
     check_vocabulary(tokenizer, config.model.vocab_size)
     blend = resolve_blend(config)
     for domain in blend.domains:
@@ -145,7 +149,13 @@ def _check_blend(config: RunConfig, tokenizer: Tokenizer) -> Blend:
                 f"{domain.prefix} was written with another tokenizer ({str(domain.tokenizer_sha256)[:12]}) than "
                 f"data.tokenizer {tokenizer.path} ({tokenizer.sha256[:12]}); use that one or write the data again"
             )
-    check_document_ends(config, blend, tokenizer)
+        if domain.eod not in (None, tokenizer.eod):
+            raise DataError(
+                f"{domain.prefix} was written with end-of-document token {domain.eod}, but that of data.tokenizer "
+                f"{tokenizer.path} is {tokenizer.eod}; set eos_token in its tokenizer_config.json to the former, or "
+                "write the data again"
+            )
+    _check_document_ends(config, blend, tokenizer)
     return blend
 
 

@@ -9,24 +9,23 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import zlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
-import zstandard
 
-from megatron_itt.data.frames import HashedFile, open_zstd
+from megatron_itt.data.frames import DECOMPRESSION_ERRORS, MAX_WINDOW_BYTES, HashedFile, TrailingDataError, open_zstd
 from megatron_itt.data.sources import GZIP, HUB, HUB_PREFIX, JSONL, PARQUET, ZSTD, Segment
 from megatron_itt.errors import DataError
 
 MAX_LINE_BYTES = 1 << 30
 _BUFFER_BYTES = 1 << 20
 _PARQUET_ROWS = 64
+_ABSENT = object()
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_DAMAGE = (zstandard.ZstdError, EOFError, gzip.BadGzipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class DocumentReader:
             try:
                 # No name holds a line while its document is out: it may be very long.
                 yield from map(self._document_of, self._lines_of(stream))
-            except _DAMAGE as error:
-                raise self._damaged(str(error)) from error
+            except DECOMPRESSION_ERRORS as error:
+                raise self._undecompressed(error, raw) from error
             if raw.tracker is not None and not raw.tracker.complete:
                 raise self._damaged("it ends inside a zstd frame")
             self.sha256 = raw.sha256
@@ -115,28 +114,42 @@ class DocumentReader:
     def _document_of(self, line: bytes | None) -> str | Rejection:
         self.lines += 1
         try:
-            text = orjson.loads(line)[self.text_key]  # type: ignore[arg-type] # None is refused like any other
-        except (orjson.JSONDecodeError, KeyError, TypeError):
+            row = orjson.loads(line)  # type: ignore[arg-type] # None is refused like any other
+        except orjson.JSONDecodeError:
             return self._document_of_odd(line)
-        return text if type(text) is str and text else self._check_text(text)
+        text = row.get(self.text_key) if type(row) is dict else None
+        return text if type(text) is str and text else self._text_of(row)
 
     def _document_of_odd(self, line: bytes | None) -> str | Rejection:
-        """A line that does not give a text at once: why, unless it is a byte order mark that hides it."""
+        """A line that orjson does not take: why, unless it is a byte order mark, or a value that is not needed."""
         if line is None:
             return Rejection(self.lines, f"longer than {self.max_line_bytes:,} bytes")
         if self.lines == 1 and self.segment.offset == 0:
             line = line.removeprefix(_BYTE_ORDER_MARK)
         try:
-            row = orjson.loads(line)
+            return self._text_of(orjson.loads(line))
         except orjson.JSONDecodeError as error:
-            return Rejection(self.lines, _why_not_json(line, error))
+            reason = _why_not_json(line, error)
+        try:
+            document = self._text_of(_parse_tolerantly(line))
+        except (ValueError, RecursionError):
+            return Rejection(self.lines, reason)
+        if isinstance(document, str) and not _is_unicode(document):
+            return Rejection(self.lines, reason)
+        return document
+
+    def _text_of(self, row: Any) -> str | Rejection:
+        """The text of a row; `text_key` may lead through objects (`a.b`), a key of just this name comes first."""
         if not isinstance(row, dict):
             return Rejection(self.lines, f"not a JSON object but {_json_type(row)}")
-        if self.text_key not in row:
+        text = _find(row, self.text_key)
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError:
+                return Rejection(self.lines, "invalid UTF-8")
+        if text is _ABSENT:
             return Rejection(self.lines, f"no key {self.text_key!r}")
-        return self._check_text(row[self.text_key])
-
-    def _check_text(self, text: Any) -> str | Rejection:
         if not isinstance(text, str):
             return Rejection(self.lines, f"{self.text_key!r} is {_json_type(text)}, not a string")
         return text if text else Rejection(self.lines, f"{self.text_key!r} is empty")
@@ -151,14 +164,14 @@ class DocumentReader:
         try:
             # Where the writer stored checksums of its pages (not all do), damage is noticed in the text itself too.
             with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-                if self.text_key not in file.schema_arrow.names:
+                if not _has_column(file.schema_arrow, self.text_key):
                     raise DataError(
                         f"{path} has no column {self.text_key!r} but {file.schema_arrow.names}; set --text-key"
                     )
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.text_key]):
                     for value in batch.column(0):
                         self.lines += 1
-                        document = self._parquet_text(value)
+                        document = self._parquet_text(batch.schema.names[0], value)
                         self._taken = self.segment.length * self.lines // max(1, file.metadata.num_rows)
                         yield document
                 # The counts in the footer and in the headers of pages have no checksum; they must agree.
@@ -169,9 +182,9 @@ class DocumentReader:
             raise self._damaged(str(error).splitlines()[0] if str(error) else "unreadable") from error
         self.sha256 = file_sha256(path)
 
-    def _parquet_text(self, value: Any) -> str | Rejection:
+    def _parquet_text(self, column: str, value: Any) -> str | Rejection:
         try:
-            return self._check_text(value.as_py())
+            return self._text_of({column: value.as_py()})
         except UnicodeDecodeError:
             return Rejection(self.lines, "invalid UTF-8")
 
@@ -185,16 +198,35 @@ class DocumentReader:
         try:
             for row in load_dataset(name, config or None, split="train", streaming=True):
                 self.lines += 1
-                text = self._check_text(row[self.text_key]) if self.text_key in row else None
+                text = self._text_of(row)
                 if isinstance(text, str):
                     data = text.encode(errors="surrogatepass")
                     self._taken += len(data)
                     digest.update(len(data).to_bytes(8, "little") + data)
-                yield Rejection(self.lines, f"no key {self.text_key!r}") if text is None else text
+                yield text
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"{self.segment.path} cannot be read through datasets: {reason}") from error
         self.sha256 = digest.hexdigest()
+
+    def _undecompressed(self, error: Exception, raw: HashedFile) -> DataError:
+        """What to do about a compressed file, by what is wrong with it."""
+        path, kind = self.segment.path, self.segment.kind
+        reason = str(error)
+        if raw.tracker is not None and raw.tracker.window_bytes > MAX_WINDOW_BYTES:
+            return DataError(
+                f"{path} needs a zstd window of {raw.tracker.window_bytes >> 20} MiB and at most "
+                f"{MAX_WINDOW_BYTES >> 20} can be read: compress it again with --long=31 or less, or, if it was not "
+                "made so, download it again"
+            )
+        if "memory" in reason.lower():
+            return DataError(f"{path} needs more memory than there is to decompress ({reason}); use fewer --workers")
+        if isinstance(error, TrailingDataError) or (isinstance(error, gzip.BadGzipFile) and "Not a gzipped" in reason):
+            return DataError(
+                f"{path} is a truncated or corrupt {kind} file, or holds other bytes behind its data ({reason}); "
+                f"download it again, or leave them out with {'zstd' if kind == ZSTD else 'gzip'} -dc FILE > NEW.jsonl"
+            )
+        return self._damaged(reason)
 
     def _damaged(self, reason: str) -> DataError:
         kind = self.segment.kind
@@ -224,6 +256,48 @@ def _skip_line(stream: io.BufferedReader[Any]) -> int:
         if part.endswith(b"\n"):
             break
     return skipped
+
+
+def _find(row: dict[str, Any], key: str) -> Any:
+    """The value under `key`, or along it where its parts are keys of nested objects; `_ABSENT` where there is none."""
+    if key in row:
+        return row[key]
+    for place, char in enumerate(key):
+        inner = row.get(key[:place]) if char == "." else None
+        found = _find(inner, key[place + 1 :]) if isinstance(inner, dict) else _ABSENT
+        if found is not _ABSENT:
+            return found
+    return _ABSENT
+
+
+def _has_column(schema: Any, key: str) -> bool:
+    """Whether an Arrow schema has a column, or a field of nested struct columns, that `key` names."""
+    if key in schema.names:
+        return True
+    name, *inner = key.split(".")
+    if not inner or name not in schema.names:
+        return False
+    kind = schema.field(name).type
+    for name in inner:
+        if not hasattr(kind, "get_field_index") or kind.get_field_index(name) < 0:
+            return False
+        kind = kind.field(name).type
+    return True
+
+
+def _parse_tolerantly(line: bytes) -> Any:
+    """JSON with values that orjson refuses and that need not be the text: NaN, numbers of any size, bytes and escapes
+    that are not Unicode (which come as lone surrogates)."""
+    text = line.decode("utf-8", errors="surrogateescape")
+    return json.loads(text, parse_int=lambda _: 0, parse_float=lambda _: 0.0, parse_constant=lambda _: 0.0)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:

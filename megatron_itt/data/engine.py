@@ -19,18 +19,6 @@ ENGINES = ("auto", "hf", "gigatoken")
 # A batch of texts as token ids [total] (all texts one after the other) and the number of ids of each text [texts].
 Encoded = tuple[np.ndarray, np.ndarray]
 
-_ODD_STRINGS = (
-    "",
-    " ",
-    "\x00",
-    "a  b\t\n\n c\r\n",
-    "\u00e9e\u0301 \U0001f600\U0001f468\u200d\U0001f469 \u4f60\u597d \u05d0\u05d1",
-    "don't I'LL we've 12345 3.14e-10 __init__ -->",
-    "<|endoftext|> <s></s> [INST] <|pad|>",
-    "x" * 300 + " " * 300 + "\n" * 30,
-    "def f(x):\n        return x ** 2  # comment\n\n\nclass A:\n\tpass\n",
-)
-
 
 class Engine(Protocol):
     """Something that encodes a batch of texts without adding special tokens."""
@@ -73,7 +61,7 @@ class GigatokenEngine:
 
             self.version = importlib.metadata.version("gigatoken")
             self._backend: Any = gigatoken.Tokenizer(str(tokenizer.json_path))
-            difference = find_difference(self, HuggingFaceEngine(tokenizer), _ODD_STRINGS)
+            difference = find_difference(self, HuggingFaceEngine(tokenizer), tokenizer.check_texts)
         except Exception as error:  # beta software: whatever it raises, it is not usable here
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
@@ -112,11 +100,14 @@ def find_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> 
 
 
 def choose_engine(tokenizer: Tokenizer, name: str) -> Engine:
-    """The engine called `name`; `auto` takes gigatoken where it is installed and agrees with the reference."""
+    """The engine called `name`; `auto` takes gigatoken where it is installed and agrees with the reference.
+
+    The reference has two names: `hf`, and that of its library, under which it is recorded.
+    """
+    if name in ("hf", tokenizer.library[0]):
+        return HuggingFaceEngine(tokenizer)
     if name not in ENGINES:
         raise ConfigError(f"--tokenizer-engine is {name!r}; choose one of {', '.join(ENGINES)}")
-    if name == "hf":
-        return HuggingFaceEngine(tokenizer)
     if name == "gigatoken":
         return GigatokenEngine(tokenizer)
     try:

@@ -6,24 +6,36 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
+import zlib
 from pathlib import Path
 from typing import IO, Any, cast
 
 import zstandard
 
+DECOMPRESSION_ERRORS = (zstandard.ZstdError, EOFError, gzip.BadGzipFile, zlib.error)
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+MAX_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` makes, and the most that the library can be told to take
 _MAX_HEADER_BYTES = 18
 _BLOCK_HEADER_BYTES = 3
 _RLE_BLOCK = 1
 _RESERVED_BLOCK = 3
 
 
+class TrailingDataError(zstandard.ZstdError):
+    """Bytes behind the last frame that begin no other."""
+
+
 class ZstdFrameTracker:
-    """Follows frames and blocks through chunks of a .zst file; `complete` says whether it may end here."""
+    """Follows frames and blocks through chunks of a .zst file; `complete` says whether it may end here.
+
+    `window_bytes` is the largest window that a frame so far asks for: what its decompression holds in memory.
+    """
 
     def __init__(self) -> None:
+        self.window_bytes = 0
         self._pending = b""
         self._skip = 0
         self._state = "frame"  # what comes next: frame | block | end
@@ -83,11 +95,12 @@ class ZstdFrameTracker:
             self._state = "end" if self._skip else "frame"
             return 8
         if data[:4] != ZSTD_MAGIC:
-            raise zstandard.ZstdError("bytes after the last frame are not a zstd frame")
+            raise TrailingDataError(f"they begin with {data[:4]!r}")
         size = _frame_header_size(data[4])
         if len(data) < size:
             return None
         self._has_checksum = bool(data[4] & 0b100)
+        self.window_bytes = max(self.window_bytes, _window_bytes(data))
         self._state = "block"
         return size
 
@@ -97,6 +110,14 @@ def _frame_header_size(descriptor: int) -> int:
     content_size = (1 if single_segment else 0, 2, 4, 8)[descriptor >> 6]
     dictionary_id = (0, 1, 2, 4)[descriptor & 3]
     return 5 + (0 if single_segment else 1) + dictionary_id + content_size
+
+
+def _window_bytes(header: bytes) -> int:
+    """The window of a frame, whose header has no window descriptor where the content is a single segment."""
+    if header[4] & 0b100000:
+        return 0
+    exponent, mantissa = header[5] >> 3, header[5] & 7
+    return (1 << (10 + exponent)) * (8 + mantissa) // 8
 
 
 class HashedFile(io.RawIOBase):
@@ -142,7 +163,9 @@ class HashedFile(io.RawIOBase):
 
 
 def open_zstd(raw: HashedFile) -> io.RawIOBase:
-    """Decompressing reader over all frames of `raw`; memory bounded by zstd's default window limit (128 MiB)."""
+    """Decompressing reader over all frames of `raw`; it holds the window that the file was made with, at most 2 GiB."""
     source = cast(IO[bytes], raw)
-    reader = zstandard.ZstdDecompressor().stream_reader(source, read_size=1 << 17, read_across_frames=True)
+    reader = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).stream_reader(
+        source, read_size=1 << 17, read_across_frames=True
+    )
     return cast(io.RawIOBase, reader)

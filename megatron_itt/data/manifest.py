@@ -22,7 +22,7 @@ class Manifest:
     """Contents of `PREFIX.json`. `sources` holds per file: path, size, modified_ns, lines, sha256 (of each part)."""
 
     version: str  # of this package
-    tokenizer: dict[str, Any]  # path, sha256, vocab_size, eod, engine, engine_version
+    tokenizer: dict[str, Any]  # path, sha256, vocab_size, eod, bos, eod_token, engine, engine_version
     options: dict[str, Any]
     sources: list[dict[str, Any]]
     documents: int
@@ -38,7 +38,12 @@ class Manifest:
     bin_parts: list[list[int]]  # bytes and CRC-32 of consecutive pieces of .bin
     wall_seconds: float = 0.0
     format: int = FORMAT
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # left_out: entries below the inputs that were not read
+
+    @property
+    def num_left_out(self) -> int:
+        """How many files and folders below the inputs were left out by rule."""
+        return int(self.extra.get("left_out", {}).get("count", 0))
 
     @property
     def identity(self) -> str:

@@ -33,8 +33,9 @@ from megatron_itt.data.shares import (
     shares_of_missing,
     working_on,
 )
-from megatron_itt.data.sources import HUB, Segment, find_sources, split_source
+from megatron_itt.data.sources import HUB, Inputs, Segment, find_inputs, split_source
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
+from megatron_itt.data.tokenizer_folder import check_exportable, warn_of_other_readings
 from megatron_itt.data.workers import Report, TaskFunction, Workers
 from megatron_itt.errors import ConfigError, DataError
 
@@ -104,6 +105,7 @@ def _preprocess_new(job: _Job, workers: Workers, *, merge_only: bool) -> Outcome
             check_plan(job.folder, job.plan)
             return _publish(job, _finished_shards(job, workers))
         claim(job.folder, job.plan, alone=True, resume=job.options.resume, strict=False)
+        _check_tokenizer(job.tokenizer)
         return _publish(job, _make_shards(job, job.tasks, workers))
 
 
@@ -128,6 +130,7 @@ def preprocess_part(options: PreprocessOptions, share: Share) -> PartOutcome:
 
 def _make_part(job: _Job, share: Share, workers: Workers) -> PartOutcome:
     mine = share.of(job.tasks)
+    _check_tokenizer(job.tokenizer)
     with _lock_of(job.folder) as lock:
         if lock.take(shared=True):
             claim(job.folder, job.plan, alone=True, resume=True, strict=True)
@@ -150,7 +153,7 @@ class _Job:
     options: PreprocessOptions
     tokenizer: Tokenizer
     encoding: EncodingOptions
-    sources: list[Segment]
+    inputs: Inputs
     folder: Path
     tasks: list[ShardTask]
     plan: dict[str, Any]
@@ -158,7 +161,7 @@ class _Job:
 
     def existing(self) -> Outcome | None:
         """The output, where it is there already and what is asked for."""
-        manifest = existing_output(self.options.output_prefix, self.encoding, self.sources)
+        manifest = existing_output(self.options.output_prefix, self.encoding, self.inputs.sources)
         return None if manifest is None else Outcome(manifest=manifest, reused=True)
 
 
@@ -167,14 +170,14 @@ def _plan_job(options: PreprocessOptions, share: Share | None) -> _Job:
     tokenizer = load_tokenizer(options.tokenizer)
     _check_options(options, tokenizer)
     encoding = _encoding_options(options, tokenizer, choose_engine(tokenizer, options.engine))
-    sources = find_sources(options.inputs)
+    inputs = find_inputs(options.inputs)
     folder = Path(f"{options.output_prefix}.partial")
-    tasks = plan_shards(sources, encoding, folder, options.shard_bytes)
+    tasks = plan_shards(inputs.sources, encoding, folder, options.shard_bytes)
     return _Job(
         options=options,
         tokenizer=tokenizer,
         encoding=encoding,
-        sources=sources,
+        inputs=inputs,
         folder=folder,
         tasks=tasks,
         plan=plan_content(encoding, tasks, share),
@@ -187,6 +190,12 @@ def _start(options: PreprocessOptions) -> Workers:
     if options.num_workers < 1:
         raise ConfigError(f"--workers is {options.num_workers}; it must be at least 1")
     return Workers(options.num_workers, partial(prepare_tools, options.tokenizer, options.engine))
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Nothing is written that no export could read; it costs seconds, beside which the workers start."""
+    check_exportable(tokenizer)
+    warn_of_other_readings(tokenizer)
 
 
 @contextmanager
@@ -220,6 +229,8 @@ def _encoding_options(options: PreprocessOptions, tokenizer: Tokenizer, engine: 
         append_bos=options.append_bos,
         min_length=options.min_length,
         deduplicate=options.deduplicate,
+        eod=tokenizer.eod if options.append_eod else None,
+        bos=tokenizer.bos if options.append_bos else None,
     )
 
 
@@ -300,6 +311,7 @@ def _publish(job: _Job, shards: list[Shard]) -> Outcome:
             max_bad_fraction=job.options.max_bad_fraction,
             num_threads=max(_MIN_COPY_THREADS, job.options.num_workers),
             started=job.started,
+            left_out=job.inputs.left_out,
         ),
         shards,
     )

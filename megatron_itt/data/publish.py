@@ -14,14 +14,17 @@ from typing import Any
 from megatron_itt import __version__
 from megatron_itt.data.dedup import without_duplicates
 from megatron_itt.data.documents import file_sha256
+from megatron_itt.data.folders import LeftOut
 from megatron_itt.data.indexed import bin_path, idx_path, token_dtype
 from megatron_itt.data.manifest import Manifest, check_sizes, manifest_content, manifest_path, read_manifest
 from megatron_itt.data.merge import Part, Shard, merge_parts, rejected_path, write_rejected
 from megatron_itt.data.shards import EncodingOptions, ShardRecord, write_json_atomically
-from megatron_itt.data.shares import DECISIVE_OPTIONS
+from megatron_itt.data.shares import DECISIVE_OPTIONS, MARKS
 from megatron_itt.data.sources import Segment
 from megatron_itt.data.tokenizer import Tokenizer
 from megatron_itt.errors import DataError
+
+_MAX_LEFT_OUT = 1000  # named in the manifest; Spark leaves a checksum file for each part
 
 
 def existing_output(prefix: str, encoding: EncodingOptions, sources: Sequence[Segment]) -> Manifest | None:
@@ -41,6 +44,13 @@ def existing_output(prefix: str, encoding: EncodingOptions, sources: Sequence[Se
             raise DataError(
                 f"{manifest_path(prefix)} was made with {name} {manifest.options.get(name)!r}, not {wanted[name]!r}; "
                 "choose another --output-prefix or delete the old files"
+            )
+    for name in MARKS:
+        known = manifest.tokenizer.get(name)  # older manifests do not name bos
+        if wanted[name] is not None and known not in (None, wanted[name]):
+            raise DataError(
+                f"{manifest_path(prefix)} was made with {name} token {known}, and that of {encoding.tokenizer} is now "
+                f"{wanted[name]}; restore its tokenizer_config.json, or choose another --output-prefix"
             )
     _check_same_sources(prefix, manifest, sources)
     check_sizes(prefix, manifest)
@@ -75,6 +85,7 @@ class Publication:
     max_bad_fraction: float
     num_threads: int  # that copy
     started: float  # time.monotonic()
+    left_out: Sequence[LeftOut] = ()
 
 
 def publish(publication: Publication, shards: Sequence[Shard]) -> Manifest:
@@ -123,10 +134,12 @@ def _describe(
             "sha256": tokenizer.sha256,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
+            "bos": tokenizer.bos,
+            "eod_token": tokenizer.name_of(tokenizer.eod),
             "engine": encoding.engine,
             "engine_version": encoding.engine_version,
         },
-        options={key: value for key, value in asdict(encoding).items() if key != "tokenizer"},
+        options={key: value for key, value in asdict(encoding).items() if key not in ("tokenizer", *MARKS)},
         sources=_merge_segments(records),
         documents=documents,
         tokens=sum(part.tokens for part in parts),
@@ -139,8 +152,16 @@ def _describe(
         idx_bytes=idx_path(prefix).stat().st_size,
         idx_sha256=idx_sha256,
         bin_parts=[[part.tokens * dtype.itemsize, part.crc32] for part in parts],
+        extra=_left_out_entry(publication.left_out),
         wall_seconds=round(time.monotonic() - publication.started, 3),
     )
+
+
+def _left_out_entry(left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    """What the manifest says about entries below the inputs that were not read; nothing where there are none."""
+    if not left_out:
+        return {}
+    return {"left_out": {"count": len(left_out), "first": [asdict(item) for item in left_out[:_MAX_LEFT_OUT]]}}
 
 
 def _merge_segments(records: Sequence[ShardRecord]) -> list[dict[str, Any]]:

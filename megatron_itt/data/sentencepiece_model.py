@@ -1,17 +1,15 @@
 """SentencePiece `.model` files (Llama-2's kind) as tokenizers: ids are those of the sentencepiece library itself.
 
-For exports and fast engines the model is also converted to the `tokenizers` library. That conversion follows
-sentencepiece but for two rare cases: where two overlapping pairs would merge into the same piece, sentencepiece takes
-the left one, and `tokenizers` has no such rule; and models that normalise text (Llama-2's does not) treat some
-characters that belong together, such as zero-width joiners, otherwise. Models of type unigram are not taken: converted,
-they give other ids too often. sentencepiece is optional (extra: data).
+For exports and fast engines a model is also converted to the `tokenizers` library. What that library cannot follow
+exactly is refused by rule: models of type unigram (it adds scores in other precision and finds control pieces in
+texts), models that normalise text (it looks rules up by grapheme), pieces of equal score. Each conversion is then
+compared with sentencepiece on texts that cover the vocabulary. sentencepiece is optional (extra: data).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,38 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from megatron_itt.data.covering_texts import covering_texts, first_difference
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer
 from megatron_itt.errors import DataError
-from megatron_itt.log import get_logger
 
-_UNIGRAM, _BPE = 1, 2  # model types; the first is the format's default
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # ModelProto.SentencePiece.Type
+_MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
 _SPACE = "\u2581"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """One entry of the vocabulary; its id is its place."""
-
-    text: str
-    score: float = 0.0
-    kind: int = _NORMAL
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFile:
-    """What a `.model` file holds, as far as token ids depend on it."""
-
-    pieces: list[Piece]
-    model_type: int = _UNIGRAM
-    byte_fallback: bool = False
-    whitespace_as_suffix: bool = False
-    charsmap: bytes = b""
-    add_dummy_prefix: bool = True
-    remove_extra_whitespaces: bool = True
-    escape_whitespaces: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,7 +34,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A tokenizer whose ids come from sentencepiece; `backend` is its conversion, for decoding and export."""
 
     processor: Any = field(kw_only=True, repr=False)
-    model: ModelFile = field(kw_only=True, repr=False)
+    model: Any = field(kw_only=True, repr=False)  # the file's ModelProto
 
     @property
     def library(self) -> tuple[str, str]:
@@ -84,6 +59,13 @@ class SentencePieceTokenizer(Tokenizer):
         path.write_text(convert(self.model, with_special=False).to_str(), encoding="utf-8")
         return path
 
+    @cached_property
+    def check_texts(self) -> list[str]:
+        """Texts on which another implementation must agree: every piece, alone and among others, and likely ties."""
+        names = [piece.piece.replace(_SPACE, " ") for piece in self.model.pieces]
+        special = [name for name, piece in zip(names, self.model.pieces, strict=True) if piece.type != _NORMAL]
+        return [*covering_texts(names, special), *names, *_ties({piece.piece for piece in self.model.pieces})]
+
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without special tokens added; special tokens in the text are plain text."""
         return self.processor.encode(text)
@@ -92,36 +74,27 @@ class SentencePieceTokenizer(Tokenizer):
         """Token ids of each text, as `encode` gives them."""
         return self.processor.encode(list(texts), num_threads=1) if texts else []
 
-    def save(self, folder: Path) -> None:
-        """Write a Hugging Face tokenizer folder: the conversion, the names of the special tokens, and the `.model`."""
-        if self.model.charsmap:
-            get_logger().warning(
-                "%s normalises text; its conversion in %s may give rare characters other ids", self.path, folder
-            )
-        names = {"bos_token": self.bos, "eos_token": self.eod, "pad_token": self.pad, "unk_token": self._unknown}
-        special = {name: self.model.pieces[token].text for name, token in names.items() if token != NO_TOKEN}
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # known to transformers 4 and 5 alike
-            **special,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 1_000_000,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(Path(self.path).read_bytes())
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
-        (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
+    @property
+    def source_folder(self) -> None:
+        """Nothing but the `.model` file counts."""
+        return
 
     @property
-    def _unknown(self) -> int:
-        return next((place for place, piece in enumerate(self.model.pieces) if piece.kind == _UNKNOWN), NO_TOKEN)
+    def finds_special_tokens(self) -> bool:
+        """The library takes the name of a control piece for text."""
+        return False
+
+    def json_bytes(self) -> bytes:
+        """The conversion, with the names of the control pieces."""
+        return self.backend.to_str().encode()
 
 
 def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
-    """Load a `.model` file. Raises `DataError` for a file that is none, of a kind that cannot be used, or without the
-    library."""
+    """Load a `.model` file. Raises `DataError` for a file that is none, of a kind that cannot be converted exactly, or
+    without the library."""
     try:
         import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise DataError(
             f"{path} needs the sentencepiece library, which is not installed: pip install 'megatron-itt[data]', or "
@@ -129,13 +102,18 @@ def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
         ) from error
     content = path.read_bytes()
     try:
-        model = parse_model(content)
+        if not content:
+            raise ValueError("it is empty")
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-    except Exception as error:  # the library raises RuntimeError, the parser many kinds
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+    except Exception as error:  # the libraries raise RuntimeError and classes of protobuf
         raise DataError(f"{path} is not a readable SentencePiece model: {error}; copy it again") from error
     if processor.eos_id() < 0:
         raise DataError(f"{path} has no end-of-document token (eos_id is -1); train it with one")
-    return SentencePieceTokenizer(
+    obstacle = _obstacle(model)
+    if obstacle is not None:
+        raise _not_exact(path, obstacle)
+    tokenizer = SentencePieceTokenizer(
         str(path),
         convert(model, with_special=True),
         hashlib.sha256(content).hexdigest(),
@@ -145,124 +123,123 @@ def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
         processor=processor,
         model=model,
     )
-
-
-def convert(model: ModelFile, *, with_special: bool) -> tokenizers.Tokenizer:
-    """The model in the `tokenizers` library; `with_special`: control pieces in a text become their special tokens."""
-    if model.model_type != _BPE or model.whitespace_as_suffix:
-        raise DataError(
-            "only SentencePiece models of type bpe with whitespace as prefix can be used; save others as a Hugging "
-            "Face folder with transformers, and use that"
-        )
-    names = [piece.text for piece in model.pieces]
-    unknown = next((place for place, piece in enumerate(model.pieces) if piece.kind == _UNKNOWN), None)
-    vocabulary = {name: place for place, name in enumerate(names)}
-    merging = models.BPE(
-        vocabulary,
-        list(_merges(model)),
-        unk_token=None if unknown is None else names[unknown],
-        fuse_unk=True,
-        byte_fallback=model.byte_fallback,
+    converted = convert(model, with_special=False)
+    difference = first_difference(
+        tokenizer.encode_batch,
+        lambda texts: [item.ids for item in converted.encode_batch_fast(list(texts), add_special_tokens=False)],
+        tokenizer.check_texts,
     )
-    converted = tokenizers.Tokenizer(merging)
-    steps = list(_normalisation(model))
+    if difference is not None:
+        raise _not_exact(path, f"converted, {difference}")
+    return tokenizer
+
+
+def _obstacle(model: Any) -> str | None:
+    """Why a model cannot be converted with exactly its ids, by what the file says; None where nothing speaks
+    against it."""
+    kind = model.trainer_spec.model_type
+    if kind != 2:
+        return f"it is of type {_MODEL_TYPES.get(kind, kind)}, not bpe"
+    if model.trainer_spec.treat_whitespace_as_suffix:
+        return "it puts whitespace behind words (treat_whitespace_as_suffix)"
+    if model.normalizer_spec.precompiled_charsmap:
+        return f"it normalises text ({model.normalizer_spec.name or 'precompiled_charsmap'}, not identity)"
+    merged = [piece.score for piece in model.pieces if piece.type == _NORMAL and len(piece.piece) > 1]
+    if len(set(merged)) != len(merged):
+        return "pieces of the same score leave open which one is merged first"
+    if any(piece.type == _UNUSED for piece in model.pieces):
+        return "it has pieces of type unused"
+    return None
+
+
+def _not_exact(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path} cannot be converted with exactly its own ids, which an export needs: {reason}; save it as a Hugging "
+        "Face folder with transformers and use that for data, training and export alike"
+    )
+
+
+def convert(model: Any, *, with_special: bool) -> tokenizers.Tokenizer:
+    """The model in the `tokenizers` library; `with_special`: names of the control pieces, for decoding."""
+    defined = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    converted = tokenizers.Tokenizer(_merging(model, whole_words=bool(defined)))
+    steps = list(_normalisation(model.normalizer_spec))
     if steps:
         converted.normalizer = normalizers.Sequence(steps)
-    strip = [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
+    if defined:
+        converted.pre_tokenizer = pre_tokenizers.Sequence(list(_cuts(model, defined)))
+    strip = [decoders.Strip(" ", 1, 0)] if model.normalizer_spec.add_dummy_prefix else []
     converted.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    defined = [piece.text for piece in model.pieces if piece.kind == _USER_DEFINED]
-    converted.add_tokens([AddedToken(text, normalized=True) for text in defined])
     if with_special:
-        control = [piece.text for piece in model.pieces if piece.kind in (_CONTROL, _UNKNOWN)]
+        control = [piece.piece for piece in model.pieces if piece.type in (_CONTROL, _UNKNOWN)]
         converted.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
     return converted
 
 
-def _merges(model: ModelFile) -> Iterator[tuple[str, str]]:
-    """All pairs that make a piece, the pieces with the highest scores first."""
-    mergeable = {piece.text: place for place, piece in enumerate(model.pieces) if piece.kind == _NORMAL}
-    ordered = sorted(mergeable, key=lambda text: (-model.pieces[mergeable[text]].score, mergeable[text]))
-    for text in ordered:
-        pairs = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
-        found = [pair for pair in pairs if pair[0] in mergeable and pair[1] in mergeable]
-        yield from sorted(found, key=lambda pair: (mergeable[pair[0]], mergeable[pair[1]]))
-
-
-def _normalisation(model: ModelFile) -> Iterator[Any]:
-    if model.charsmap:
-        yield normalizers.Precompiled(model.charsmap)
-    if model.remove_extra_whitespaces:
-        yield normalizers.Replace(Regex(" {2,}"), " ")
-        yield normalizers.Replace(Regex("^ +| +$"), "")
-    if model.escape_whitespaces:
-        if model.add_dummy_prefix:
-            yield normalizers.Prepend(_SPACE)
-        yield normalizers.Replace(" ", _SPACE)
-    elif model.add_dummy_prefix:
-        yield normalizers.Prepend(" ")
-
-
-def parse_model(content: bytes) -> ModelFile:
-    """Read a `.model` file: a protocol buffer with pieces (field 1), how it was trained (2) and normalisation (3)."""
-    pieces: list[Piece] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    for number, value in _fields(content):
-        if number == 1:
-            entry = dict(_fields(value))
-            score = struct.unpack("<f", entry[2])[0] if 2 in entry else 0.0
-            pieces.append(Piece(text=entry.get(1, b"").decode("utf-8"), score=score, kind=entry.get(3, _NORMAL)))
-        elif number == 2:
-            trainer = dict(_fields(value))
-        elif number == 3:
-            normalizer = dict(_fields(value))
-    if not pieces:
-        raise DataError("it holds no pieces")
-    return ModelFile(
-        pieces=pieces,
-        model_type=trainer.get(3, _UNIGRAM),
-        byte_fallback=bool(trainer.get(35, False)),
-        whitespace_as_suffix=bool(trainer.get(24, False)),
-        charsmap=normalizer.get(2, b""),
-        add_dummy_prefix=bool(normalizer.get(3, True)),
-        remove_extra_whitespaces=bool(normalizer.get(4, True)),
-        escape_whitespaces=bool(normalizer.get(5, True)),
+def _merging(model: Any, *, whole_words: bool) -> models.BPE:
+    """The merges of a model; `whole_words`: a word that is a piece becomes that piece without merging."""
+    unknown = next((piece.piece for piece in model.pieces if piece.type == _UNKNOWN), None)
+    return models.BPE(
+        {piece.piece: place for place, piece in enumerate(model.pieces)},
+        list(_merges(model)),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+        ignore_merges=whole_words,
     )
 
 
-def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
-    """Fields of a protocol buffer message: numbers as int, everything else as bytes."""
-    place = 0
-    while place < len(content):
-        key, place = _number(content, place)
-        kind = key & 7
-        if kind == 0:
-            value, place = _number(content, place)
-            yield key >> 3, value
-            continue
-        if kind == 2:
-            size, place = _number(content, place)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise DataError("it is not a protocol buffer")
-        if place + size > len(content):
-            raise DataError("it is truncated")
-        yield key >> 3, content[place : place + size]
-        place += size
+def _merges(model: Any) -> Iterator[tuple[str, str]]:
+    """All pairs that make a piece, the pieces with the highest scores first, of each the pair with the longest left.
+
+    Where two pairs of the same piece overlap, sentencepiece merges the left one: A B C with AB = BC. AB is the pair
+    with the longer left, unless the piece repeats a shorter one, of which no merge leaves these three side by side.
+    """
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
+    for text in sorted(scores, key=scores.__getitem__, reverse=True):
+        for cut in range(len(text) - 1, 0, -1):
+            if text[:cut] in scores and text[cut:] in scores:
+                yield text[:cut], text[cut:]
 
 
-def _number(content: bytes, place: int) -> tuple[int, int]:
-    """A variable-length number and the place after it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if place >= len(content):
-            raise DataError("it is truncated")
-        byte = content[place]
-        place += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place
-    raise DataError("it is not a protocol buffer")
+def _normalisation(spec: Any) -> Iterator[Any]:
+    if spec.remove_extra_whitespaces:
+        trailing = f"[ {_SPACE}]" if spec.escape_whitespaces else " "
+        yield normalizers.Replace(Regex(" {2,}"), " ")
+        yield normalizers.Replace(Regex(rf"\A +|{trailing}+\z"), "")
+    if spec.add_dummy_prefix:
+        yield normalizers.Prepend(_SPACE if spec.escape_whitespaces else " ")
+    if spec.escape_whitespaces:
+        yield normalizers.Replace(" ", _SPACE)
+
+
+def _cuts(model: Any, defined: Sequence[str]) -> Iterator[Any]:
+    """Cut texts around user-defined pieces, the longest first, so that nothing is merged across them.
+
+    Each is then a word, and a word that is a piece is taken whole. Words that are pieces but would be merged otherwise
+    (a control piece, a byte) are cut where their merging leaves a boundary, which changes no merge.
+    """
+    longest_first = sorted(defined, key=len, reverse=True)
+    yield pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
+    merging = tokenizers.Tokenizer(_merging(model, whole_words=False))
+    wrong = []
+    for place, piece in enumerate(model.pieces):
+        encoding = merging.encode(piece.piece, add_special_tokens=False)
+        if piece.type != _USER_DEFINED and encoding.ids != [place]:
+            end = encoding.offsets[0][1]
+            wrong.append(rf"\A{re.escape(piece.piece[:end])}(?={re.escape(piece.piece[end:])}\z)")
+    if wrong:
+        yield pre_tokenizers.Split(Regex("|".join(wrong)), "isolated")
+
+
+def _ties(pieces: set[str]) -> Iterator[str]:
+    """Texts in which two overlapping pairs make the same piece, and runs of one character."""
+    for piece in sorted(pieces):
+        for size in range(1, len(piece)):
+            overlap, left, right = piece[:size], piece[:-size], piece[size:]
+            if piece.endswith(overlap) and {overlap, left, right} <= pieces:
+                yield left + overlap + right
+                yield f"x{left}{overlap}{right}x"
+    yield from (char * count for char in "a =-#0\n" for count in range(2, 34))

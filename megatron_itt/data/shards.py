@@ -49,6 +49,8 @@ class EncodingOptions:
     append_bos: bool = False
     min_length: int = 1  # characters; shorter documents are dropped
     deduplicate: bool = False  # keep a hash of every document, to drop exact copies when merging
+    eod: int | None = None  # ids of the marks, where they are appended: named beside tokenizer.json, not by its hash
+    bos: int | None = None
 
     @property
     def file_kinds(self) -> tuple[str, ...]:
@@ -140,7 +142,8 @@ def _load_tools(path: str, engine: str) -> tuple[Tokenizer, Engine]:
 def _tools(options: EncodingOptions) -> tuple[Tokenizer, Engine]:
     """What encodes, checked to be what the options say."""
     tokenizer, engine = _load_tools(options.tokenizer, options.engine)
-    if tokenizer.sha256 != options.tokenizer_sha256:
+    marks = ((options.eod, tokenizer.eod), (options.bos, tokenizer.bos))
+    if tokenizer.sha256 != options.tokenizer_sha256 or any(mark not in (None, now) for mark, now in marks):
         raise DataError(
             f"tokenizer {options.tokenizer} changed while its data was being written; run the command again"
         )
@@ -224,7 +227,7 @@ class _ShardWriter:
     def _check_engine(self, texts: list[str]) -> None:
         """Re-encode a document with the reference tokenizer now and then; a difference stops the run."""
         self._num_batches += 1
-        if self.engine.name == "hf" or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
+        if self.engine.name == self.tokenizer.library[0] or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
             return
         begin = self._num_batches * 7 % len(texts)  # not always the first of its batch
         fitting = (text for text in texts[begin:] + texts[:begin] if len(text) <= _CHECK_MAX_CHARS)

@@ -26,7 +26,8 @@ from megatron_itt.errors import ConfigError, DataError
 
 # Options that decide the bytes; a dataset or a partial one made with others is never taken for this one.
 DECISIVE_OPTIONS = ("tokenizer_sha256", "text_key", "append_eod", "append_bos", "min_length", "deduplicate")
-_AGREED = (*DECISIVE_OPTIONS, "engine", "engine_version", "inputs")  # by all who work at the same time
+MARKS = ("eod", "bos")
+_AGREED = (*DECISIVE_OPTIONS, *MARKS, "engine", "engine_version", "inputs")  # by all who work at the same time
 _CLAIM_TIMEOUT_S = 20.0
 _POLL_S = 0.05
 _PLAN = "plan.json"  # in every partial folder: what is made there
@@ -132,7 +133,7 @@ def claim(folder: Path, plan: dict[str, Any], *, alone: bool, resume: bool, stri
     previous: dict[str, Any] = {}
     if path.is_file() and resume:
         previous = _read_plan(path)
-        _check_agreement(folder, previous, plan, _AGREED if strict else DECISIVE_OPTIONS)
+        _check_agreement(folder, previous, plan, _AGREED if strict else (*DECISIVE_OPTIONS, *MARKS))
         if not alone and previous.get("num_parts") != plan["num_parts"]:
             raise DataError(
                 f"{folder} is being made in {previous.get('num_parts')} parts, not {plan['num_parts']}; give --part "

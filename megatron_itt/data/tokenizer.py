@@ -20,6 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_itt.config import RunConfig
+from megatron_itt.data.covering_texts import ODD_STRINGS
 from megatron_itt.errors import ConfigError, DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -68,6 +69,35 @@ class Tokenizer:
         """The `tokenizer.json` that was read."""
         return _json_path(Path(self.path))
 
+    def name_of(self, token: int) -> str:
+        """The entry of the vocabulary with this id."""
+        return str(self.backend.id_to_token(token))
+
+    @property
+    def source_folder(self) -> Path | None:
+        """The folder whose other files describe the tokenizer too; None where `path` is all there is."""
+        return self.json_path.parent
+
+    @property
+    def finds_special_tokens(self) -> bool:
+        """Whether the name of a special token in a text is encoded as that token."""
+        return any(token.special for token in self.backend.get_added_tokens_decoder().values())
+
+    def json_bytes(self) -> bytes:
+        """A `tokenizer.json` that encodes and decodes as this tokenizer does."""
+        return self.json_path.read_bytes()
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face folder that AutoTokenizer reads as this tokenizer."""
+        from megatron_itt.data.tokenizer_folder import write_tokenizer_folder
+
+        write_tokenizer_folder(self, folder)
+
+    @property
+    def check_texts(self) -> Sequence[str]:
+        """Texts on which another implementation must agree before it is used."""
+        return ODD_STRINGS
+
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without special tokens added."""
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -102,7 +132,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         ) from error
     backend.no_truncation()
     backend.no_padding()
-    special = _special_tokens(json_path.parent)
+    special = special_token_names(json_path.parent)
     eod_names = [special.get("eos_token"), *_EOD_CANDIDATES]
     eod = _first_id(backend, eod_names)
     if eod == NO_TOKEN:
@@ -125,6 +155,26 @@ def recipe_tokenizer(config: RunConfig) -> Tokenizer:
     if config.data.tokenizer is None:
         raise ConfigError("data.tokenizer is not set; name the tokenizer that the data was made with")
     return load_tokenizer(config.data.tokenizer)
+
+
+def special_token_names(folder: Path) -> dict[str, str]:
+    """Names of the special tokens from the files beside `tokenizer.json`, where they exist."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is not valid JSON: {error}; save the tokenizer again") from error
+        for key in ("bos_token", "eos_token", "pad_token"):
+            value = content.get(key)
+            if isinstance(value, dict):
+                value = value.get("content")
+            if isinstance(value, str):
+                found[key] = value
+    return found
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
@@ -205,7 +255,7 @@ def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        patterns = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
         folder = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # offline, unknown name, gated: many classes, one meaning
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -215,26 +265,6 @@ def _download(name: str) -> Path:
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"tokenizer {name} on the hub has no tokenizer.json; save it as a fast tokenizer first")
     return folder
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """Names of the special tokens from the files beside `tokenizer.json`, where they exist."""
-    found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path} is not valid JSON: {error}; save the tokenizer again") from error
-        for key in ("bos_token", "eos_token", "pad_token"):
-            value = content.get(key)
-            if isinstance(value, dict):
-                value = value.get("content")
-            if isinstance(value, str):
-                found[key] = value
-    return found
 
 
 def _first_id(backend: tokenizers.Tokenizer, names: Sequence[str | None]) -> int:

@@ -14,13 +14,13 @@ from torch import Tensor
 from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.checkpoint.state import RunState
 from megatron_itt.config.run import RunConfig
-from megatron_itt.data.tokenizer import load_tokenizer
+from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_itt.data.tokenizer_folder import check_tokenizer_folder, load_with_transformers
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.folder import (
     copy_tokenizer,
     model_settings,
     special_token_ids,
-    tokenizer_identity,
     write_configs,
 )
 from megatron_itt.hf.model_card import CardFacts, render_card
@@ -75,18 +75,19 @@ def _export(
 ) -> ExportReport:
     state = megatron_to_hf(_tensors(built.chunks[0].state_dict()), config.model)
     settings = model_settings(config.model, config.thinking)
+    special_tokens: dict[str, Any] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         tokenizer = _add_tokenizer(staging, config, run_state, options)
-        identity = None if tokenizer is None else tokenizer_identity(staging)
-        if identity is not None:
-            settings["tokenizer_sha256"] = identity  # evaluation refuses another one in its place
-        special_tokens = {} if tokenizer is None else special_token_ids(tokenizer, config.model.vocab_size)
+        if tokenizer is not None:
+            settings["tokenizer_sha256"] = load_tokenizer(staging).sha256  # evaluation refuses another in its place
+            special_tokens = special_token_ids(load_with_transformers(staging), config.model.vocab_size)
+        write_configs(staging, settings, dtype=options.dtype, special_tokens=special_tokens)
+        exported_tokenizer = None if tokenizer is None else check_tokenizer_folder(tokenizer, staging)
         parity = None
         if options.check:
-            parity = check_parity(built, build_hf_model(settings, state), config, tokenizer)
-        write_configs(staging, settings, dtype=options.dtype, special_tokens=special_tokens)
+            parity = check_parity(built, build_hf_model(settings, state), config, exported_tokenizer)
         files = _write_weights(staging, state, options)
         facts = _card_facts(state, run_state, options.dtype, parity)
         (staging / "README.md").write_text(render_card(settings, facts), encoding="utf-8")
@@ -104,8 +105,8 @@ def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options: ExportOptions) -> Any | None:
-    """Copy the tokenizer and load the copy; None if none is wanted."""
+def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options: ExportOptions) -> Tokenizer | None:
+    """Write the tokenizer of the data into the folder; None if none is wanted."""
     if not options.with_tokenizer:
         return None
     source = options.tokenizer or config.data.tokenizer
@@ -115,16 +116,14 @@ def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options
         )
     if options.tokenizer is None and ("/" in source or source.startswith(".")) and not Path(source).exists():
         raise ExportError(f"data.tokenizer of the recipe is {source}, which is not there; pass --tokenizer DIR.")
+    tokenizer = copy_tokenizer(source, folder, eod=run_state.end_of_document)
     trained_with = run_state.tokenizer_sha256
-    if trained_with is not None and load_tokenizer(source).sha256 != trained_with:
+    if trained_with is not None and tokenizer.sha256 != trained_with:
         raise ExportError(
             f"tokenizer {source} is not the one that the model was trained with ({trained_with[:12]}); pass that one "
             "with --tokenizer, or --no-tokenizer to export without one."
         )
-    copy_tokenizer(source, folder)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder))
+    return tokenizer
 
 
 def _write_weights(folder: Path, state: dict[str, Tensor], options: ExportOptions) -> list[str]:

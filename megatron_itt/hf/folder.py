@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
-from megatron_itt.data.sentencepiece_model import load_sentencepiece
-from megatron_itt.data.tokenizer import load_tokenizer
-from megatron_itt.errors import ExportError
+from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_itt.data.tokenizer_folder import with_end_of_document, write_tokenizer_folder
+from megatron_itt.errors import DataError, ExportError
 
 REMOTE_CODE_FILES = (
     "configuration_itt.py",
@@ -29,17 +29,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_itt.ITTModel",
     "AutoModelForCausalLM": "modeling_itt.ITTForCausalLM",
 }
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -84,55 +73,24 @@ def write_configs(folder: Path, settings: dict[str, Any], *, dtype: str, special
             shutil.copyfile(source / name, folder / name)
 
 
-def copy_tokenizer(tokenizer: str | Path, folder: Path) -> None:
-    """Put the tokenizer into the folder: the files of a local one as they are, else what the hub's name loads.
+def copy_tokenizer(tokenizer: str | Path, folder: Path, *, eod: int | None = None) -> Tokenizer:
+    """Write the tokenizer into the folder so that AutoTokenizer encodes as the training data was; return it.
 
-    A SentencePiece `.model` comes with its conversion to `tokenizer.json`. Raises ExportError when there is none.
+    eod: the end-of-document id of the data, which becomes eos_token (None: the tokenizer's own). Raises ExportError
+    when there is no such tokenizer.
     """
     source = Path(tokenizer)
-    model = source / "tokenizer.model" if source.is_dir() and not (source / "tokenizer.json").is_file() else source
-    if model.suffix == ".model" and model.is_file():
-        load_sentencepiece(model).save(folder)
-        _widen_tokenizer_config(folder)
-        return
-    if source.is_dir():
-        found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-        if not found:
-            raise ExportError(
-                f"tokenizer folder {source} holds no tokenizer files; pass --tokenizer with one that does."
-            )
-        for name in found:
-            shutil.copyfile(source / name, folder / name)
-        _widen_tokenizer_config(folder)
-        return
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(str(tokenizer)).save_pretrained(str(folder))
-        _widen_tokenizer_config(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    if source.is_dir() and not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise ExportError(
-            f"tokenizer {tokenizer} is neither a folder here nor loadable by name ({reason}); pass --tokenizer DIR, or "
-            "--no-tokenizer to export without one."
-        ) from None
-
-
-def tokenizer_identity(folder: Path) -> str | None:
-    """Hash of what decides token ids in an exported folder; None where no `tokenizer.json` says it."""
-    return load_tokenizer(folder).sha256 if (folder / "tokenizer.json").is_file() else None
-
-
-def _widen_tokenizer_config(folder: Path) -> None:
-    """Name the tokenizer class that transformers 4 knows as well, and the inputs that the model takes."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    _write_json(path, config)
+            f"tokenizer folder {source} holds no tokenizer files (tokenizer.json or tokenizer.model); pass --tokenizer "
+            "with one that does."
+        )
+    try:
+        found = with_end_of_document(load_tokenizer(tokenizer), eod)
+    except DataError as error:
+        raise ExportError(f"{error}; pass --tokenizer DIR, or --no-tokenizer to export without one.") from None
+    write_tokenizer_folder(found, folder)
+    return found
 
 
 def special_token_ids(tokenizer: Any, vocab_size: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Checkpointer:
         *,
         fingerprint_at: Callable[[int], str],
         tokenizer_sha256: str,
+        end_of_document: int | None = None,
         allow_changed: Sequence[str] = (),
     ) -> None:
         self._config, self._allow_changed = config, tuple(allow_changed)
@@ -54,6 +55,7 @@ class Checkpointer:
         self._facts: dict[str, Any] = {
             "data_fingerprint": fingerprint_at(config.num_training_samples),
             "tokenizer_sha256": tokenizer_sha256,
+            "end_of_document": end_of_document,
         }
         wanted = config.checkpoint
         retention = Retention(
@@ -71,7 +73,13 @@ class Checkpointer:
         if folder is None:
             return None
         state = read_run_state(folder)
-        check_resumable(state, self._config, fingerprint_at=self._fingerprint_at, allow_changed=self._allow_changed)
+        check_resumable(
+            state,
+            self._config,
+            fingerprint_at=self._fingerprint_at,
+            end_of_document=self._facts["end_of_document"],
+            allow_changed=self._allow_changed,
+        )
         return ResumePoint(folder=folder, state=state)
 
     def resume(self, trainer: Trainer, point: ResumePoint) -> None:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from megatron_itt.config.parts import ChosenParts
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.blend import resolve_blend
-from megatron_itt.data.datasets import Datasets, build_datasets, check_document_ends
+from megatron_itt.data.datasets import Datasets, build_datasets, check_blend
 from megatron_itt.data.loader import Loader, check_loader, open_loader
-from megatron_itt.data.tokenizer import Tokenizer, check_vocabulary, recipe_tokenizer
+from megatron_itt.data.tokenizer import Tokenizer, recipe_tokenizer
+from megatron_itt.data.tokenizer_folder import check_exportable
 from megatron_itt.errors import ConfigError, DataError, IttError
 from megatron_itt.log import configure_logging, get_logger
 from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
@@ -80,10 +81,10 @@ def check_inputs(config: RunConfig) -> Tokenizer:
     if not config.data.blend:
         raise ConfigError("data.blend is empty; name at least one domain with its path and weight")
     tokenizer = recipe_tokenizer(config)
-    check_vocabulary(tokenizer, config.model.vocab_size)
     check_loader(config.data.loader)
     check_sinks(config)
-    check_document_ends(config, resolve_blend(config), tokenizer)
+    check_blend(config, tokenizer)
+    check_exportable(tokenizer)
     return tokenizer
 
 
@@ -117,6 +118,7 @@ def _start_or_resume(
         run_dir,
         fingerprint_at=blend.fingerprint_at,
         tokenizer_sha256=tokenizer.sha256,
+        end_of_document=tokenizer.eod,
         allow_changed=allow_changed,
     )
     point = checkpointer.find_resume_point()

@@ -60,6 +60,19 @@ def test_changed_data_is_refused() -> None:
         check(fingerprint="other")
 
 
+def test_another_end_of_document_token_is_refused_where_both_are_known() -> None:
+    def resume(saved: int | None, now: int | None, *allow: str) -> None:
+        state = new_run_state(tiny_recipe(), step=3, data_fingerprint="data", end_of_document=saved)
+        recipe = tiny_recipe()
+        check_resumable(state, recipe, fingerprint_at=lambda _: "data", end_of_document=now, allow_changed=allow)
+
+    for known in ((0, 0), (None, 1), (1, None)):
+        resume(*known)
+    with pytest.raises(CheckpointError, match="data end-of-document token was 0 and is now 1"):
+        resume(0, 1)
+    resume(0, 1, "data")
+
+
 @pytest.mark.parametrize("allow", ["data", "data.blend", "data.blend.code.path"])
 def test_changed_data_that_is_wanted_is_accepted(allow: str) -> None:
     check(fingerprint="other", allow=(allow,))

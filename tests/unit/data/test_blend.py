@@ -14,10 +14,12 @@ from megatron_itt.config import load_config
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.data.blend import resolve_blend
 from megatron_itt.data.indexed import read_index
+from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.url_list import DOMAINS
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import run_command
 from megatron_itt.train import main
+from tests.unit.data.conftest import write_jsonl
 
 ROOT = Path(__file__).parents[3]
 
@@ -72,6 +74,24 @@ def test_too_many_epochs_are_refused(domains: Any, make_config: Any) -> None:
 def test_too_much_validation_is_refused(domains: Any, make_config: Any) -> None:
     with pytest.raises(ConfigError, match=r"validation\.tokens is 1,000,000"):
         resolve_blend(make_config(domains, validation_tokens=1_000_000))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([500], "one document of 501 tokens; cut its text into documents or add data"),
+        ([20, 20, 500], "ends with a document of 501 of its 543 tokens, too many; cut it or add data"),
+        ([20, 19], "has 41 tokens, too few to split off one sample of 33; add data"),
+    ],
+)
+def test_a_domain_that_cannot_be_split_gets_a_true_sentence(
+    words: list[int], sentence: str, make_config: Any, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """Lowering validation.tokens would help none of these."""
+    source, prefix = write_jsonl(tmp_path / "in.jsonl", ["1" * count for count in words]), str(tmp_path / "set")
+    preprocess(PreprocessOptions(inputs=(str(source),), tokenizer=str(tokenizer_dir), output_prefix=prefix))
+    with pytest.raises(ConfigError, match=sentence):
+        resolve_blend(make_config({"one": (prefix, 1.0)}, validation_tokens=1, max_epochs=1e6))
 
 
 def test_a_blend_without_data_is_refused(make_config: Any) -> None:

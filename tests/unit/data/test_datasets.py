@@ -183,6 +183,17 @@ def test_documents_without_ends_cannot_be_kept_apart(write_dataset: Any, make_co
         build_datasets(make_config({"endless": (prefix, 1.0)}, reset_at_document_end=True), tokenizer=tokenizer)
 
 
+def test_data_with_another_end_of_document_token_is_refused(
+    write_dataset: Any, make_config: Any, tokenizer: Tokenizer
+) -> None:
+    """It is named beside tokenizer.json, so the hash of that file does not tell."""
+    other = replace(tokenizer, eod=1)
+    config = make_config({"code": (write_dataset("code"), 1.0)})
+    with pytest.raises(DataError, match=r"code was written with end-of-document token 0, but that of .* is 1; set eos"):
+        build_datasets(config, tokenizer=other)
+    build_datasets(make_config({"open": (write_dataset("open", append_eod=False), 1.0)}), tokenizer=other)
+
+
 def test_changed_data_under_the_same_path_does_not_reuse_the_cache(
     domains: Any, make_config: Any, tokenizer: Tokenizer, write_dataset: Any
 ) -> None:

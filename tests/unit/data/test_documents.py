@@ -95,6 +95,116 @@ def test_bad_lines_are_rejected_with_line_and_reason(tmp_path: Path) -> None:
         assert part in reasons
 
 
+NOT_NEEDED = [
+    b'{"text": "x", "score": NaN}',
+    b'{"text": "x", "a": [Infinity, -Infinity, {"b": NaN}]}',
+    b'{"text": "x", "n": 1e999}',
+    b'{"text": "x", "n": ' + b"9" * 5000 + b"}",
+    b'{"text": "x", "title": "\\ud800"}',
+    b'{"text": "x", "title": "\xff\xfe"}',
+    b'\xef\xbb\xbf{"text": "x", "score": NaN}',
+]
+
+
+@pytest.mark.parametrize("line", NOT_NEEDED)
+def test_a_value_that_is_not_needed_does_not_cost_the_document(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(line + b"\n")
+    assert read_all(tmp_path / "a.jsonl") == (["x"], [])
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "\xff", "score": NaN}', "invalid UTF-8 at byte 10"),
+        (b'{"text": "\\ud800", "score": NaN}', "malformed JSON"),
+        (b'{"text": NaN}', "'text' is a number, not a string"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "'text' is a number, not a string"),
+        (b'{"score": NaN}', "no key 'text'"),
+        (b'{"text": "x", "score": nan}', "malformed JSON"),
+        (b'{"text": "x", "score": NaN', "malformed JSON"),
+        (b"[" * 100_000, "malformed JSON"),
+        (b"NaN", "not a JSON object but a number"),
+    ],
+)
+def test_what_is_needed_is_still_checked(tmp_path: Path, line: bytes, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "first"}\n' + line + b"\n")
+    texts, rejections = read_all(tmp_path / "a.jsonl")
+    assert texts == ["first"]
+    assert [item.line for item in rejections] == [2] and reason in rejections[0].reason
+
+
+def test_the_text_may_lie_inside_objects(tmp_path: Path) -> None:
+    rows = [
+        {"a": {"b": "one", "b.c": "no"}},
+        {"a.b": "two", "a": {"b": "not this"}},
+        {"a": {"b": {"c": "x"}}},
+        {"a": "text"},
+        {"a": {"b": ""}},
+        {"a": None},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts, rejections = read_all(tmp_path / "a.jsonl", text_key="a.b")
+    assert texts == ["one", "two"]
+    assert [item.reason for item in rejections] == [
+        "'a.b' is an object, not a string",
+        "no key 'a.b'",
+        "'a.b' is empty",
+        "no key 'a.b'",
+    ]
+    assert read_all(tmp_path / "a.jsonl", text_key="a.b.c")[0] == ["no", "x"]
+
+
+def test_parquet_columns_may_be_binary_or_lie_inside_structs(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    data = [text.encode() for text in TEXTS[:5]] + [b"\xff", None, b""]
+    for kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
+        parquet.write_table(pa.table({"text": pa.array(data, kind)}), tmp_path / "a.parquet")
+        texts, rejections = read_all(tmp_path / "a.parquet")
+        assert texts == TEXTS[:5]
+        assert [item.reason for item in rejections] == [
+            "invalid UTF-8",
+            "'text' is null, not a string",
+            "'text' is empty",
+        ]
+    rows = [{"n": 1, "body": {"text": text}} for text in TEXTS[:5]] + [None, {"n": 2, "body": None}]
+    parquet.write_table(pa.table({"doc": rows, "x.y": ["z"] * 7}), tmp_path / "b.parquet")
+    texts, rejections = read_all(tmp_path / "b.parquet", text_key="doc.body.text")
+    assert texts == TEXTS[:5] and len(rejections) == 2
+    assert read_all(tmp_path / "b.parquet", text_key="x.y")[0] == ["z"] * 7
+    for key in ("doc.body.other", "doc.n.text", "doc.", "x"):
+        with pytest.raises(DataError, match=f"has no column '{key}'"):
+            read_all(tmp_path / "b.parquet", text_key=key)
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_zstd_frames_with_long_windows_are_read(tmp_path: Path, window_log: int) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True, write_content_size=False)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    data = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    (tmp_path / "a.zst").write_bytes(stream.compress(data) + stream.flush())
+    assert read_all(tmp_path / "a.zst") == (TEXTS, [])
+
+
+def test_a_zstd_window_beyond_the_limit_is_named(tmp_path: Path) -> None:
+    path = write_kind(tmp_path / "a.zst", "zstd", TEXTS)
+    stream = zstandard.ZstdCompressor().compressobj()  # its frame has a window descriptor
+    data = bytearray(stream.compress(path.read_bytes()) + stream.flush())
+    data[5] = 23 << 3  # 8 GiB
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"needs a zstd window of 8192 MiB and at most 2048 can be read: .*--long=31"):
+        read_all(path)
+
+
+@pytest.mark.parametrize(("kind", "tool"), [("gzip", "gzip"), ("zstd", "zstd")])
+def test_bytes_behind_compressed_data_get_advice_of_their_own(tmp_path: Path, kind: str, tool: str) -> None:
+    path = write_kind(tmp_path / "a", kind, TEXTS)
+    path.write_bytes(path.read_bytes() + b"<html>")
+    with pytest.raises(DataError, match=rf"holds other bytes behind its data .*, or leave them out with {tool} -dc"):
+        read_all(path)
+
+
 @pytest.mark.parametrize("kind", ["zstd", "gzip", "parquet"])
 @pytest.mark.parametrize("kept", [0.999, 0.6, 0.3])
 def test_a_truncated_file_is_an_error_that_names_it(tmp_path: Path, kind: str, kept: float) -> None:

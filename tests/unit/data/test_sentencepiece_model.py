@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from megatron_itt.data.engine import GigatokenEngine, HuggingFaceEngine, find_difference
+from megatron_itt.data.engine import ENGINES, GigatokenEngine, HuggingFaceEngine, find_difference
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
-from megatron_itt.data.sentencepiece_model import ModelFile, Piece, SentencePieceTokenizer, convert
+from megatron_itt.data.sentencepiece_model import SentencePieceTokenizer, convert
 from megatron_itt.data.tokenizer import load_tokenizer
 from megatron_itt.errors import DataError
 from tests.unit.data.conftest import make_texts, write_jsonl
@@ -33,6 +33,42 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "without bytes": {**LLAMA, "byte_fallback": False},
     "no prefix": {**LLAMA, "add_dummy_prefix": False, "user_defined_symbols": ["<sep>"], "pad_id": 3},
+    "plain": {"model_type": "bpe", "normalization_rule_name": "identity"},
+    "squeezed": {**LLAMA, "remove_extra_whitespaces": True},
+    **{
+        f"defined, prefix {prefix}, squeezed {squeezed}, bytes {with_bytes}": {
+            **LLAMA,
+            "byte_fallback": with_bytes,
+            "add_dummy_prefix": prefix,
+            "remove_extra_whitespaces": squeezed,
+            "user_defined_symbols": ["<mask>", "<sep>", "ab", "\u00a7", "<mask", "."],
+            "control_symbols": ["<ctl>"],
+            "pad_id": 3,
+        }
+        for prefix in (True, False)
+        for squeezed in (True, False)
+        for with_bytes in (True, False)
+    },
+    "spaces and breaks as defined pieces": {
+        **LLAMA,
+        "add_dummy_prefix": False,
+        "user_defined_symbols": ["\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "</b>"],
+    },
+}
+# Kinds whose ids the tokenizers library cannot reproduce, and what the refusal says of them.
+REFUSED: dict[str, dict[str, Any]] = {
+    "type unigram, not bpe": {**LLAMA, "model_type": "unigram"},
+    "type word, not bpe": {"model_type": "word", "normalization_rule_name": "identity"},
+    "type char, not bpe": {"model_type": "char", "normalization_rule_name": "identity"},
+    "nmt_nfkc, not identity": {**LLAMA, "normalization_rule_name": "nmt_nfkc"},
+    "nfkc_cf, not identity": {**LLAMA, "normalization_rule_name": "nfkc_cf"},
+    "treat_whitespace_as_suffix": {**LLAMA, "treat_whitespace_as_suffix": True},
+    "instead of": {**LLAMA, "control_symbols": ["\u00b6"]},
+    "'[^']*' gives .* instead of": {
+        **LLAMA,
+        "remove_extra_whitespaces": True,
+        "user_defined_symbols": ["  ", "<a  b>"],
+    },
 }
 PARTS = [
     *(
@@ -58,6 +94,10 @@ PARTS = [
         "<unk>",
         "<0x41>",
         "<sep>",
+        "<mask>",
+        "<mask",
+        "<ctl>",
+        "\u00a7",
         "\u2581",
         "\ufeff",
         "\u200d",
@@ -149,12 +189,32 @@ def test_the_saved_folder_loads_in_transformers_and_encodes_alike(model_path: Pa
         tokenizer.bos,
         tokenizer.vocab_size,
     )
-    control = [piece.text for piece in tokenizer.model.pieces if piece.kind in (2, 3)]
-    for text in odd_texts(100):
-        if not any(name in text for name in control):  # there, as usual, a special token's name is the token
-            assert loaded(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+    texts = [*odd_texts(300), *tokenizer.check_texts]
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(model_path)).encode(texts)
+    assert loaded(texts, add_special_tokens=False).input_ids == expected
     ids = tokenizer.encode("the router of a layer")
     assert loaded.decode([*ids, tokenizer.eod], skip_special_tokens=True) == "the router of a layer"
+    assert loaded.convert_tokens_to_ids([piece.piece for piece in tokenizer.model.pieces]) == list(range(len(loaded)))
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_model_that_cannot_be_converted_exactly_is_refused(reason: str, tmp_path: Path) -> None:
+    path = train(tmp_path / "x.model", **REFUSED[reason])
+    with pytest.raises(
+        DataError, match=rf"x\.model cannot be converted with exactly its own ids.*{reason}.*Hugging Face"
+    ):
+        load_tokenizer(path)
+
+
+def test_pieces_of_equal_score_are_refused(llama: Path, tmp_path: Path) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(llama.read_bytes())
+    merged = [piece for piece in model.pieces if piece.type == 1 and len(piece.piece) > 1]
+    merged[5].score = merged[4].score
+    (tmp_path / "x.model").write_bytes(model.SerializeToString())
+    with pytest.raises(DataError, match="pieces of the same score"):
+        load_tokenizer(tmp_path / "x.model")
 
 
 def test_the_fast_engine_agrees_or_says_that_it_cannot(llama: Path) -> None:
@@ -165,20 +225,33 @@ def test_the_fast_engine_agrees_or_says_that_it_cannot(llama: Path) -> None:
     assert find_difference(GigatokenEngine(tokenizer), reference, odd_texts(300)) is None
 
 
-def test_data_written_with_a_model_ends_documents_and_knows_it(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "num_workers"), [("auto", 1), ("hf", 1), ("hf", 2)])
+def test_data_written_with_a_model_holds_the_librarys_ids(
+    model_path: Path, tmp_path: Path, engine: str, num_workers: int
+) -> None:
+    assert engine in ENGINES
     from megatron_itt.data.indexed import read_index
     from megatron_itt.data.manifest import read_manifest
 
-    texts = make_texts(30, seed=5)
+    texts = [text for text in odd_texts(100) if text]
     prefix = str(tmp_path / "data")
     source = write_jsonl(tmp_path / "in.jsonl", texts)
-    preprocess(PreprocessOptions(inputs=(str(source),), tokenizer=str(llama), output_prefix=prefix))
+    preprocess(
+        PreprocessOptions(
+            inputs=(str(source),),
+            tokenizer=str(model_path),
+            output_prefix=prefix,
+            engine=engine,
+            num_workers=num_workers,
+            max_bad_fraction=0.1,  # a text of spaces alone may encode to nothing
+        )
+    )
     index = read_index(prefix)
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(llama))
-    expected = [token for text in texts for token in [*processor.encode(text), processor.eos_id()]]
-    assert index.tokens().tolist() == expected
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
+    encoded = [ids for ids in processor.encode(texts) if ids]
+    assert index.tokens().tolist() == [token for ids in encoded for token in [*ids, processor.eos_id()]]
     manifest = read_manifest(prefix)
-    assert manifest is not None and manifest.tokenizer["sha256"] == load_tokenizer(llama).sha256
+    assert manifest is not None and manifest.tokenizer["sha256"] == load_tokenizer(model_path).sha256
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x0a\xff\xff\xff\xff\x0f", b"\x0b\x01"])
@@ -201,12 +274,8 @@ def test_damaged_models_are_refused_or_whole(llama: Path, tmp_path: Path) -> Non
 
 
 def test_models_that_cannot_be_used_are_named(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"of type bpe .*Hugging Face folder"):
-        load_tokenizer(train(tmp_path / "unigram.model", model_type="unigram", byte_fallback=True))
     with pytest.raises(DataError, match="no end-of-document token"):
         load_tokenizer(train(tmp_path / "endless.model", **LLAMA, eos_id=-1))
-    with pytest.raises(DataError, match="of type bpe"):
-        convert(ModelFile(pieces=[Piece(text="a")], whitespace_as_suffix=True), with_special=False)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(DataError, match=r"needs the sentencepiece library.*pip install 'megatron-itt\[data\]'"):
         load_tokenizer(llama)

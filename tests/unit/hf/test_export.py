@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_itt.checkpoint.save import save_checkpoint
 from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
@@ -78,11 +80,11 @@ def _start(config: RunConfig, dtype: torch.dtype = torch.float32) -> BuiltModel:
 def checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """A function that trains nothing but writes a checkpoint as training does; returns the run folder."""
 
-    def write(thinking: dict[str, Any], **model: Any) -> Path:
+    def write(thinking: dict[str, Any], end_of_document: int | None = None, **model: Any) -> Path:
         run_dir = tmp_path / "run"
         config = _config(run_dir, thinking, **model)
         built = _start(config)
-        state = new_run_state(config, step=10, data_fingerprint="abc")
+        state = new_run_state(config, step=10, data_fingerprint="abc", end_of_document=end_of_document)
         save_checkpoint(sharded_model_state(built.chunks), state, run_dir / "checkpoints", keep_last=1)
         stop_parallel()
         return run_dir
@@ -267,6 +269,33 @@ def test_an_export_without_any_tokenizer_needs_to_be_asked_for(
     with pytest.raises(ExportError, match=r"257 tokens but model\.vocab_size is 200"):
         export_checkpoint(run_dir, tmp_path / "hf", ExportOptions(tokenizer=str(tokenizer_dir)))
     assert not (tmp_path / "hf").exists()
+
+
+def test_the_exported_tokenizer_encodes_and_ends_as_the_data(
+    checkpoint: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """A class that rebuilds the tokenizer and an eos_token in no vocabulary, both only in tokenizer_config.json."""
+    path = tokenizer_dir / "tokenizer.json"
+    content = json.loads(path.read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, content["pre_tokenizer"]]}
+    content["model"]["vocab"] |= {"12": 257}
+    content["model"]["merges"] = [["1", "2"]]
+    path.write_text(json.dumps(content))
+    config = json.loads((tokenizer_dir / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"}
+    (tokenizer_dir / "tokenizer_config.json").write_text(json.dumps(config))
+    (tokenizer_dir / "special_tokens_map.json").unlink(missing_ok=True)
+    for thinking, end in ((ITT, None), ({"kind": "none"}, None), (ITT, 5)):
+        output = tmp_path / f"hf_{thinking['kind']}_{end}"
+        run_dir = checkpoint(thinking, end_of_document=end, vocab_size=258)
+        export_checkpoint(run_dir, output, ExportOptions(tokenizer=str(tokenizer_dir)))
+        loaded = AutoTokenizer.from_pretrained(output)
+        assert loaded("12 1212").input_ids == Tokenizer.from_file(str(path)).encode("12 1212").ids
+        assert loaded.eos_token_id == (end or 0) and len(loaded) == 258
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((output / name).read_text())["eos_token_id"] == (end or 0)
+        shutil.rmtree(run_dir)
 
 
 @pytest.mark.parametrize("tool", ["export_hf", "generate"])

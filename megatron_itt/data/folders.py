@@ -1,0 +1,117 @@
+"""Folder traversal for inputs: every file below a folder, through links, with what is left out by rule.
+
+Whether a file holds documents is decided in `sources.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_itt.errors import DataError
+
+HIDDEN = "hidden"
+MARKER = "marker of another program"
+LINKED_TWICE = "link to a folder that is read already"
+# Files and folders that Spark, Hadoop and Delta Lake write beside the data.
+_MARKERS = re.compile(
+    r"_(SUCCESS|FAILURE|metadata|common_metadata|temporary|delta_log|spark_metadata|started_.*|committed_.*)"
+)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or folder that is not read, and the rule that says so."""
+
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Traversal:
+    """What lies below some folders. Each folder is visited once, however many links lead to it."""
+
+    files: list[Path] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    _visited: set[str] = field(default_factory=set)
+
+    def visit(self, folder: Path) -> None:
+        """Add all files below `folder`: first those in folders of its own, then those behind links.
+
+        Raises `DataError` for an entry that cannot be read: a link to nowhere, a folder without permission, a device.
+        """
+        linked = deque([folder])
+        while linked:
+            path = linked.popleft()
+            if os.path.realpath(path) in self._visited:
+                if path != folder:
+                    self.left_out.append(LeftOut(str(path), LINKED_TWICE))
+                continue
+            self._visit_own(path, linked)
+
+    def _visit_own(self, start: Path, linked: deque[Path]) -> None:
+        """Visit a tree without following links to folders, which are appended to `linked`."""
+        folders = [start]
+        while folders:
+            folder = folders.pop()
+            real = os.path.realpath(folder)
+            if real in self._visited:
+                self.left_out.append(LeftOut(str(folder), LINKED_TWICE))
+                continue
+            self._visited.add(real)
+            for path in _entries(folder):
+                rule = _rule_against(path)
+                if rule is not None:
+                    self.left_out.append(LeftOut(str(path), rule))
+                elif path.is_file():
+                    self.files.append(path)
+                elif not path.is_dir():
+                    raise DataError(f"input {path} {describe_unreadable(path)}; remove it from the input")
+                elif path.is_symlink():
+                    linked.append(path)
+                else:
+                    folders.append(path)
+
+
+def describe_unreadable(path: Path) -> str:
+    """Why a path is neither a file nor a folder."""
+    if path.is_symlink():
+        return f"is a link to {os.readlink(path)}, which does not exist"  # noqa: PTH115 - as it is written
+    return "is neither a file nor a folder but a pipe, socket or device"
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"input folder {folder} cannot be read: {error.strerror}; give access or leave it out"
+        ) from error
+
+
+def is_marker(path: Path) -> bool:
+    """Whether another program left this entry beside its data: by name, or empty with a name that begins with `_`."""
+    if _MARKERS.fullmatch(path.name):
+        return True
+    return path.name.startswith("_") and path.is_file() and path.stat().st_size == 0
+
+
+def _rule_against(path: Path) -> str | None:
+    """The rule by which an entry is left out whatever it holds."""
+    if path.name.startswith("."):
+        return HIDDEN
+    return MARKER if is_marker(path) else None
+
+
+def describe_left_out(left_out: list[LeftOut], limit: int = 5) -> str:
+    """One line that names what was left out, by rule; at most `limit` names for each."""
+    rules: dict[str, list[str]] = {}
+    for item in left_out:
+        rules.setdefault(item.why, []).append(item.path)
+    return "; ".join(
+        f"{', '.join(paths[:limit])}{f' and {len(paths) - limit} more' if len(paths) > limit else ''} ({why})"
+        for why, paths in rules.items()
+    )
