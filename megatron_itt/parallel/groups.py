@@ -13,8 +13,8 @@ from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.environment import ProcessPlace, process_place
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
-from megatron_itt.parallel.host_device import install_host_device
-from megatron_itt.parallel.seeding import seed_everything
+from megatron_itt.parallel.host_device import install_host_device, remove_host_device
+from megatron_itt.parallel.seeding import end_determinism, seed_everything
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +43,20 @@ def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> P
     if problems:
         raise ConfigError("; ".join(problems))
     device = choose_device(config.runtime.device, place.local_rank)
+    had_job = dist.is_initialized()
     if device.type == "cpu":
         install_host_device()
     else:
         torch.cuda.set_device(device)
+    try:
+        return _build_groups(config, place, device)
+    except BaseException:
+        if not had_job:
+            stop_parallel()
+        raise
+
+
+def _build_groups(config: RunConfig, place: ProcessPlace, device: torch.device) -> ParallelPlace:
     _join_job(place, device, timeout_minutes=config.runtime.timeout_minutes)
     from megatron.core import parallel_state
 
@@ -69,7 +79,10 @@ def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> P
 
 
 def stop_parallel() -> None:
-    """Leave the job: destroy every process group, so that the process may start another layout or exit cleanly."""
+    """Leave the job: destroy every process group and put torch and megatron-core back as they were before the start.
+
+    The process may then start another layout, on another device too, or exit cleanly.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -77,6 +90,8 @@ def stop_parallel() -> None:
     parallel_state._global_process_group_list = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    end_determinism()
+    remove_host_device()
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

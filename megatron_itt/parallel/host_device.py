@@ -4,7 +4,8 @@ megatron-core names CUDA in places that have nothing to do with kernels: the cur
 states, factory calls with `device="cuda"`, and tensor type names. `install_host_device` answers those on the CPU.
 Nothing here changes a number: the layers, schedules, optimizer and checkpoints that run are megatron-core's own.
 
-Installed by `parallel.groups.start_parallel` when the run is on the CPU, and only then.
+Installed by `parallel.groups.start_parallel` when the run is on the CPU, and only then; `stop_parallel` removes it, so
+that a process that has a GPU may use it afterwards.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+_REPLACED = contextlib.ExitStack()  # puts back what the stand-in has replaced
 _FACTORIES = (
     "arange",
     "empty",
@@ -82,26 +84,42 @@ def install_host_device() -> None:
             0
         )  # at its first use torch remembers its factories, to honour such blocks: let it see the real ones
     _patch_cuda_module()
-    for name in _FACTORIES:
-        setattr(torch, name, _on_host(getattr(torch, name)))
-    tensor_type: Any = torch.Tensor
-    tensor_type.cuda = lambda self, *_args, **_kwargs: self
-    tensor_type.type = _type_with_cuda_name(torch.Tensor.type)
+    _replace(torch, **{name: _on_host(getattr(torch, name)) for name in _FACTORIES})
+    _replace(torch.Tensor, cuda=lambda self, *_args, **_kwargs: self, type=_type_with_cuda_name(torch.Tensor.type))
     _patch_megatron_random_states()
+
+
+def remove_host_device() -> None:
+    """Put back everything that `install_host_device` has replaced. Idempotent."""
+    _REPLACED.close()
+
+
+def _replace(owner: Any, **substitutes: Any) -> None:
+    """Set attributes of a module or class, to be put back, or taken away again where they were inherited."""
+    for name, substitute in substitutes.items():
+        if name in vars(owner):
+            _REPLACED.callback(setattr, owner, name, vars(owner)[name])
+        else:
+            _REPLACED.callback(delattr, owner, name)
+        setattr(owner, name, substitute)
 
 
 def _patch_cuda_module() -> None:
     stream = _HostStream()
-    cuda: Any = torch.cuda
-    cuda.current_device = _host_current_device
-    cuda.synchronize = lambda *_args, **_kwargs: None
-    cuda.Stream, cuda.Event = _HostStream, _HostEvent
-    cuda.current_stream = cuda.default_stream = lambda *_args, **_kwargs: stream
-    cuda.stream = _host_stream_context
-    cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
-    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
-    cuda.device_count = lambda: 1
+    _replace(
+        torch.cuda,
+        current_device=_host_current_device,
+        synchronize=lambda *_args, **_kwargs: None,
+        Stream=_HostStream,
+        Event=_HostEvent,
+        current_stream=lambda *_args, **_kwargs: stream,
+        default_stream=lambda *_args, **_kwargs: stream,
+        stream=_host_stream_context,
+        get_rng_state=lambda *_args, **_kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+        manual_seed=lambda seed: torch.manual_seed(seed),
+        device_count=lambda: 1,
+    )
 
 
 def _host_current_device() -> torch.device:
@@ -139,6 +157,8 @@ def _type_with_cuda_name(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
 def _patch_megatron_random_states() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    module: Any = megatron_random
-    module._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
-    module._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    _replace(
+        megatron_random,
+        _get_cuda_rng_state=lambda *_args, **_kwargs: torch.get_rng_state(),
+        _set_cuda_rng_state=lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+    )

@@ -33,6 +33,71 @@ def test_cuda_requests_are_answered_on_the_host_and_other_devices_still_work() -
     assert done.returncode == 0, done.stderr
 
 
+# A process that has a GPU, or thinks so: everything in torch and megatron-core is what it was, after a run and after a
+# start that failed, and nobody has kept a stand-in.
+UNDONE = """
+import gc, sys, types
+import torch
+torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
+import megatron_itt.checkpoint.save
+from megatron_itt.errors import ConfigError
+from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.parallel.groups import start_parallel
+from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
+from tests.helpers.steps import observe_steps
+
+def attributes():
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, types.ModuleType) and name.split(".")[0] in ("torch", "megatron"):
+            found |= {(name, key): value for key, value in list(vars(module).items())}
+    for owner in (torch.Tensor, torch.cuda.Stream, torch.cuda.Event):
+        found |= {(owner.__name__, key): value for key, value in vars(owner).items()}
+    flags = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    return found, flags
+
+def is_code(value):
+    return callable(value) and not isinstance(value, torch.distributed.ProcessGroup)
+
+before, flags = attributes()
+recipe = tiny_recipe(runtime={"device": "cpu", "deterministic": True}, batch={"global": 4, "micro": 2})
+lost = ProcessPlace(rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=0)
+for attempt in range(3):
+    if attempt == 1:
+        try:
+            start_parallel(recipe, place=lost)
+            raise SystemExit("a start without a port succeeded")
+        except ConfigError:
+            pass
+    else:
+        observe_steps(ONE_PROCESS, recipe, steps=(0, 1))
+    after, now = attributes()
+    changed = [key for key, value in before.items() if is_code(value) and after.get(key) is not value]
+    added = [key for key in after if key not in before and key[0] in ("torch", "torch.cuda", "Tensor")]
+    assert not changed and not added, (attempt, changed, added)
+    assert now == flags, (attempt, now)
+gc.collect()
+kept = [
+    found for found in gc.get_objects()
+    if isinstance(found, types.FunctionType) and found.__module__ == "megatron_itt.parallel.host_device"
+    and ("<locals>" in found.__qualname__ or "<lambda>" in found.__qualname__)
+]
+assert not kept, kept
+assert torch.ones(1).type() == "torch.FloatTensor"
+try:
+    moved = torch.ones(1).cuda()
+except (AssertionError, RuntimeError):
+    pass  # there is no GPU here after all
+else:
+    assert moved.device.type == "cuda"
+"""
+
+
+def test_stopping_puts_every_attribute_of_torch_and_megatron_core_back() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", UNDONE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_package_patches_nothing() -> None:
     code = (
         "import megatron_itt.parallel.groups\n"
