@@ -212,7 +212,8 @@ def _tend(run: Run, step: int, *, stopping: bool, must_save: bool) -> tuple[bool
     if not are_weights_finite(run.trainer.built):
         _give_up(run, step, "the weights are no longer finite, so they are not saved")
     memory = {"guard": run.watch.guard.state(), "validation_due": validation_due}
-    run.checkpointer.save(run.trainer, step, validation_loss=loss, loop=memory)
+    with run.report.pause("save"):
+        run.checkpointer.save(run.trainer, step, validation_loss=loss, loop=memory)
     return stopping or run.watch.stop.is_agreed(run.trainer.place.device), validation_due
 
 
@@ -255,7 +256,8 @@ def _timed(loader: Loader, report: Reporter) -> Iterator[Batch]:
 
 def _validate(run: Run, step: int) -> float | None:
     """The mean loss at the first budget; None if the job was asked to stop meanwhile."""
-    record = run_validation(run.trainer, run.datasets.validation, step, watch=run.watch)
+    with run.report.pause("validation"):
+        record = run_validation(run.trainer, run.datasets.validation, step, watch=run.watch)
     if record is None:
         return None
     run.report.validation(record)

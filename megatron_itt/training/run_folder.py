@@ -41,6 +41,9 @@ def opened_run_folder(config: RunConfig) -> Iterator[bool]:
     except OSError as error:
         raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
     with claimed(run_dir):
+        if is_finished(run_dir):  # another start was faster
+            yield False
+            return
         _describe_run(config, run_dir)
         yield True
 
