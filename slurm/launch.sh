@@ -84,7 +84,6 @@ next_action() { # -> done | stop | cancelled | stuck | again. Files decide, no e
 
 finish_job() { # STATUS
     local progress outcome
-    find_cause "$1"
     if is_overtaken; then
         say "$run_dir has been taken over by $(owner_of_run_folder); this start leaves it alone"
         exit 1
@@ -99,8 +98,11 @@ finish_job() { # STATUS
             [ ! -f "$run_dir/refused" ] || undo_change
             stop 2 "$(cat "$run_dir/diverged" "$run_dir/refused" 2>/dev/null | head -1)" ;;
         cancelled) say "cancelled; newest checkpoint $progress; the same command continues"; exit 0 ;;
-        stuck) stop 1 "$((num_stuck + 1)) attempts in a row made no progress beyond $first_checkpoint ($cause)" ;;
+        stuck)
+            find_cause "$1"
+            stop 1 "$((num_stuck + 1)) attempts in a row made no progress beyond $first_checkpoint ($cause)" ;;
     esac
+    find_cause "$1"
     outcome="not finished ($cause); newest checkpoint $progress"
     release_run_folder
     if ! in_slurm; then
@@ -143,7 +145,7 @@ train() { # JOB_FILE RECIPE ARGUMENT...
     esac
     find_run_folder
     claim_run_folder
-    trap release_run_folder EXIT
+    trap 'release_run_folder; rm -f "$failures"' EXIT
     use_run_folder
     [ ! -f "$run_dir/finished" ] || { say "$run_dir is finished already"; exit 0; }
     count_restart

@@ -125,8 +125,8 @@ use_run_folder() { # snapshot at the first start; after that what was kept
     if in_slurm && mkdir -p "$(dirname "$(job_note)")"; then echo "$snapshot" >"$(job_note)"; fi
 }
 
-undo_change() { # the training has refused what --allow-changed let pass
-    [ ! -f "$snapshot/previous.yaml" ] || mv -f "$snapshot/previous.yaml" "$snapshot/recipe.yaml"
+undo_change() { # the training has refused, at its very start, what --allow-changed let pass
+    [ ! -f "$snapshot/previous.yaml" ] || [ "$(newest_checkpoint)" != "$first_checkpoint" ] || mv -f "$snapshot/previous.yaml" "$snapshot/recipe.yaml"
 }
 
 continue_from_snapshot() { # ARGUMENT...: a job that is queued again runs the launcher of its first start
