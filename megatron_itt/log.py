@@ -6,12 +6,16 @@ import argparse
 import errno
 import logging
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from megatron_itt.errors import IttError
 
 LOGGER_NAME = "megatron_itt"
+PROGRESS_INTERVAL_S = 30.0  # between two lines of a progress bar in a file
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 
@@ -64,7 +68,8 @@ def run_command(main: Callable[[], int]) -> int:
     Any other exception is a bug and keeps its traceback.
     """
     try:
-        return main()
+        with progress_as_lines():
+            return main()
     except IttError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -81,6 +86,48 @@ def run_command(main: Callable[[], int]) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def progress_as_lines() -> Iterator[None]:
+    """Where standard error is no terminal: show progress bars, everybody's, as a line now and then."""
+    stream = sys.stderr
+    if stream is None or stream.isatty():
+        yield
+        return
+    sys.stderr = _ProgressLines(stream)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stderr = stream
+
+
+class _ProgressLines:
+    """A text stream; of what carriage returns would overwrite it writes the latest, as a line of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bar = ""
+        self._shown_at = -PROGRESS_INTERVAL_S
+
+    def write(self, text: str) -> int:
+        """Write text, or keep it if it is a progress bar."""
+        if text == "\n" and self._bar:  # the bar is complete
+            self._show()
+        elif "\r" in text.replace("\r\n", "\n"):
+            self._bar = text.split("\r")[-1].strip() or self._bar
+            if text.endswith("\n") or time.monotonic() - self._shown_at >= PROGRESS_INTERVAL_S:
+                self._show()
+        else:
+            self._stream.write(text)
+        return len(text)
+
+    def _show(self) -> None:
+        self._stream.write(f"{self._bar}\n")
+        self._bar, self._shown_at = "", time.monotonic()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _explain(error: OSError) -> str | None:

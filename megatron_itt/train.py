@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     place = process_place()
     try:
-        config = load_config(arguments.recipe, arguments.overrides, world_size=place.world_size)
+        config = load_config(
+            arguments.recipe, arguments.overrides, world_size=place.world_size, world_size_from=place.world_size_from
+        )
         parts = use_parts(config.precision.parts, device=config.runtime.device)
         from megatron_itt.training.loop import check_inputs, train
 

@@ -1,7 +1,7 @@
 # The settings of slurm/cluster.env, each checked before anything starts. Sourced by launch.sh, never run.
 # shellcheck shell=bash disable=SC2154
 
-container=() planner=''
+container=() planner='' placed=()
 KNOWN_SETTINGS="ITT_PYTHON ITT_MODULES ITT_CONTAINER_IMAGE ITT_CONTAINER_MOUNTS ITT_SRUN_OPTIONS ITT_DATA_ROOT
 ITT_RUN_ROOT ITT_MASTER_SUFFIX ITT_PREFLIGHT ITT_MAX_RESTARTS ITT_STRAGGLER_S
 ITT_GPU ITT_ASSUMED_MFU ITT_LOCAL_PROCESSES"
@@ -33,6 +33,22 @@ load_cluster() {
     use_modules "$file"
     use_container "$file"
     export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+}
+
+moved() { # ARGUMENT... -> placed: data/... and runs/... where this cluster keeps them, also after `=`, as in a recipe
+    local argument before path root
+    placed=()
+    for argument in "$@"; do
+        before='' path=$argument
+        while [[ $path == *=* && ! $path =~ ^(\./)?(data|runs)/ ]]; do
+            before+=${path%%=*}= path=${path#*=}
+        done
+        root=''
+        [[ ! $path =~ ^(\./)?data/ ]] || root=${ITT_DATA_ROOT:-}
+        [[ ! $path =~ ^(\./)?runs/ ]] || root=${ITT_RUN_ROOT:-}
+        path=${path#./}
+        if [ -z "$root" ]; then placed+=("$argument"); else placed+=("$before$root${path:4}"); fi
+    done
 }
 
 find_python() { # CLUSTER_FILE

@@ -22,13 +22,39 @@ find_shape() { # JOB_FILE
     nodes=${asked_nodes:-$(asked_for "$1" nodes)} nodes=${nodes:-1}
     tasks_per_node=$(asked_for "$1" ntasks-per-node) tasks_per_node=${tasks_per_node:-1}
     if [ "$mode" = run ]; then
-        local gpus=${ITT_LOCAL_PROCESSES:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')}
+        local gpus=${ITT_LOCAL_PROCESSES:-$(count_gpus)}
         nodes=1 tasks_per_node=$gpus
         if [ "$gpus" = 0 ]; then
             tasks_per_node=1
             tasks_per_node=$(plan minimum) || exit
         fi
     fi
+}
+
+# The number of an array's last task is that of the whole array: its place in the array tells it from the others.
+this_job() {
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; else echo "$SLURM_JOB_ID"; fi
+}
+show_this_job() { timeout 60 scontrol --oneliner show job "$(this_job)"; }
+
+count_gpus() { # those that a program here would see: CUDA reads CUDA_VISIBLE_DEVICES up to the first that is not there
+    local total seen=0 device
+    total=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+    [ -n "${CUDA_VISIBLE_DEVICES+set}" ] || { echo "$total"; return; }
+    for device in ${CUDA_VISIBLE_DEVICES//,/ }; do
+        [[ $device =~ ^(GPU|MIG)- ]] || { [[ $device =~ ^[0-9]+$ ]] && ((10#$device < total)); } || break
+        ((seen += 1))
+    done
+    [ "$total" = 0 ] && echo 0 || echo "$seen"
+}
+
+name_array_log() { # NAME-JOBID.log does not say which task of an array wrote it: NAME-ARRAY_TASK.log leads there
+    local log
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
+    say "task $SLURM_ARRAY_TASK_ID of array job $SLURM_ARRAY_JOB_ID"
+    log=$(show_this_job | sed -n 's/.* StdOut=\(.*\.log\).*/\1/p')
+    [ "${log##*/}" != "$SLURM_JOB_NAME-$SLURM_JOB_ID.log" ] ||
+        ln -sfn "${log##*/}" "${log%/*}/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.log"
 }
 
 find_host_of_rank_0() { # MASTER_ADDR and MASTER_PORT from the job's real hosts; each must resolve

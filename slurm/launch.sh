@@ -13,6 +13,7 @@ code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) # the checkout, or a run's
 checkout=${ITT_CHECKOUT:-$code}
 mode=run num_links=1 asked_nodes='' recipe=''
 overrides=() allowed=() plan_options=()
+export SLURM_EXPORT_ENV=ALL # `sbatch --export=NONE`, some sites' default, would keep this environment from every srun
 
 say() { echo "[launch $(date +%F_%T)] $*"; }
 fail() { echo "error: $*" >&2; exit 2; }
@@ -34,8 +35,8 @@ usage() {
 usage: sbatch $1 [options] [section.key=value ...]     a Slurm job
        bash   $1 [options] [section.key=value ...]     this machine: its GPUs if any, else its CPU
 options:
-  --dry-run             print the job and what it costs; start nothing
-  --submit              read cluster.env (partition, account, ...), check the recipe, then sbatch
+  --dry-run             print the job, what it costs and what would refuse it; start nothing
+  --submit              read cluster.env (partition, account, ...), check recipe, run folder and data, then sbatch
   --chain=N             submit N jobs, one after the other, for clusters that do not requeue
   --nodes=N             nodes, for --dry-run, --submit and --chain (default: what the file asks for)
   --allow-changed=KEY   let a setting differ from what the run was started with; repeat for several
@@ -82,7 +83,7 @@ next_action() { # -> done | stop | cancelled | stuck | again. Files decide, no e
 }
 
 finish_job() { # STATUS
-    local progress
+    local progress outcome
     if is_overtaken; then
         say "$run_dir has been taken over by $(owner_of_run_folder); this start leaves it alone"
         exit 1
@@ -93,19 +94,24 @@ finish_job() { # STATUS
             say "finished: $run_dir"
             rm -f "$(job_note)" "$run_dir/restarts"
             exit 0 ;;
-        stop) stop 2 "$(cat "$run_dir/diverged" "$run_dir/refused" 2>/dev/null | head -1)" ;;
+        stop)
+            [ ! -f "$run_dir/refused" ] || undo_change
+            stop 2 "$(cat "$run_dir/diverged" "$run_dir/refused" 2>/dev/null | head -1)" ;;
         cancelled) say "cancelled; newest checkpoint $progress; the same command continues"; exit 0 ;;
-        stuck) stop 1 "$((num_stuck + 1)) attempts in a row made no progress beyond $first_checkpoint (exit code $1)" ;;
+        stuck)
+            find_cause "$1"
+            stop 1 "$((num_stuck + 1)) attempts in a row made no progress beyond $first_checkpoint ($cause)" ;;
     esac
-    say "not finished (exit code $1); newest checkpoint $progress"
+    find_cause "$1"
+    outcome="not finished ($cause); newest checkpoint $progress"
     release_run_folder
     if ! in_slurm; then
-        say "the same command continues"
+        say "$outcome; the same command continues"
     elif queue_again; then
-        say "queued again"
+        say "$outcome; queued again"
         exit 0
     else
-        say "this job cannot be queued again; the next of its chain, or the same command, continues"
+        say "$outcome; this job cannot be queued again; the next of its chain, or the same command, continues"
     fi
     [ -z "$warned" ] || exit 0
     exit "$(($1 == 0 ? 1 : $1))"
@@ -113,8 +119,8 @@ finish_job() { # STATUS
 
 queue_again() { # fails where the cluster does not, and where a later start of this job exists already
     trap '' TERM # what a job gets when it is queued again
-    [[ $(timeout 60 scontrol --oneliner show job "$SLURM_JOB_ID") =~ Restarts=([0-9]+) ]] &&
-        [ "${BASH_REMATCH[1]}" = "${SLURM_RESTART_COUNT:-0}" ] && timeout 60 scontrol requeue "$SLURM_JOB_ID"
+    [[ $(show_this_job) =~ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" = "${SLURM_RESTART_COUNT:-0}" ] &&
+        timeout 60 scontrol requeue "$(this_job)"
 }
 
 train() { # JOB_FILE RECIPE ARGUMENT...
@@ -137,10 +143,11 @@ train() { # JOB_FILE RECIPE ARGUMENT...
         dry_run) dry_run "$job_file"; exit ;;
         submit) submit "$job_file"; exit ;;
     esac
+    find_run_folder
+    claim_run_folder
+    trap 'release_run_folder; rm -f "$failures"' EXIT
     use_run_folder
     [ ! -f "$run_dir/finished" ] || { say "$run_dir is finished already"; exit 0; }
-    claim_run_folder
-    trap release_run_folder EXIT
     count_restart
     find_host_of_rank_0
     check_nodes || finish_job 1
@@ -167,7 +174,9 @@ submit() { # JOB_FILE
     job_file=$(realpath "$1")
     ! grep -q ' train "\$@"$' "$1" || given=("$recipe") # a job file for any recipe
     dry_run "$1" || return
+    plan check || return
     folder=$(plan run-dir) || return
+    [[ $folder != *$'\nfinished' ]] || { say "not submitted: ${folder%%$'\n'*} is finished already"; return; }
     [ -z "$asked_nodes" ] || options+=("--nodes=$asked_nodes")
     [ "$num_links" = 1 ] || options+=("--job-name=${folder##*/}" --dependency=singleton --no-requeue "--export=ALL,ITT_CHAIN=chain-$(date +%s)-$$")
     for ((link = 0; link < num_links; link++)); do
@@ -176,6 +185,7 @@ submit() { # JOB_FILE
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    name_array_log
     action=${2:-}
     case $action in
         train | evaluate | preprocess) "$action" "$1" "${@:3}" ;;

@@ -6,10 +6,13 @@ run_one() { # COMMAND...: stops at the warning and is queued again; the tools co
     local launch=()
     ! in_slurm || launch=(srun --nodes=1 --ntasks=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --mpi=none "${container[@]}")
     cd "$checkout" || exit
-    PYTHONPATH=$code "${launch[@]}" "$ITT_PYTHON" "$@" &
+    keep_failures
+    PYTHONPATH=$code "${launch[@]}" "$ITT_PYTHON" "$@" 2>&"$errors" &
     children=($!)
     wait_for_children
+    find_cause "$status"
     if [ -n "$warned" ] && in_slurm && queue_again; then exit 0; fi
+    [ "$status" = 0 ] || say "$1 failed ($cause)"
     return "$status"
 }
 
@@ -21,10 +24,26 @@ preprocess() { # JOB_FILE ARGUMENT...; in an array job each task makes a part, a
             *) given+=("$argument") ;;
         esac
     done
+    ! asks_for_help "${given[@]}" ||
+        explain "$1 [--parts=N] [options of tools/preprocess.py]" preprocess "--input text/arxiv --tokenizer data/tokenizer --output-prefix data/redpajama/arxiv"
     load_cluster
     find_part "$1"
+    moved "${given[@]}"
+    given=("${placed[@]}")
     [[ " ${given[*]} " == *" --workers"* ]] || [ -z "${SLURM_CPUS_PER_TASK:-}" ] || workers=(--workers "$SLURM_CPUS_PER_TASK")
     run_one tools/preprocess.py "${given[@]}" "${workers[@]}" "${part[@]}"
+}
+
+asks_for_help() { [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; } # ARGUMENT...
+
+explain() { # USAGE TOOL EXAMPLE
+    cat <<TEXT
+usage: sbatch $1     a Slurm job
+       bash   $1     this machine
+python tools/$2.py --help lists the options; data/... and runs/... are where cluster.env says.
+example: sbatch slurm/$2.sbatch $3
+TEXT
+    exit 0
 }
 
 find_part() { # JOB_FILE: sets part from the place of this task in its array
@@ -42,7 +61,9 @@ find_part() { # JOB_FILE: sets part from the place of this task in its array
 }
 
 evaluate() { # JOB_FILE RUN_FOLDER ARGUMENT...; --checkpoints=all, or names, in place of the newest
-    [ $# -ge 2 ] || fail "name the run folder to evaluate: sbatch $1 runs/466m_itt_x4 [options of tools/evaluate.py]"
+    ! asks_for_help "${@:2}" ||
+        explain "$1 RUN_FOLDER [--checkpoints=newest|all|NAME,...] [options of tools/evaluate.py]" evaluate "runs/466m_itt_x4 --tasks paper"
+    [[ ${2:--} != -* ]] || fail "name the run folder to evaluate: sbatch $1 runs/466m_itt_x4 [options of tools/evaluate.py]"
     local argument name which=newest names=() given=() tasks=()
     run_dir=$2
     for argument in "${@:3}"; do
@@ -52,7 +73,8 @@ evaluate() { # JOB_FILE RUN_FOLDER ARGUMENT...; --checkpoints=all, or names, in 
         esac
     done
     load_cluster
-    [ -z "${ITT_RUN_ROOT:-}" ] || [[ $run_dir != runs/* ]] || run_dir=$ITT_RUN_ROOT/${run_dir#runs/}
+    moved "$run_dir" "${given[@]}"
+    run_dir=${placed[0]} given=("${placed[@]:1}")
     [[ $run_dir == /* ]] || run_dir=$checkout/$run_dir
     find_checkpoints "$which"
     [[ " ${given[*]} " == *" --tasks"* || " ${given[*]} " == *" --heldout"* || " ${given[*]} " == *" --task-dir"* ]] ||
@@ -70,12 +92,15 @@ evaluate() { # JOB_FILE RUN_FOLDER ARGUMENT...; --checkpoints=all, or names, in 
 }
 
 find_checkpoints() { # newest | all | NAME,...: sets names
-    local file name
+    local name
     case $1 in
-        newest) names=("$(newest_checkpoint)") ;;
-        all) for file in "$run_dir"/checkpoints/step_*/run_state.json; do
-            [ ! -f "$file" ] || names+=("$(basename "$(dirname "$file")")")
-        done ;;
+        newest)
+            names=("$(newest_checkpoint)")
+            if [ ! -f "$run_dir/checkpoints/${names[0]}/run_state.json" ]; then
+                mapfile -t names < <(complete_checkpoints | tail -1)
+                [ ${#names[@]} = 0 ] || say "latest names $(newest_checkpoint), which is no checkpoint; taking ${names[0]}"
+            fi ;;
+        all) mapfile -t names < <(complete_checkpoints) ;;
         *) IFS=, read -ra names <<<"$1" ;;
     esac
     [ "${names[0]:-none}" != none ] || fail "$run_dir has no checkpoint; name a run folder that holds checkpoints/latest"
@@ -83,4 +108,11 @@ find_checkpoints() { # newest | all | NAME,...: sets names
         [ -f "$run_dir/checkpoints/$name/run_state.json" ] ||
             fail "$run_dir/checkpoints/$name is no checkpoint; --checkpoints takes newest, all, or names like step_0001000"
     done
+}
+
+complete_checkpoints() { # by step
+    local file
+    for file in "$run_dir"/checkpoints/step_*/run_state.json; do
+        [ ! -f "$file" ] || basename "$(dirname "$file")"
+    done | sort -V
 }

@@ -2,7 +2,7 @@
 # run.
 # shellcheck shell=bash disable=SC2034,SC2154
 
-children=() warned='' cancelled='' status=0
+children=() warned='' cancelled='' status=0 cause='' failures='' errors='' filter='' preflight=''
 
 # USR1 is the warning before a time limit; TERM and INT come from people, from preemption and from the limit itself.
 # srun passes USR1 on to the tasks but would answer TERM by killing them; Slurm sends them its own TERM.
@@ -13,7 +13,7 @@ on_signal() {
 }
 
 is_out_of_time() { # the TERM of a time limit, where the warning came too late or too little time was left after it
-    in_slurm && [[ $(timeout 60 scontrol --oneliner show job "$SLURM_JOB_ID") =~ JobState=TIMEOUT|Reason=TimeLimit ]]
+    in_slurm && [[ $(show_this_job) =~ JobState=TIMEOUT|Reason=TimeLimit ]]
 }
 
 check_nodes() { # the doctor on every node; its words count, not srun's exit code
@@ -28,26 +28,52 @@ check_nodes() { # the doctor on every node; its words count, not srun's exit cod
     # What no node can use is the recipe's mistake, which another start would meet again.
     unusable=$(sed -nE 's/^ *([0-9]+): problem: .* cannot be used.*/\1/p' "$report" | sort -u | wc -l)
     [ "$unusable" != "$nodes" ] || stop 2 "$(sed -nE 's/^ *0: problem: (.* cannot be used.*)/\1/p' "$report" | head -1)"
-    say "the preflight failed; see $report"
+    preflight="the preflight failed: $(grep -m1 -oE 'problem.*|error.*|Error.*' "$report"); see $report"
     return 1
+}
+
+# Standard error of the tasks passes through a filter that keeps what names a failure, for the last line of the log.
+FAILURE='^error: |^[A-Za-z_.]*(Error|Exception)\b|[Oo]ut [Oo]f [Mm]emory|oom.kill|^Fatal |^(srun|slurmstepd): error: '
+
+keep_failures() { # sets errors, the descriptor to write to
+    failures=$(mktemp) || fail "TMPDIR is ${TMPDIR:-/tmp}, which cannot be written"
+    exec {errors}> >(trap '' USR1 TERM INT; exec sed -uE "/$FAILURE/w $failures" >&2)
+    filter=$!
+}
+
+find_cause() { # STATUS: sets cause. The first error is it: what other ranks say after that follows from it
+    local pattern first=''
+    cause=${preflight:-exit code $1}
+    [ -n "$failures" ] || return 0
+    exec {errors}>&-
+    for _ in {1..50}; do kill -0 "$filter" 2>/dev/null || break; sleep 0.1; done
+    for pattern in '^error: ' '^[A-Za-z_.]*(Error|Exception)\b' 'oom.kill|[Oo]ut [Oo]f [Mm]emory' '^'; do
+        first=$(grep -m1 -E "$pattern" "$failures") && break
+    done
+    [ -n "$first" ] || [ "$1" -le 128 ] || first="a process was ended by signal $(($1 - 128))"
+    [ -z "$first" ] || cause+=": ${first#error: }"
+    rm -f "$failures"
+    failures=''
 }
 
 start_on_cluster() { # COMMAND...
     local options=()
+    keep_failures
     read -ra options <<<"${ITT_SRUN_OPTIONS:-}"
     srun --nodes="$nodes" --ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node" \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait="$ITT_STRAGGLER_S" --mpi=none \
-        --chdir="$checkout" "${container[@]}" "${options[@]}" "$@" &
+        --chdir="$checkout" "${container[@]}" "${options[@]}" "$@" 2>&"$errors" &
     children=($!)
 }
 
 start_here() { # COMMAND...
     local rank leash=()
+    keep_failures
     cd "$checkout" || exit
     # Ranks end with their launcher, else the next one would find the folder unclaimed while they still write to it.
     ! setpriv --pdeathsig KILL true 2>/dev/null || leash=(setpriv --pdeathsig KILL)
     for ((rank = 0; rank < tasks_per_node; rank++)); do
-        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$tasks_per_node "${leash[@]}" "$@" &
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$tasks_per_node "${leash[@]}" "$@" 2>&"$errors" &
         children+=($!)
     done
 }

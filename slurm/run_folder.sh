@@ -6,30 +6,74 @@
 #   RUN/finished              all steps are done (written by the training)
 #   RUN/diverged, refused     why it must not be started again by itself (written by the training and by task.py)
 #   RUN/stopped               why later restarts, links of a chain and tasks of an array do nothing
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2034,SC2154
 
-claim='' first_checkpoint='' num_stuck=0 run_dir='' snapshot=''
+claim='' first_checkpoint='' num_stuck=0 run_dir='' snapshot='' has_locks=''
 
 newest_checkpoint() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none; }
 owner_of_run_folder() { cat "$run_dir/in_use" 2>/dev/null; }
 
+find_run_folder() { # sets run_dir, where it is and may be used with this recipe; nothing in it is written yet
+    if [ "$code" != "$checkout" ]; then
+        run_dir=$(dirname "$code")
+        return
+    fi
+    local said
+    said=$(plan run-dir) || exit
+    run_dir=${said%%$'\n'*}
+    [[ $run_dir == /* ]] || run_dir=$checkout/$run_dir
+    [[ $said != *$'\nfinished' ]] || { say "$run_dir is finished already"; exit 0; }
+    mkdir -p "$run_dir" || fail "logging.run_dir is $run_dir, which cannot be written; choose another"
+}
+
 claim_run_folder() { # a claim whose owner is gone is taken over, and so is that of an earlier start of the same job
-    local mine owner
+    local mine owner code
     if in_slurm; then mine="job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0}"; else mine="process $$ on $(hostname)"; fi
-    if ! (set -o noclobber && echo "$mine" >"$run_dir/in_use") 2>/dev/null; then
+    for _ in 1 2 3; do # it may be released, or taken over by another, between one look and the next
+        ! guarded create_claim "$mine" || { claim=$mine; break; }
         owner=$(owner_of_run_folder)
-        [ -n "$owner" ] || { sleep 1; owner=$(owner_of_run_folder); } # just made, not yet written
+        [ -e "$run_dir/in_use" ] || continue
         [ "${owner% start *}" = "${mine% start *}" ] || ! is_alive "$owner" || fail "$run_dir is in use by ${owner% start *};" \
             "wait for it or cancel it, or choose another logging.run_dir (if it is gone, remove $run_dir/in_use)"
-        # Asking Slurm takes seconds, in which another may have taken over.
-        [ "$(owner_of_run_folder)" = "$owner" ] || fail "$run_dir has just been taken by $(owner_of_run_folder)"
-        echo "$mine" >"$run_dir/in_use" || fail "logging.run_dir is $run_dir, which cannot be written"
-        sleep 1 # two that take over at once: the last to write goes on
-        [ "$(owner_of_run_folder)" = "$mine" ] || fail "$run_dir has just been taken by $(owner_of_run_folder)"
-    fi
-    claim=$mine
-    export ITT_CLAIM=$mine # the training leaves a folder alone that is claimed by another
+        guarded replace_claim "$owner" "$mine"
+        code=$?
+        [ "$code" != 0 ] || { claim=$mine; break; }
+        [ "$code" != 2 ] || fail "$run_dir/in_use was left behind by ${owner% start *}, and this file system has no locks," \
+            "so it cannot be taken over safely; remove it, unless its owner is still at work"
+    done
+    [ -e "$run_dir/in_use" ] || fail "logging.run_dir is $run_dir, which cannot be written"
+    [ -n "$claim" ] || fail "$run_dir has just been taken by $(owner_of_run_folder)"
+    export ITT_CLAIM=$claim # the training leaves a folder alone that is claimed by another
 }
+
+guarded() { # COMMAND...: run it while nobody else, on any node, changes the claim. The rules are megatron_itt/locks.py's
+    local guard=$run_dir/.in_use.lock lock status_of_lock status_of_command
+    while true; do
+        { exec {lock}>>"$guard"; } 2>/dev/null || return
+        flock --timeout 20 --conflict-exit-code 99 "$lock" 2>/dev/null
+        status_of_lock=$?
+        [ "$status_of_lock" = 0 ] || break
+        [ ! "$guard" -ef "/dev/fd/$lock" ] || break
+        exec {lock}>&- # its last holder has removed it
+    done
+    [ "$status_of_lock" != 99 ] || fail "$guard has been held by another process for 20 s; remove it if there is none"
+    [ "$status_of_lock" = 0 ] && has_locks=yes || has_locks=''
+    "$@"
+    status_of_command=$?
+    rm -f "$guard" # before it is unlocked: who waits for it sees that it has no name
+    exec {lock}>&-
+    return "$status_of_command"
+}
+
+create_claim() { (set -o noclobber && echo "$1" >"$run_dir/in_use") 2>/dev/null; } # MINE
+
+replace_claim() { # OWNER MINE -> 1: it is another's by now; 2: two could do this at once
+    [ "$(owner_of_run_folder)" = "$1" ] || return 1
+    [ -n "$has_locks" ] || [ "${1% start *}" = "${2% start *}" ] || return 2 # Slurm has one start of a job at a time
+    echo "$2" >"$run_dir/.in_use.tmp" && mv -f "$run_dir/.in_use.tmp" "$run_dir/in_use"
+}
+
+remove_claim() { [ "$(owner_of_run_folder)" != "$1" ] || rm -f "$run_dir/in_use"; } # MINE
 
 is_alive() { # OWNER; one that cannot be asked about counts as alive
     local kind name host state
@@ -45,7 +89,7 @@ is_alive() { # OWNER; one that cannot be asked about counts as alive
 
 # A node that was cut off may come back while a later start of its job runs elsewhere.
 is_overtaken() { [ -n "$claim" ] && [ -f "$run_dir/in_use" ] && [ "$(owner_of_run_folder)" != "$claim" ]; }
-release_run_folder() { [ -z "$claim" ] || is_overtaken || rm -f "$run_dir/in_use"; }
+release_run_folder() { [ -z "$claim" ] || guarded remove_claim "$claim"; }
 
 # What a person submitted: the links of a chain and the tasks of an array have it in common.
 submission() { echo "${SLURM_ARRAY_JOB_ID:-${ITT_CHAIN:-${SLURM_JOB_ID:-$$}}}"; }
@@ -75,14 +119,14 @@ stop() { # STATUS REASON: later links of a chain and later tasks of an array sto
 job_note() { echo "${ITT_RUN_ROOT:-$checkout/runs}/.jobs/${SLURM_JOB_ID:-none}"; } # where a job finds its snapshot
 
 use_run_folder() { # snapshot at the first start; after that what was kept
-    if [ "$code" != "$checkout" ]; then
-        snapshot=$code
-    else
-        snapshot=$(plan prepare) || exit
-        [[ $snapshot == /* ]] || snapshot=$checkout/$snapshot
-    fi
-    run_dir=$(dirname "$snapshot")
+    if [ "$code" != "$checkout" ]; then recipe=$code/recipe.yaml overrides=(); fi
+    snapshot=$(plan prepare) || exit
+    [[ $snapshot == /* ]] || snapshot=$checkout/$snapshot
     if in_slurm && mkdir -p "$(dirname "$(job_note)")"; then echo "$snapshot" >"$(job_note)"; fi
+}
+
+undo_change() { # the training has refused, at its very start, what --allow-changed let pass
+    [ ! -f "$snapshot/previous.yaml" ] || [ "$(newest_checkpoint)" != "$first_checkpoint" ] || mv -f "$snapshot/previous.yaml" "$snapshot/recipe.yaml"
 }
 
 continue_from_snapshot() { # ARGUMENT...: a job that is queued again runs the launcher of its first start

@@ -18,6 +18,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_itt.errors import CheckpointError, ConfigError, DataError, StorageError  # noqa: E402
+from megatron_itt.locks import ClaimFile  # noqa: E402
 from megatron_itt.log import run_command  # noqa: E402
 from megatron_itt.train import main  # noqa: E402
 
@@ -47,8 +48,9 @@ def run() -> int:
 
 def note_refusal(run_dir: Path, reason: str) -> None:
     """Tell the launcher that starting again will not help, unless the run folder is another start's by now."""
-    with contextlib.suppress(OSError):
-        if (run_dir / "in_use").read_text(encoding="utf-8").strip() == os.environ.get("ITT_CLAIM"):
+    claim = ClaimFile(run_dir / "in_use")
+    with contextlib.suppress(OSError), claim.kept(os.environ.get("ITT_CLAIM", "")) as is_ours:
+        if is_ours:
             (run_dir / "refused").write_text(f"{reason}\n", encoding="utf-8")
 
 

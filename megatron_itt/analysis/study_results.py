@@ -20,7 +20,8 @@ from megatron_itt.analysis.measurement import mean_and_error
 from megatron_itt.analysis.run_charts import show_budget
 from megatron_itt.analysis.study_claims import BEYOND_THE_SCALE, CLAIMS, Claim, Judgement, judge
 from megatron_itt.errors import DataError
-from megatron_itt.training.run_folder import DIVERGED_FILE, finished_step
+from megatron_itt.launch.refusals import finished_step
+from megatron_itt.training.run_folder import DIVERGED_FILE
 
 RunState = Literal["waiting", "interrupted", "finished", "diverged"]
 MAIN_VARIANTS = ("llama", "loop_x4", "itt_x4")

@@ -21,15 +21,21 @@ def find_problems(config: RunConfig, *, without: Collection[str] = ()) -> list[s
     return [problem for problems in found for problem in problems]
 
 
-def find_layout_problems(config: RunConfig, world_size: int, *, without: Collection[str] = ()) -> list[str]:
-    """Problems of running this recipe on `world_size` processes; `without` as in `find_problems`."""
+def find_layout_problems(
+    config: RunConfig, world_size: int, *, world_size_from: str = "", without: Collection[str] = ()
+) -> list[str]:
+    """Problems of running this recipe on `world_size` processes; `without` as in `find_problems`.
+
+    `world_size_from` says where that number was read.
+    """
     if "parallel" in without:
         return []
     parallel, batch = config.parallel, config.batch
     degree = parallel.tensor * parallel.pipeline
+    source = f" ({world_size_from})" if world_size_from else ""
     if world_size % degree:  # there is no data-parallel size, so a batch neither fits nor does not
         return [
-            f"the world size is {world_size}, which parallel.tensor * parallel.pipeline = {parallel.tensor} * "
+            f"the world size is {world_size}{source}, which parallel.tensor * parallel.pipeline = {parallel.tensor} * "
             f"{parallel.pipeline} = {degree} does not divide; start a multiple of {degree} processes"
         ]
     if "batch" in without:
@@ -42,6 +48,7 @@ def find_layout_problems(config: RunConfig, world_size: int, *, without: Collect
         return [
             f"batch.global is {batch.global_size}, not a multiple of batch.micro * data-parallel size = "
             f"{batch.micro} * {data_parallel} = {samples}; choose a multiple of {fitting}"
+            + (f" (the world size is {world_size}: {world_size_from})" if world_size_from else "")
         ]
     if interleaved and batch.global_size % fitting:
         return [

@@ -16,9 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_itt.errors import ConfigError
+
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_HIGHEST_PORT = 65535
+_WHO_SETS_THEM = "torchrun, srun and slurm/launch.sh set such variables; unset them for a run of one process"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +34,7 @@ class ProcessPlace:
     local_rank: int
     master_address: str
     master_port: int
+    world_size_from: str = ""  # where the world size was read, for messages
 
 
 def lone_process(local_rank: int = 0) -> ProcessPlace:
@@ -38,21 +43,55 @@ def lone_process(local_rank: int = 0) -> ProcessPlace:
 
 
 def process_place() -> ProcessPlace:
-    """Read torchrun's variables, else Slurm's, else a job of one process."""
+    """Read torchrun's variables, else Slurm's, else a job of one process. An empty variable counts as not set.
+
+    Raises ConfigError for values that are no numbers of a job.
+    """
     env = os.environ
-    if "RANK" in env:
-        rank, world_size, local_rank = env["RANK"], env.get("WORLD_SIZE", "1"), env.get("LOCAL_RANK", "0")
-    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env and "SLURM_STEP_ID" in env:
-        rank, world_size, local_rank = env["SLURM_PROCID"], env["SLURM_NTASKS"], env.get("SLURM_LOCALID", "0")
+    if env.get("RANK"):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif all(env.get(name) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID")):
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     else:
-        rank, world_size, local_rank = "0", "1", "0"
+        names = ("", "", "")
+    rank, world_size, local_rank = _number(names[0], 0), _number(names[1], 1), _number(names[2], 0)
+    if rank >= world_size:
+        raise ConfigError(f"{names[0]} is {rank} but {names[1]} is {world_size}; ranks count from 0; {_WHO_SETS_THEM}")
+    port = _number("MASTER_PORT", 0)
+    if port > _HIGHEST_PORT:
+        raise ConfigError(f"MASTER_PORT is {port}; a port is at most {_HIGHEST_PORT}; {_WHO_SETS_THEM}")
     return ProcessPlace(
-        rank=int(rank),
-        world_size=int(world_size),
-        local_rank=int(local_rank),
-        master_address=env.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=int(env.get("MASTER_PORT", "0")),
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        master_address=env.get("MASTER_ADDR") or "127.0.0.1",
+        master_port=port,
+        world_size_from=names[1] or "neither WORLD_SIZE nor SLURM_NTASKS is set, so this process is alone",
     )
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"{name} is {text!r}, which is no whole number; {_WHO_SETS_THEM}")
+    return int(text)
+
+
+def gpu_index(local_rank: int, num_visible: int) -> int:
+    """Which of the GPUs that torch sees belongs to a process of a node.
+
+    Where the scheduler shows each task its own GPU alone, that is device 0 for all. ConfigError if there is none.
+    """
+    if num_visible == 1:
+        return 0  # NCCL refuses two processes on one GPU
+    if local_rank >= num_visible:
+        raise ConfigError(
+            f"process {local_rank} of this node has no GPU: torch sees {num_visible}; start at most {num_visible} "
+            "processes per node, or let CUDA_VISIBLE_DEVICES name more GPUs"
+        )
+    return local_rank
 
 
 def end_with_torchrun() -> None:

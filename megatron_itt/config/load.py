@@ -1,6 +1,7 @@
 """From a YAML recipe and `section.key=value` overrides to a checked `RunConfig`, and back to YAML.
 
-A recipe may name one parent with `base:`; the parent names none. Sections merge key by key, lists are replaced.
+A recipe may name a parent with `base:`, and the parent another, in a chain of any length. Sections merge key by key,
+lists are replaced.
 """
 
 from __future__ import annotations
@@ -43,21 +44,30 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def load_config(
-    path: str | Path, overrides: Iterable[str] = (), *, world_size: int | Literal["fewest"] | None = None
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    world_size: int | Literal["fewest"] | None = None,
+    world_size_from: str = "",
 ) -> RunConfig:
-    """Read a recipe, apply its `base:` and the overrides, and check every rule.
+    """Read a recipe, apply its chain of `base:` and the overrides, and check every rule.
 
-    Rules of the layout need a `world_size`: a number of processes, or the fewest that hold one replica of the model.
+    Rules of the layout need a `world_size`: a number of processes, or the fewest that hold one replica of the model;
+    `world_size_from` says where the number was read.
     Raises ConfigError naming all problems at once.
     """
     data = _read_with_base(Path(path))
     for override in overrides:
         _apply_override(data, override)
-    return parse_config(data, source=str(path), world_size=world_size)
+    return parse_config(data, source=str(path), world_size=world_size, world_size_from=world_size_from)
 
 
 def parse_config(
-    data: dict[str, Any], *, source: str = "recipe", world_size: int | Literal["fewest"] | None = None
+    data: dict[str, Any],
+    *,
+    source: str = "recipe",
+    world_size: int | Literal["fewest"] | None = None,
+    world_size_from: str = "",
 ) -> RunConfig:
     """Turn plain data (for example the recipe stored in a checkpoint) into a checked `RunConfig`.
 
@@ -69,7 +79,7 @@ def parse_config(
         if world_size is not None:
             fewest = config.parallel.tensor * config.parallel.pipeline
             processes = fewest if world_size == "fewest" else world_size
-            problems += find_layout_problems(config, processes, without=wrong)
+            problems += find_layout_problems(config, processes, world_size_from=world_size_from, without=wrong)
     if problems or config is None:
         raise ConfigError(f"{source}: " + "; ".join(problems))
     return config
@@ -119,15 +129,20 @@ def config_to_yaml(config: RunConfig) -> str:
 
 
 def _read_with_base(path: Path) -> dict[str, Any]:
+    chain = [path.resolve()]
     data = _read_yaml(path)
-    base_name = data.pop("base", None)
-    if base_name is None:
-        return data
-    base_path = (path.parent / str(base_name)).resolve()
-    base = _read_yaml(base_path)
-    if "base" in base:
-        raise ConfigError(f"{base_path}: base is {base['base']!r}, but a base recipe cannot have a base; merge the two")
-    return _merge(base, data)
+    while (base_name := data.pop("base", None)) is not None:
+        if not isinstance(base_name, str) or not base_name:
+            raise ConfigError(f"recipe {chain[-1]}: base is {base_name!r}; name one recipe, relative to this file")
+        base_path = (chain[-1].parent / base_name).resolve()
+        if base_path in chain:
+            names = " -> ".join(str(each) for each in [*chain, base_path])
+            raise ConfigError(f"recipe {path} is its own base: {names}; remove one `base:` of these")
+        if not base_path.is_file():
+            raise ConfigError(f"recipe {chain[-1]}: base is {base_name!r}, but {base_path} does not exist")
+        chain.append(base_path)
+        data = _merge(_read_yaml(base_path), data)
+    return data
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

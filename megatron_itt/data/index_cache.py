@@ -16,21 +16,19 @@ import socket
 import threading
 import time
 import uuid
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_itt.errors import DataError
+from megatron_itt.locks import Claim, ClaimFile
 from megatron_itt.log import get_logger
+from megatron_itt.published import ABSENT, find_fault, write_contents
 
-CONTENTS = "contents.json"  # in every complete folder: {file: [bytes, CRC-32]}
 BUILDER = "builder.json"  # in every folder from the start: who builds it; gone when somebody took it away
 HEARTBEAT_S = 5.0
 ABANDONED_S = 180.0  # without a heartbeat; shared disks may show a change of times a minute late
 _POLL_S = 0.2
-_ABSENT = "does not exist"
 _MESSAGE_EVERY_S = 30.0
-_CHUNK = 8 << 20
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
@@ -59,27 +57,9 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
     return False
 
 
-def find_fault(folder: Path) -> str | None:
-    """What is wrong with a published folder, None if nothing. Reads every file of it."""
-    if not folder.is_dir():
-        return _ABSENT
-    try:
-        listed = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
-        for name, (size, crc) in listed.items():
-            path = folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                return f"{name} is missing" if found is None else f"{name} has {found} bytes instead of {size}"
-            if _crc32(path) != crc:
-                return f"{name} has other content than was written"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{CONTENTS} is missing or unreadable ({error})"
-    return None
-
-
 def _build(folder: Path, build: Callable[[Path], None], *, fault: str, holder: str) -> bool:
     """Build beside the final place, then rename; returns whether this builder did it. Called with the lock held."""
-    if fault != _ABSENT:
+    if fault != ABSENT:
         get_logger().warning("%s: %s; building it again", folder, fault)
         with contextlib.suppress(FileNotFoundError):  # another process that holds the lock has done it
             _remove(folder, folder)
@@ -90,7 +70,7 @@ def _build(folder: Path, build: Callable[[Path], None], *, fault: str, holder: s
     _remove_leftovers(folder, now=mark.stat().st_mtime)
     try:
         build(building)
-        _write_contents(building)
+        write_contents(building)
         if mark.exists():
             return _rename_unless_there(building, folder)
     except Exception:
@@ -125,24 +105,6 @@ def _remove(path: Path, folder: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def _write_contents(folder: Path) -> None:
-    listed = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        listed[path.name] = [path.stat().st_size, _crc32(path)]
-        _sync(path)
-    (folder / CONTENTS).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
-    _sync(folder / CONTENTS)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _rename_unless_there(building: Path, folder: Path) -> bool:
     """Whether it was renamed; not where another builder was faster, with the same content."""
     try:
@@ -154,37 +116,26 @@ def _rename_unless_there(building: Path, folder: Path) -> bool:
     return True
 
 
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
-
-
 class _Lock:
-    """A lock file that its holder touches every few seconds, for disks where `flock` may not reach other nodes."""
+    """A claim on building a folder that its holder touches every few seconds, so that one that died is replaced."""
 
     def __init__(self, path: Path) -> None:
-        self.content = ""  # of the lock file while this process holds it
-        self._path = path
+        self.content = ""  # of the claim while this process holds it
+        self._file = ClaimFile(path)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._seen: tuple[str, int] | None = None  # of somebody else's lock: content and time of the last touch
+        self._seen: Claim | None = None  # somebody else's
         self._seen_at = 0.0
         self._told_at = -_MESSAGE_EVERY_S
 
     def try_to_take(self) -> bool:
-        """Take the lock if nobody holds it."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        """Take the lock if nobody holds it, or if its holder is dead."""
+        self._file.path.parent.mkdir(parents=True, exist_ok=True)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-        try:
-            handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
+        content = json.dumps(holder)
+        if not self._file.create(content) and not self._take_over(content):
             return False
-        self.content = json.dumps(holder)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(self.content)
+        self.content = content
         self._stop.clear()
         self._thread = threading.Thread(target=self._touch, name="lock", daemon=True)
         self._thread.start()
@@ -195,46 +146,34 @@ class _Lock:
         self._stop.set()
         assert self._thread is not None, "released a lock that was not taken"
         self._thread.join()
-        if self._is_ours():
-            self._path.unlink(missing_ok=True)
-
-    def _is_ours(self) -> bool:
-        try:
-            return self._path.read_text(encoding="utf-8") == self.content
-        except FileNotFoundError:
-            return False
+        self._file.remove(self.content)
 
     def wait_a_little(self, folder: Path) -> None:
-        """Wait for the holder, or remove the lock of one that is dead."""
+        """Wait for the holder, with a message now and then."""
         now = time.monotonic()
-        seen = self._look()
-        if seen is None:
-            return  # released in between
-        if seen != self._seen:
-            self._seen, self._seen_at = seen, now
-        if now - self._seen_at > ABANDONED_S or _is_dead(seen[0]):
-            get_logger().warning("%s was left behind by a process that died; taking over", self._path)
-            if self._look() == seen:  # else another process that waits was faster and holds it now
-                self._path.unlink(missing_ok=True)
-            return
-        if now - self._told_at >= _MESSAGE_EVERY_S:
-            get_logger().info("waiting for another process that builds %s (%s)", folder, seen[0].strip())
+        if self._seen is not None and now - self._told_at >= _MESSAGE_EVERY_S:
+            get_logger().info("waiting for another process that builds %s (%s)", folder, self._seen.text)
             self._told_at = now
         time.sleep(_POLL_S)
 
-    def _look(self) -> tuple[str, int] | None:
-        """Content and time of the last touch [ns] of somebody else's lock; None when there is none."""
-        try:
-            return self._path.read_text(encoding="utf-8"), self._path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
+    def _take_over(self, content: str) -> bool:
+        now, seen = time.monotonic(), self._file.read()
+        if seen is None:
+            return False  # released in between
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, now
+        if now - self._seen_at <= ABANDONED_S and not _is_dead(seen.text):
+            return False
+        if not self._file.replace(seen, content):
+            return False  # another process that waits was faster
+        get_logger().warning("%s was left behind by a process that died; taking over", self._file.path)
+        return True
 
     def _touch(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                if not self._is_ours():
+                if not self._file.touch(self.content):
                     return  # somebody took this process for dead: both build, one publishes
-                os.utime(self._path)
             except OSError:
                 return
 

@@ -132,9 +132,10 @@ def _make_part(job: _Job, share: Share, workers: Workers) -> PartOutcome:
     mine = share.of(job.tasks)
     _check_tokenizer(job.tokenizer)
     with _lock_of(job.folder) as lock:
-        if lock.take(shared=True):
+        while lock.take(shared=True):
             claim(job.folder, job.plan, alone=True, resume=True, strict=True)
-            lock.share()
+            if lock.share():
+                break
         claim(job.folder, job.plan, alone=False, resume=True, strict=True)
         with working_on(job.folder, share, mine):
             _make_shards(job, mine, workers)

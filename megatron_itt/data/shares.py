@@ -23,6 +23,7 @@ from typing import IO, Any, TypeVar
 
 from megatron_itt.data.shards import EncodingOptions, ShardTask, write_json_atomically
 from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.locks import NO_LOCKS, is_named, open_locked
 
 # Options that decide the bytes; a dataset or a partial one made with others is never taken for this one.
 DECISIVE_OPTIONS = ("tokenizer_sha256", "text_key", "append_eod", "append_bos", "min_length", "deduplicate")
@@ -90,17 +91,26 @@ class FolderLock:
                 raise DataError(f"{self._folder} is in use by another run of preprocess; wait for it to end")
             time.sleep(_POLL_S)  # another part is just entering
 
-    def share(self) -> None:
-        """Let others in."""
-        assert self._stream is not None, "the lock is not held"
-        fcntl.flock(self._stream, fcntl.LOCK_SH)
+    def share(self) -> bool:
+        """Let others in; False if one of them was alone meanwhile: the lock is then to be taken again."""
+        stream = self._held()
+        fcntl.flock(stream, fcntl.LOCK_SH)  # unlocks first, then locks anew
         self._alone = False
+        if not is_named(stream, self._path):
+            self.close()
+            return False
+        return True
 
     def wait_until_alone(self) -> None:
         """Wait for the others to leave, and keep them out."""
-        assert self._stream is not None, "the lock is not held"
-        fcntl.flock(self._stream, fcntl.LOCK_EX)
-        self._alone = True
+        while True:
+            stream = self._held()
+            fcntl.flock(stream, fcntl.LOCK_EX)  # unlocks first: another may be alone in between, and remove the file
+            if is_named(stream, self._path):
+                self._alone = True
+                return
+            stream.close()
+            self._stream = self._path.open("a+", encoding="utf-8")
 
     def close(self) -> None:
         """Give the lock back; whoever is alone takes its file away."""
@@ -110,17 +120,15 @@ class FolderLock:
             self._stream.close()
             self._stream = None
 
+    def _held(self) -> IO[str]:
+        assert self._stream is not None, "the lock is not held"
+        return self._stream
+
     def _try(self, kind: int) -> bool:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        stream = self._path.open("a+", encoding="utf-8")
-        if not _lock(stream, kind | fcntl.LOCK_NB):
-            stream.close()
-            return False
-        if not _is_named(stream, self._path):  # removed by whoever held it until now
-            stream.close()
-            return False
-        self._stream = stream
-        return True
+        with _explained(self._path):
+            self._stream = open_locked(self._path, kind)
+        return self._stream is not None
 
 
 def claim(folder: Path, plan: dict[str, Any], *, alone: bool, resume: bool, strict: bool) -> None:
@@ -244,21 +252,22 @@ def shares_of_missing(folder: Path, is_missing: Callable[[int], bool], num_shard
 
 def _lock(stream: IO[str], kind: int) -> bool:
     """Lock an open file; False when another process holds it."""
+    with _explained(stream.name):
+        try:
+            fcntl.flock(stream, kind)
+            return True
+        except BlockingIOError:
+            return False
+
+
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
     try:
-        fcntl.flock(stream, kind)
-        return True
-    except BlockingIOError:
-        return False
+        yield
     except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         raise DataError(
-            f"{stream.name} cannot be locked ({error.strerror}); write to a file system with locks (Lustre: mounted "
-            "with -o flock)"
+            f"{path} cannot be locked ({error.strerror}); write to a file system with locks (Lustre: mounted with -o "
+            "flock)"
         ) from error
-
-
-def _is_named(stream: IO[str], path: Path) -> bool:
-    """Whether `path` still names this open file."""
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

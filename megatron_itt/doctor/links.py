@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessPlace, gpu_index
+from megatron_itt.errors import ConfigError
 
 PROBE_BYTES = 64 << 20
 LIMIT_S = 60.0
@@ -70,17 +71,20 @@ def measure_links(place: ProcessPlace, *, num_bytes: int = PROBE_BYTES, limit_s:
     import torch
     import torch.distributed as dist
 
-    device = torch.device("cuda", place.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     address = f"{place.master_address}:{place.master_port}"
     limit = timedelta(seconds=limit_s)
     try:
-        if device.type == "cuda":
+        device = torch.device("cpu")
+        if backend == "nccl":
+            device = torch.device("cuda", gpu_index(place.local_rank, torch.cuda.device_count()))
             torch.cuda.set_device(device)
         dist.init_process_group(
             backend, init_method=f"tcp://{address}", rank=place.rank, world_size=place.world_size, timeout=limit
         )
         return _measure(place, device, backend, num_bytes)
+    except ConfigError as error:
+        return LinkSpeeds(backend=backend, problem=f"rank {place.rank} on {socket.gethostname()}: {error}")
     except (RuntimeError, ValueError) as error:  # torch's own errors of communication are RuntimeErrors
         reason = " ".join(str(error).split())[:300]
         return LinkSpeeds(

@@ -2,88 +2,98 @@
 
 RUN/code/                megatron_itt, tools, recipes and slurm of the checkout at the first start
 RUN/code/recipe.yaml     the recipe, resolved: base, overrides and the cluster's folders
+RUN/code/previous.yaml   the recipe before a change that was allowed, until the training has accepted the change
 RUN/code/COMMIT          the git commit of that checkout, if it is one
+RUN/code/contents.json   every file of the code, looked at before it is used
 """
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_itt.config import RunConfig, dump_config, load_config, parse_config
+from megatron_itt.config import RunConfig, dump_config, load_config
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError
+from megatron_itt.published import find_fault, write_contents
 
 CODE_FOLDER = "code"
 RECIPE_FILE = "recipe.yaml"
+PREVIOUS_FILE = "previous.yaml"
 COMMIT_FILE = "COMMIT"
 _COPIED = ("megatron_itt", "tools", "recipes", "slurm")
+_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", "cluster.env")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClusterFolders:
-    """Where a recipe's relative `data/...` and `runs/...` lie on this cluster; None leaves them relative."""
-
-    data_root: str | None = None
-    run_root: str | None = None
-
-
-def load_for_cluster(recipe: str, overrides: Iterable[str], folders: ClusterFolders) -> RunConfig:
-    """Read a recipe and put its relative `data/` and `runs/` paths where this cluster keeps them."""
-    data = dump_config(load_config(recipe, overrides))
-    for domain in data["data"]["blend"].values():
-        domain["path"] = _moved(domain["path"], "data", folders.data_root)
-    data["data"]["tokenizer"] = _moved(data["data"]["tokenizer"], "data", folders.data_root)
-    data["logging"]["run_dir"] = _moved(data["logging"]["run_dir"], "runs", folders.run_root)
-    return parse_config(data, source=recipe)
-
-
 def take_snapshot(config: RunConfig, checkout: Path) -> Path:
-    """Copy the code of `checkout` and write the resolved recipe, in one step; returns the snapshot's folder.
+    """Copy the code of `checkout` and write the resolved recipe; returns the snapshot's folder.
 
+    It gets its name when it is complete; where another process was faster, the other's is used and this one dropped.
     Raises ConfigError if the run folder cannot be written.
     """
     run_dir = Path(config.logging.run_dir)
-    snapshot, staging = run_dir / CODE_FOLDER, run_dir / f".{CODE_FOLDER}.writing"
+    snapshot, staging = run_dir / CODE_FOLDER, run_dir / f".{CODE_FOLDER}.writing-{uuid.uuid4().hex[:8]}"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         for name in _COPIED:
             shutil.copytree(checkout / name, staging / name, ignore=_NOT_COPIED)
         if (commit := source_commit(checkout)) is not None:
             (staging / COMMIT_FILE).write_text(commit + "\n", encoding="utf-8")
+        write_contents(staging)
         (staging / RECIPE_FILE).write_text(config_to_yaml(config), encoding="utf-8")
-        staging.replace(snapshot)
+        staging.rename(snapshot)
     except OSError as error:
+        if error.errno in _NOT_EMPTY and (other := use_snapshot(config)) is not None:
+            return other
         raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return snapshot
 
 
-def use_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> Path | None:
-    """The run's snapshot, or None before the first start.
+def check_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """The changes to the run's recipe that are allowed; none before the first start. Writes nothing.
 
-    Raises ConfigError with every key whose value is no longer the one the run was started with, unless `allow_changed`
-    names the key or its section; the snapshot's recipe then takes the new values.
+    Raises ConfigError when the snapshot is incomplete, and with every key whose value is no longer the one the run was
+    started with, unless `allow_changed` names the key or its section.
     """
     snapshot = Path(config.logging.run_dir) / CODE_FOLDER
-    recipe = snapshot / RECIPE_FILE
-    if not recipe.is_file():
-        return None
+    if not snapshot.exists():
+        return {}
+    fault = find_fault(snapshot)
+    if fault is not None:
+        raise ConfigError(f"{snapshot} is damaged: {fault}; remove it to continue the run with the code of today")
     allowed = tuple(allow_changed)
-    changes = find_changes(dump_config(load_config(recipe)), dump_config(config))
+    changes = find_changes(dump_config(load_config(snapshot / RECIPE_FILE)), dump_config(config))
     refused = [key for key in changes if not any(key == name or key.startswith(f"{name}.") for name in allowed)]
     if refused:
         listed = "; ".join(f"{key} was {changes[key][0]!r} and is now {changes[key][1]!r}" for key in refused)
         raise ConfigError(
             f"the recipe has changed since this run was started: {listed}; use the earlier values, another "
-            f"logging.run_dir, or --allow-changed={refused[0]}"
+            f"logging.run_dir, or {' '.join(f'--allow-changed={key}' for key in refused)}"
         )
+    return changes
+
+
+def use_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> Path | None:
+    """The run's snapshot, with the changes to its recipe that are allowed; None before the first start.
+
+    Only for the owner of the run folder. Raises as `check_snapshot` does.
+    """
+    changes = check_snapshot(config, allow_changed=allow_changed)
+    snapshot = Path(config.logging.run_dir) / CODE_FOLDER
+    if not snapshot.exists():
+        return None
+    recipe, previous = snapshot / RECIPE_FILE, snapshot / PREVIOUS_FILE
+    previous.unlink(missing_ok=True)
     if changes:
+        shutil.copyfile(recipe, previous)
         staging = recipe.with_suffix(".writing")
         staging.write_text(config_to_yaml(config), encoding="utf-8")
         staging.replace(recipe)
@@ -116,9 +126,3 @@ def find_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: st
         elif old != new:
             changes[f"{prefix}{key}"] = (old, new)
     return changes
-
-
-def _moved(path: str | None, folder: str, root: str | None) -> str | None:
-    if path is None or root is None or not path.startswith(f"{folder}/"):
-        return path
-    return str(Path(root) / path.removeprefix(f"{folder}/"))

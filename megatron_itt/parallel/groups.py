@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_itt.config.check import find_layout_problems
-from megatron_itt.config.environment import ProcessPlace, process_place
+from megatron_itt.config.environment import ProcessPlace, gpu_index, process_place
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.parallel.host_device import install_host_device, remove_host_device
@@ -39,7 +39,7 @@ def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> P
     Raises ConfigError, before any process group exists, when the layout does not fit the number of processes.
     """
     place = place or process_place()
-    problems = find_layout_problems(config, place.world_size)
+    problems = find_layout_problems(config, place.world_size, world_size_from=place.world_size_from)
     if problems:
         raise ConfigError("; ".join(problems))
     device = choose_device(config.runtime.device, place.local_rank)
@@ -101,7 +101,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         raise ConfigError("runtime.device is cuda but torch sees no GPU; use auto or cpu, or check the driver")
     if wanted == "cpu" or not has_gpu:
         return torch.device("cpu")
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", gpu_index(local_rank, torch.cuda.device_count()))
 
 
 def _group_timeout_minutes(timeout_minutes: float) -> int:

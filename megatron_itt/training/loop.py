@@ -238,7 +238,8 @@ def _save(run: Run, step: int, *, validation_loss: float | None, validation_due:
     if not are_weights_finite(run.trainer.built):
         _give_up(run, step, "the weights are no longer finite, so they are not saved")
     memory = {"guard": run.watch.guard.state(), "validation_due": validation_due}
-    run.checkpointer.save(run.trainer, step, validation_loss=validation_loss, loop=memory)
+    with run.report.pause("save"):
+        run.checkpointer.save(run.trainer, step, validation_loss=validation_loss, loop=memory)
 
 
 def _recover(run: Run, step: int, verdict: Verdict) -> bool:
@@ -294,7 +295,8 @@ class _TimedBatches:
 
 def _validate(run: Run, step: int) -> float | None:
     """The mean loss at the first budget; None if the job was asked to stop meanwhile."""
-    record = run_validation(run.trainer, run.datasets.validation, step, watch=run.watch)
+    with run.report.pause("validation"):
+        record = run_validation(run.trainer, run.datasets.validation, step, watch=run.watch)
     if record is None:
         return None
     run.report.validation(record)

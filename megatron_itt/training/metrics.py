@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,7 @@ class StepClock:
     world_size: int
     peak: float | None
     mean_step_s: float | None = None
+    pauses_s: dict[str, float] = field(default_factory=dict)  # how long a validation and a save last took
     _started: float = field(default_factory=time.perf_counter)
     _data_wait_s: float = 0.0
 
@@ -53,6 +55,10 @@ class StepClock:
     def waited(self, seconds: float) -> None:
         """Add time spent waiting for data within the current step."""
         self._data_wait_s += seconds
+
+    def paused(self, kind: str, seconds: float) -> None:
+        """Note how long a validation or a save has kept the run from training."""
+        self.pauses_s[kind] = seconds
 
     def record(self, step: int, result: StepResult) -> Record:
         """The record of the step that just ended."""
@@ -74,8 +80,16 @@ class StepClock:
         }
 
     def time_left_s(self, step: int) -> float:
-        """Estimated seconds of training after `step`."""
-        return (self.mean_step_s or 0.0) * (self.config.schedule.steps - step)
+        """Estimated seconds after `step`: of training, and of the validations and saves from that step's on."""
+        num_steps = self.config.schedule.steps
+        left = (self.mean_step_s or 0.0) * (num_steps - step)
+        for kind, interval in self._intervals().items():
+            num_due = len(range(step + -step % interval, num_steps, interval)) + 1  # the last step does both
+            left += num_due * self.pauses_s.get(kind, 0.0)
+        return left
+
+    def _intervals(self) -> dict[str, int]:
+        return {"validation": self.config.validation.interval_steps, "save": self.config.checkpoint.save_interval_steps}
 
     def _mfu(self, step_s: float) -> float | None:
         """Useful FLOPs per second over the machine's rate; recomputation does not count as useful."""
@@ -92,7 +106,7 @@ def console_line(record: Record, num_steps: int, time_left_s: float) -> str:
         f"step {record['step']:>{len(str(num_steps))}}/{num_steps} | loss {record['loss']:.4f} | "
         f"grad {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e} | "
         f"{record['tokens_per_second']:,.0f} tokens/s{mfu} | data {1000 * record['data_wait_s']:.0f} ms | "
-        f"{record['memory_bytes'] / 2**30:.1f} GiB | left {format_duration(time_left_s)}"
+        f"{record['memory_bytes'] / 2**30:.1f} GiB | left {format_duration(time_left_s)} | {datetime.now():%F %T}"
     )
 
 

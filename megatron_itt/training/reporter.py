@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,13 @@ class Reporter:
     def waited(self, seconds: float) -> None:
         """Time that the step has waited for data."""
         self._clock.waited(seconds)
+
+    @contextmanager
+    def pause(self, kind: str) -> Iterator[None]:
+        """Measure a validation or a save: the time left counts those that are still due."""
+        started = time.perf_counter()
+        yield
+        self._clock.paused(kind, time.perf_counter() - started)
 
     def end(self, step: int, result: StepResult) -> None:
         """A step has ended. A collective call after a step that was looked at closely."""

@@ -14,13 +14,13 @@ from megatron_itt import __version__
 from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError
+from megatron_itt.launch.refusals import FINISHED_FILE, finished_step
 from megatron_itt.launch.snapshot import source_commit
 from megatron_itt.training.run_lock import claimed
 
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
 ENVIRONMENT_HISTORY_FILE = "environment_history.jsonl"  # one line for each start of the run
-FINISHED_FILE = "finished"
 DIVERGED_FILE = "diverged"
 LOG_FILE = "log.txt"
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformers", "tokenizers", "transformer-engine-torch", "apex")
@@ -50,6 +50,9 @@ def opened_run_folder(config: RunConfig, *, allow_changed: Sequence[str] = ()) -
     except OSError as error:
         raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
     with claimed(run_dir):
+        if finished_step(run_dir) != done:  # another start was faster
+            yield False
+            return
         _describe_run(config, run_dir)
         yield True
 
@@ -83,14 +86,6 @@ def describe_environment() -> dict[str, str | None]:
     facts["platform"] = platform.platform()
     facts["git_commit"] = source_commit(Path(__file__).resolve().parents[2])
     return facts
-
-
-def finished_step(run_dir: Path) -> int | None:
-    """The last step of a run that completed all its steps; None for another."""
-    try:
-        return int((run_dir / FINISHED_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
 
 
 def mark_finished(run_dir: Path, step: int) -> None:

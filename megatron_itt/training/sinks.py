@@ -6,6 +6,7 @@ import importlib.util
 import json
 import uuid
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,12 +43,12 @@ class Sinks:
         if config.logging.tensorboard:
             self._sinks.append(_TensorBoardSink(run_dir / "tensorboard", resume_step))
         if config.logging.wandb is not None:
-            self._sinks.append(_WandbSink(config.logging.wandb, run_dir, dump_config(config)))
+            self._sinks.append(_WandbSink(config.logging.wandb, run_dir, dump_config(config), is_new=resume_step == 0))
 
     def write(self, record: Record) -> None:
-        """Write one training, validation or event record everywhere."""
+        """Write one training, validation or event record everywhere, with the time of day (UTC)."""
         for sink in self._sinks:
-            sink.write(record)
+            sink.write({**record, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")})
 
     def close(self) -> None:
         """Flush and close."""
@@ -108,7 +109,8 @@ class _TensorBoardSink:
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        # What was written after the step to resume from is purged; from nothing, all of it, validation at step 0 too.
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
 
     def write(self, record: Record) -> None:
         for name, value in scalars(record):
@@ -121,9 +123,9 @@ class _TensorBoardSink:
 
 
 class _WandbSink:
-    """The same scalars at Weights & Biases; a resumed run continues the one that it began."""
+    """The same scalars at Weights & Biases; a resumed run continues the one that it began, unless it begins anew."""
 
-    def __init__(self, settings: WandbConfig, run_dir: Path, recipe: dict[str, Any]) -> None:
+    def __init__(self, settings: WandbConfig, run_dir: Path, recipe: dict[str, Any], *, is_new: bool) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -133,7 +135,7 @@ class _WandbSink:
             mode=settings.mode,
             dir=str(run_dir),
             config=recipe,
-            id=_wandb_id(run_dir),
+            id=_wandb_id(run_dir, is_new=is_new),
             resume="allow" if settings.mode == "online" else None,
         )
 
@@ -146,8 +148,9 @@ class _WandbSink:
         self._run.finish()
 
 
-def _wandb_id(run_dir: Path) -> str:
+def _wandb_id(run_dir: Path, *, is_new: bool) -> str:
+    """The id kept in the run folder, or a new one: W&B would drop steps that are run again from nothing."""
     path = run_dir / _WANDB_ID_FILE
-    if not path.exists():
+    if is_new or not path.exists():
         path.write_text(uuid.uuid4().hex[:16] + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

@@ -14,22 +14,24 @@ from tests.architecture.sources import PACKAGE, ROOT, Source, all_sources, packa
 FLOORS = {
     "errors": 0,
     "log": 1,
+    "locks": 1,
+    "published": 1,
     "config": 2,
     "accounting": 3,
     "kernels": 3,
     "parallel": 3,
     "doctor": 4,
-    "launch": 4,
     "data": 4,
     "model": 4,
     "checkpoint": 5,
-    "training": 6,
-    "hf": 7,
-    "evaluation": 8,
-    "analysis": 9,
-    "benchmark": 9,
+    "launch": 6,
+    "training": 7,
+    "hf": 8,
+    "evaluation": 9,
+    "analysis": 10,
+    "benchmark": 10,
 }
-ENTRY_FLOOR = 10
+ENTRY_FLOOR = 11
 
 MEGATRON_ROOMS = ("parallel", "model", "data", "checkpoint", "training", "hf")
 REMOTE_CODE = f"{PACKAGE}/hf/remote_code/"

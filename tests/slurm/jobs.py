@@ -93,10 +93,10 @@ def submit(
     name: str = "tiny",
     shape: Shape = TWO_BY_ONE,
 ) -> Submitted:
-    """Submit the recipe into runs/NAME; arguments are options of sbatch and, after them, overrides."""
+    """Submit the recipe into runs/NAME; arguments are options of sbatch, and overrides and options of the launcher."""
     log = recipe.parent / f"{name}-{time.monotonic_ns()}.log"
-    options = [argument for argument in arguments if argument.startswith("-")]
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    overrides = [argument for argument in arguments if not argument.startswith("-") or "--allow-changed" in argument]
+    options = [argument for argument in arguments if argument not in overrides]
     job_id = cluster.submit(
         *shape.options,
         f"--chdir={ROOT}",

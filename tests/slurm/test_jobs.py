@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_itt.published import find_fault
 from tests.architecture.sources import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import TWO_BY_TWO, submit
@@ -38,10 +40,12 @@ def test_a_run_folder_has_one_job_and_a_cancelled_one_keeps_its_last_step(
 ) -> None:
     job = submit(cluster, recipe, settings, "schedule.steps=4000")
     job.wait_for_step(1)
-    second = submit(cluster, recipe, settings, "schedule.steps=4000")
+    kept = (job.run_dir / "code" / "recipe.yaml").read_bytes()
+    second = submit(cluster, recipe, settings, "schedule.steps=30", "--allow-changed=schedule")
     assert second.end() == "FAILED", second.text()
     assert cluster.job(second.job_id)["ExitCode"] == "2:0"
     assert f"is in use by job {job.job_id}" in second.text()
+    assert (job.run_dir / "code" / "recipe.yaml").read_bytes() == kept
 
     cluster.command("scancel", job.job_id)
     assert job.end() == "CANCELLED", job.text()
@@ -49,6 +53,69 @@ def test_a_run_folder_has_one_job_and_a_cancelled_one_keeps_its_last_step(
     assert job.num_restarts() == 0
     latest = (job.run_dir / "checkpoints" / "latest").read_text().strip()
     assert int(latest.removeprefix("step_")) == job.records()[-1]["step"]
+
+
+def test_of_two_first_starts_at_once_one_runs_from_a_complete_snapshot(
+    cluster: Cluster, recipe: Path, settings: dict[str, str]
+) -> None:
+    jobs = [submit(cluster, recipe, settings, "schedule.steps=3") for _ in range(2)]
+    states = {job.end(): job for job in jobs}
+    assert states.keys() == {"COMPLETED", "FAILED"}, "\n".join(job.text() for job in jobs)
+    assert "is in use by job" in states["FAILED"].text()
+    run_dir = states["COMPLETED"].run_dir
+    assert (run_dir / "finished").is_file()
+    assert find_fault(run_dir / "code") is None
+    assert not list(run_dir.glob(".*"))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, settings: dict[str, str]) -> Path:
+    """A checkout with a cluster.env of its own."""
+    for name in ("megatron_itt", "tools", "recipes", "slurm"):
+        shutil.copytree(ROOT / name, tmp_path / "checkout" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    lines = Path(settings["ITT_CLUSTER_ENV"]).read_text().replace("ITT_PREFLIGHT=no", "ITT_PREFLIGHT=yes")
+    (tmp_path / "checkout" / "slurm" / "cluster.env").write_text(lines)
+    return tmp_path / "checkout"
+
+
+def test_jobs_run_from_any_folder_where_slurm_keeps_the_environment_back(
+    cluster: Cluster, recipe: Path, data: Path, checkout: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    common = ("--export=NONE", f"--chdir={tmp_path}/elsewhere", "--cpus-per-task=2")
+    tasks = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/log")
+    training = cluster.submit(
+        *common, *tasks, str(checkout / "slurm" / "train.sbatch"), str(recipe), "schedule.steps=3", "parallel.tensor=2"
+    )
+    assert cluster.wait_for_end(training) == "COMPLETED", (tmp_path / "log").read_text()
+    assert (tmp_path / "runs" / "tiny" / "finished").is_file(), (tmp_path / "log").read_text()
+    assert "healthy" in (tmp_path / "runs" / "tiny" / "preflight.txt").read_text()
+    arguments = ("--input", str(data / "code.jsonl"), "--tokenizer", str(data / "tokenizer"))
+    output = ("--output-prefix", str(tmp_path / "code"))
+    array = cluster.submit(*common, "--array=0-1", str(checkout / "slurm" / "preprocess.sbatch"), *arguments, *output)
+    states = [cluster.wait_for_end(f"{array}_{number}") for number in range(2)]
+    assert states == ["COMPLETED"] * 2
+    logs = [tmp_path / "elsewhere" / f"preprocess-{array}_{number}.log" for number in range(2)]
+    for number, log in enumerate(logs):
+        text = log.read_text()
+        assert f"task {number} of array job {array}" in text
+        assert "\r" not in text
+    assert (tmp_path / "code.bin").read_bytes() == (data / "code.bin").read_bytes()
+
+
+def test_a_copied_job_file_says_that_it_lacks_its_launcher(cluster: Cluster, tmp_path: Path) -> None:
+    shutil.copyfile(ROOT / "slurm" / "train.sbatch", tmp_path / "train.sbatch")
+    job = cluster.submit(
+        "--ntasks-per-node=1",
+        "--gpus-per-node=1",
+        "--cpus-per-task=1",
+        f"--output={tmp_path}/log",
+        f"--chdir={tmp_path}",
+        str(tmp_path / "train.sbatch"),
+    )
+    assert cluster.wait_for_end(job) == "FAILED"
+    assert cluster.job(job)["ExitCode"] == "2:0"
+    assert "slurm/launch.sh is not found; submit this file where it lies" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(

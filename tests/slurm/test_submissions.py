@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.architecture.sources import ROOT
+
+LAYOUT = "batch.global=8 batch.micro=1 parallel.tensor=1"  # what fits the 8 tasks of train.sbatch
 
 
 def run_shell(script: str, settings: dict[str, str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -96,21 +100,68 @@ def test_only_what_another_start_would_meet_again_is_noted_as_refused(
     assert (tmp_path / "refused").exists() == is_noted
 
 
-def test_a_job_file_is_submitted_from_any_folder(submitted: dict[str, str]) -> None:
-    done = run_shell("bash itt_466m_x4.sbatch --submit", submitted, cwd=ROOT / "slurm")
+def test_a_job_file_is_submitted_from_any_folder(submitted: dict[str, str], recipe: Path, tmp_path: Path) -> None:
+    done = run_shell(f"bash {ROOT}/slurm/train.sbatch {recipe} --submit {LAYOUT}", submitted, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"sbatch in {ROOT}: {ROOT}/slurm/itt_466m_x4.sbatch" in done.stdout
+    assert f"sbatch in {ROOT}: {ROOT}/slurm/train.sbatch {recipe}" in done.stdout
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
-def test_the_links_of_a_chain_share_a_name_that_no_other_chain_has(submitted: dict[str, str]) -> None:
+def test_the_links_of_a_chain_share_a_name_that_no_other_chain_has(submitted: dict[str, str], recipe: Path) -> None:
     names = []
     for _ in range(2):
-        done = run_shell("bash slurm/itt_466m_x4.sbatch --chain=2", submitted)
+        done = run_shell(f"bash slurm/train.sbatch {recipe} --chain=2 {LAYOUT}", submitted)
         assert done.returncode == 0, done.stderr
         own = [word for word in done.stdout.split() if word.startswith("--export=ALL,ITT_CHAIN=")]
         assert len(own) == 2 and own[0] == own[1]
         names.append(own[0])
     assert names[0] != names[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("data.blend.code.path=data/lost", "data.blend.code.path is data/lost, without .bin and .idx"),
+        ("data.tokenizer=data/lost", "data.tokenizer is data/lost, which does not exist"),
+        ("checkpoint.initial_weights=runs/lost", "runs/lost does not exist"),
+        ("data.max_epochs=0.001", "data.max_epochs is 0.001"),
+        ("model.vocab_size=300", "model.vocab_size is 300"),
+    ],
+)
+def test_a_job_that_would_end_at_once_is_not_submitted(
+    submitted: dict[str, str], recipe: Path, arguments: str, expected: str
+) -> None:
+    done = run_shell(f"bash slurm/train.sbatch {recipe} --submit {LAYOUT} {arguments}", submitted)
+    assert done.returncode == 2
+    assert expected in done.stderr and "sbatch in" not in done.stdout
+    shown = run_shell(f"bash slurm/train.sbatch {recipe} --dry-run {LAYOUT} {arguments}", submitted)
+    assert shown.returncode == 0, shown.stderr  # a dry run may come before the data
+    assert re.search(rf"^problem +.*{re.escape(expected)}", shown.stdout, flags=re.MULTILINE)
+
+
+def test_a_submission_looks_at_the_run_folder_as_the_job_will(
+    submitted: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "runs" / "tiny"
+    assert run_shell(f"bash slurm/train.sbatch {recipe} schedule.steps=2", submitted).returncode == 0
+    kept = (run_dir / "code" / "recipe.yaml").read_bytes()
+    same, longer = "schedule.steps=2", "schedule.steps=4"
+    for mode in ("--submit", "--dry-run"):
+        done = run_shell(f"bash slurm/train.sbatch {recipe} {mode} {LAYOUT} {same}", submitted)
+        assert done.returncode == 0 and "is finished already" in done.stdout, done.stderr
+        done = run_shell(f"bash slurm/train.sbatch {recipe} {mode} {LAYOUT} {longer}", submitted)
+        assert done.returncode == 2
+        assert "schedule.steps was 2 and is now 4" in done.stdout + done.stderr
+        allowed = f"{longer} --allow-changed=schedule.steps"
+        done = run_shell(f"bash slurm/train.sbatch {recipe} {mode} {LAYOUT} {allowed}", submitted)
+        assert done.returncode == 0, done.stderr
+        assert ("sbatch in" in done.stdout) == (mode == "--submit")
+        (run_dir / "in_use").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        done = run_shell(f"bash slurm/train.sbatch {recipe} {mode} {LAYOUT} {allowed}", submitted)
+        assert done.returncode == 2
+        assert f"is in use by process {os.getpid()}" in done.stdout + done.stderr and "sbatch in" not in done.stdout
+        (run_dir / "in_use").unlink()
+    assert (run_dir / "code" / "recipe.yaml").read_bytes() == kept
 
 
 def test_a_container_is_left_to_the_job(settings: dict[str, str]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
+from megatron_itt import log
 from megatron_itt.errors import DataError
 from megatron_itt.log import run_command
 
@@ -63,3 +66,28 @@ def test_a_real_path_below_a_file_is_named(tmp_path: Path, capsys: pytest.Captur
 
     assert run_command(main) == 2
     assert f"error: {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_progress_bar_in_a_file_is_some_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+
+    def main() -> int:
+        nonlocal now
+        with tqdm(total=100, desc="shards", mininterval=0) as bar:
+            for _ in range(100):
+                bar.update()
+                now += 1.0
+        print("some words", file=sys.stderr)
+        sys.stderr.write("50%\r\n")
+        raise DataError("x.bin is truncated")
+
+    assert run_command(main) == 2
+    lines = capsys.readouterr().err.split("\n")
+    assert "\r" not in "".join(lines[:-3])
+    assert [line.split("|")[0] for line in lines[:5]] == [
+        *("shards:   0%", "shards:  31%", "shards:  61%", "shards:  91%", "shards: 100%")
+    ]
+    assert lines[5:] == ["some words", "50%\r", "error: x.bin is truncated", ""]

@@ -1,4 +1,4 @@
-"""What ties a process to the one that started it."""
+"""What ties a process to the one that started it, and where it stands in its job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from multiprocessing.connection import Connection
 import psutil
 import pytest
 
-from megatron_itt.config.environment import end_with_parent
+from megatron_itt.config.environment import end_with_parent, gpu_index, process_place
+from megatron_itt.errors import ConfigError
 
 fork = multiprocessing.get_context("fork")
 
@@ -37,3 +38,66 @@ def test_a_process_is_killed_with_its_parent() -> None:
     parent.join()
     _, alive = psutil.wait_procs([child], timeout=20)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+JOB_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID"),
+)
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1, 0, 0, "neither WORLD_SIZE nor SLURM_NTASKS is set")),
+        ({"MASTER_PORT": ""}, (0, 1, 0, 0, "neither")),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "77"}, (1, 2, 1, 77, "WORLD_SIZE")),
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0, 0, "neither")),
+        (
+            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"},
+            (5, 8, 1, 0, "SLURM_NTASKS"),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0, 0, "neither")),
+    ],
+    ids=["alone", "empty port", "torchrun", "empty", "Slurm", "in a job, but in no step"],
+)
+def test_a_process_finds_its_place(
+    job: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[int, int, int, int, str]
+) -> None:
+    for name, value in variables.items():
+        job.setenv(name, value)
+    place = process_place()
+    assert (place.rank, place.world_size, place.local_rank, place.master_port) == expected[:4]
+    assert place.world_size_from.startswith(expected[4])
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"MASTER_PORT": "ssh"}, "MASTER_PORT is 'ssh'"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 but WORLD_SIZE is 2"),
+        ({"SLURM_PROCID": "a", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, "SLURM_PROCID is 'a'"),
+    ],
+)
+def test_a_place_that_cannot_be_is_one_line(job: pytest.MonkeyPatch, variables: dict[str, str], expected: str) -> None:
+    for name, value in variables.items():
+        job.setenv(name, value)
+    with pytest.raises(ConfigError, match=expected):
+        process_place()
+
+
+def test_a_process_takes_its_own_gpu_of_those_that_it_sees() -> None:
+    assert [gpu_index(local_rank, 4) for local_rank in range(4)] == [0, 1, 2, 3]
+    assert [gpu_index(local_rank, 1) for local_rank in range(4)] == [0, 0, 0, 0]  # each sees its own alone
+    with pytest.raises(ConfigError, match="process 4 of this node has no GPU: torch sees 4"):
+        gpu_index(4, 4)

@@ -249,11 +249,44 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, part: str) -> None:
         load_config(path)
 
 
-def test_a_missing_recipe_and_a_base_of_a_base(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "absent.yaml")
-    write(tmp_path, "grand.yaml", plain())
-    write(tmp_path, "base.yaml", {"base": "grand.yaml"})
-    child = write(tmp_path, "child.yaml", {"base": "base.yaml"})
-    with pytest.raises(ConfigError, match="a base recipe cannot have a base"):
+    child = write(tmp_path, "child.yaml", {"base": "absent.yaml"})
+    with pytest.raises(ConfigError, match=r"child.yaml: base is 'absent.yaml', but .*/absent.yaml does not exist"):
         load_config(child)
+
+
+def test_a_chain_of_bases_is_as_long_as_one_likes(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write(tmp_path, "0.yaml", plain())
+    for number in range(1, 12):
+        folder, above = ("deep/", "../") if number % 2 else ("", "deep/")
+        base = f"{above}{number - 1}.yaml"
+        write(tmp_path, f"{folder}{number}.yaml", {"base": base, "schedule": {"steps": number}})
+    child = write(tmp_path, "child.yaml", {"base": "deep/11.yaml", "batch": {"micro": 2}})
+    config = load_config(child)
+    assert config.schedule.steps == 11
+    assert config.batch.micro == 2
+    assert config.model == parse_config(plain()).model
+
+
+def test_recipes_of_the_project_can_be_based_on_any_other(tmp_path: Path) -> None:
+    parent = Path(__file__).parents[3] / "recipes" / "466m" / "itt_x4.yaml"
+    child = write(tmp_path, "child.yaml", {"base": str(parent), "schedule": {"steps": 3000}})
+    assert load_config(child) == load_config(parent, ["schedule.steps=3000"])
+
+
+@pytest.mark.parametrize(("base", "part"), [("child.yaml", "is its own base"), (7, "base is 7"), (["a"], "base is ")])
+def test_a_base_that_cannot_be_is_refused(tmp_path: Path, base: object, part: str) -> None:
+    child = write(tmp_path, "child.yaml", {"base": "middle.yaml"})
+    write(tmp_path, "middle.yaml", {"base": base})
+    with pytest.raises(ConfigError, match=part):
+        load_config(child)
+
+
+def test_a_layout_that_does_not_fit_says_where_the_world_size_was_read(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "recipe.yaml", plain())
+    for overrides in (["parallel.tensor=2"], ["batch.global=4"]):
+        with pytest.raises(ConfigError, match=r"world size is 3.*SLURM_NTASKS"):
+            load_config(recipe, overrides, world_size=3, world_size_from="SLURM_NTASKS")

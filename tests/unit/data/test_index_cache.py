@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_itt.data import index_cache
-from megatron_itt.data.index_cache import build_once, find_fault
+from megatron_itt.data.index_cache import build_once
 from megatron_itt.errors import DataError
+from megatron_itt.published import CONTENTS, find_fault
 
 
 def fill(place: Path) -> None:
@@ -71,7 +72,7 @@ def damage_content(folder: Path) -> None:
 
 
 def damage_list(folder: Path) -> None:
-    (folder / index_cache.CONTENTS).write_text('{"index.npy": [7')
+    (folder / CONTENTS).write_text('{"index.npy": [7')
 
 
 def remove_file(folder: Path) -> None:
@@ -79,7 +80,7 @@ def remove_file(folder: Path) -> None:
 
 
 def remove_list(folder: Path) -> None:
-    (folder / index_cache.CONTENTS).unlink()
+    (folder / CONTENTS).unlink()
 
 
 @pytest.mark.parametrize("damage", [damage_size, damage_content, damage_list, remove_file, remove_list])
@@ -111,7 +112,7 @@ def test_what_a_killed_builder_left_is_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / "key"
     process = multiprocessing.get_context("fork").Process(target=build_once, args=(folder, lambda _: time.sleep(60)))
     process.start()
-    while not list(tmp_path.glob("key.building-*")):
+    while not list(tmp_path.glob(f"key.building-*/{index_cache.BUILDER}")):
         time.sleep(0.01)
     process.kill()
     process.join()

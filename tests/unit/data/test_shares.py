@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import resource
@@ -12,12 +13,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess, preprocess_part
-from megatron_itt.data.shares import Share, all_shares, enter_as_done, parse_share
+from megatron_itt.data.shares import FolderLock, Share, all_shares, enter_as_done, parse_share
 from megatron_itt.errors import ConfigError, DataError
 from tests.unit.data.conftest import make_texts, write_jsonl
 
@@ -138,8 +139,6 @@ def test_parts_with_other_options_or_inputs_are_refused(options: PreprocessOptio
 def test_a_division_may_change_only_when_nobody_is_at_work(
     options: PreprocessOptions, expected: tuple[bytes, bytes]
 ) -> None:
-    import fcntl
-
     preprocess_part(options, Share(0, 2))
     with Path(f"{options.output_prefix}.partial.lock").open("a+") as stream:
         fcntl.flock(stream, fcntl.LOCK_SH)  # as another part does while it works
@@ -159,8 +158,6 @@ def test_a_single_run_finishes_what_parts_began(options: PreprocessOptions, expe
 
 
 def test_the_same_part_twice_and_a_single_run_beside_parts_are_refused(options: PreprocessOptions) -> None:
-    import fcntl
-
     preprocess_part(options, Share(0, 2))
     folder = Path(f"{options.output_prefix}.partial")
     with (folder / "part-0-of-2.lock").open("a+") as stream:
@@ -232,3 +229,45 @@ def start(options: PreprocessOptions, share: Share) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+class Interrupted:
+    """`fcntl.flock` as the kernel may do it: a lock is given up before it is converted, and another gets in between."""
+
+    def __init__(self, other: FolderLock, kind: int) -> None:
+        self.other, self.kind, self.flock = other, kind, fcntl.flock
+
+    def __call__(self, stream: IO[str], kind: int) -> None:
+        if kind == self.kind:
+            self.kind = 0
+            self.flock(stream, fcntl.LOCK_UN)
+            assert self.other.take(shared=False)  # alone; it takes the file away when it ends
+            self.other.close()
+        self.flock(stream, kind)
+
+
+def test_a_lock_that_another_held_while_it_was_shared_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (FolderLock(tmp_path / "set.partial") for _ in range(3))
+    assert first.take(shared=True)
+    monkeypatch.setattr(fcntl, "flock", Interrupted(second, fcntl.LOCK_SH))
+    assert not first.share()
+    assert first.take(shared=True) and first.share()
+    with pytest.raises(DataError, match="in use by another run"):
+        third.take(shared=False)
+    first.close()
+
+
+def test_who_waits_to_be_alone_does_not_rely_on_a_file_that_was_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (FolderLock(tmp_path / "set.partial") for _ in range(3))
+    assert first.take(shared=True) and first.share()
+    monkeypatch.setattr(fcntl, "flock", Interrupted(second, fcntl.LOCK_EX))
+    first.wait_until_alone()
+    with pytest.raises(DataError, match="in use by another run"):
+        third.take(shared=False)
+    first.close()
+    assert third.take(shared=False)
+    third.close()

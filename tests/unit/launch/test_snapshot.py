@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_itt.config import RunConfig, load_config
 from megatron_itt.errors import ConfigError
-from megatron_itt.launch.snapshot import ClusterFolders, load_for_cluster, source_commit, take_snapshot, use_snapshot
+from megatron_itt.launch.folders import ClusterFolders, load_for_cluster
+from megatron_itt.launch.snapshot import check_snapshot, source_commit, take_snapshot, use_snapshot
+from megatron_itt.published import find_fault
 from tests.architecture.sources import ROOT
 
 RECIPE = str(ROOT / "recipes" / "162m" / "itt_x4.yaml")
@@ -29,6 +33,58 @@ def test_a_snapshot_holds_the_code_and_the_resolved_recipe(tmp_path: Path) -> No
     assert load_config(snapshot / "recipe.yaml") == config
     assert not list(snapshot.rglob("__pycache__"))
     assert use_snapshot(config) == snapshot
+    assert [path.name for path in snapshot.parent.iterdir()] == ["code"]
+
+
+def take_at_once(config: RunConfig, barrier: Any, taken: Any) -> None:
+    barrier.wait(60)
+    snapshot = take_snapshot(config, ROOT)
+    taken.put(find_fault(snapshot))
+
+
+def test_snapshots_taken_at_once_are_one_complete_snapshot(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    expected = {path.relative_to(ROOT) for path in (ROOT / "megatron_itt").rglob("*.py")}
+    for number in range(8):
+        config = load(tmp_path / str(number))
+        barrier, taken = context.Barrier(3), context.Queue()
+        processes = [context.Process(target=take_at_once, args=(config, barrier, taken)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        assert [taken.get(timeout=60) for _ in processes] == [None] * 3
+        for process in processes:
+            process.join(timeout=60)
+        (snapshot,) = Path(config.logging.run_dir).iterdir()  # and nothing half-written is left
+        assert {path.relative_to(snapshot) for path in (snapshot / "megatron_itt").rglob("*.py")} == expected
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "unlisted"])
+def test_a_damaged_snapshot_is_refused(tmp_path: Path, damage: str) -> None:
+    config = load(tmp_path)
+    snapshot = take_snapshot(config, ROOT)
+    file = snapshot / "megatron_itt" / "train.py"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        file.write_text(file.read_text("utf-8")[:100], encoding="utf-8")
+    else:
+        (snapshot / "contents.json").unlink()
+    with pytest.raises(ConfigError, match=r"code is damaged: .*; remove it to continue"):
+        use_snapshot(config)
+
+
+def test_a_change_is_checked_without_a_write_and_can_be_undone(tmp_path: Path) -> None:
+    config, changed = load(tmp_path), load(tmp_path, "schedule.steps=2000")
+    recipe = take_snapshot(config, ROOT) / "recipe.yaml"
+    before = recipe.read_bytes()
+    assert check_snapshot(changed, allow_changed=["schedule"]) == {"schedule.steps": (50000, 2000)}
+    assert recipe.read_bytes() == before
+    use_snapshot(changed, allow_changed=["schedule"])
+    assert load_config(recipe) == changed
+    previous = recipe.with_name("previous.yaml")
+    assert previous.read_bytes() == before  # for the launcher, if the training refuses the change
+    use_snapshot(changed)
+    assert not previous.exists()
 
 
 def test_a_snapshot_knows_the_commit_that_it_was_taken_of(tmp_path: Path) -> None:
@@ -61,7 +117,10 @@ def test_a_changed_recipe_is_refused_with_every_difference(tmp_path: Path) -> No
     message = str(caught.value)
     assert "schedule.steps was 50000 and is now 2000" in message
     assert "optimizer.learning_rate was 0.0003 and is now 0.001" in message
-    assert "--allow-changed=optimizer.learning_rate" in message
+    assert "or --allow-changed=optimizer.learning_rate --allow-changed=schedule.steps" in message
+    words = message.split()
+    allowed = [word.removeprefix("--allow-changed=") for word in words if word.startswith("--allow-changed=")]
+    assert check_snapshot(changed, allow_changed=allowed)
 
 
 @pytest.mark.parametrize("allowed", ["schedule", "schedule.steps"])
@@ -85,14 +144,3 @@ def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     config = load_config(RECIPE, [f"logging.run_dir={tmp_path}/file/run"])
     with pytest.raises(ConfigError, match=r"logging\.run_dir is .*file/run, which cannot be written"):
         take_snapshot(config, ROOT)
-
-
-def test_relative_data_and_runs_go_to_the_clusters_folders() -> None:
-    folders = ClusterFolders(data_root="/scratch/data", run_root="/scratch/runs")
-    config = load_for_cluster(RECIPE, ["data.blend.c4.path=/elsewhere/c4"], folders)
-    assert config.logging.run_dir == "/scratch/runs/162m_itt_x4"
-    assert config.data.tokenizer == "/scratch/data/tokenizer"
-    assert config.data.blend["github"].path == "/scratch/data/redpajama/github"
-    assert config.data.blend["c4"].path == "/elsewhere/c4"
-    assert config.data.blend["book"].path is None
-    assert load_for_cluster(RECIPE, [], ClusterFolders()) == load_config(RECIPE)

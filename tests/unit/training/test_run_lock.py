@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_itt.errors import ConfigError
+from megatron_itt.launch.owners import is_alive
+from megatron_itt.training import run_lock
 from megatron_itt.training.run_lock import LOCK_FILE, claimed
 
 HOST = socket.gethostname()
@@ -53,3 +59,55 @@ def test_a_start_that_was_overtaken_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("ITT_CLAIM", "job 7 start 0")
     with pytest.raises(ConfigError, match="in use by"), claimed(tmp_path):
         raise AssertionError("the folder was given twice")
+
+
+def hold(run_dir: Path, barrier: Any, holders: Any) -> None:
+    def is_gone(owner: str) -> bool:
+        if owner == "nobody":
+            barrier.wait(60)  # everyone has concluded that the owner is gone before anyone takes over
+            return False
+        return is_alive(owner)
+
+    run_lock.is_alive = is_gone
+    try:
+        with claimed(run_dir):
+            holders.put("holds")
+            barrier.wait(60)  # until the others are refused
+    except ConfigError as error:
+        holders.put(str(error))
+        barrier.wait(60)
+
+
+def test_of_processes_that_find_the_same_dead_owner_one_holds_the_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for _ in range(10):
+        (tmp_path / LOCK_FILE).write_text("nobody\n")
+        barrier, holders = context.Barrier(3), context.Queue()
+        processes = [context.Process(target=hold, args=(tmp_path, barrier, holders)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        found = [holders.get(timeout=60) for _ in processes]
+        for process in processes:
+            process.join(timeout=60)
+        assert found.count("holds") == 1, found
+        assert sum("is in use by process" in text for text in found) == 2, found
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_that_another_took_over_meanwhile_is_not_given_back(tmp_path: Path) -> None:
+    with claimed(tmp_path):
+        (tmp_path / LOCK_FILE).write_text("job 7 start 1\n")
+    assert (tmp_path / LOCK_FILE).read_text() == "job 7 start 1\n"
+
+
+def test_a_claim_that_cannot_be_taken_over_safely_says_what_to_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK_FILE).write_text("nonsense\n")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match=r"in_use was left behind .*No locks available.*remove it"), claimed(tmp_path):
+        raise AssertionError("the folder was given without a lock")

@@ -1,0 +1,105 @@
+"""What would refuse a job that is submitted now: its run folder, weights, tokenizer and data. No torch; writes nothing.
+
+A job that would end at once is better refused before it has waited for hours in a queue.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from megatron_itt.checkpoint.layout import resolve_checkpoint
+from megatron_itt.config import RunConfig
+from megatron_itt.errors import ConfigError, IttError
+from megatron_itt.launch.owners import LOCK_FILE, describe_use, is_alive
+from megatron_itt.launch.snapshot import check_snapshot
+from megatron_itt.locks import ClaimFile
+from megatron_itt.log import get_logger
+
+FINISHED_FILE = "finished"
+_DATA_ENDS = (".bin", ".idx")
+
+
+def find_folder_refusals(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> list[str]:
+    """Why the run folder would refuse the job: a changed recipe, a damaged snapshot, an owner at work."""
+
+    def check_owner() -> None:
+        run_dir = Path(config.logging.run_dir)
+        claim = ClaimFile(run_dir / LOCK_FILE).read()
+        if claim is not None and is_alive(claim.text):
+            raise ConfigError(describe_use(run_dir, claim.text))
+
+    return _messages(lambda: check_snapshot(config, allow_changed=allow_changed), check_owner)
+
+
+def find_input_refusals(config: RunConfig) -> list[str]:
+    """Why the training would refuse its weights, tokenizer or data."""
+    try:
+        return _messages(
+            lambda: _check_initial_weights(config), lambda: _check_tokenizer(config), lambda: _check_data(config)
+        )
+    except ImportError as error:  # a login node may have no more than recipes need
+        get_logger().warning("tokenizer and data are not looked at here: %s", error)
+        return []
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run has completed as many steps as the recipe asks for."""
+    done = finished_step(Path(config.logging.run_dir))
+    return done is not None and done >= config.schedule.steps
+
+
+def finished_step(run_dir: Path) -> int | None:
+    """The last step of a run that completed all its steps, by its marker; None for another run."""
+    try:
+        return int((run_dir / FINISHED_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return sys.maxsize  # made by hand: finished, whatever the recipe asks for
+
+
+def reopen_if_longer(config: RunConfig) -> None:
+    """Remove the marker of a run that was finished with fewer steps than the recipe asks for. For the owner only."""
+    if not is_finished(config):
+        (Path(config.logging.run_dir) / FINISHED_FILE).unlink(missing_ok=True)
+
+
+def _messages(*checks: Callable[[], object]) -> list[str]:
+    found = []
+    for check in checks:
+        try:
+            check()
+        except IttError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_initial_weights(config: RunConfig) -> None:
+    if config.checkpoint.initial_weights is not None:
+        resolve_checkpoint(config.checkpoint.initial_weights)
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    name = config.data.tokenizer
+    if name is not None and name.startswith("data/") and not Path(name).exists():  # no name on the hub
+        raise ConfigError(f"data.tokenizer is {name}, which does not exist here; name a tokenizer folder")
+    from megatron_itt.data.tokenizer import check_vocabulary, recipe_tokenizer
+
+    check_vocabulary(recipe_tokenizer(config), config.model.vocab_size)
+
+
+def _check_data(config: RunConfig) -> None:
+    missing = [
+        f"data.blend.{name}.path is {domain.path}"
+        for name, domain in config.data.blend.items()
+        if domain.path and domain.weight > 0 and not all(Path(f"{domain.path}{end}").is_file() for end in _DATA_ENDS)
+    ]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}, without .bin and .idx; write them with tools/preprocess.py, or correct the path"
+        )
+    from megatron_itt.data.blend import resolve_blend
+
+    resolve_blend(config)

@@ -1,0 +1,30 @@
+"""What the console says: the time of a line, and the time that is left."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megatron_itt.training.metrics import StepClock, console_line
+from tests.helpers.one_rank import tiny_recipe
+
+
+def test_the_time_left_counts_validations_and_saves() -> None:
+    config = tiny_recipe(
+        schedule={"steps": 100}, validation={"interval_steps": 30}, checkpoint={"save_interval_steps": 25}
+    )
+    clock = StepClock(config, 1, None, mean_step_s=2.0)
+    assert clock.time_left_s(60) == pytest.approx(80)
+    clock.paused("validation", 10.0)
+    assert clock.time_left_s(60) == pytest.approx(80 + 3 * 10)  # at 60, 90 and 100
+    clock.paused("save", 7.0)
+    assert clock.time_left_s(60) == pytest.approx(80 + 3 * 10 + 2 * 7)  # at 75 and 100
+    assert clock.time_left_s(90) == pytest.approx(20 + 2 * 10 + 7)  # the one of step 90 is still to come
+    assert clock.time_left_s(100) == pytest.approx(10 + 7)
+
+
+def test_a_training_line_says_when() -> None:
+    record = {"step": 3, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 5.0, "mfu": None}
+    line = console_line({**record, "data_wait_s": 0.0, "memory_bytes": 0}, 10, 61.0)
+    assert re.search(r"left 1m01s \| \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", line)
