@@ -53,7 +53,7 @@ def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
             (folder / name).write_bytes((source / name).read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_bytes(tokenizer.json_bytes())
+    (folder / "tokenizer.json").write_bytes(tokenizer.json_path.read_bytes())
 
 
 def check_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> Any:
