@@ -84,10 +84,6 @@ class SentencePieceTokenizer(Tokenizer):
         """The library takes the name of a control piece for text."""
         return False
 
-    def json_bytes(self) -> bytes:
-        """The conversion, with the names of the control pieces."""
-        return self.backend.to_str().encode()
-
 
 def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
     """Load a `.model` file. Raises `DataError` for a file that is none, of a kind that cannot be converted exactly, or

@@ -83,10 +83,6 @@ class Tokenizer:
         """Whether the name of a special token in a text is encoded as that token."""
         return any(token.special for token in self.backend.get_added_tokens_decoder().values())
 
-    def json_bytes(self) -> bytes:
-        """A `tokenizer.json` that encodes and decodes as this tokenizer does."""
-        return self.json_path.read_bytes()
-
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder that AutoTokenizer reads as this tokenizer."""
         from megatron_itt.data.tokenizer_folder import write_tokenizer_folder

@@ -24,6 +24,7 @@ from megatron_itt.log import get_logger
 # What of a tokenizer_config.json is taken over: nothing that decides ids.
 _TAKEN_OVER = ("chat_template", "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
 _COPIED = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+_CLASSES_OF_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _MAX_LENGTH = 1_000_000
 
 
@@ -53,7 +54,7 @@ def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
             (folder / name).write_bytes((source / name).read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_bytes(tokenizer.json_bytes())
+    (folder / "tokenizer.json").write_bytes(tokenizer.json_path.read_bytes())
 
 
 def check_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> Any:
@@ -76,10 +77,9 @@ def check_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> Any:
 
 
 def check_exportable(tokenizer: Tokenizer) -> None:
-    """Raise `DataError` for a tokenizer that no export could carry; done before data is written and before training.
-
-    Warns where AutoTokenizer reads the tokenizer's own folder otherwise than the data will be encoded.
-    """
+    """Raise `DataError` for a tokenizer that no export could carry; done before data is written and before training."""
+    if adds_nothing(tokenizer):
+        return
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         write_tokenizer_folder(tokenizer, Path(folder))
         check_tokenizer_folder(tokenizer, Path(folder))
@@ -88,7 +88,7 @@ def check_exportable(tokenizer: Tokenizer) -> None:
 def warn_of_other_readings(tokenizer: Tokenizer) -> None:
     """Log how AutoTokenizer reads the tokenizer's own folder, where that is not how the data is encoded."""
     source = tokenizer.source_folder
-    if source is None or not (source / "tokenizer_config.json").is_file():
+    if source is None or not (source / "tokenizer_config.json").is_file() or adds_nothing(tokenizer):
         return
     named = special_token_names(source).get("eos_token")
     eod = tokenizer.name_of(tokenizer.eod)
@@ -109,6 +109,23 @@ def warn_of_other_readings(tokenizer: Tokenizer) -> None:
             "tokenizer %s: AutoTokenizer reads it as %s, by which %s; data, training and export follow tokenizer.json",
             *(tokenizer.path, type(loaded).__name__, difference),
         )
+
+
+def adds_nothing(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer's folder, by what its config says, gives AutoTokenizer nothing but `tokenizer.json`.
+
+    So it is with what `train_tokenizer` writes. Nothing need be compared then, which saves the import of transformers.
+    """
+    source = tokenizer.source_folder
+    settings = _read_config(source)
+    if source is None or settings.get("tokenizer_class") not in _CLASSES_OF_TOKENIZER_JSON:
+        return False
+    named = special_token_names(source)
+    added = tokenizer.backend.get_added_tokens_decoder()
+    special = {token.content for token in added.values() if token.special}
+    of_data = {tokenizer.name_of(token) for token in (tokenizer.eod, tokenizer.bos, tokenizer.pad) if token != NO_TOKEN}
+    plain = settings.keys() <= {"tokenizer_class", *_TAKEN_OVER, *named, "model_input_names"}
+    return plain and "eos_token" in named and {*named.values(), *of_data} <= special
 
 
 def with_end_of_document(tokenizer: Tokenizer, eod: int | None) -> Tokenizer:

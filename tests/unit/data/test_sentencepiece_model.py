@@ -192,6 +192,9 @@ def test_the_saved_folder_loads_in_transformers_and_encodes_alike(model_path: Pa
     texts = [*odd_texts(300), *tokenizer.check_texts]
     expected = sentencepiece.SentencePieceProcessor(model_file=str(model_path)).encode(texts)
     assert loaded(texts, add_special_tokens=False).input_ids == expected
+    again = load_tokenizer(tmp_path / "folder")  # as the tokenizer of other data
+    assert again.encode_batch(texts) == expected
+    assert (again.eod, again.bos, again.pad) == (tokenizer.eod, tokenizer.bos, tokenizer.pad)
     ids = tokenizer.encode("the router of a layer")
     assert loaded.decode([*ids, tokenizer.eod], skip_special_tokens=True) == "the router of a layer"
     assert loaded.convert_tokens_to_ids([piece.piece for piece in tokenizer.model.pieces]) == list(range(len(loaded)))

@@ -17,6 +17,7 @@ from megatron_itt.data.manifest import read_manifest
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.data.tokenizer_folder import (
+    adds_nothing,
     check_exportable,
     check_tokenizer_folder,
     load_with_transformers,
@@ -75,6 +76,22 @@ DEVIATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_the_comparison_is_left_out_only_where_the_config_adds_nothing(folder: Path) -> None:
+    assert adds_nothing(load_tokenizer(folder))
+    for settings in (*DEVIATIONS.values(), *NAMED.values()):
+        if settings == {"eos_token": "<|pad|>"}:
+            continue  # another token of tokenizer.json, which AutoTokenizer takes from there
+        saved = (folder / "tokenizer_config.json").read_text()
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+        configure(folder, **settings)
+        assert not adds_nothing(load_tokenizer(folder)), settings
+        (folder / "tokenizer_config.json").write_text(saved)
+    assert adds_nothing(load_tokenizer(folder))
+    change_json(folder, lambda backend: backend.add_tokens(["<plain>"]))
+    configure(folder, pad_token="<plain>")
+    assert not adds_nothing(load_tokenizer(folder))
+
+
 @pytest.mark.parametrize("name", DEVIATIONS)
 def test_an_export_encodes_as_tokenizer_json_whatever_the_config_says(name: str, folder: Path, tmp_path: Path) -> None:
     change_json(folder, split_digits)
@@ -103,9 +120,13 @@ def test_another_reading_by_transformers_is_said_when_data_is_written(
 
 
 def test_a_tokenizer_that_transformers_reads_alike_is_not_warned_of(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    warn_of_other_readings(tokenizer)
+    tokenizer.save(tmp_path / "saved")  # its config has more keys, so that the comparison takes place
+    saved = load_tokenizer(tmp_path / "saved")
+    assert not adds_nothing(saved)
+    for one in (tokenizer, saved):
+        warn_of_other_readings(one)
     assert caplog.text == ""
 
 
