@@ -1,7 +1,8 @@
 """Memory of one rank: weights, gradients, optimizer state, and an estimate of what backward needs of the forward pass.
 
 Weights, gradients and optimizer state are counts. Activations are a model of the tensors that autograd keeps with the
-torch-native layer parts; library workspaces, fragmentation and communication buffers are not in it. All in bytes.
+torch-native layer parts; library workspaces, fragmentation and communication buffers are not in it; `resident` adds
+what a process on the CPU has beside tensors. All in bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from megatron_itt.errors import ConfigError
 
 FLOAT32 = 4  # bytes; gradients, optimizer state, norms' statistics and the softmax of the loss are always float32
 ADAM_MOMENTS = 2
+# What the C library's heap holds beyond tensors, of what layers keep for backward: freed pieces that nothing fits into.
+# Measured with glibc: 0.6 (30 layers of 192), 0.7 (4 of 512), 1.2 (30 of 576). As separate mappings, which lose
+# nothing, such tensors would take a fifth more time.
+HEAP_LOSS = 0.8
 
 # s: sequence length, h: hidden size, k: picked tokens of a step, e: bytes of an activation
 
@@ -33,22 +38,27 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
+    kept: float  # of the activations, what layers hold from forward to backward
 
     @property
     def total(self) -> float:
         """All parts together."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
+    def resident(self, program: float) -> float:
+        """What a process on the CPU has resident at its peak; `program`: what it had before the run began."""
+        return program + self.total + HEAP_LOSS * self.kept
 
-def rank_memory(config: RunConfig, world_size: int) -> list[RankMemory]:
-    """Memory per pipeline stage, first to last; ranks of one stage are alike.
+
+def rank_memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> list[RankMemory]:
+    """Memory per pipeline stage, first to last; ranks of one stage are alike. `on_cpu`: with the loss of a CPU.
 
     Raises ConfigError if the layout does not fit `world_size` processes.
     """
     problems = find_layout_problems(config, world_size)
     if problems:
         raise ConfigError("; ".join(problems))
-    return [_stage_memory(config, world_size, stage) for stage in range(config.parallel.pipeline)]
+    return [_stage_memory(config, world_size, stage, on_cpu=on_cpu) for stage in range(config.parallel.pipeline)]
 
 
 def stage_layers(config: RunConfig, stage: int) -> list[int]:
@@ -207,7 +217,7 @@ def activation_bytes(config: RunConfig) -> int:
     return 2 if config.precision.dtype == "bf16" else FLOAT32
 
 
-def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
+def _stage_memory(config: RunConfig, world_size: int, stage: int, *, on_cpu: bool) -> RankMemory:
     model, layers = config.model, stage_layers(config, stage)
     is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
     thinking_layers = config.thinking.layer_indices(model.num_layers)
@@ -218,7 +228,7 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
     per_microbatch = sum(layer_activations(config, thinks=layer_idx in thinking_layers) for layer_idx in layers)
     in_flight = _microbatches_in_flight(config, world_size, stage)
     transient = [  # never at the same time: the loss comes before the backward pass of any layer
-        _loss_activations(config) if is_last else 0,
+        _loss_activations(config, on_cpu=on_cpu) if is_last else 0,
         recomputed_activations(config) if set(layers) & set(thinking_layers) else 0,
     ]
     return RankMemory(
@@ -228,6 +238,7 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int) -> RankMemory:
         gradients=FLOAT32 * parameters,
         optimizer=state * parameters / shards,
         activations=in_flight * per_microbatch + max(transient),
+        kept=in_flight * per_microbatch,
     )
 
 
@@ -264,9 +275,16 @@ def _microbatches_in_flight(config: RunConfig, world_size: int, stage: int) -> f
     return min(num_microbatches * chunks, warm_up + 1) / chunks
 
 
-def _loss_activations(config: RunConfig) -> float:
-    """The last norm, and softmax, its gradient and the logits of one micro-batch."""
+def _loss_activations(config: RunConfig, *, on_cpu: bool) -> float:
+    """The last norm, and what the loss of one micro-batch takes.
+
+    On a GPU, whose fused loss may hold it all at once: the logits, their softmax and its gradient. On the CPU the
+    softmax becomes its gradient in place, and overwrites float32 logits; the head's gradient meets what is left.
+    """
     model, sizes = config.model, _Sizes.of(config)
-    rows = config.batch.micro * model.seq_length
-    logits = rows * model.vocab_size / config.parallel.tensor
-    return sizes.norm(sizes.local(rows)) + logits * (2 * FLOAT32 + sizes.element)
+    rows, vocab = config.batch.micro * model.seq_length, model.vocab_size / config.parallel.tensor
+    norm, logits = sizes.norm(sizes.local(rows)), rows * vocab
+    if not on_cpu:
+        return norm + logits * (2 * FLOAT32 + sizes.element)
+    softmax = 0 if sizes.element == FLOAT32 else FLOAT32 * logits
+    return norm + sizes.element * logits + max(softmax, sizes.element * vocab * model.hidden_size)

@@ -85,7 +85,7 @@ def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
         kept_estimate=final_norm
         + sum(layer_activations(config, thinks=layer_idx in layers) for layer_idx in range(config.model.num_layers)),
         peak=peak,
-        peak_estimate=rank_memory(config, 1)[0].activations,
+        peak_estimate=rank_memory(config, 1, on_cpu=place.device.type == "cpu")[0].activations,
     )
 
 

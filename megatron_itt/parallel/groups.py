@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,13 +21,18 @@ from megatron_itt.parallel.seeding import end_determinism, seed_everything
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelPlace:
-    """Where this process stands in the layout of a run."""
+    """Where this process stands in the layout of a run.
+
+    program_bytes: what was resident on the CPU before a run began: interpreter, torch, megatron-core; 0 on a GPU, whose
+    memory holds tensors alone.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     data_parallel_rank: int
     data_parallel_size: int
+    program_bytes: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -75,7 +82,19 @@ def _build_groups(config: RunConfig, place: ProcessPlace, device: torch.device) 
         device=device,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        program_bytes=peak_resident_bytes() if device.type == "cpu" else 0,
     )
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had resident so far.
+
+    From /proc where there is one: what `getrusage` says includes the parent's memory at the time of the start.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return (peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024  # both in KiB
 
 
 def stop_parallel() -> None:

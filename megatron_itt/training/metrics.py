@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,13 +12,12 @@ import torch
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.accounting.gpus import peak_of
 from megatron_itt.config.run import RunConfig
+from megatron_itt.parallel.groups import peak_resident_bytes
 
 if TYPE_CHECKING:
     from megatron_itt.training.step import StepResult
 
 Record = dict[str, Any]
-
-KIBI = 1024  # what the kernel counts resident memory in
 
 
 def peak_flops_per_s(device: torch.device) -> float | None:
@@ -33,7 +31,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has had allocated on its GPU, or, on CPU, resident (the program included)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBI
+    return peak_resident_bytes()
 
 
 @dataclass(slots=True)

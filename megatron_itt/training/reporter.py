@@ -32,7 +32,9 @@ class Reporter:
             config.logging.profile, Path(config.logging.run_dir), rank=place.rank, device=place.device
         )
         self._collapse = CollapseWarnings()
-        self._memory_estimate = max(stage.total for stage in rank_memory(config, place.world_size))
+        on_cpu = place.device.type == "cpu"
+        stages = rank_memory(config, place.world_size, on_cpu=on_cpu)
+        self._memory_estimate = max(stage.resident(place.program_bytes) if on_cpu else stage.total for stage in stages)
         self._memory_bytes = 0
 
     def looks_closely(self, step: int) -> bool:

@@ -161,7 +161,8 @@ def test_this_machine_trains_stops_at_a_signal_and_continues(
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     last = next(line for line in lines if line["step"] == 12 and "loss" in line)
-    assert last["memory_bytes"] > last["memory_estimate_bytes"] > 0  # of so small a model, most is the program
+    assert last["memory_estimate_bytes"] > 2**27  # of so small a model, most is the program, which both count
+    assert 0.5 < last["memory_bytes"] / last["memory_estimate_bytes"] < 2.0
     code, text, _ = launch(*command[1:], settings=settings)
     assert code == 0
     assert "is finished already" in text

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.accounting.memory import layer_activations, rank_memory
 from megatron_itt.accounting.params import count_parameters
-from megatron_itt.benchmark.memory import measure_kept_bytes
+from megatron_itt.benchmark.memory import measure_activations, measure_kept_bytes
 from megatron_itt.config import RunConfig, parse_config
 from megatron_itt.model.builder import build_model
 from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
@@ -137,3 +141,45 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_trainer(
     assert weights == expected.weights
     assert gradients == pytest.approx(expected.gradients, rel=0.1)  # buffers are padded
     assert optimizer == pytest.approx(expected.optimizer, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_vocabulary_takes_what_is_estimated_for_its_loss(tied: bool, dtype: str) -> None:
+    model = {**SHAPES["heads"], "num_layers": 1, "vocab_size": 16384, "tie_embeddings": tied}
+    config = make_config("heads", "llama", dtype=dtype)
+    config = replace(config, model=replace(config.model, **model))
+    stop_parallel()
+    measured = measure_activations("large vocabulary", config)
+    assert measured.peak == pytest.approx(measured.peak_estimate, rel=0.1)
+
+
+# A process of its own: resident memory is counted from its start. Many narrow layers, a large tied vocabulary.
+RESIDENT = """
+import warnings; warnings.simplefilter("ignore")
+import json
+from megatron_itt.accounting.memory import rank_memory
+from megatron_itt.benchmark.models import random_batches
+from megatron_itt.config import parse_config
+from megatron_itt.parallel.groups import peak_resident_bytes, start_parallel
+from megatron_itt.training.assemble import build_trainer
+from megatron_itt.training.step import train_step
+model = {"hidden_size": 192, "ffn_hidden_size": 512, "num_layers": 30, "num_attention_heads": 3, "vocab_size": 49152,
+         "seq_length": 256, "tie_embeddings": True}
+config = parse_config({"model": model, "schedule": {"steps": 10}, "batch": {"global": 2, "micro": 2},
+                       "precision": {"dtype": "bf16"}, "logging": {"run_dir": "unused"}, "runtime": {"device": "cpu"}})
+place = start_parallel(config)
+trainer = build_trainer(config, place)
+for step in range(3):
+    train_step(trainer, iter(random_batches(config, 1, seed=step)), step + 1)
+(estimate,) = rank_memory(config, 1, on_cpu=True)
+print(json.dumps([peak_resident_bytes(), estimate.resident(place.program_bytes), place.program_bytes]))
+"""
+
+
+def test_resident_memory_of_a_run_is_within_a_tenth_of_the_estimate() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", RESIDENT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    taken, estimated, program = json.loads(done.stdout.splitlines()[-1])
+    assert taken > 1.5 * program
+    assert taken == pytest.approx(estimated, rel=0.1)
