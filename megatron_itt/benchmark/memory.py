@@ -95,6 +95,7 @@ def measure_kept_bytes(chunk: torch.nn.Module, tokens: torch.Tensor, positions: 
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # with its history, the graph would hold itself, and the model, for ever
         address = tensor.untyped_storage().data_ptr()
         if address not in weights:
             kept[address] = tensor  # held, so that no address is used twice
