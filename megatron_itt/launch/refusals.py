@@ -48,7 +48,7 @@ def is_finished(config: RunConfig) -> bool:
     marker = Path(config.logging.run_dir) / FINISHED_FILE
     try:
         return int(marker.read_text(encoding="utf-8")) >= config.schedule.steps
-    except FileNotFoundError:
+    except OSError:
         return False
     except ValueError:
         return True
