@@ -54,7 +54,7 @@ def finished_step(run_dir: Path) -> int | None:
     """The last step of a run that completed all its steps, by its marker; None for another run."""
     try:
         return int((run_dir / FINISHED_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:
         return None
     except ValueError:
         return sys.maxsize  # made by hand: finished, whatever the recipe asks for

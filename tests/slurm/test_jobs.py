@@ -79,15 +79,16 @@ def checkout(tmp_path: Path, settings: dict[str, str]) -> Path:
 
 
 def test_jobs_run_from_any_folder_where_slurm_keeps_the_environment_back(
-    cluster: Cluster, recipe: Path, data: Path, checkout: Path, tmp_path: Path
+    cluster: Cluster, recipe: Path, data: Path, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
-    common = ("--export=NONE", f"--chdir={tmp_path}/elsewhere", "--cpus-per-task=2")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    common = ("--export=NONE", "--cpus-per-task=2")
     tasks = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/log")
     training = cluster.submit(
         *common, *tasks, str(checkout / "slurm" / "train.sbatch"), str(recipe), "schedule.steps=3", "parallel.tensor=2"
     )
-    assert cluster.wait_for_end(training) == "COMPLETED", (tmp_path / "log").read_text()
+    assert cluster.wait_for_end(training, timeout_s=600) == "COMPLETED", (tmp_path / "log").read_text()
     assert (tmp_path / "runs" / "tiny" / "finished").is_file(), (tmp_path / "log").read_text()
     assert "healthy" in (tmp_path / "runs" / "tiny" / "preflight.txt").read_text()
     arguments = ("--input", str(data / "code.jsonl"), "--tokenizer", str(data / "tokenizer"))
@@ -103,14 +104,16 @@ def test_jobs_run_from_any_folder_where_slurm_keeps_the_environment_back(
     assert (tmp_path / "code.bin").read_bytes() == (data / "code.bin").read_bytes()
 
 
-def test_a_copied_job_file_says_that_it_lacks_its_launcher(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_copied_job_file_says_that_it_lacks_its_launcher(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     shutil.copyfile(ROOT / "slurm" / "train.sbatch", tmp_path / "train.sbatch")
     job = cluster.submit(
         "--ntasks-per-node=1",
         "--gpus-per-node=1",
         "--cpus-per-task=1",
         f"--output={tmp_path}/log",
-        f"--chdir={tmp_path}",
         str(tmp_path / "train.sbatch"),
     )
     assert cluster.wait_for_end(job) == "FAILED"

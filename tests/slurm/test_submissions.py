@@ -143,7 +143,7 @@ def test_a_submission_looks_at_the_run_folder_as_the_job_will(
     submitted: dict[str, str], recipe: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "runs" / "tiny"
-    assert run_shell(f"bash slurm/train.sbatch {recipe} schedule.steps=2", submitted).returncode == 0
+    assert run_shell(f"bash slurm/train.sbatch {recipe} {LAYOUT} schedule.steps=2", submitted).returncode == 0
     kept = (run_dir / "code" / "recipe.yaml").read_bytes()
     same, longer = "schedule.steps=2", "schedule.steps=4"
     for mode in ("--submit", "--dry-run"):
