@@ -41,7 +41,7 @@ def configure_logging(*, rank: int = 0, log_file: str | None = None) -> logging.
 def silence_known_warnings() -> None:
     """Hide warnings of megatron-core that a user can do nothing about.
 
-    Missing optional parts are reported by tools/doctor.py, with what they cost; the rest is use of older torch calls.
+    Missing optional parts are reported by itt doctor, with what they cost; the rest is use of older torch calls.
     """
     for message in (
         "Transformer Engine and Apex",
