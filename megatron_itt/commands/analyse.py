@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from megatron_itt.commands.arguments import Count, Flag, OptionalCount, Repeated, Shares
 from megatron_itt.errors import DataError
@@ -33,6 +34,24 @@ EXAMPLES = """
   itt analyse causality --model runs/quickstart/hf --heldout code=code.jsonl --output runs/quickstart/causality
   itt analyse plot runs/quickstart/analysis/*.json --format svg
 """
+
+
+def _figure_format(words: list[str]) -> str:
+    if words not in ([], ["png"], ["svg"]):
+        raise ValueError(f"{' '.join(words)} is no format of figures; write png or svg, or nothing for png")
+    return words[0] if words else "png"
+
+
+FigureFormat = Annotated[
+    str | None,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[png|svg]",
+        instance_from_str=_figure_format,
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 Folders = Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")]
 
 
@@ -40,7 +59,7 @@ Folders = Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")]
 class _Measuring:
     output: Path
     """the measurement, a JSON file"""
-    plot: Literal["png", "svg"] | None = None
+    plot: FigureFormat = None
     """draw it as well, beside the file"""
     overwrite: Flag = False
     """replace existing files"""

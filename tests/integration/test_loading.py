@@ -68,7 +68,7 @@ def test_a_run_that_keeps_documents_apart_has_losses_of_its_own(tiny_data: Path,
 
 
 def test_an_index_built_by_two_commands_at_once_is_the_one_that_training_reads(recipe: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "tools/build_index.py", str(recipe)]
+    command = [sys.executable, "-m", "megatron_itt.cli", "recipe", "index", str(recipe)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
