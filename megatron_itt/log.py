@@ -1,8 +1,7 @@
-"""What the commands share: one logger, the mapping from errors to exit codes, a type for arguments."""
+"""What the commands share: one logger and the mapping from errors to exit codes."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import logging
 import sys
@@ -96,11 +95,3 @@ def _explain(error: OSError) -> str | None:
             "may read and write"
         )
     return None
-
-
-def positive_int(text: str) -> int:
-    """A whole number of at least 1, as the `type` of an argument."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
-    return number
