@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
-from tyro.constructors import PrimitiveConstructorSpec
 
 from megatron_itt.commands.arguments import Count, Flag, OptionalCount, Repeated, Shares
 from megatron_itt.errors import DataError
@@ -34,35 +33,14 @@ EXAMPLES = """
   itt analyse causality --model runs/quickstart/hf --heldout code=code.jsonl --output runs/quickstart/causality
   itt analyse plot runs/quickstart/analysis/*.json --format svg
 """
-
-
-def _figure_format(words: list[str]) -> str:
-    if words not in ([], ["png"], ["svg"]):
-        raise ValueError(f"{' '.join(words)} is no format of figures; write png or svg, or nothing for png")
-    return words[0] if words else "png"
-
-
-FigureFormat = Annotated[
-    str | None,
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[png|svg]",
-        instance_from_str=_figure_format,
-        is_instance=lambda value: value is None or isinstance(value, str),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
 Folders = Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Measuring:
-    output: Path
-    """the measurement, a JSON file"""
-    plot: FigureFormat = None
-    """draw it as well, beside the file"""
-    overwrite: Flag = False
-    """replace existing files"""
+    output: Path  # the measurement, a JSON file
+    plot: tuple[Literal["png", "svg"], ...] | None = None  # draw it as well, beside the file (png if no format follows)
+    overwrite: Flag = False  # replace existing files
 
     def execute(self) -> int:
         """Measure, write the file, draw it with --plot, and print what a reader must know."""
@@ -77,10 +55,10 @@ class _Measuring:
         for note in measurement.notes:
             print(f"note: {note}")
         print(f"written to {self.output}")
-        if self.plot is not None:
+        for ending in () if self.plot is None else self.plot or ("png",):
             from megatron_itt.analysis.figures.draw import draw_measurement
 
-            figure = self.output.with_suffix(f".{self.plot}")
+            figure = self.output.with_suffix(f".{ending}")
             draw_measurement(measurement, figure, overwrite=self.overwrite)
             print(f"written to {figure}")
         return 0
@@ -91,10 +69,8 @@ class _Measuring:
 
 @dataclass(frozen=True, kw_only=True)
 class _OfModel(_Measuring):
-    model: Path
-    """Hugging Face folder"""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
+    model: Path  # Hugging Face folder
+    device: str = "auto"  # auto, cpu, cuda, ...
 
     def _export(self) -> ExportedModel:
         from megatron_itt.evaluation.exported_model import load_export
@@ -104,12 +80,9 @@ class _OfModel(_Measuring):
 
 @dataclass(frozen=True, kw_only=True)
 class _OfPassage(_OfModel):
-    text: Path
-    """text (.txt, .jsonl, .zst, ...)"""
-    max_tokens: OptionalCount = None
-    """read no more than so many tokens"""
-    budget: Shares = None
-    """share of tokens per routed step (default: as trained)"""
+    text: Path  # text (.txt, .jsonl, .zst, ...)
+    max_tokens: OptionalCount = None  # read no more than so many tokens
+    budget: Shares = None  # share of tokens per routed step (default: as trained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +121,7 @@ class Steps(_OfModel):
 class History(_Measuring):
     """Thresholds and realised shares over training."""
 
-    run: Path
-    """run folder"""
+    run: Path  # run folder
 
     def measure(self) -> Measurement:
         from megatron_itt.analysis.collect import read_run
@@ -162,26 +134,16 @@ class History(_Measuring):
 class Budgets(_Measuring):
     """Perplexity over thinking budgets (Table 2; Figure 6, left)."""
 
-    model: Folders
-    """exports, LLaMA and Loop included"""
-    text: Path
-    """text (.txt, .jsonl, .zst, ...)"""
-    max_tokens: OptionalCount = None
-    """read no more than so many tokens"""
-    budget: Annotated[Repeated, arg(metavar="0.9,0.7,0.5")] = ()
-    """default: Table 2"""
-    grid: Shares = None
-    """equal shares to sweep (default: 0 to 1)"""
-    tasks: Annotated[str | None, arg(metavar="paper|a,b,c")] = None
-    """score lm-eval tasks at every budget as well"""
-    task_dir: Path | None = None
-    """folder with further task files (YAML)"""
-    data_root: Path | None = None
-    """offline copies of the data sets"""
-    limit: OptionalCount = None
-    """records per task"""
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
+    model: Folders  # exports, LLaMA and Loop included
+    text: Path  # text (.txt, .jsonl, .zst, ...)
+    max_tokens: OptionalCount = None  # read no more than so many tokens
+    budget: Annotated[Repeated, arg(metavar="0.9,0.7,0.5")] = ()  # default: Table 2
+    grid: Shares = None  # equal shares to sweep (default: 0 to 1)
+    tasks: Annotated[str | None, arg(metavar="paper|a,b,c")] = None  # score lm-eval tasks at every budget as well
+    task_dir: Path | None = None  # folder with further task files (YAML)
+    data_root: Path | None = None  # offline copies of the data sets
+    limit: OptionalCount = None  # records per task
+    device: str = "auto"  # auto, cpu, cuda, ...
 
     def measure(self) -> Measurement:
         from megatron_itt.analysis.elastic import GRID, Tasks, measure_budgets
@@ -218,16 +180,11 @@ class Budgets(_Measuring):
 class Gradients(_OfModel):
     """Gradient nuclear norms by layer (Figure 2), of questions or of pieces of text."""
 
-    questions: Path | None = None
-    """JSONL with question, options, correct (AQuA)"""
-    text: Path | None = None
-    """any text; pieces of it are sorted by loss"""
-    samples: Count = 100
-    """to measure"""
-    train: int = 0
-    """questions to train on first"""
-    tokens: Count = 64
-    """of a piece of text"""
+    questions: Path | None = None  # JSONL with question, options, correct (AQuA)
+    text: Path | None = None  # any text; pieces of it are sorted by loss
+    samples: Count = 100  # to measure
+    train: int = 0  # questions to train on first
+    tokens: Count = 64  # of a piece of text
 
     def measure(self) -> Measurement:
         from megatron_itt.analysis.gradients import measure_question_gradients, measure_text_gradients
@@ -248,10 +205,8 @@ class Gradients(_OfModel):
 class Curves(_Measuring):
     """Training curves of runs side by side (Figure 4)."""
 
-    run: Folders
-    """run folders"""
-    baseline: Path | None = None
-    """whose last loss others reach (default: first run)"""
+    run: Folders  # run folders
+    baseline: Path | None = None  # whose last loss others reach (default: first run)
 
     def measure(self) -> Measurement:
         from megatron_itt.analysis.curves import measure_curves
@@ -263,10 +218,8 @@ class Curves(_Measuring):
 class Scaling(_Measuring):
     """Perplexity by number of thinking steps (Figure 5)."""
 
-    run: Folders
-    """run folders"""
-    evaluation: Annotated[Folders, arg(metavar="FILE")] = ()
-    """results of itt evaluate"""
+    run: Folders  # run folders
+    evaluation: Annotated[Folders, arg(metavar="FILE")] = ()  # results of itt evaluate
 
     def measure(self) -> Measurement:
         from megatron_itt.analysis.scaling import measure_scaling
@@ -278,25 +231,19 @@ class Scaling(_Measuring):
 class Causality(CausalitySettings):
     """What the causal threshold rule costs against top-k, and that it never looks ahead."""
 
-    model: Path
-    """exported Hugging Face folder"""
-    output: Path
-    """folder for causality.json and causality.md"""
+    model: Path  # exported Hugging Face folder
+    output: Path  # folder for causality.json and causality.md
     heldout: Annotated[Repeated, arg(metavar="DOMAIN=FILE")]
     """held-out documents (jsonl, .zst, .gz, txt); repeat for several domains"""
-    text_key: str = "text"
-    """key of the text in the documents"""
+    text_key: str = "text"  # key of the text in the documents
     lengths: Annotated[UseAppendAction[tuple[Count, ...]], arg(name="length", metavar="N")] = ()
     budget: Shares = None
     max_tokens: Count = CausalitySettings.max_tokens
     batch_size: Count = CausalitySettings.batch_size
     num_cases: Annotated[Count, arg(name="cases")] = CausalitySettings.num_cases
-    device: str = "auto"
-    """auto, cpu, cuda, ..."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """of the weights"""
-    overwrite: Flag = False
-    """replace an existing output"""
+    device: str = "auto"  # auto, cpu, cuda, ...
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
+    overwrite: Flag = False  # replace an existing output
 
     def execute(self) -> int:
         """Measure, write the report and print it."""
@@ -315,14 +262,10 @@ class Causality(CausalitySettings):
 class Plot:
     """Draw measurements as PNG or SVG figures, each beside its file."""
 
-    measurements: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE")]
-    """files that the other names wrote"""
-    output: Path | None = None
-    """the figure, .png or .svg (for a single file)"""
-    format: Literal["png", "svg"] = "png"
-    """without --output"""
-    overwrite: Flag = False
-    """replace existing figures"""
+    measurements: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE")]  # files that the other names wrote
+    output: Path | None = None  # the figure, .png or .svg (for a single file)
+    format: Literal["png", "svg"] = "png"  # without --output
+    overwrite: Flag = False  # replace existing figures
 
     def execute(self) -> int:
         """Draw every file and print where the figures are."""
@@ -350,15 +293,5 @@ def _texts(path: Path) -> list[str]:
     return texts
 
 
-COMMAND = {
-    "routing": Routing,
-    "weights": Weights,
-    "steps": Steps,
-    "history": History,
-    "budgets": Budgets,
-    "gradients": Gradients,
-    "curves": Curves,
-    "scaling": Scaling,
-    "causality": Causality,
-    "plot": Plot,
-}
+_KINDS = (Routing, Weights, Steps, History, Budgets, Gradients, Curves, Scaling, Causality, Plot)
+COMMAND = {kind.__name__.lower(): kind for kind in _KINDS}

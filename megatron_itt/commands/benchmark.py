@@ -40,40 +40,23 @@ class Parts:
     """
 
     overrides: Overrides = ()
-    parts: Names = ()
-    """some of the parts (default: all but overhead)"""
-    shape: str = "tiny"
-    """tiny, 162m, 230m, 466m (cut on CPUs), or a recipe"""
-    repeats: int = 5
-    """timed turns"""
-    seconds_per_part: float | None = None
-    """begin no further turn of a part after that"""
-    threads: OptionalCount = None
-    """of torch (default: its own choice)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to run"""
-    models: Annotated[tuple[str, ...], separated(";", like="A;B")] = ()
-    """of steps; LLaMA is always there"""
-    batches: Numbers = (1, 8)
-    """of decode"""
-    prompt_tokens: Count = 32
-    """of decode"""
-    new_tokens: Count = 32
-    """of decode"""
-    lengths: Numbers = ()
-    """of lengths (default: half to twice the recipe's)"""
-    ranks: int = 2
-    """of scaling"""
-    input: tuple[str, ...] = ()
-    """text for data (default: a sample corpus)"""
-    tokenizer: str | None = None
-    """for data, with --input"""
-    workers: OptionalCount = None
-    """processes of data (default: one per core)"""
-    output: Path = Path("runs/benchmark")
-    """folder of the results"""
-    name: str = "benchmark"
-    """of the result files"""
+    parts: Names = ()  # some of the parts (default: all but overhead)
+    shape: str = "tiny"  # tiny, 162m, 230m, 466m (cut on CPUs), or a recipe
+    repeats: int = 5  # timed turns
+    seconds_per_part: float | None = None  # begin no further turn of a part after that
+    threads: OptionalCount = None  # of torch (default: its own choice)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
+    models: Annotated[tuple[str, ...], separated(";", like="A;B")] = ()  # of steps; LLaMA is always there
+    batches: Numbers = (1, 8)  # of decode
+    prompt_tokens: Count = 32  # of decode
+    new_tokens: Count = 32  # of decode
+    lengths: Numbers = ()  # of lengths (default: half to twice the recipe's)
+    ranks: int = 2  # of scaling
+    input: tuple[str, ...] = ()  # text for data (default: a sample corpus)
+    tokenizer: str | None = None  # for data, with --input
+    workers: OptionalCount = None  # processes of data (default: one per core)
+    output: Path = Path("runs/benchmark")  # folder of the results
+    name: str = "benchmark"  # of the result files
 
     def execute(self) -> int:
         """Measure, print each part as it ends, write JSON and Markdown."""

@@ -22,16 +22,10 @@ EXAMPLES = """
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """See the module."""
-
-    json: Flag = False
-    """print JSON"""
-    folder: Repeated = ()
-    """measure this folder's speed and clock"""
-    recipe: str | None = None
-    """measure the folders that this recipe writes and reads"""
-    speed: Flag = False
-    """measure GPUs, and the links between the processes of this job"""
+    json: Flag = False  # print JSON
+    folder: Repeated = ()  # measure this folder's speed and clock
+    recipe: str | None = None  # measure the folders that this recipe writes and reads
+    speed: Flag = False  # measure GPUs, and the links between the processes of this job
 
     def execute(self) -> int:
         """Print the diagnosis."""

@@ -31,18 +31,13 @@ class RedPajama(DownloadOptions):
     same ones.
     """
 
-    domains: Names = ()
-    """some of the domains (default: all)"""
+    domains: Names = ()  # some of the domains (default: all)
     sample: Annotated[str | None, arg(name="max-tokens", metavar="N")] = None
     """a sample of about that many tokens, such as 50B"""
-    attempts: int = Patience().attempts
-    """in a row without progress"""
-    no_checksums: Flag = False
-    """do not look for checksums"""
-    dry_run: Flag = False
-    """show what would be downloaded, then stop"""
-    quiet: Flag = False
-    """no progress bar"""
+    attempts: int = Patience().attempts  # in a row without progress
+    no_checksums: Flag = False  # do not look for checksums
+    dry_run: Flag = False  # show what would be downloaded, then stop
+    quiet: Flag = False  # no progress bar
     max_tokens: Suppress[int | None] = None
     patience: Suppress[Patience] = field(default_factory=Patience)
     show_progress: Suppress[bool] = True
@@ -79,10 +74,8 @@ class RedPajama(DownloadOptions):
 class Sample:
     """A small corpus of real text (Python's library and documentation) that needs no download."""
 
-    output: Path
-    """folder to create; an existing corpus is reused"""
-    min_bytes: int = 8_000_000
-    """least size of the text"""
+    output: Path  # folder to create; an existing corpus is reused
+    min_bytes: int = 8_000_000  # least size of the text
 
     def execute(self) -> int:
         """Build the corpus, print its size."""

@@ -22,21 +22,16 @@ EXAMPLES = """
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(EvaluationOptions):
-    """See the module."""
-
     tasks: Annotated[str | None, arg(metavar="paper|a,b,c")] = None
     """lm-eval task names (default: all tasks of --task-dir)"""
-    task_dir: Path | None = None
-    """folder with further task files (YAML)"""
+    task_dir: Path | None = None  # folder with further task files (YAML)
     budget: Annotated[Repeated, arg(metavar="0.5,0.5,0.5")] = ()
     """share of tokens at every routed thinking step; repeat for several budgets (default: as trained)"""
     heldout: Annotated[Repeated, arg(metavar="DOMAIN=FILE")] = ()
     """held-out documents (jsonl, .zst, .gz): measures their perplexity and, with --task-dir, writes the two held-out
     tasks there; repeat for several domains"""
-    heldout_records: Count = 200
-    """records per held-out task"""
-    text_key: str = "text"
-    """key of the text in the held-out documents"""
+    heldout_records: Count = 200  # records per held-out task
+    text_key: str = "text"  # key of the text in the held-out documents
 
     def execute(self) -> int:
         """Evaluate, and print where the table is."""

@@ -17,14 +17,9 @@ EXAMPLES = "  itt export --checkpoint runs/quickstart --output runs/quickstart/h
 
 @dataclass(frozen=True, kw_only=True)
 class Export(ExportOptions):
-    """See the module."""
-
-    checkpoint: Path
-    """a checkpoint, or a run folder (its newest)"""
-    output: Path
-    """folder to write; must not exist"""
-    no_tokenizer: Flag = False
-    """write no tokenizer"""
+    checkpoint: Path  # a checkpoint, or a run folder (its newest)
+    output: Path  # folder to write; must not exist
+    no_tokenizer: Flag = False  # write no tokenizer
     with_tokenizer: Suppress[bool] = True
     max_shard_bytes: Suppress[int] = ExportOptions.max_shard_bytes
 

@@ -13,12 +13,8 @@ EXAMPLES = '  itt generate --model runs/quickstart/hf --prompt "def main" --budg
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(GenerationOptions):
-    """See the module."""
-
-    model: Path
-    """exported folder"""
-    prompt: str
-    """the text to continue"""
+    model: Path  # exported folder
+    prompt: str  # the text to continue
     budget: Shares = None
 
     def execute(self) -> int:

@@ -15,14 +15,9 @@ EXAMPLES = "  itt import --model runs/quickstart/hf --recipe recipes/debug/itt_t
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """See the module."""
-
-    model: Path
-    """exported folder, or any LLaMA-shaped one"""
-    recipe: str
-    """recipe of the model to make"""
-    output: Path
-    """run folder to write checkpoints/ into"""
+    model: Path  # exported folder, or any LLaMA-shaped one
+    recipe: str  # recipe of the model to make
+    output: Path  # run folder to write checkpoints/ into
     overrides: Overrides = ()
 
     def execute(self) -> int:

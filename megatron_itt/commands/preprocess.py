@@ -28,20 +28,14 @@ EXAMPLES = "  itt preprocess --input corpus/code --tokenizer runs/tokenizer --ou
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess(PreprocessOptions):
-    """See the module."""
-
     inputs: Annotated[tuple[str, ...], arg(name="input", metavar="PATH")]
     """files, folders, globs or hf://NAME[:CONFIG]; .jsonl, .zst, .gz and .parquet are recognised by content"""
-    num_workers: Annotated[int, arg(name="workers")] = field(default_factory=lambda: os.cpu_count() or 1)
-    """processes"""
-    engine: Annotated[str, arg(name="tokenizer-engine", metavar="auto|hf|gigatoken")] = "auto"
-    """what encodes"""
+    num_workers: Annotated[int, arg(name="workers")] = field(default_factory=lambda: os.cpu_count() or 1)  # processes
+    engine: Annotated[str, arg(name="tokenizer-engine", metavar="auto|hf|gigatoken")] = "auto"  # what encodes
     part: Annotated[str | None, arg(metavar="I/N")] = None
     """make only this part of the shards; the last part to finish merges"""
-    merge: Flag = False
-    """make nothing, merge the parts, which must all be made"""
-    quiet: Flag = False
-    """no progress bar"""
+    merge: Flag = False  # make nothing, merge the parts, which must all be made
+    quiet: Flag = False  # no progress bar
     shard_bytes: Suppress[int | None] = None
     show_progress: Suppress[bool] = True
 

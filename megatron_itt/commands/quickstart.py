@@ -12,8 +12,6 @@ EXAMPLES = "  itt quickstart          # or make quickstart, which sets up .venv 
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
-    """See the module."""
-
     def execute(self) -> int:
         """Run every stage that is not done, then say where the page is."""
         started = time.monotonic()

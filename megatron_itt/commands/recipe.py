@@ -36,8 +36,7 @@ class _OfRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class _Printed(_OfRecipe):
-    json: Flag = False
-    """print JSON"""
+    json: Flag = False  # print JSON
 
     def _print(self, result: Any, format_text: Callable[[Any], str]) -> int:
         print(json.dumps(result, indent=2) if self.json else format_text(result))
@@ -46,8 +45,7 @@ class _Printed(_OfRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class _OfLayout(_Printed):
-    world_size: int | None = None
-    """processes of the job (default: the fewest)"""
+    world_size: int | None = None  # processes of the job (default: the fewest)
 
     def _load(self) -> RunConfig:
         """The recipe; problems of the layout are reported together with its own."""
@@ -145,8 +143,7 @@ class Index(_OfRecipe):
 class Heldout(_OfRecipe):
     """Write the held-out (validation) documents of a recipe as text, for evaluations of what it trained."""
 
-    output: Path
-    """folder for DOMAIN.jsonl.zst"""
+    output: Path  # folder for DOMAIN.jsonl.zst
 
     def execute(self) -> int:
         """Write one file per domain, print where."""

@@ -15,20 +15,12 @@ EXAMPLES = """
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """See the module."""
-
-    run: Path
-    """run folder (logging.run_dir)"""
-    output: Path
-    """the page to write"""
-    export: Path | None = None
-    """exported Hugging Face folder of the run"""
-    evaluation: Path | None = None
-    """results.json of itt evaluate, or its folder"""
-    text: Path | None = None
-    """passage to trace (.txt, or the first .jsonl document)"""
-    overwrite: Flag = False
-    """replace an existing output"""
+    run: Path  # run folder (logging.run_dir)
+    output: Path  # the page to write
+    export: Path | None = None  # exported Hugging Face folder of the run
+    evaluation: Path | None = None  # results.json of itt evaluate, or its folder
+    text: Path | None = None  # passage to trace (.txt, or the first .jsonl document)
+    overwrite: Flag = False  # replace an existing output
 
     def execute(self) -> int:
         """Write the page, and print where it is."""

@@ -20,14 +20,9 @@ EXAMPLES = """
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """See the module."""
-
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")] = ()
-    """run folders (default: those under --root)"""
-    root: Path = Path("runs")
-    """where to look for run folders"""
-    json: Flag = False
-    """print JSON"""
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")] = ()  # run folders (default: those under --root)
+    root: Path = Path("runs")  # where to look for run folders
+    json: Flag = False  # print JSON
 
     def execute(self) -> int:
         """Print one column per run; up to three side by side, more below each other."""

@@ -21,29 +21,17 @@ EXAMPLES = """
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """See the module."""
-
     overrides: Overrides = ()
-    recipes: Path = Path("recipes/study")
-    """folder of the recipes"""
-    root: Path = Path("runs/study")
-    """where runs are kept"""
-    variants: Names = ()
-    """recipes to run (default: all)"""
-    seeds: int = 3
-    """of llama, loop_x4, itt_x4"""
-    other_seeds: int = 1
-    """of the other recipes"""
-    jobs: int = 1
-    """runs at a time"""
-    processes: int = 1
-    """processes of a run, as GPUs"""
-    output: Path | None = None
-    """results, without ending (default: ROOT/results)"""
-    results_only: Flag = False
-    """run nothing"""
-    list: Flag = False
-    """print the commands of the queue and stop"""
+    recipes: Path = Path("recipes/study")  # folder of the recipes
+    root: Path = Path("runs/study")  # where runs are kept
+    variants: Names = ()  # recipes to run (default: all)
+    seeds: int = 3  # of llama, loop_x4, itt_x4
+    other_seeds: int = 1  # of the other recipes
+    jobs: int = 1  # runs at a time
+    processes: int = 1  # processes of a run, as GPUs
+    output: Path | None = None  # results, without ending (default: ROOT/results)
+    results_only: Flag = False  # run nothing
+    list: Flag = False  # print the commands of the queue and stop
 
     def execute(self) -> int:
         """Run what is not done, then write OUTPUT.json and OUTPUT.md; exit code 1 if a run failed."""

@@ -15,20 +15,12 @@ EXAMPLES = "  itt tokenizer --input corpus/code corpus/docs --vocab-size 4096 --
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizer:
-    """See the module."""
-
-    input: tuple[str, ...]
-    """files, folders or globs"""
-    vocab_size: int
-    """ids, special tokens included"""
-    output: Path
-    """folder to write"""
-    text_key: str = "text"
-    """key or column of the text; a.b: inside an object"""
-    max_bytes: int = 200_000_000
-    """text to read, spread over the files"""
-    quiet: Flag = False
-    """no progress bar"""
+    input: tuple[str, ...]  # files, folders or globs
+    vocab_size: int  # ids, special tokens included
+    output: Path  # folder to write
+    text_key: str = "text"  # key or column of the text; a.b: inside an object
+    max_bytes: int = 200_000_000  # text to read, spread over the files
+    quiet: Flag = False  # no progress bar
 
     def execute(self) -> int:
         """Train, print the result."""

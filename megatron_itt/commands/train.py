@@ -19,16 +19,11 @@ EXAMPLES = """
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """See the module."""
-
     recipe: Recipe
     overrides: Overrides = ()
-    check: Flag = False
-    """check recipe, layout and data, then stop"""
-    print_config: Flag = False
-    """print the resolved recipe as YAML, then stop"""
-    allow_changed: Repeated = ()
-    """data, a key of data, or schedule.steps, which may differ from the checkpoint's"""
+    check: Flag = False  # check recipe, layout and data, then stop
+    print_config: Flag = False  # print the resolved recipe as YAML, then stop
+    allow_changed: Repeated = ()  # data, a key of data, or schedule.steps, which may differ from the checkpoint's
 
     def execute(self) -> int:
         """Train, or what --check and --print-config ask for."""

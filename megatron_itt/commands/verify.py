@@ -19,14 +19,10 @@ EXAMPLES = """
 class Data:
     """Indexed data: structure, sizes, token range, document ends, agreement with the manifest."""
 
-    prefix: tuple[str, ...]
-    """paths without .bin or .idx"""
-    tokenizer: str
-    """the tokenizer the data was written with"""
-    level: Literal["cheap", "full"] = "full"
-    """how much is read"""
-    show: int = 0
-    """print the beginning of so many documents"""
+    prefix: tuple[str, ...]  # paths without .bin or .idx
+    tokenizer: str  # the tokenizer the data was written with
+    level: Literal["cheap", "full"] = "full"  # how much is read
+    show: int = 0  # print the beginning of so many documents
 
     def execute(self) -> int:
         """Verify, print what the datasets hold."""
