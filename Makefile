@@ -53,8 +53,8 @@ bench: $(STAMP)  ## measure throughput on this machine
 
 gpu-check:  ## check the GPU parts on a machine that has a GPU; takes $(PYTHON) as it is if that has the packages
 	@if PYTHONPATH=. $(PYTHON) -c 'from megatron_itt.benchmark.needed import require_packages; require_packages()' \
-		2>/dev/null; then PYTHONPATH=. $(PYTHON) tools/gpu_check.py; \
-	else $(MAKE) --no-print-directory install && $(PY) tools/gpu_check.py; fi
+		2>/dev/null; then PYTHONPATH=. $(PYTHON) -m megatron_itt.benchmark; \
+	else $(MAKE) --no-print-directory install && $(PY) -m megatron_itt.benchmark; fi
 
 clean:  ## remove caches and build products; .venv and runs/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -28,6 +28,7 @@ REQUIRED = [
     "orjson>=3.11",
     "psutil>=5.9",  # megatron-core needs it to save a checkpoint and does not declare it
     "tqdm>=4.66",
+    "tyro>=1.0.17,<1.1",  # commands/arguments.py uses its hook for parse errors, which is not public yet
     "jinja2>=3.1",
     "tensorboard>=2.17",
 ]
@@ -77,9 +78,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["megatron_itt", "megatron_itt.*"]),
+    packages=[*find_packages(include=["megatron_itt", "megatron_itt.*"]), "megatron_itt.recipes"],
+    # Recipes are found by name wherever the package is: `itt train 466m/itt_x4`.
+    package_dir={"megatron_itt.recipes": "recipes"},
     # hf/remote_code is copied as source files into every export, also where it is not importable as a package.
-    package_data={"megatron_itt": ["py.typed", "hf/remote_code/*.py", "analysis/templates/*"]},
+    package_data={
+        "megatron_itt": ["py.typed", "hf/remote_code/*.py", "analysis/templates/*"],
+        "megatron_itt.recipes": ["*/*.yaml", "README.md"],
+    },
+    entry_points={"console_scripts": ["itt=megatron_itt.cli:main"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     zip_safe=False,

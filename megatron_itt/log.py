@@ -1,8 +1,7 @@
-"""What the commands share: one logger, the mapping from errors to exit codes, a type for arguments."""
+"""What the commands share: one logger and the mapping from errors to exit codes."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import logging
 import sys
@@ -45,7 +44,7 @@ def configure_logging(*, rank: int = 0, log_file: str | None = None) -> logging.
 def silence_known_warnings() -> None:
     """Hide warnings of megatron-core that a user can do nothing about.
 
-    Missing optional parts are reported by tools/doctor.py, with what they cost; the rest is use of older torch calls.
+    Missing optional parts are reported by itt doctor, with what they cost; the rest is use of older torch calls.
     """
     for message in (
         "Transformer Engine and Apex",
@@ -143,11 +142,3 @@ def _explain(error: OSError) -> str | None:
             "may read and write"
         )
     return None
-
-
-def positive_int(text: str) -> int:
-    """A whole number of at least 1, as the `type` of an argument."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive whole number")
-    return number

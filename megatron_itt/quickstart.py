@@ -44,14 +44,14 @@ def _data_stages(root: Path) -> list[Stage]:
     """Text, tokenizer, and one indexed dataset per domain."""
     corpus, tokenizer, data = root / "corpus", root / "tokenizer", root / "data"
     return [
-        _tool("sample corpus", "make_sample_corpus", "--output", corpus, writes=[corpus], done=corpus / "docs"),
-        _tool(
-            *("tokenizer", "train_tokenizer", "--input", corpus, "--vocab-size", 4096, "--output", tokenizer),
+        _itt("sample corpus", "download sample", "--output", corpus, writes=[corpus], done=corpus / "docs"),
+        _itt(
+            *("tokenizer", "tokenizer", "--input", corpus, "--vocab-size", 4096, "--output", tokenizer),
             writes=[tokenizer],
             done=tokenizer / "tokenizer.json",
         ),
         *[
-            _tool(
+            _itt(
                 *(f"index {domain}", "preprocess", "--input", corpus / domain, "--tokenizer", tokenizer),
                 *("--output-prefix", data / domain, "--workers", 2),
                 writes=[data / f"{domain}{suffix}" for suffix in (".bin", ".idx", ".json")],
@@ -90,13 +90,13 @@ def _result_stages(root: Path, recipe: str) -> list[Stage]:
     texts = [f"{domain}={heldout / domain}.jsonl.zst" for domain in DOMAINS]
     report = root / "report.html"
     return [
-        _tool("export", "export_hf", "--checkpoint", root, "--output", export, writes=[export], done=export),
-        _tool(
-            *("held-out text", "heldout_text", recipe, "--output", heldout),
+        _itt("export", "export", "--checkpoint", root, "--output", export, writes=[export], done=export),
+        _itt(
+            *("held-out text", "recipe heldout", recipe, "--output", heldout),
             writes=[heldout],
             done=heldout / f"{DOMAINS[-1]}.jsonl.zst",
         ),
-        _tool(
+        _itt(
             *("evaluate", "evaluate", "--model", export, "--task-dir", root / "tasks", "--heldout-records", 60),
             *(part for text in texts for part in ("--heldout", text)),
             *(part for budget in BUDGETS for part in ("--budget", budget)),
@@ -104,13 +104,13 @@ def _result_stages(root: Path, recipe: str) -> list[Stage]:
             writes=[evaluation, root / "tasks"],
             done=evaluation / "results.json",
         ),
-        _tool(
+        _itt(
             *("report", "report", "--run", root, "--export", export, "--evaluation", evaluation / "results.json"),
             *("--text", heldout / "docs.jsonl.zst", "--output", report),
             writes=[report],
             done=report,
         ),
-        _tool(
+        _itt(
             "generate",
             "generate",
             "--model",
@@ -151,8 +151,8 @@ def run_stages(todo: Sequence[Stage], root: Path = ROOT) -> int:
     return 0
 
 
-def _tool(name: str, tool: str, *arguments: object, writes: list[Path], done: Path | None) -> Stage:
-    command = (sys.executable, f"tools/{tool}.py", *(str(argument) for argument in arguments))
+def _itt(name: str, words: str, *arguments: object, writes: list[Path], done: Path | None) -> Stage:
+    command = (sys.executable, "-m", "megatron_itt.cli", *words.split(), *(str(argument) for argument in arguments))
     return Stage(name=name, command=command, done=done, writes=tuple(writes))
 
 
@@ -170,4 +170,8 @@ def _remove(paths: Sequence[Path]) -> None:
 
 
 def _shown(command: Sequence[str]) -> str:
-    return shlex.join(["python", *command[1:]]).replace("python -m torch.distributed.run", "torchrun")
+    return (
+        shlex.join(["python", *command[1:]])
+        .replace("python -m megatron_itt.cli", "itt")
+        .replace("python -m torch.distributed.run", "torchrun")
+    )

@@ -1,7 +1,7 @@
 """The controlled comparison: a queue of small training runs, each a recipe and a seed, and what came of them.
 
 Every run is `python -m megatron_itt.train` in a process of its own, so an interrupted queue continues where it stopped:
-finished runs are left alone, others resume from their checkpoints. Run it with `python tools/study.py`; the numbers and
+finished runs are left alone, others resume from their checkpoints. Run it with `itt study`; the numbers and
 verdicts are made in `analysis/study_results.py`.
 """
 

@@ -6,7 +6,7 @@
 #
 # torch goes first and exactly pinned, because what depends on it would otherwise take the newest one. Without an NVIDIA
 # GPU the CPU build is preferred, if its index answers; otherwise pip's configured indexes decide. transformer-engine
-# and apex are never installed here (see `python tools/doctor.py` for what their absence costs).
+# and apex are never installed here (see `itt doctor` for what their absence costs).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -46,7 +46,7 @@ GRID = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tasks:
-    """Tasks to score at every budget, as for tools/evaluate.py; their results are kept in `folder`."""
+    """Tasks to score at every budget, as for itt evaluate; their results are kept in `folder`."""
 
     names: Sequence[str]
     folder: Path

@@ -1,4 +1,4 @@
-"""Measurement files: what `tools/analyse.py` writes and `tools/plot.py` draws. One JSON object per file, with a kind.
+"""Measurement files: what `itt analyse` writes and `itt analyse plot` draws. One JSON object per file, with a kind.
 
 `notes` are sentences that a reader must not miss (a text that was cut into windows, a run that was left out); they are
 printed when measuring and drawn under the figure. What the values of a kind are is said where it is measured.
@@ -64,13 +64,11 @@ def read_measurement(path: Path) -> Measurement:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(
-            f"measurement {path} cannot be read ({error.strerror}); make it with tools/analyse.py"
-        ) from None
+        raise DataError(f"measurement {path} cannot be read ({error.strerror}); make it with itt analyse") from None
     except ValueError:
-        raise DataError(f"measurement {path} is not valid JSON; make it again with tools/analyse.py") from None
+        raise DataError(f"measurement {path} is not valid JSON; make it again with itt analyse") from None
     if not isinstance(content, dict) or not {"format", "kind", "values"} <= set(content):
-        raise DataError(f"{path} is not a measurement (no kind and values); give a file that tools/analyse.py wrote")
+        raise DataError(f"{path} is not a measurement (no kind and values); give a file that itt analyse wrote")
     if content["format"] != FORMAT:
         raise DataError(
             f"measurement {path} has format {content['format']}, this version reads {FORMAT}; measure again"

@@ -23,7 +23,7 @@ from megatron_itt.evaluation.results import read_results
 def measure_scaling(run_dirs: Sequence[Path], *, evaluations: Sequence[Path] = ()) -> Measurement:
     """Final validation loss of every run, by its kind, its size and its number of thinking steps.
 
-    `evaluations` are results of tools/evaluate.py, one per run and in the same order; their mean accuracy is then
+    `evaluations` are results of itt evaluate, one per run and in the same order; their mean accuracy is then
     drawn as well. Values: `points` with run, kind, steps, hidden_size, parameters, loss, accuracy, flops, paper_flops.
     """
     if evaluations and len(evaluations) != len(run_dirs):

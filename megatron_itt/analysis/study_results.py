@@ -58,7 +58,7 @@ def collect_study(root: Path) -> dict[str, Any]:
     """
     records, problems = _finished_runs(root)
     if not records:
-        raise DataError(f"{root} has no finished run; start the queue with tools/study.py")
+        raise DataError(f"{root} has no finished run; start the queue with itt study")
     check_comparable({f"{variant}/seed_{seed}": run for variant, runs in records.items() for seed, run in runs.items()})
     _check_settings(records)
     curves = {

@@ -5,6 +5,7 @@ Without inputs the text is what the sample corpus takes from the Python installa
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from megatron_itt.config.run import DataConfig, DomainConfig, RunConfig
 from megatron_itt.data.corpus_sample import sample_texts
 from megatron_itt.data.datasets import build_datasets
 from megatron_itt.data.loader import TrainLoader
-from megatron_itt.data.preprocess import PreprocessOptions, preprocess
+from megatron_itt.data.manifest import read_manifest
 from megatron_itt.data.sample_corpus import build_sample_corpus
-from megatron_itt.data.speed import measure_engine, num_cores
+from megatron_itt.data.speed import measure_command, measure_engine, num_cores
 from megatron_itt.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError
 
@@ -45,12 +46,13 @@ def data_section(
         if tokenizer is None:
             inputs, tokenizer = _sample(folder, min_bytes)
         alone = measure_engine(inputs, tokenizer, "auto", num_workers=workers, max_text_bytes=2 * 10**8)
-        started = time.perf_counter()
-        options = PreprocessOptions(
-            inputs=tuple(inputs), tokenizer=tokenizer, output_prefix=str(folder / "text"), num_workers=workers
+        prefix = str(folder / "text")
+        command = [sys.executable, "-m", "megatron_itt.cli", "preprocess", "--quiet", "--input", *inputs]
+        cost = measure_command(
+            [*command, "--tokenizer", tokenizer, "--output-prefix", prefix, "--workers", f"{workers}"]
         )
-        manifest = preprocess(options).manifest
-        seconds = time.perf_counter() - started
+        manifest = read_manifest(prefix)
+        assert manifest is not None, "the command has written its manifest"
         loading = _loaded_tokens_per_second(shape.config, folder, tokenizer, num_batches)
     rows: list[dict[str, Any]] = [
         {
@@ -60,8 +62,8 @@ def data_section(
         },
         {
             "stage": f"preprocessing as a whole ({manifest.text_bytes / 1e6:.1f} MB of text)",
-            "text_bytes_per_second": manifest.text_bytes / seconds,
-            "tokens_per_second": manifest.tokens / seconds,
+            "text_bytes_per_second": manifest.text_bytes / cost.seconds,
+            "tokens_per_second": manifest.tokens / cost.seconds,
         },
         {"stage": "loader, torch", "text_bytes_per_second": None, "tokens_per_second": loading},
     ]
@@ -77,7 +79,10 @@ def data_section(
         title="Preprocessing and loading",
         rows=rows,
         table=markdown_table(("stage", "MB/s of text", "tokens/s"), lines),
-        notes=("On so little text starting the processes is most of the time: see docs/results/preprocessing.md.",),
+        notes=(
+            f"Peak memory of all processes of preprocessing: {cost.peak_bytes / 1e6:,.0f} MB.",
+            "On so little text starting the processes is most of the time: see docs/results/preprocessing.md.",
+        ),
     )
 
 

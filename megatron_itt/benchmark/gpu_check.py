@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from megatron_itt.benchmark.lengths import lengths_section
 from megatron_itt.benchmark.machine import machine_facts
 from megatron_itt.benchmark.memory import memory_section
 from megatron_itt.benchmark.models import BASE, STOCK, STOCK_SAME_PARTS, Shape, load_shape
-from megatron_itt.benchmark.parts import heading
+from megatron_itt.benchmark.needed import CheckRequest
+from megatron_itt.benchmark.parts import failed, heading
 from megatron_itt.benchmark.precision import precision_section
 from megatron_itt.benchmark.rank_checks import ranks_section
 from megatron_itt.benchmark.routed import routed_section
@@ -35,7 +35,6 @@ from megatron_itt.config.parts import choose_parts, use_parts
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import silence_known_warnings
 
-TOTAL_S = 480.0
 _TIMED = ("ITT x4", "ITT x4, selected", "Loop x4", "ITT x2", "ITT x3")
 _PLAIN = (BASE, STOCK, STOCK_SAME_PARTS)
 # Small enough for the stock attention, which keeps every score.
@@ -46,15 +45,14 @@ _TINY = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckRequest:
-    """`device` is cuda or cpu; `tiny` shapes are for trying the check itself."""
-
-    device: str = "cuda"
-    tiny: bool = False
-    num_repeats: int = 7
-    total_s: float = TOTAL_S
-    command: str = ""
+def run_check(request: CheckRequest) -> int:
+    """Run the check, print each section as it ends and where the files are; 1 if a section failed."""
+    outcomes = check_gpu(
+        request, folder=request.output, report=lambda outcome: print(outcome.as_markdown(), end="\n\n", flush=True)
+    )
+    lost = failed(outcomes)
+    print(f"written to {request.output}" + (f"; FAILED: {', '.join(lost)}" if lost else ""))
+    return 1 if lost else 0
 
 
 def check_gpu(request: CheckRequest, *, folder: Path, report: Callable[[Outcome], None]) -> list[Outcome]:
@@ -62,13 +60,13 @@ def check_gpu(request: CheckRequest, *, folder: Path, report: Callable[[Outcome]
 
     Raises ConfigError where there is no GPU to check.
     """
-    if request.num_repeats < 1:
-        raise ConfigError(f"--repeats is {request.num_repeats}; at least one step must be timed")
+    if request.repeats < 1:
+        raise ConfigError(f"--repeats is {request.repeats}; at least one step must be timed")
     if request.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("torch sees no NVIDIA GPU here; run this on a GPU machine, or make bench for the CPU")
     num_gpus = torch.cuda.device_count() if request.device == "cuda" else 2
     began = time.monotonic()
-    outcomes = run_isolated(plan_check(request, num_gpus=num_gpus), total_s=request.total_s, report=report)
+    outcomes = run_isolated(plan_check(request, num_gpus=num_gpus), total_s=60 * request.minutes, report=report)
     machine = outcomes[0].section
     facts = machine.rows[0] if machine is not None else _facts_without_machine(request)
     notes = [] if num_gpus > 1 else ["One GPU: NCCL between GPUs and scaling were not run."]
@@ -87,7 +85,7 @@ def plan_check(request: CheckRequest, *, num_gpus: int) -> list[Action]:
     """All sections in order, with their limits of time."""
     device = torch.device("cpu") if request.device == "cpu" else torch.device("cuda", 0)
     best = usable_parts(request.device)[-1]
-    repeats, small = request.num_repeats, _shape(request, "tiny")
+    repeats, small = request.repeats, _shape(request, "tiny")
     shapes = {"tiny": small} if request.tiny else {name: _shape(request, name) for name in ("162m", "466m")}
     first = next(iter(shapes))
     stock = small if request.tiny else _shape(request, "162m", *_STOCK_CUT)
@@ -164,7 +162,7 @@ def _decoding(request: CheckRequest) -> Callable[..., Section]:
         batch_sizes=sizes,
         num_new_tokens=tokens,
         num_prompt_tokens=prompt,
-        num_repeats=min(3, request.num_repeats),
+        num_repeats=min(3, request.repeats),
         device=request.device,
         dtype="fp32" if request.tiny else "bf16",
     )
@@ -172,7 +170,7 @@ def _decoding(request: CheckRequest) -> Callable[..., Section]:
 
 def _lengths(request: CheckRequest) -> Callable[..., Section]:
     lengths = (32, 64) if request.tiny else (1024, 2048, 4096, 8192)
-    return partial(lengths_section, lengths=lengths, num_repeats=min(5, request.num_repeats), stop_after_s=50.0)
+    return partial(lengths_section, lengths=lengths, num_repeats=min(5, request.repeats), stop_after_s=50.0)
 
 
 def _facts_without_machine(request: CheckRequest) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The parts of a benchmark by name, and one run of some of them: what `tools/benchmark.py` does."""
+"""The parts of a benchmark by name, and one run of some of them: what `itt benchmark` does."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Request:
     num_ranks: int = 2
     inputs: tuple[str, ...] = ()
     tokenizer: str | None = None
+    num_workers: int | None = None  # processes of data
     command: str = ""
 
 
@@ -78,7 +79,9 @@ def _decode(request: Request) -> Section:
 def _data(request: Request) -> Section:
     from megatron_itt.benchmark.data import data_section
 
-    return data_section(request.shape, inputs=request.inputs, tokenizer=request.tokenizer)
+    return data_section(
+        request.shape, inputs=request.inputs, tokenizer=request.tokenizer, num_workers=request.num_workers
+    )
 
 
 def _scaling(request: Request) -> Section:

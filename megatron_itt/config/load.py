@@ -56,10 +56,19 @@ def load_config(
     `world_size_from` says where the number was read.
     Raises ConfigError naming all problems at once.
     """
-    data = _read_with_base(Path(path))
+    data = _read_with_base(find_recipe(path))
     for override in overrides:
         _apply_override(data, override)
     return parse_config(data, source=str(path), world_size=world_size, world_size_from=world_size_from)
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe: a path, else the name of one that is shipped, such as 466m/itt_x4."""
+    given = Path(name)
+    package = Path(__file__).resolve().parents[1]
+    shipped = [folder / f"{name}{ending}" for folder in (package, package.parent) for ending in ("", ".yaml")]
+    shipped += [folder / "recipes" / f"{name}.yaml" for folder in (package, package.parent)]
+    return given if given.exists() else next((path for path in shipped if path.is_file()), given)
 
 
 def parse_config(

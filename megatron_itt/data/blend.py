@@ -125,7 +125,7 @@ def resolve_blend(config: RunConfig) -> Blend:
 def _resolve_domain(config: RunConfig, name: str, prefix: str, weight: float) -> Domain:
     index, manifest = open_checked(prefix, config.model.vocab_size)
     if len(index.documents) - 1 != len(index.lengths):
-        raise DataError(f"{idx_path(prefix)} has documents of several sequences; write it with tools/preprocess.py")
+        raise DataError(f"{idx_path(prefix)} has documents of several sequences; write it with itt preprocess")
     if manifest is None:
         get_logger().warning("%s does not exist: tokenizer and origin of %s are unknown", manifest_path(prefix), name)
     first, validation_tokens = _split_validation(config, name, index, weight)

@@ -2,7 +2,7 @@
 
 megatron-core splits a dataset by ratios; here every domain has a range of documents, as `blend.py` planned it. The
 sample indices lie on disk, in a folder of their own per data, recipe and tokenizer (`index_cache.py`): built by the
-first process that needs them or beforehand by `tools/build_index.py`. megatron-core takes any file with the right name
+first process that needs them or beforehand by `itt recipe index`. megatron-core takes any file with the right name
 for finished; so it never sees a folder that is not complete.
 """
 

@@ -38,13 +38,13 @@ SPARE_BYTES = 1 << 30  # left free on the disk
 class DownloadOptions:
     """What to download, and how. `checksums`: lists, or None for those published beside the files; () for none."""
 
-    output: Path
-    urls: tuple[str, ...] = (PUBLISHED_URLS,)
+    output: Path  # files come to OUTPUT/DOMAIN/...
+    urls: tuple[str, ...] = (PUBLISHED_URLS,)  # lists of URLs: files or URLs
     domains: tuple[str, ...] = ()
     max_tokens: int | None = None
-    seed: int = 0
-    workers: int = 8
-    checksums: tuple[str, ...] | None = None
+    seed: int = 0  # of the sample
+    workers: int = 8  # files at a time
+    checksums: tuple[str, ...] | None = None  # SHA256SUMS lists: files or URLs (default: those published)
     verify: bool = False  # read files that are here already and compare their checksums
     patience: Patience = field(default_factory=Patience)
     show_progress: bool = True

@@ -83,7 +83,7 @@ def read_index(prefix: str | Path) -> Index:
     path = idx_path(prefix)
     for needed in (path, bin_path(prefix)):
         if not needed.is_file():
-            raise DataError(f"{needed} does not exist; write it with tools/preprocess.py --output-prefix {prefix}")
+            raise DataError(f"{needed} does not exist; write it with itt preprocess --output-prefix {prefix}")
     with path.open("rb") as stream:
         header = stream.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):

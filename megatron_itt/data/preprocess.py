@@ -47,20 +47,20 @@ _MIN_COPY_THREADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """What `tools/preprocess.py` is asked to do."""
+    """What `itt preprocess` is asked to do."""
 
     inputs: tuple[str, ...]
-    tokenizer: str
-    output_prefix: str
-    text_key: str = "text"
-    append_eod: bool = True
-    append_bos: bool = False
-    min_length: int = 1
-    deduplicate: bool = False
+    tokenizer: str  # tokenizer folder, tokenizer.json, or name on the hub
+    output_prefix: str  # of PREFIX.bin, PREFIX.idx and PREFIX.json
+    text_key: str = "text"  # key or column of the text; a.b: inside an object
+    append_eod: bool = True  # end every document with the end-of-document token (Megatron-LM's own tool does not)
+    append_bos: bool = False  # begin every document with the tokenizer's bos token
+    min_length: int = 1  # drop documents of fewer characters
+    deduplicate: bool = False  # keep only the first of exactly equal documents
     num_workers: int = 1
-    max_bad_fraction: float = 0.001
+    max_bad_fraction: float = 0.001  # refuse input with a larger share of bad lines
     engine: str = "auto"
-    resume: bool = True
+    resume: bool = True  # continue from finished shards in PREFIX.partial/
     shard_bytes: int | None = None  # None: from the size of the input
     show_progress: bool = False
 

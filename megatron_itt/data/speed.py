@@ -1,6 +1,6 @@
 """How fast text becomes tokens on this machine: the encoding engine alone, and a whole command with its peak memory.
 
-Run it with `tools/data_speed.py`. What the figures were on some machine: docs/results/preprocessing.md.
+Run it with `itt benchmark --parts data`. What the figures were on some machine: docs/results/preprocessing.md.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def measure_command(command: Sequence[str]) -> CommandCost:
     assert process.stderr is not None, "the errors are piped"
     lines = process.stderr.read().strip().splitlines()
     if process.returncode != 0:
-        raise DataError(f"{command[1]} failed: {lines[-1] if lines else f'exit code {process.returncode}'}")
+        raise DataError(f"{' '.join(command[1:4])} failed: {lines[-1] if lines else f'exit code {process.returncode}'}")
     return CommandCost(seconds=seconds, peak_bytes=peak)
 
 

@@ -1,6 +1,6 @@
 """Looks at this machine: Python, required packages, optional parts, CPU and GPU; and measures what it is asked to.
 
-`diagnose` collects, `format_diagnosis` writes it as text; `tools/doctor.py` is the command.
+`diagnose` collects, `format_diagnosis` writes it as text; `itt doctor` is the command.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ EXTRAS = {
     "datasets": ("datasets", "no text from the Hugging Face hub (extra: data)"),
     "pyarrow": ("pyarrow", "no parquet input (extra: data)"),
     "sentencepiece": ("sentencepiece", "no SentencePiece .model tokenizers (extra: data)"),
-    "lm-eval": ("lm_eval", "tools/evaluate.py cannot run the benchmark tasks (extra: eval)"),
+    "lm-eval": ("lm_eval", "itt evaluate cannot run the benchmark tasks (extra: eval)"),
     "matplotlib": ("matplotlib", "no static plots (extra: analysis)"),
     "gigatoken": (
         "gigatoken",

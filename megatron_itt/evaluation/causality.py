@@ -18,20 +18,9 @@ from torch import Tensor
 
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.exported_model import Budget, ExportedModel, check_budget
+from megatron_itt.evaluation.options import CausalitySettings
 
 RULES = ("topk", "threshold")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CausalitySettings:
-    """lengths: tokens per piece (empty: a few up to the model's context); num_cases: changed futures per rule."""
-
-    lengths: Sequence[int] = ()
-    budget: Budget | None = None
-    max_tokens: int = 20_000  # per domain and length
-    batch_size: int = 8
-    num_cases: int = 100
-    seed: int = 1234
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,9 +18,8 @@ import torch
 
 from megatron_itt.data.tokenizer import load_tokenizer
 from megatron_itt.errors import EvaluationError
+from megatron_itt.evaluation.options import Budget
 from megatron_itt.hf.load import open_export
-
-Budget = tuple[float, ...]
 
 _PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -54,14 +53,10 @@ class ExportedModel:
 def read_export_config(folder: Path) -> dict[str, Any]:
     """Read `config.json` of an export folder; checks that the folder, its weights and its tokenizer are there."""
     if not folder.is_dir():
-        raise EvaluationError(
-            f"model folder {folder} does not exist; export a checkpoint with tools/export_hf.py first"
-        )
+        raise EvaluationError(f"model folder {folder} does not exist; export a checkpoint with itt export first")
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise EvaluationError(
-            f"{folder} has no config.json, so it is not a Hugging Face export; use tools/export_hf.py"
-        )
+        raise EvaluationError(f"{folder} has no config.json, so it is not a Hugging Face export; use itt export")
     _check_weights(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise EvaluationError(
@@ -84,7 +79,7 @@ def _check_weights(folder: Path) -> None:
         raise EvaluationError(
             f"{folder / pickled[0]} is a pickled file, which can run code when loaded; convert it to safetensors"
         )
-    raise EvaluationError(f"{folder} has no *.safetensors weights; export the model again with tools/export_hf.py")
+    raise EvaluationError(f"{folder} has no *.safetensors weights; export the model again with itt export")
 
 
 def load_export(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> ExportedModel:
@@ -114,7 +109,7 @@ def _check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
     if recorded is not None and load_tokenizer(folder).sha256 != recorded:
         raise EvaluationError(
             f"the tokenizer in {folder} is not the one that the model was exported with ({str(recorded)[:12]}); export "
-            "the model again with tools/export_hf.py"
+            "the model again with itt export"
         )
 
 

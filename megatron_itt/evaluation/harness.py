@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from megatron_itt.evaluation.exported_model import (
     thinking_at,
     trained_budget,
 )
+from megatron_itt.evaluation.options import EvaluationRequest
 from megatron_itt.evaluation.paper_tasks import PAPER_TASKS, num_fewshot_of
 from megatron_itt.evaluation.perplexity import measure_perplexity
 from megatron_itt.evaluation.results import publish_folder, write_results
@@ -37,25 +38,6 @@ from megatron_itt.log import get_logger
 _BOOTSTRAP_ITERATIONS = 1000
 _FILE_READERS = ("arrow", "csv", "json", "parquet", "text")
 _PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationRequest:
-    """What to measure. Empty `budgets` means the model's own; `data_root` and local tasks need no network."""
-
-    model: Path
-    output: Path
-    tasks: Sequence[str] = ()
-    task_dirs: Sequence[Path] = ()
-    budgets: Sequence[Budget] = ()
-    data_root: Path | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    perplexity_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    perplexity_max_tokens: int | None = None
 
 
 def evaluate_export(request: EvaluationRequest) -> dict[str, Any]:

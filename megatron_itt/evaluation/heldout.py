@@ -13,7 +13,7 @@ from megatron_itt.evaluation.tasks import HeldoutSettings, write_heldout_tasks
 PLAIN_TEXT = (".txt", ".md", ".rst")
 
 
-def parse_domains(pairs: list[str]) -> dict[str, list[Path]]:
+def parse_domains(pairs: Sequence[str]) -> dict[str, list[Path]]:
     """Read DOMAIN=FILE arguments; files of one domain are joined."""
     domains: dict[str, list[Path]] = {}
     for pair in pairs:

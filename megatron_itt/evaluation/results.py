@@ -26,13 +26,13 @@ def read_results(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     path = path / RESULTS_FILE if path.is_dir() else path
     if not path.is_file():
-        raise EvaluationError(f"evaluation results {path} do not exist; make them with tools/evaluate.py")
+        raise EvaluationError(f"evaluation results {path} do not exist; make them with itt evaluate")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise EvaluationError(f"{path} is not valid JSON ({error}); run tools/evaluate.py again") from error
+        raise EvaluationError(f"{path} is not valid JSON ({error}); run itt evaluate again") from error
     if not isinstance(results, dict) or not isinstance(results.get("runs"), list):
-        raise EvaluationError(f"{path} has no list `runs`, so it is not a results file of tools/evaluate.py")
+        raise EvaluationError(f"{path} has no list `runs`, so it is not a results file of itt evaluate")
     return results
 
 

@@ -24,23 +24,13 @@ from megatron_itt.hf.folder import (
     write_configs,
 )
 from megatron_itt.hf.model_card import CardFacts, render_card
+from megatron_itt.hf.options import ExportOptions
 from megatron_itt.hf.parity import ParityResult, build_hf_model, check_parity
 from megatron_itt.hf.weight_map import megatron_to_hf
 from megatron_itt.hf.weights_file import FLOAT32_SUFFIX, cast_weights, read_weights, write_weights
 from megatron_itt.model.builder import BuiltModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """How to export. tokenizer: a folder or hub name in place of the recipe's; with_tokenizer: write one at all."""
-
-    dtype: str = "float32"
-    check: bool = True
-    tokenizer: str | None = None
-    with_tokenizer: bool = True
-    max_shard_bytes: int = 5 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)

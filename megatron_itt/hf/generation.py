@@ -10,17 +10,7 @@ import torch
 
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.load import open_export
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """budget: shares per routed step (None: the trained ones); temperature 0 is greedy."""
-
-    budget: list[float] | None = None
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 1234
-    show_thinking: bool = False
+from megatron_itt.hf.options import GenerationOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +46,7 @@ def generate_text(folder: str | Path, prompt: str, options: GenerationOptions) -
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature}
-    budget = {} if options.budget is None else {"thinking_budget": options.budget}
+    budget = {} if options.budget is None else {"thinking_budget": list(options.budget)}
     try:
         output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, **sampling, **budget)
         thinking = _count_steps(model, tokenizer, output, inputs, budget) if options.show_thinking else []

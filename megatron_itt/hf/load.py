@@ -20,7 +20,7 @@ def open_export(folder: str | Path, *, dtype: torch.dtype | str = "auto") -> tup
     """(model in evaluation mode, tokenizer) of a folder. ExportError when something in it is missing or damaged."""
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise ExportError(f"{path} is no exported model (config.json is missing); export one with tools/export_hf.py.")
+        raise ExportError(f"{path} is no exported model (config.json is missing); export one with itt export.")
     if not (path / SINGLE_FILE).is_file() and not (path / INDEX_FILE).is_file():
         pickled = any(True for pattern in PICKLED for _ in path.glob(pattern))
         reason = "its weights are pickled and could run code when read" if pickled else f"{SINGLE_FILE} is missing"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_itt.cli import COMMANDS
 from tests.architecture.sources import PACKAGE, ROOT, Source, all_sources
 
 MAX_FILE_LINES = 400
@@ -122,14 +124,16 @@ def test_other_texts_are_ascii_and_short() -> None:
     assert not problems, "\n".join(problems)
 
 
-def test_every_tool_is_a_thin_command() -> None:
-    problems = []
-    for path in sorted((ROOT / "tools").glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        for needed in ("def main(", 'if __name__ == "__main__":', "epilog"):
-            if needed not in text:
-                problems.append(f"tools/{path.name} lacks {needed!r}")
-    assert not problems, "\n".join(problems)
+def test_every_tool_hands_its_arguments_to_a_command() -> None:
+    tools = {path.stem: path.read_text("utf-8") for path in (ROOT / "tools").glob("*.py") if path.stem != "launch_plan"}
+    named = {stem: re.findall(r'main\(\["(\w+)", \*sys.argv\[1:\]\]\)', text) for stem, text in tools.items()}
+    assert not [stem for stem, found in named.items() if len(found) != 1 or found[0] not in COMMANDS]
+    assert not [stem for stem, text in tools.items() if len(text.splitlines()) > 10]
+
+
+def test_every_command_is_a_file_of_its_own() -> None:
+    files = {path.stem for path in (ROOT / PACKAGE / "commands").glob("*.py")} - {"__init__", "arguments"}
+    assert files == {{"export": "export_hf", "import": "import_hf"}.get(name, name) for name in COMMANDS}
 
 
 BROKEN = {

@@ -20,7 +20,7 @@ from megatron_itt.errors import EvaluationError, ExportError
 from megatron_itt.evaluation.exported_model import load_export
 from megatron_itt.hf.export import ExportOptions, export_checkpoint
 from megatron_itt.log import run_command
-from megatron_itt.train import main
+from megatron_itt.commands.train import main
 
 ROOT = Path(__file__).parents[2]
 DALI = find_dali()
@@ -68,7 +68,7 @@ def test_a_run_that_keeps_documents_apart_has_losses_of_its_own(tiny_data: Path,
 
 
 def test_an_index_built_by_two_commands_at_once_is_the_one_that_training_reads(recipe: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "tools/build_index.py", str(recipe)]
+    command = [sys.executable, "-m", "megatron_itt.cli", "recipe", "index", str(recipe)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -146,3 +146,12 @@ def check_training_command(words: list[str], checkout: Path) -> None:
 def test_the_python_example_of_the_readme_works(finished: str, checkout: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
     assert "class Router:" in run(checkout, sys.executable, "-c", example).stdout
+
+
+def test_the_python_example_of_the_readme_runs(finished: str, checkout: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [example] = [text for text in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "load_recipe" in text]
+    assert len(example.splitlines()) <= 10
+    done = run(checkout, sys.executable, "-c", example)
+    assert "TFLOPs 8 layers" in done.stdout
+    assert (checkout / "runs/again/hf/model.safetensors").is_file()

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from megatron_itt.analysis.study_results import EQUAL_FLOPS
+from megatron_itt.cli import run
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import run_command
 from megatron_itt.study import RECIPES, StudyPlan
-from tools.study import main
 
 SHORT = ["schedule.steps=4", "validation.budgets=[]"]
 
@@ -62,7 +62,7 @@ def test_variants_and_overrides_that_do_not_exist_are_refused_before_anything_ru
         StudyPlan(overrides=["schedule.stepps=3"]).jobs()
     with pytest.raises(ConfigError, match=r"no \*\.yaml"):
         StudyPlan(recipes=Path("recipes/absent")).jobs()
-    assert run_command(lambda: main(["--seeds", "0"])) == 2
+    assert run_command(lambda: run(["study", "--seeds", "0"])) == 2
 
 
 @pytest.mark.slow
@@ -71,10 +71,10 @@ def test_two_variants_with_two_seeds_run_resume_and_are_compared(
 ) -> None:
     root = tmp_path / "study"
     arguments = ["--recipes", str(recipes), "--root", str(root), "--variants", "llama,itt_x4", *SHORT]
-    assert main([*arguments, "--seeds", "1"]) == 0
+    assert run(["study", *arguments, "--seeds", "1"]) == 0
     first = {path: path.read_text() for path in root.glob("*/seed_1/metrics.jsonl")}
     assert len(first) == 2
-    assert main([*arguments, "--seeds", "2", "--jobs", "2"]) == 0
+    assert run(["study", *arguments, "--seeds", "2", "--jobs", "2"]) == 0
     assert {path: path.read_text() for path in first} == first, "a finished run was run again"
     study = json.loads((root / "results.json").read_text())
     assert [(row["variant"], row["seeds"]) for row in study["variants"]] == [("llama", [1, 2]), ("itt_x4", [1, 2])]
@@ -82,7 +82,7 @@ def test_two_variants_with_two_seeds_run_resume_and_are_compared(
     assert verdicts["ITT x4 beats LLaMA at equal tokens"] in ("reproduced", "not reproduced")
     assert "4 finished" in capsys.readouterr().out
     # A run that diverges is a result; one that cannot start is a failure. The others are still compared.
-    assert main([*arguments, "--seeds", "3", "optimizer.learning_rate=1e30"]) == 0
+    assert run(["study", *arguments, "--seeds", "3", "optimizer.learning_rate=1e30"]) == 0
     assert "itt_x4, seed 3: diverged" in capsys.readouterr().out
-    assert main([*arguments, "--seeds", "4", "data.tokenizer=absent"]) == 1
+    assert run(["study", *arguments, "--seeds", "4", "data.tokenizer=absent"]) == 1
     assert "seed 4: exit code 2, see" in capsys.readouterr().out

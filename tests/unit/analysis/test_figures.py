@@ -11,12 +11,11 @@ import pytest
 from megatron_itt.analysis.figures.draw import DRAW, draw_measurement
 from megatron_itt.analysis.figures.style import moving_mean, scaled_flops
 from megatron_itt.analysis.measurement import Measurement, read_measurement, write_measurement
+from megatron_itt.cli import run
 from megatron_itt.errors import DataError
 from megatron_itt.log import run_command
 from tests.unit.analysis.runs import real_recipe, routing_line, run_lines, write_run
 from tests.unit.evaluation.exports import standard_library_texts
-from tools.analyse import main as analyse
-from tools.plot import main as plot
 
 PNG = b"\x89PNG\r\n"
 
@@ -71,18 +70,18 @@ def test_every_command_measures_draws_and_says_what_it_left_out(
     kinds = set()
     for name, arguments in commands.items():
         output = tmp_path / f"{name}.json"
-        assert analyse([name, *arguments, "--output", str(output), "--plot"]) == 0
+        assert run(["analyse", name, *arguments, "--output", str(output), "--plot"]) == 0
         assert output.with_suffix(".png").read_bytes().startswith(PNG)
         kinds.add(read_measurement(output).kind)
     assert kinds == set(DRAW), "a kind of measurement has no command"
     assert not list(tmp_path.glob("*.partial"))
-    assert plot([str(tmp_path / "curves.json"), str(tmp_path / "steps.json"), "--format", "svg"]) == 0
+    assert run(["analyse", "plot", str(tmp_path / "curves.json"), str(tmp_path / "steps.json"), "--format", "svg"]) == 0
     for name in ("curves", "steps"):
         assert ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
 
 
 def test_equal_measurements_give_equal_svg_files(itt_dir: Path, tmp_path: Path) -> None:
-    assert analyse(["steps", "--model", str(itt_dir), "--output", str(tmp_path / "a.json")]) == 0
+    assert run(["analyse", "steps", "--model", str(itt_dir), "--output", str(tmp_path / "a.json")]) == 0
     measurement = read_measurement(tmp_path / "a.json")
     draw_measurement(measurement, tmp_path / "1.svg")
     draw_measurement(measurement, tmp_path / "2.svg")
@@ -143,7 +142,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     }
     (tmp_path / "t.txt").write_text("some text", encoding="utf-8")
     for told, arguments in cases.items():
-        code = run_command(lambda arguments=arguments: analyse([*arguments, "--output", str(tmp_path / "o.json")]))
+        code = run_command(
+            lambda arguments=arguments: run(["analyse", *arguments, "--output", str(tmp_path / "o.json")])
+        )
         error = capsys.readouterr().err
         assert code == 2, told
         assert told in error

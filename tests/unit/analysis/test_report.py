@@ -14,9 +14,9 @@ from megatron_itt.analysis.collect import read_run
 from megatron_itt.analysis.report import evaluation_tables, measure, passage_budgets, render_report, write_report
 from megatron_itt.analysis.run_charts import budget_table, main_budget, show_budget, trained_budget_of
 from megatron_itt.analysis.summary import list_versions, short_number, tell_summary
+from megatron_itt.cli import run
 from megatron_itt.errors import DataError
 from tests.unit.analysis.runs import run_lines, training_line, validation_line, write_run
-from tools.report import main
 
 NASTY = '<script>alert(1)</script> & </span> "quoted" {{ 7 * 7 }} x = a < b\n'
 
@@ -166,11 +166,11 @@ def test_the_command_writes_the_page_and_keeps_an_existing_one(
 ) -> None:
     output = tmp_path / "deep" / "report.html"
     arguments = ["--run", str(run_dir), "--output", str(output)]
-    assert main(arguments) == 0
+    assert run(["report", *arguments]) == 0
     assert str(output) in capsys.readouterr().out
     with pytest.raises(DataError, match="--overwrite"):
-        main(arguments)
-    assert main([*arguments, "--overwrite"]) == 0
+        run(["report", *arguments])
+    assert run(["report", *arguments, "--overwrite"]) == 0
 
 
 def test_a_run_of_drawn_shares_is_shown_at_the_budget_nearest_to_their_middle(tmp_path: Path) -> None:

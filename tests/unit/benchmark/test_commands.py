@@ -1,7 +1,9 @@
-"""tools/benchmark.py and tools/gpu_check.py as commands."""
+"""itt benchmark as a command."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,8 @@ import torch
 
 from megatron_itt.benchmark import needed
 from megatron_itt.benchmark.needed import PACKAGES, require_packages
+from megatron_itt.cli import main, run
 from megatron_itt.errors import ConfigError
-from megatron_itt.log import run_command
-from tools import benchmark
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,21 +31,22 @@ ROOT = Path(__file__).resolve().parents[3]
     ],
 )
 def test_mistakes_are_one_line_each(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(lambda: benchmark.main([*options.split(), "--output", "unused"])) == 2
+    assert main(["benchmark", *options.split(), "--output", "unused"]) == 2
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1
     assert not Path("unused").exists()
 
 
-def test_lists_of_numbers_are_checked_by_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        benchmark.main(["--batches", "1,x"])
-    assert "'1,x' is no list of whole numbers" in capsys.readouterr().err
+def test_lists_of_numbers_are_checked_by_the_command_line() -> None:
+    with pytest.raises(ConfigError, match="--batches: '1,x' cannot be read; write for instance 1,8"):
+        run(["benchmark", "--batches", "1,x"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_the_check_needs_a_gpu() -> None:
-    done = subprocess.run([sys.executable, "tools/gpu_check.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("module", [["megatron_itt.benchmark"], ["megatron_itt.cli", "benchmark", "gpu-check"]])
+def test_the_check_needs_a_gpu(module: list[str]) -> None:
+    command = [sys.executable, "-m", *module]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: torch sees no NVIDIA GPU here") and done.stderr.count("\n") == 1
 
@@ -57,3 +59,19 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     ):
         require_packages()
     assert {"torch", "numpy", "transformers", "megatron-core"} <= set(PACKAGES.values())
+
+
+def test_the_check_of_a_bare_machine_has_the_options_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    texts = {}
+    for name in ("megatron_itt.benchmark", "megatron_itt.cli"):
+        words = [sys.executable, "-m", name, *(["benchmark", "gpu-check"] if name.endswith("cli") else []), "--help"]
+        texts[name] = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    bare, full = texts.values()
+    assert bare.returncode == 0
+    assert {"--output", "--repeats", "--minutes", "--device", "--tiny"} <= set(re.findall("--[a-z]+", bare.stdout))
+    assert (full.returncode, full.stderr) == (
+        2,
+        "error: itt needs tyro, which is not installed here; run make install\n",
+    )

@@ -27,6 +27,7 @@ ABSENT = (
         "datasets",
         "lm_eval",
         "matplotlib",
+        "tyro",
         "sentencepiece",
         "gigatoken",
         "psutil",
@@ -72,7 +73,7 @@ def test_a_machine_without_a_gpu_and_no_repetitions_are_refused(tmp_path: Path) 
     with pytest.raises(ConfigError, match="torch sees no NVIDIA GPU here"):
         check_gpu(CheckRequest(), folder=tmp_path, report=lambda outcome: None)
     with pytest.raises(ConfigError, match="--repeats is 0"):
-        check_gpu(CheckRequest(device="cpu", num_repeats=0), folder=tmp_path, report=lambda outcome: None)
+        check_gpu(CheckRequest(device="cpu", repeats=0), folder=tmp_path, report=lambda outcome: None)
     assert not list(tmp_path.iterdir())
 
 
@@ -83,7 +84,7 @@ def test_a_section_that_fails_is_in_the_files_and_loses_no_other(
     chosen = {action.name: action for action in whole}
     few = [chosen["machine"], chosen["kernels"], replace(chosen["routed tiny"], limit_s=0.001)]
     monkeypatch.setattr(gpu_check, "plan_check", lambda request, num_gpus: few)
-    request = CheckRequest(device="cpu", tiny=True, num_repeats=1, command="the command")
+    request = CheckRequest(device="cpu", tiny=True, repeats=1, command="the command")
     outcomes = check_gpu(request, folder=tmp_path, report=lambda outcome: None)
     assert [outcome.error is None for outcome in outcomes] == [True, True, False]
     (data,) = tmp_path.glob("gpu-*.json")
@@ -102,7 +103,7 @@ def test_the_whole_check_runs_with_few_packages(tmp_path: Path) -> None:
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in ABSENT)]
     (tmp_path / "sitecustomize.py").write_text("\n".join(lines) + "\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [sys.executable, "tools/gpu_check.py", *arguments]
+    command = [sys.executable, "-m", "megatron_itt.benchmark", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (data,) = tmp_path.glob("gpu-*.json")

@@ -74,6 +74,7 @@ def test_text_becomes_tokens_and_batches() -> None:
     section = data_section(TINY, num_workers=1, min_bytes=300_000, num_batches=3)
     assert len(section.rows) == 3
     assert all(row["tokens_per_second"] > 0 for row in section.rows)
+    assert "Peak memory of all processes" in section.notes[0]
 
 
 def test_text_without_a_tokenizer_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""tools/verify_checkpoint.py: exit codes and messages."""
+"""itt verify checkpoint: exit codes and messages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 from megatron_itt.checkpoint.hashes import hash_files, list_files, write_hashes
 
-TOOL = Path(__file__).parents[3] / "tools/verify_checkpoint.py"
+ROOT = Path(__file__).parents[3]
 
 
 def verify(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, cwd=TOOL.parents[1], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "megatron_itt.cli", "verify", "checkpoint", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.url_list import DOMAINS
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import run_command
-from megatron_itt.train import main
+from megatron_itt.commands.train import main
 from tests.unit.data.conftest import write_jsonl
 
 ROOT = Path(__file__).parents[3]

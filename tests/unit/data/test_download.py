@@ -126,7 +126,17 @@ def test_a_killed_download_goes_on(server: FaultyServer, tmp_path: Path) -> None
     size = 6 << 20
     server.files["/v1.0.0/arxiv/arxiv_0.jsonl"] = random.Random(3).randbytes(size)
     server.faults["/v1.0.0/arxiv/arxiv_0.jsonl"] = ["slow"]
-    command = [sys.executable, "tools/download_redpajama.py", "--output", str(tmp_path), "--quiet", "--no-checksums"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_itt.cli",
+        "download",
+        "redpajama",
+        "--output",
+        str(tmp_path),
+        "--quiet",
+        "--no-checksums",
+    ]
     command += ["--domains", "arxiv", "--urls", f"{server.base}/v1.0.0/urls.txt"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
@@ -145,7 +155,17 @@ def test_a_killed_download_goes_on(server: FaultyServer, tmp_path: Path) -> None
 
 
 def test_a_dry_run_fetches_nothing(server: FaultyServer, tmp_path: Path) -> None:
-    command = [sys.executable, "tools/download_redpajama.py", "--output", str(tmp_path / "out"), "--dry-run", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_itt.cli",
+        "download",
+        "redpajama",
+        "--output",
+        str(tmp_path / "out"),
+        "--dry-run",
+        "--quiet",
+    ]
     command += ["--urls", f"{server.base}/v1.0.0/urls.txt", "--max-tokens", "2B"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)

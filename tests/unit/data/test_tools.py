@@ -12,33 +12,17 @@ import pytest
 from tests.unit.data.conftest import make_texts, write_jsonl
 
 ROOT = Path(__file__).parents[3]
-TOOLS = (
-    "preprocess",
-    "train_tokenizer",
-    "verify_data",
-    "make_sample_corpus",
-    "data_speed",
-    "download_redpajama",
-    "build_index",
-)
 
 
-def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, f"tools/{tool}.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "megatron_itt.cli", *name.split(), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize("tool", TOOLS)
-def test_help_shows_an_example(tool: str) -> None:
-    done = run(tool, "--help")
-    assert done.returncode == 0
-    assert f"python tools/{tool}.py" in done.stdout
 
 
 def test_train_preprocess_verify(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(150))
-    done = run("train_tokenizer", "--input", source, "--vocab-size", 300, "--output", tmp_path / "tok", "--quiet")
+    done = run("tokenizer", "--input", source, "--vocab-size", 300, "--output", tmp_path / "tok", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     arguments = (
         "--input",
@@ -57,7 +41,7 @@ def test_train_preprocess_verify(tmp_path: Path) -> None:
     done = run("preprocess", *arguments)
     assert done.returncode == 0
     assert "already done" in done.stdout
-    done = run("verify_data", "--prefix", tmp_path / "set", "--tokenizer", tmp_path / "tok", "--show", 2)
+    done = run("verify data", "--prefix", tmp_path / "set", "--tokenizer", tmp_path / "tok", "--show", 2)
     assert done.returncode == 0, done.stderr
     assert "manifest agrees: fine" in done.stdout
     assert "document 149" in done.stdout
@@ -88,29 +72,20 @@ def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_two(
     assert done.stderr.startswith(f"error: {Path(prefix).parent}") and done.stderr.count("\n") == 1
 
 
-def test_speed_is_measured_and_nothing_is_left(tokenizer_dir: Path, tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", make_texts(50))
-    done = run("data_speed", "--input", source, "--tokenizer", tokenizer_dir, "--workers", 1, "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    for part in ("engine alone", "whole command", "tokens/s", "peak of all processes"):
-        assert part in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
-
-
 @pytest.mark.parametrize(
-    ("tool", "arguments", "message"),
+    ("name", "arguments", "message"),
     [
         ("preprocess", ("--input", "absent", "--tokenizer", "TOK", "--output-prefix", "OUT"), "input absent does not"),
         ("preprocess", ("--input", "absent", "--tokenizer", "./no", "--output-prefix", "OUT"), "tokenizer ./no"),
-        ("train_tokenizer", ("--input", "absent", "--vocab-size", "300", "--output", "OUT"), "input absent does not"),
-        ("verify_data", ("--prefix", "absent", "--tokenizer", "TOK"), "absent.idx does not exist"),
+        ("tokenizer", ("--input", "absent", "--vocab-size", "300", "--output", "OUT"), "input absent does not"),
+        ("verify data", ("--prefix", "absent", "--tokenizer", "TOK"), "absent.idx does not exist"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
-    tool: str, arguments: tuple[str, ...], message: str, tokenizer_dir: Path, tmp_path: Path
+    name: str, arguments: tuple[str, ...], message: str, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     places = {"TOK": str(tokenizer_dir), "OUT": str(tmp_path / "out")}
-    done = run(tool, *(places.get(argument, argument) for argument in arguments))
+    done = run(name, *(places.get(argument, argument) for argument in arguments))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr

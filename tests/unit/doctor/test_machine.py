@@ -78,4 +78,4 @@ def test_a_machine_without_torch_gets_a_diagnosis_too(tmp_path: Path) -> None:
 
 def test_help_shows_an_example() -> None:
     done = run_doctor("--help")
-    assert done.returncode == 0 and "python tools/doctor.py --json" in done.stdout
+    assert done.returncode == 0 and "itt doctor --json" in done.stdout

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_itt.cli import run
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.causality import CausalitySettings, measure_causality
 from megatron_itt.evaluation.exported_model import ExportedModel
 from tests.unit.evaluation.exports import TRAINED_BUDGET, standard_library_texts, write_jsonl
-from tools.causality_report import main
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -99,7 +99,7 @@ def test_the_command_writes_json_and_markdown(
     file, output = write_jsonl(tmp_path / "code.jsonl", standard_library_texts(2)), tmp_path / "out"
     arguments = ["--model", str(itt_dir), "--heldout", f"code={file}", "--output", str(output), "--device", "cpu"]
     arguments += ["--length", "32", "--max-tokens", "200", "--cases", "5"]
-    assert main(arguments) == 0
+    assert run(["analyse", "causality", *arguments]) == 0
     content = json.loads((output / "causality.json").read_text())
     assert content["budget"] == list(TRAINED_BUDGET)
     assert content["comparisons"][0]["domain"] == "code"
@@ -107,12 +107,22 @@ def test_the_command_writes_json_and_markdown(
     assert "earlier tokens none moved" in (output / "causality.md").read_text()
     assert "| code | 32 |" in capsys.readouterr().out
     with pytest.raises(EvaluationError, match="--overwrite"):
-        main(arguments)
-    assert main([*arguments, "--overwrite"]) == 0
+        run(["analyse", "causality", *arguments])
+    assert run(["analyse", "causality", *arguments, "--overwrite"]) == 0
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/causality_report.py", "--model", str(tmp_path / "nowhere"), "--heldout", "code"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_itt.cli",
+        "analyse",
+        "causality",
+        "--model",
+        str(tmp_path / "nowhere"),
+        "--heldout",
+        "code",
+    ]
     command += ["--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_itt.cli import run
 from megatron_itt.evaluation.heldout import read_texts
 from megatron_itt.evaluation.results import read_results
 from tests.unit.evaluation.exports import TRAINED_BUDGET, standard_library_texts, write_jsonl
-from tools.evaluate import main
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -45,7 +45,7 @@ def test_heldout_text_becomes_tasks_and_perplexity_at_every_budget(
     arguments = ["--model", str(itt_dir), "--output", str(tmp_path / "out"), "--task-dir", str(tmp_path / "tasks")]
     arguments += ["--heldout", f"code={code}", "--heldout", f"docs={docs}", "--heldout-records", "6"]
     arguments += ["--budget", "0.1,0.1", "--budget", "50%,25%", "--perplexity-max-tokens", "200", "--device", "cpu"]
-    assert main(arguments) == 0
+    assert run(["evaluate", *arguments]) == 0
     results = read_results(tmp_path / "out")
     assert [run["thinking_budget"] for run in results["runs"]] == [[0.1, 0.1], list(TRAINED_BUDGET)]
     assert [(row["budget"], row["domain"]) for row in results["perplexity"]] == [

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
 from megatron_itt.hf.remote_code.layers_itt import ITTLinear
 from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 
-ROOT = Path(__file__).resolve().parents[3]
 SMALL = {"hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 50}
 
 
@@ -71,13 +67,3 @@ def test_cached_decoding_of_512_tokens_is_eight_times_faster_than_recomputing_th
         seconds[use_cache] = time.perf_counter() - started
     print(f"cached {seconds[True]:.1f} s, recomputing {seconds[False]:.1f} s")
     assert seconds[False] >= 8 * seconds[True]
-
-
-def test_the_command_explains_itself_and_refuses_nonsense() -> None:
-    helped = subprocess.run(
-        [sys.executable, "tools/decode_speed.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert helped.returncode == 0 and "example: python tools/" in helped.stdout
-    command = [sys.executable, "tools/decode_speed.py", "--capacity", "2"]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 2 and "shares in (0, 1]" in failed.stderr

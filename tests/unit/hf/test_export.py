@@ -299,9 +299,7 @@ def test_the_exported_tokenizer_encodes_and_ends_as_the_data(
 
 
 @pytest.mark.parametrize("tool", ["export_hf", "generate"])
-def test_the_commands_explain_themselves_and_refuse_nonsense_in_one_line(tool: str, tmp_path: Path) -> None:
-    helped = subprocess.run([sys.executable, f"tools/{tool}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert helped.returncode == 0 and "example: python tools/" in helped.stdout
+def test_the_commands_refuse_nonsense_in_one_line(tool: str, tmp_path: Path) -> None:
     places = {"export_hf": ["--checkpoint", str(tmp_path / "x"), "--output", str(tmp_path / "y")]}
     arguments = places.get(tool, ["--model", str(tmp_path / "x"), "--prompt", "hello"])
     failed = subprocess.run([sys.executable, f"tools/{tool}.py", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,68 @@
+"""The public functions of the package; `import megatron_itt` offers them lazily, so that each costs what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_itt.config import RunConfig, load_config
+from megatron_itt.config.environment import process_place
+from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.config.parts import use_parts
+
+if TYPE_CHECKING:
+    from megatron_itt.data.preprocess import Outcome
+    from megatron_itt.hf.export import ExportReport
+    from megatron_itt.hf.import_weights import ImportReport
+
+Recipe = str | Path | RunConfig
+
+
+def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and check a recipe: a YAML file, or the name of a shipped one such as "466m/itt_x4". No torch."""
+    return load_config(recipe, overrides)
+
+
+def train(recipe: Recipe, overrides: Iterable[str] = (), *, allow_changed: Sequence[str] = ()) -> bool:
+    """Train in this process of the job, from the newest checkpoint of the run folder on.
+
+    Returns whether the run is finished; a signal ends it before, with a checkpoint.
+    """
+    if not isinstance(recipe, RunConfig):
+        recipe = load_config(recipe, overrides, world_size=process_place().world_size)
+    parts = use_parts(recipe.precision.parts, device=recipe.runtime.device)
+    from megatron_itt.training.loop import train
+
+    return train(recipe, parts=parts, allow_changed=allow_changed)
+
+
+def preprocess(**options: Any) -> Outcome:
+    """Tokenize text into indexed data; the options are the fields of `data.preprocess.PreprocessOptions`."""
+    from megatron_itt.data.preprocess import PreprocessOptions, preprocess
+
+    return preprocess(PreprocessOptions(**options))
+
+
+def export_hf(checkpoint: str | Path, output: str | Path, **options: Any) -> ExportReport:
+    """Export a checkpoint, or the newest of a run folder; the options are the fields of `hf.options.ExportOptions`."""
+    hide_unusable_parts()
+    from megatron_itt.hf.export import ExportOptions, export_checkpoint
+
+    return export_checkpoint(checkpoint, output, ExportOptions(**options))
+
+
+def import_hf(model: str | Path, recipe: Recipe, output: str | Path, overrides: Iterable[str] = ()) -> ImportReport:
+    """Make a checkpoint of a Hugging Face folder in the run folder `output`."""
+    hide_unusable_parts()
+    from megatron_itt.hf.import_weights import import_folder
+
+    config = recipe if isinstance(recipe, RunConfig) else load_config(recipe, overrides)
+    return import_folder(model, config, output)
+
+
+def evaluate(model: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
+    """Measure an exported folder; the options are the fields of `evaluation.options.EvaluationRequest`."""
+    from megatron_itt.evaluation.harness import EvaluationRequest, evaluate_export
+
+    return evaluate_export(EvaluationRequest(model=Path(model), output=Path(output), **options))

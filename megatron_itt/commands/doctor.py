@@ -1,0 +1,40 @@
+"""Look at this machine: what is installed, what works, and what is missing and what that costs.
+
+Exit code 0: training can work here, warnings aside. 1: something required is missing or broken.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+
+from megatron_itt.commands.arguments import Flag, Repeated
+from megatron_itt.config import load_config
+from megatron_itt.doctor.machine import diagnose, format_diagnosis
+
+EXAMPLES = """
+  itt doctor --json
+  itt doctor --folder runs --recipe recipes/466m/itt_x4.yaml
+  torchrun --nproc-per-node=8 tools/doctor.py --speed
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    json: Flag = False  # print JSON
+    folder: Repeated = ()  # measure this folder's speed and clock
+    recipe: str | None = None  # measure the folders that this recipe writes and reads
+    speed: Flag = False  # measure GPUs, and the links between the processes of this job
+
+    def execute(self) -> int:
+        """Print the diagnosis."""
+        recipe = load_config(self.recipe) if self.recipe else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # megatron-core warns of the same absences, at length
+            diagnosis = diagnose(self.folder, recipe=recipe, speed=self.speed)
+        print(json.dumps(diagnosis.as_dict(), indent=2) if self.json else format_diagnosis(diagnosis))
+        return 0 if diagnosis.is_healthy else 1
+
+
+COMMAND = Doctor

@@ -1,0 +1,88 @@
+"""Fetch RedPajama-Data-1T or a sample of it, or make a small corpus that needs no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Suppress, arg
+
+from megatron_itt.commands.arguments import Flag, Names
+from megatron_itt.data.download import DownloadOptions, plan_download, run_download
+from megatron_itt.data.http_file import Patience
+from megatron_itt.data.sample_corpus import build_sample_corpus
+from megatron_itt.data.url_list import parse_tokens
+from megatron_itt.errors import ConfigError
+from megatron_itt.log import configure_logging
+
+EXAMPLES = """
+  itt download redpajama --output /data/redpajama --max-tokens 50B --dry-run
+  itt download sample --output runs/quickstart/corpus
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedPajama(DownloadOptions):
+    """RedPajama-Data-1T, or a sample of it, from the published URL lists.
+
+    Parallel; the same command continues after any interruption. A file gets its name when it is complete and its
+    checksum (published beside the files) is right. --max-tokens draws whole files in LLaMA's proportions, always the
+    same ones.
+    """
+
+    domains: Names = ()  # some of the domains (default: all)
+    sample: Annotated[str | None, arg(name="max-tokens", metavar="N")] = None
+    """a sample of about that many tokens, such as 50B"""
+    attempts: int = Patience().attempts  # in a row without progress
+    no_checksums: Flag = False  # do not look for checksums
+    dry_run: Flag = False  # show what would be downloaded, then stop
+    quiet: Flag = False  # no progress bar
+    max_tokens: Suppress[int | None] = None
+    patience: Suppress[Patience] = field(default_factory=Patience)
+    show_progress: Suppress[bool] = True
+
+    def execute(self) -> int:
+        """Show the plan, download."""
+        configure_logging()
+        if self.workers < 1 or self.attempts < 1:
+            raise ConfigError("--workers and --attempts must be at least 1")
+        if self.no_checksums and self.checksums:
+            raise ConfigError("--checksums and --no-checksums exclude each other; give one of them")
+        options = replace(
+            self,
+            max_tokens=None if self.sample is None else parse_tokens(self.sample),
+            checksums=() if self.no_checksums else self.checksums,
+            patience=Patience(attempts=self.attempts),
+            show_progress=not self.quiet,
+        )
+        plan = plan_download(options)
+        print(plan.table())
+        if self.dry_run:
+            print(f"{len(plan.missing):,} files, {plan.bytes_to_fetch / 1e9:,.2f} GB to download to {self.output}")
+            return 0
+        report = run_download(plan, options)
+        rate = report.fetched_bytes / 1e6 / max(report.seconds, 1e-9)
+        print(
+            f"{self.output}: {report.fetched_files:,} files fetched ({report.fetched_bytes / 1e9:,.2f} GB in "
+            f"{report.seconds:,.0f} s, {rate:,.1f} MB/s), {report.present_files:,} were here"
+        )
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A small corpus of real text (Python's library and documentation) that needs no download."""
+
+    output: Path  # folder to create; an existing corpus is reused
+    min_bytes: int = 8_000_000  # least size of the text
+
+    def execute(self) -> int:
+        """Build the corpus, print its size."""
+        for name, counts in build_sample_corpus(self.output, min_bytes=self.min_bytes).items():
+            print(f"{name}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {counts['shards']} shards")
+        print(f"corpus: {self.output}")
+        return 0
+
+
+COMMAND = {"redpajama": RedPajama, "sample": Sample}

@@ -1,0 +1,43 @@
+"""Export a checkpoint as a Hugging Face folder. Needs one process and no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tyro.conf import Suppress
+
+from megatron_itt.commands.arguments import Flag
+from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.hf.options import ExportOptions
+from megatron_itt.log import silence_known_warnings
+
+EXAMPLES = "  itt export --checkpoint runs/quickstart --output runs/quickstart/hf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(ExportOptions):
+    checkpoint: Path  # a checkpoint, or a run folder (its newest)
+    output: Path  # folder to write; must not exist
+    no_tokenizer: Flag = False  # write no tokenizer
+    with_tokenizer: Suppress[bool] = True
+    max_shard_bytes: Suppress[int] = ExportOptions.max_shard_bytes
+
+    def execute(self) -> int:
+        """Export and print where the folder is."""
+        silence_known_warnings()
+        hide_unusable_parts()
+        from megatron_itt.hf.export import export_checkpoint
+
+        options = replace(self, with_tokenizer=not self.no_tokenizer)
+        report = export_checkpoint(self.checkpoint, self.output, options)
+        if report.parity is not None:
+            print(
+                f"parity: logits within {report.parity.max_relative_difference:.1e} of the training model "
+                f"({len(report.parity.cases)} comparisons)"
+            )
+        print(f"step {report.step}, {report.num_parameters:,} parameters, {self.dtype}: {report.folder}")
+        return 0
+
+
+COMMAND = Export

@@ -1,0 +1,157 @@
+"""Check a recipe and see what it costs, without a GPU and, but for building ranks, without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_itt.accounting import report
+from megatron_itt.commands.arguments import Flag, Overrides, Recipe
+from megatron_itt.config import RunConfig
+from megatron_itt.config.load import config_to_yaml, dump_config, load_config
+from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.errors import ConfigError
+from megatron_itt.log import configure_logging, silence_known_warnings
+
+EXAMPLES = """
+  itt recipe check recipes/466m/itt_x4.yaml parallel.tensor=2 --world-size 16 --no-build
+  itt recipe check recipes/scale/7b_itt_x4.yaml --world-size 64
+  itt recipe flops 162m/itt_x4 --json
+  itt recipe memory 466m/itt_x4 --world-size 8
+  itt recipe show 162m/llama schedule.steps=100
+  itt recipe index recipes/466m/itt_x4.yaml data.tokenizer=/data/tokenizer
+  itt recipe heldout recipes/debug/quickstart.yaml --output runs/quickstart/heldout
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfRecipe:
+    recipe: Recipe
+    overrides: Overrides = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Printed(_OfRecipe):
+    json: Flag = False  # print JSON
+
+    def _print(self, result: Any, format_text: Callable[[Any], str]) -> int:
+        print(json.dumps(result, indent=2) if self.json else format_text(result))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfLayout(_Printed):
+    world_size: int | None = None  # processes of the job (default: the fewest)
+
+    def _load(self) -> RunConfig:
+        """The recipe; problems of the layout are reported together with its own."""
+        if self.world_size is not None and self.world_size < 1:
+            raise ConfigError(f"--world-size is {self.world_size}; a job has at least 1 process")
+        return load_config(self.recipe, self.overrides, world_size=self.world_size or "fewest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(_OfLayout):
+    """Load it, check every rule, print its size and layout; given a world size, build its distinct ranks."""
+
+    build: bool | None = None
+    """build every distinct rank without values, and count its parameters (default: with --world-size, where torch and
+    megatron-core are installed)"""
+
+    def execute(self) -> int:
+        """Print the report."""
+        return self._print(self._report(self._load()), report.format_check)
+
+    def _report(self, config: RunConfig) -> dict[str, Any]:
+        if self.build is False or (self.build is None and self.world_size is None):
+            return report.check_report(config, self.world_size)
+        silence_known_warnings()
+        hide_unusable_parts()
+        try:
+            from megatron_itt.training.dry_build import built_check_report
+        except ImportError as error:
+            if self.build:
+                raise ConfigError(
+                    f"--build needs torch and megatron-core ({error}); install them or leave it out"
+                ) from None
+            print(f"ranks are not built: torch or megatron-core is missing ({error})", file=sys.stderr)
+            return report.check_report(config, self.world_size)
+        return built_check_report(config, self.world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops(_Printed):
+    """Parameters and FLOPs of one sequence: the true count and the paper's."""
+
+    def execute(self) -> int:
+        """Print both."""
+        return self._print(report.flops_report(load_config(self.recipe, self.overrides)), report.format_flops)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(_OfLayout):
+    """Bytes per rank for each pipeline stage."""
+
+    def execute(self) -> int:
+        """Print the table."""
+        return self._print(report.memory_report(self._load(), self.world_size), report.format_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(_Printed):
+    """The resolved recipe, with its base and the overrides."""
+
+    def execute(self) -> int:
+        """Print it as YAML or JSON."""
+        config = load_config(self.recipe, self.overrides)
+        return self._print(dump_config(config), lambda _: config_to_yaml(config).rstrip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index(_OfRecipe):
+    """Build the sample indices of a recipe before its run: which documents make which sample, in which order.
+
+    Training builds them itself where they are missing, while all its processes wait; for large data build them first,
+    on one machine. Safe to start from many processes and nodes at once: one builds, the others wait for it. An index
+    that is there and undamaged is left alone.
+    """
+
+    def execute(self) -> int:
+        """Build or check the index, print the blend and the folder of the index."""
+        silence_known_warnings()
+        hide_unusable_parts()
+        configure_logging()
+        from megatron_itt.data.tokenizer import recipe_tokenizer
+
+        config = load_config(self.recipe, self.overrides)
+        tokenizer = recipe_tokenizer(config)
+        from megatron_itt.data.blend import resolve_blend
+        from megatron_itt.data.datasets import prebuild_index
+
+        print(resolve_blend(config).table())
+        built = prebuild_index(config, tokenizer=tokenizer)
+        done = "built" if built.was_built else "there already, undamaged"
+        print(f"{built.folder}: {done}; {built.size_bytes / 1e6:,.1f} MB, {built.seconds:.1f} s")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heldout(_OfRecipe):
+    """Write the held-out (validation) documents of a recipe as text, for evaluations of what it trained."""
+
+    output: Path  # folder for DOMAIN.jsonl.zst
+
+    def execute(self) -> int:
+        """Write one file per domain, print where."""
+        from megatron_itt.data.heldout_text import write_heldout_text
+
+        for domain, path in write_heldout_text(load_config(self.recipe, self.overrides), self.output).items():
+            print(f"{domain}: {path}")
+        return 0
+
+
+COMMAND = {"check": Check, "flops": Flops, "memory": Memory, "show": Show, "index": Index, "heldout": Heldout}

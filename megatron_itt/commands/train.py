@@ -1,0 +1,74 @@
+"""Pretrain an Inner Thinking Transformer, a loop baseline or a LLaMA from a recipe.
+
+Alone, under torchrun (`torchrun -m megatron_itt.train ...`) or under srun. Exit code 0: finished, checked, or saved
+after a signal; 1: failed; 2: bad input; 3: diverged.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_itt.accounting.report import check_report, format_check
+from megatron_itt.api import train
+from megatron_itt.cli import run
+from megatron_itt.commands.arguments import Flag, Overrides, Recipe, Repeated
+from megatron_itt.config import load_config
+from megatron_itt.config.environment import end_with_torchrun, process_place
+from megatron_itt.config.load import config_to_yaml
+from megatron_itt.config.parts import use_parts
+from megatron_itt.errors import IttError
+from megatron_itt.log import silence_known_warnings
+
+EXAMPLES = """
+  itt train recipes/debug/itt_tiny.yaml schedule.steps=20
+  torchrun --nproc-per-node 2 -m megatron_itt.train recipes/debug/itt_tiny.yaml parallel.tensor=2 parallel.sequence=true
+  itt train 466m/itt_x4 --check
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    recipe: Recipe
+    overrides: Overrides = ()
+    check: Flag = False  # check recipe, layout and data, then stop
+    print_config: Flag = False  # print the resolved recipe as YAML, then stop
+    allow_changed: Repeated = ()  # data, a key of data, or schedule.steps, which may differ from the checkpoint's
+
+    def execute(self) -> int:
+        """Train in this process of the job, or do what --check and --print-config ask for."""
+        silence_known_warnings()
+        end_with_torchrun()
+        if self.print_config:
+            print(config_to_yaml(load_config(self.recipe, self.overrides)), end="")
+            return 0
+        place = process_place()
+        try:
+            config = load_config(
+                self.recipe, self.overrides, world_size=place.world_size, world_size_from=place.world_size_from
+            )
+            if self.check:
+                parts = use_parts(config.precision.parts, device=config.runtime.device)
+                from megatron_itt.training.loop import check_inputs
+
+                check_inputs(config)
+                if place.rank == 0:
+                    fits = f"recipe, layout of {place.world_size} process(es), tokenizer and data fit"
+                    print(f"{self.recipe}: {fits}; {parts}")
+                    print(format_check(check_report(config, place.world_size)))
+                return 0
+            train(config, allow_changed=self.allow_changed)
+        except IttError as error:
+            if place.local_rank != 0:
+                return error.exit_code  # the first process of each node says it for all
+            raise
+        return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command with these arguments; IttError for what a user got wrong."""
+    return run(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+COMMAND = Train
