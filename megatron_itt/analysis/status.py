@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from megatron_itt.analysis.collect import METRICS_FILE, RECIPE_FILE, is_finite
+from megatron_itt.analysis.collect import ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE, is_finite
 from megatron_itt.checkpoint.layout import checkpoint_root, find_latest
 from megatron_itt.errors import DataError
 from megatron_itt.training.run_folder import DIVERGED_FILE, FINISHED_FILE, LOG_FILE
@@ -53,9 +53,10 @@ class RunStatus:
 
 def find_runs(root: Path) -> list[Path]:
     """The run folders under `root`, a few levels deep. DataError if there is none."""
-    found = {path.parent for depth in ("", "*/", "*/*/", "*/*/*/") for path in root.glob(f"{depth}{RECIPE_FILE}")}
+    names = [f"{depth}{name}" for depth in ("", "*/", "*/*/", "*/*/*/") for name in (ENVIRONMENT_FILE, RESTARTS_FILE)]
+    found = {path.parent for name in names for path in root.glob(name)}
     if not found:
-        raise DataError(f"{root} holds no run folder ({RECIPE_FILE}); name run folders, or give --root")
+        raise DataError(f"{root} holds no run folder; name run folders, or give --root")
     return sorted(found)
 
 

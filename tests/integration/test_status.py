@@ -27,7 +27,7 @@ def test_status_follows_real_runs(recipe: Path, tmp_path: Path, capsys: pytest.C
     assert cli.run(["train", *common, "schedule.steps=4", f"logging.run_dir={done}"]) == 0
     exploding = ["optimizer.learning_rate=1e30", "optimizer.clip_grad_norm=0", f"logging.run_dir={wild}"]
     assert run_command(lambda: cli.run(["train", *common, "schedule.steps=9", *exploding])) == 3
-    command = [sys.executable, "-m", "megatron_itt.train", *common, "schedule.steps=100000"]
+    command = [sys.executable, "-m", "megatron_itt.train", *common, "schedule.steps=100000", "data.max_epochs=1000"]
     with subprocess.Popen(
         [*command, f"logging.run_dir={killed}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:

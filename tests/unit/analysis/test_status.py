@@ -21,6 +21,7 @@ def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "runs/one"
     (folder / "checkpoints/step_0000040").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "environment.json").write_text("{}")
     lines = [{"step": step, "loss": 5 - step / 40, "tokens_per_second": 1000.0, "mfu": 0.41} for step in (39, 40)]
     texts = [json.dumps(line) for line in lines] + [json.dumps({"step": 40, "validation": []}), '{"step": 41, "lo']
     (folder / "metrics.jsonl").write_text("\n".join(texts))
@@ -82,6 +83,9 @@ def test_runs_are_found_below_a_folder_and_shown_side_by_side(run_dir: Path) -> 
     other = run_dir.parent / "study/llama/seed_1"
     other.mkdir(parents=True)
     (other / "recipe.yaml").write_text(RECIPE)
+    (other / "environment.json").write_text("{}")
+    (run_dir / "snapshot").mkdir()
+    (run_dir / "snapshot/recipe.yaml").write_text(RECIPE)
     assert find_runs(run_dir.parent) == [run_dir, other]
     text = format_status([read_status(folder) for folder in find_runs(run_dir.parent)])
     rows = {line[:12].strip(): line for line in text.splitlines()}
