@@ -17,10 +17,10 @@ from pathlib import Path
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megatron_itt.commands.train import main  # noqa: E402
 from megatron_itt.errors import CheckpointError, ConfigError, DataError, StorageError  # noqa: E402
 from megatron_itt.locks import ClaimFile  # noqa: E402
 from megatron_itt.log import run_command  # noqa: E402
-from megatron_itt.commands.train import main  # noqa: E402
 
 
 def check_host_of_rank_0() -> None:

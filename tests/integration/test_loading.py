@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_itt.commands.train import main
 from megatron_itt.config.optional_parts import find_dali
 from megatron_itt.data.corpus_sample import sample_texts
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
@@ -20,7 +21,6 @@ from megatron_itt.errors import EvaluationError, ExportError
 from megatron_itt.evaluation.exported_model import load_export
 from megatron_itt.hf.export import ExportOptions, export_checkpoint
 from megatron_itt.log import run_command
-from megatron_itt.commands.train import main
 
 ROOT = Path(__file__).parents[2]
 DALI = find_dali()

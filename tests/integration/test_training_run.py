@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from megatron_itt.commands.train import main
 from megatron_itt.config import load_config
 from megatron_itt.data.loader import open_loader
 from megatron_itt.log import run_command
-from megatron_itt.commands.train import main
 from tests.helpers.small_disk import small_disk
 
 PLAIN = ["thinking.kind=none", "thinking.capacity=[]", "validation.budgets=[]"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_itt.commands.train import main
 from megatron_itt.config import load_config
 from megatron_itt.hf.import_weights import import_folder
 from megatron_itt.log import run_command
-from megatron_itt.commands.train import main
 
 PLAIN = ["thinking.kind=none", "thinking.capacity=[]", "validation.budgets=[]"]
 # Step 0 is validated before anything is learned: its loss is that of the initial weights.

@@ -36,9 +36,9 @@ def test_a_recipe_is_costed_without_torch() -> None:
     assert done.stdout.split() == ["2000", "19.34"], done.stderr
 
 
-def test_train_is_the_function_also_once_its_module_is_imported() -> None:
+def test_train_is_the_function_also_once_the_command_is_imported() -> None:
     done = run_code(
-        "import megatron_itt, megatron_itt.train\n"
+        "import megatron_itt, megatron_itt.commands.train\n"
         "try: megatron_itt.train('466m/none')\nexcept megatron_itt.errors.ConfigError as error: print(error)"
     )
     assert "recipe 466m/none does not exist" in done.stdout, done.stderr

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_itt.commands.train import main
 from megatron_itt.config import load_config
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.data.blend import resolve_blend
@@ -18,7 +19,6 @@ from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.url_list import DOMAINS
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import run_command
-from megatron_itt.commands.train import main
 from tests.unit.data.conftest import write_jsonl
 
 ROOT = Path(__file__).parents[3]
