@@ -10,6 +10,7 @@ from megatron_itt.config import RunConfig, load_config
 from megatron_itt.config.environment import process_place
 from megatron_itt.config.optional_parts import hide_unusable_parts
 from megatron_itt.config.parts import use_parts
+from megatron_itt.log import silence_known_warnings
 
 if TYPE_CHECKING:
     from megatron_itt.data.preprocess import Outcome
@@ -46,6 +47,7 @@ def preprocess(**options: Any) -> Outcome:
 
 def export_hf(checkpoint: str | Path, output: str | Path, **options: Any) -> ExportReport:
     """Export a checkpoint, or the newest of a run folder; the options are the fields of `hf.options.ExportOptions`."""
+    silence_known_warnings()
     hide_unusable_parts()
     from megatron_itt.hf.export import ExportOptions, export_checkpoint
 
@@ -54,6 +56,7 @@ def export_hf(checkpoint: str | Path, output: str | Path, **options: Any) -> Exp
 
 def import_hf(model: str | Path, recipe: Recipe, output: str | Path, overrides: Iterable[str] = ()) -> ImportReport:
     """Make a checkpoint of a Hugging Face folder in the run folder `output`."""
+    silence_known_warnings()
     hide_unusable_parts()
     from megatron_itt.hf.import_weights import import_folder
 
