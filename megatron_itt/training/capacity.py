@@ -49,10 +49,11 @@ def training_temperature(config: RunConfig, step: int) -> float:
 def training_rule(config: RunConfig, step: int) -> str | None:
     """The rule of routing at optimizer step `step` (from 1); None where the recipe's own holds.
 
-    Ours: in the last part of a run tokens are picked by thresholds, so that the weights meet the choices of inference.
+    Ours: in the last part of a run tokens are selected by thresholds, so that the weights meet the choices of
+    inference. Never at the first step, before which there is no table of router logits.
     """
     phase = Fraction(repr(config.thinking.threshold_phase))  # as written: in floats, 10 steps less 90% are below 1
-    return "threshold" if step > config.schedule.steps * (1 - phase) else None
+    return "threshold" if step > max(Fraction(1), config.schedule.steps * (1 - phase)) else None
 
 
 def describe_rounding(config: RunConfig) -> str | None:

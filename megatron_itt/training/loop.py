@@ -26,7 +26,7 @@ from megatron_itt.training.capacity import describe_rounding
 from megatron_itt.training.checkpointing import Checkpointer
 from megatron_itt.training.guards import StepGuard, TrainingDivergedError, Verdict
 from megatron_itt.training.reporter import Reporter
-from megatron_itt.training.run_folder import LOG_FILE, mark_diverged, mark_finished, opened_run_folder, unmark_finished
+from megatron_itt.training.run_folder import LOG_FILE, begin_training, mark_diverged, mark_finished, opened_run_folder
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import check_sinks
 from megatron_itt.training.step import Batch, StepResult, Watch, train_step
@@ -151,7 +151,7 @@ def _start_or_resume(
 def _run_to_end(run: Run) -> bool:
     trainer, config = run.trainer, run.trainer.config
     if trainer.place.is_main:
-        unmark_finished(run.run_dir)  # a shorter run that trains on; what could refuse it has been checked
+        begin_training(config, run.run_dir)
     loader = open_loader(
         config.data.loader,
         run.datasets.train,

@@ -30,7 +30,7 @@ _PACKAGES = ("torch", "megatron-core", "numpy", "transformers", "tokenizers", "t
 def opened_run_folder(config: RunConfig, *, allow_changed: Sequence[str] = ()) -> Iterator[bool]:
     """Create the run folder and hold it within a block. Yields False, and writes nothing, if the run is finished.
 
-    Writes the resolved recipe and the versions. A finished run trains on if its recipe has more steps now and
+    Writes the versions. A finished run trains on if its recipe has more steps now and
     `allow_changed` names `schedule.steps` or `schedule`. ConfigError when it does not name them, when the folder cannot
     be written, or when another job is at work there.
     """
@@ -53,14 +53,13 @@ def opened_run_folder(config: RunConfig, *, allow_changed: Sequence[str] = ()) -
         if finished_step(run_dir) != done:  # another start was faster
             yield False
             return
-        _describe_run(config, run_dir)
+        _describe_start(run_dir)
         yield True
 
 
-def _describe_run(config: RunConfig, run_dir: Path) -> None:
+def _describe_start(run_dir: Path) -> None:
     try:
         (run_dir / DIVERGED_FILE).unlink(missing_ok=True)
-        write_atomically(run_dir / RECIPE_FILE, config_to_yaml(config))
         _record_environment(run_dir)
     except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
         raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
@@ -93,8 +92,12 @@ def mark_finished(run_dir: Path, step: int) -> None:
     write_atomically(run_dir / FINISHED_FILE, f"{step}\n")
 
 
-def unmark_finished(run_dir: Path) -> None:
-    """Remove that marker: the run trains on."""
+def begin_training(config: RunConfig, run_dir: Path) -> None:
+    """Write the resolved recipe, and remove the marker of a shorter run that trains on.
+
+    Once nothing can refuse the start any more, so that a refused recipe never stands beside another one's results.
+    """
+    write_atomically(run_dir / RECIPE_FILE, config_to_yaml(config))
     (run_dir / FINISHED_FILE).unlink(missing_ok=True)
 
 

@@ -126,8 +126,10 @@ def test_a_finished_run_trains_on_to_a_later_step_with_permission(
 def test_a_longer_run_that_is_refused_stays_finished(recipe: Path, tmp_path: Path) -> None:
     assert run(recipe, "schedule.steps=2") == 0
     longer = ["schedule.steps=4", "--allow-changed=schedule.steps"]
+    trained_with = (tmp_path / "run" / "recipe.yaml").read_text()
     assert run(recipe, *longer, "optimizer.learning_rate=0.5") == 2
     assert (tmp_path / "run" / "finished").read_text() == "2\n"
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == trained_with
 
 
 def test_data_that_ends_early_is_an_error_of_the_data(

@@ -51,11 +51,7 @@ def resolve_cache(
     As in transformers' own models, a cache that is given is read and extended whatever `use_cache` says.
     """
     config: ITTConfig = model.config
-    if past_key_values is not None and not isinstance(past_key_values, ITTCache):
-        raise ValueError(
-            f"past_key_values is a {type(past_key_values).__name__}; this model needs its own ITTCache, which "
-            "generate() and use_cache=True make by themselves."
-        )
+    check_cache_type(past_key_values)
     use_cache = bool(config.use_cache if use_cache is None else use_cache)
     if model.gradient_checkpointing and model.training:
         if num_cached(past_key_values):
@@ -63,11 +59,51 @@ def resolve_cache(
         if use_cache:
             logger.warning_once("use_cache=True does not go with gradient checkpointing; no cache is returned.")
         return None, False
-    if past_key_values is None:
-        return (ITTCache(config.num_hidden_layers) if use_cache else None), use_cache
-    if past_key_values.batch_size not in (-1, batch):
-        raise ValueError(f"past_key_values holds {past_key_values.batch_size} rows, but the input has {batch}.")
-    return past_key_values, use_cache
+    if past_key_values is None and not use_cache:
+        return None, False
+    cache = ITTCache(config.num_hidden_layers) if past_key_values is None else past_key_values
+    if cache.batch_size not in (-1, batch):
+        raise ValueError(f"past_key_values holds {cache.batch_size} rows, but the input has {batch}.")
+    cache.claim(describe_entries(config, model.dtype))
+    return cache, use_cache
+
+
+def check_cache_type(past_key_values: Any) -> None:
+    """ValueError unless it is None or a cache of this family."""
+    if past_key_values is not None and not isinstance(past_key_values, ITTCache):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}; this model needs its own ITTCache, which "
+            "generate() and use_cache=True make by themselves."
+        )
+
+
+def check_cache_implementation(name: str | None) -> None:
+    """ValueError for the caches of transformers, those of its continuous batching included."""
+    if name not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation is {name!r}; leave it unset and use generate(), this model makes its own "
+            "ITTCache (and has no continuous batching)."
+        )
+
+
+def describe_entries(config: ITTConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What the entries of a cache depend on, weights aside."""
+    return {
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "dtype": str(dtype),
+        "thinking": {**config.thinking, "capacity": config.num_routed_steps},
+    }
+
+
+def check_position_ids(position_ids: Tensor, batch: int, width: int) -> None:
+    """ValueError unless there is a whole number for each token."""
+    if position_ids.is_floating_point() or position_ids.shape not in ((width,), (1, width), (batch, width)):
+        raise ValueError(
+            f"position_ids has shape {list(position_ids.shape)} and type {position_ids.dtype}; give whole numbers of "
+            f"shape [{batch}, {width}], one for each token of this call."
+        )
 
 
 def check_cache_position(cache_position: Tensor | None, cache: ITTCache | None, width: int) -> None:
@@ -100,7 +136,7 @@ def resolve_budget(config: ITTConfig, budget: Any, routing: str, batch: int) -> 
         raise ValueError("thinking_budget was given, but this model has no router that could follow it.")
     if budget is None:
         budget = config.thinking_budget or config.thinking["capacity"]
-    shares = torch.as_tensor(budget, dtype=torch.float64)
+    shares = budget_tensor(budget)
     num_routed = config.num_routed_steps
     if shares.shape not in ((num_routed,), (batch, num_routed)):
         raise ValueError(
@@ -112,11 +148,26 @@ def resolve_budget(config: ITTConfig, budget: Any, routing: str, batch: int) -> 
     return shares.expand(batch, num_routed)
 
 
+def budget_tensor(budget: Any) -> Tensor:
+    """A budget as given by a caller, float64. ValueError if it is no list of numbers or of rows of equal length."""
+    try:
+        rows = [row.tolist() if isinstance(row, Tensor) else row for row in budget]
+        return torch.as_tensor(budget if isinstance(budget, Tensor) else rows, dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"thinking_budget is {budget!r}; give a list of shares, one per routed step, or one such list per row."
+        ) from None
+
+
 def unpadded_tokens(attention_mask: Tensor | None, batch: int, width: int, cache: ITTCache | None) -> Tensor | None:
     """[b, c] true where a token of this call is no padding, or None if all are."""
     if attention_mask is None:
         return None
     past = num_cached(cache)
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(attention_mask).__name__}; give a tensor [{batch}, {past + width}]."
+        )
     if attention_mask.shape not in ((batch, width), (batch, past + width)):
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}; give [{batch}, {past + width}] with 1 for "

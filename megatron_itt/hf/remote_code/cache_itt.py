@@ -222,12 +222,24 @@ class ITTCache(Cache):
     def __init__(self, num_layers: int) -> None:
         self.layers: list[Any] = [LayerCache() for _ in range(num_layers)]
         self.tokens: Tensor | None = None
+        self.made_for: dict[str, Any] | None = None
         self.offloading = False
 
     @property
     def num_columns(self) -> int:
         """Columns seen so far, padding included."""
         return 0 if self.tokens is None else self.tokens.shape[2]
+
+    def claim(self, entries: dict[str, Any]) -> None:
+        """Remember which model this is the cache of, by what its entries depend on. ValueError for another one's."""
+        made_for = self.made_for or {"num_hidden_layers": len(self.layers)}
+        for name, value in made_for.items():
+            if entries[name] != value:
+                raise ValueError(
+                    f"past_key_values was made for a model whose {name} is {value}, and this one's is {entries[name]}; "
+                    "a cache goes on with the model that made it alone."
+                )
+        self.made_for = entries
 
     def record_call(self, positions: Tensor, starts: Tensor, real: Tensor) -> None:
         """Remember one call's tokens: position and start of the document of each [b, c]; real is false on padding."""
@@ -307,7 +319,7 @@ class ITTCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self.layers = [LayerCache() for _ in self.layers]
-        self.tokens = None
+        self.tokens = self.made_for = None
 
     def activate_past_recording(self) -> None:
         """Nothing to do: cropping never loses an earlier token."""

@@ -20,8 +20,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .arguments_itt import (
+    budget_tensor,
+    check_cache_implementation,
     check_cache_position,
+    check_cache_type,
     check_generated_length,
+    check_position_ids,
     num_cached,
     resolve_budget,
     resolve_cache,
@@ -123,8 +127,14 @@ class ITTModel(ITTPreTrainedModel):
         """As `ITTForCausalLM.forward`, without the head."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        complete_thinking(self.config.thinking, len(self.layers))  # it may have been changed since
         wants_states = wants_hidden_states(self.config, output_hidden_states, output_attentions, kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden.dim() != 3 or not hidden.shape[0]:
+            raise ValueError(
+                f"the input has shape {list(hidden.shape[: None if input_ids is None else -1])}; give input_ids [rows, "
+                "tokens] or inputs_embeds [rows, tokens, hidden], with at least one row."
+            )
         cache, use_cache = resolve_cache(self, past_key_values, use_cache, hidden.shape[0])
         check_cache_position(cache_position, cache, hidden.shape[1])
         routing = resolve_routing(self, routing, cache)
@@ -135,7 +145,7 @@ class ITTModel(ITTPreTrainedModel):
         call = self._describe_call(hidden, attention_mask, position_ids, cache, shares=shares, routing=routing)
         states: list[Tensor] = []
         picks: list[Tensor] = []
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # assistant_early_exit lowers it for a while
             states.append(hidden)
             hidden, picked = layer(hidden, call, past_key_values=cache)
             if picked is not None:
@@ -184,6 +194,7 @@ class ITTModel(ITTPreTrainedModel):
             position_ids = counted.clamp(min=0) + (last[0] + 1)[:, None]
             starts = last[1][:, None].expand(batch, width) if bool(last[1].any()) else None
         else:
+            check_position_ids(position_ids, batch, width)
             position_ids = position_ids.expand(batch, width)
             tokens = everything if real is None else real
             jumps = attention_mask is None and past == 0
@@ -284,10 +295,18 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, thinking_budget: Any = None, **kwargs: Any) -> Any:
         """As in transformers, with `thinking_budget` as in `forward`."""
         if thinking_budget is not None:
-            shares = torch.as_tensor(thinking_budget, dtype=torch.float64)
+            shares = budget_tensor(thinking_budget)
             # A tensor with one row per sequence is repeated with its sequence for beams; a flat list serves them all.
             kwargs["thinking_budget"] = shares if shares.dim() == 2 else shares.tolist()
+        settings = kwargs.get("generation_config")
+        check_cache_implementation(
+            kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
+        )
         return super().generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse what transformers serves from pages of keys: entries of this model belong to steps and tokens."""
+        check_cache_implementation("paged")
 
     def _prepare_cache_for_generation(
         self,
@@ -299,12 +318,9 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         *args: Any,
     ) -> None:
         check_generated_length(self.config, model_kwargs, max_cache_length)
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}; leave it unset, this model makes "
-                "its own ITTCache."
-            )
+        check_cache_implementation(generation_config.cache_implementation)
         given = model_kwargs.get("past_key_values")
+        check_cache_type(given)
         if given is not None:
             given._is_user_defined = True
         elif generation_config.use_cache is not False:

@@ -43,12 +43,12 @@ def test_a_ramp_rises_to_the_capacity_while_the_gate_sharpens() -> None:
 @pytest.mark.parametrize(
     ("num_steps", "phase", "begins_after"),
     [
-        *((40, 0.0, 40), (40, 0.25, 30), (40, 0.01, 39), (40, 0.99, 0)),
+        *((40, 0.0, 40), (40, 0.25, 30), (40, 0.01, 39), (40, 0.99, 1), (1, 0.5, 1)),
         *((10, 0.9, 1), (10, 0.7, 3), (100, 0.1, 90), (1000, 0.9, 100), (50_000, 0.05, 47_500)),
     ],
 )
 def test_the_last_part_of_a_run_picks_by_thresholds(num_steps: int, phase: float, begins_after: int) -> None:
-    config = tiny_recipe(thinking={"threshold_phase": phase}, schedule={"steps": num_steps, "warmup_steps": 1})
+    config = tiny_recipe(thinking={"threshold_phase": phase}, schedule={"steps": num_steps, "warmup_steps": 0})
     rules = [training_rule(config, step) for step in range(1, num_steps + 1)]
     assert rules == [None] * begins_after + ["threshold"] * (num_steps - begins_after)
 

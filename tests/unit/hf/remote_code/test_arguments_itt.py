@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from megatron_itt.hf.folder import AUTO_MAP, REMOTE_CODE_FILES
 from megatron_itt.hf.remote_code import modeling_itt
@@ -193,3 +194,73 @@ def test_auto_model_loads_the_model_without_its_head(
     assert type(base).__name__ == ITTModel.__name__
     whole = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert torch.equal(whole(TOKENS).logits, model(TOKENS).logits)
+
+
+OTHER_MODELS: list[tuple[dict[str, Any], str]] = [
+    ({"num_hidden_layers": 2, "layers": [0]}, "num_hidden_layers is 2"),
+    ({"num_hidden_layers": 4}, "num_hidden_layers is 4"),
+    ({"num_attention_heads": 8, "num_key_value_heads": 4}, "num_key_value_heads is 4"),
+    ({"layers": [1]}, "thinking is"),
+    ({"capacity": [0.5] * 4, "alpha": 1.0}, "thinking is"),
+    ({"attend": "selected"}, "thinking is"),
+    ({"dtype": torch.float32}, "dtype is torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), OTHER_MODELS, ids=lambda value: str(value)[:30])
+def test_the_cache_of_another_model_is_refused(keys: dict, message: str, build: Callable) -> None:
+    model, past = build(), build(**keys)(TOKENS[:, :5]).past_key_values
+    with pytest.raises(ValueError, match=message):
+        model(TOKENS[:, 5:], past_key_values=past)
+    past.reset()
+    with pytest.raises(ValueError, match="layers") if "num_hidden_layers" in keys else nullcontext():
+        model(TOKENS, past_key_values=past)  # an empty one belongs to nobody
+
+
+def test_what_transformers_would_cache_by_itself_is_refused_before_it_starts(build: Callable) -> None:
+    model = build()
+    for name in ("static", "quantized", "paged"):
+        with pytest.raises(ValueError, match=f"cache_implementation is '{name}'"):
+            model.generate(TOKENS, max_new_tokens=3, cache_implementation=name)
+        with pytest.raises(ValueError, match=f"cache_implementation is '{name}'"):
+            model.generate(TOKENS, generation_config=GenerationConfig(cache_implementation=name))
+    if hasattr(model, "generate_batch"):  # transformers 5
+        with pytest.raises(ValueError, match="continuous batching"):
+            model.generate_batch([[1, 2, 3]], max_new_tokens=2)
+    pairs = ((torch.zeros(2, 2, 3, 8),) * 2,) * 3
+    for past in (DynamicCache(), pairs):
+        with pytest.raises(ValueError, match="needs its own ITTCache"):
+            model.generate(TOKENS, max_new_tokens=3, past_key_values=past)
+
+
+BAD_INPUTS: list[tuple[dict[str, Any], str]] = [
+    ({"position_ids": torch.arange(17)[None]}, "position_ids has shape"),
+    ({"position_ids": torch.arange(18.0)[None]}, "position_ids has shape"),
+    ({"attention_mask": [[1] * 18] * 2}, "attention_mask is a list"),
+    ({"attention_mask": torch.ones(2, 1, 18, 18)}, "attention_mask has shape"),
+    ({"input_ids": TOKENS[0]}, "the input has shape"),
+    ({"input_ids": TOKENS[:0]}, "the input has shape"),
+    ({"thinking_budget": "0.5,0.5,0.5"}, "thinking_budget is '0.5"),
+    ({"thinking_budget": 0.5}, "thinking_budget is 0.5"),
+    ({"thinking_budget": [[0.5] * 3, [0.5] * 2]}, "thinking_budget is"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), BAD_INPUTS, ids=lambda value: str(value)[:30])
+def test_inputs_of_another_form_are_refused_by_name(keys: dict, message: str, build: Callable) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()(**{"input_ids": TOKENS, **keys})
+
+
+def test_an_early_exit_of_the_model_assists_it_and_changes_no_token(build: Callable) -> None:
+    model = build()
+    expected = model.generate(TOKENS[:1], max_new_tokens=9)
+    assert torch.equal(model.generate(TOKENS[:1], max_new_tokens=9, assistant_early_exit=2), expected)
+
+
+@pytest.mark.parametrize("key", ["residual", "routing", "gate", "reweight", "attend", "update", "skip", "kind"])
+def test_a_switch_that_is_changed_under_a_model_is_checked_at_its_next_call(key: str, build: Callable) -> None:
+    model = build()
+    model.config.thinking[key] = "unknown"
+    with pytest.raises(ValueError, match=rf"thinking\.{key} is 'unknown'"):
+        model(TOKENS)
