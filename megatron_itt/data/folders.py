@@ -14,11 +14,12 @@ from pathlib import Path
 from megatron_itt.errors import DataError
 
 HIDDEN = "hidden"
-MARKER = "marker of another program"
+MARKER = "marker or checksum of another program"
 LINKED_TWICE = "link to a folder that is read already"
-# Files and folders that Spark, Hadoop and Delta Lake write beside the data.
+# Files and folders that Spark, Hadoop and Delta Lake write beside the data, and checksums of files.
 _MARKERS = re.compile(
     r"_(SUCCESS|FAILURE|metadata|common_metadata|temporary|delta_log|spark_metadata|started_.*|committed_.*)"
+    r"|.+\.(crc|md5|sha1|sha256|sha512)"
 )
 
 
@@ -78,8 +79,8 @@ class Traversal:
 
 def describe_unreadable(path: Path) -> str:
     """Why a path is neither a file nor a folder."""
-    if path.is_symlink():
-        return f"is a link to {os.readlink(path)}, which does not exist"  # noqa: PTH115 - as it is written
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which leads nowhere"  # noqa: PTH115 - as it is written
     return "is neither a file nor a folder but a pipe, socket or device"
 
 

@@ -68,7 +68,7 @@ def test_a_link_into_a_hidden_store_is_read(tmp_path: Path) -> None:
 def test_a_link_to_nowhere_is_refused_by_name(tmp_path: Path, given: str) -> None:
     write(tmp_path / "in" / "a.jsonl")
     (tmp_path / "in" / "b.jsonl").symlink_to("absent")
-    with pytest.raises(DataError, match=r"b\.jsonl is a link to absent, which does not exist"):
+    with pytest.raises(DataError, match=r"b\.jsonl is a link to absent, which leads nowhere"):
         find_sources([str(tmp_path / given)])
 
 
@@ -107,7 +107,7 @@ def test_markers_and_hidden_entries_are_left_out_and_said(tmp_path: Path, caplog
         (folder / name).write_bytes(b"")
     found = find_inputs([str(folder)])
     assert names(found) == ["_part.jsonl", "part-00000.json"]
-    hidden, marker = "hidden", "marker of another program"
+    hidden, marker = "hidden", "marker or checksum of another program"
     assert rules(found) == {
         ".hidden.jsonl": hidden,
         ".git": hidden,
@@ -190,3 +190,63 @@ def test_the_manifest_names_what_was_left_out(tokenizer_dir: Path, tmp_path: Pat
     assert manifest is not None and manifest.num_left_out == 2
     assert {Path(item["path"]).name for item in manifest.extra["left_out"]["first"]} == {"_SUCCESS", "notes.md"}
     assert json.loads(Path(f"{prefix}.json").read_text())["extra"] == manifest.extra
+
+
+WITHOUT_TEXTS = {
+    "error.jsonl": '{"error": "Access denied"}\n',
+    "page.jsonl": "<html><style>\nbody\n{\n}\n</style></html>\n",
+    "dataset_info.json": '{\n "features": {\n  "text": 1\n }\n}\n',
+    "other.jsonl": '{"content": "a document of another data set"}\n' * 3,
+    "list.jsonl": '{"text": ["a"]}\n[1]\n',
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TEXTS)
+def test_a_file_in_which_no_line_has_the_text_stops_the_run_however_large_the_rest(
+    tokenizer_dir: Path, tmp_path: Path, name: str
+) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", ["the text"] * 500)
+    (tmp_path / "in" / name).write_text(WITHOUT_TEXTS[name])
+    options = PreprocessOptions(
+        inputs=(str(tmp_path / "in"),),
+        tokenizer=str(tokenizer_dir),
+        output_prefix=str(tmp_path / "set"),
+        max_bad_fraction=0.1,
+        shard_bytes=16,  # a file of several segments
+    )
+    with pytest.raises(DataError, match=rf"{name}: no line has a key 'text' with a text"):
+        preprocess(options)
+    assert not (tmp_path / "set.bin").exists()
+
+
+def test_files_whose_texts_are_all_empty_null_or_short_are_data(tokenizer_dir: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", ["the text"] * 500)
+    write_jsonl(tmp_path / "in" / "b.jsonl", [""])
+    write_jsonl(tmp_path / "in" / "c.jsonl", ["x"])
+    (tmp_path / "in" / "d.jsonl").write_text('{"text": null}\n')
+    options = PreprocessOptions(
+        inputs=(str(tmp_path / "in"),),
+        tokenizer=str(tokenizer_dir),
+        output_prefix=str(tmp_path / "set"),
+        max_bad_fraction=0.1,
+        min_length=2,
+    )
+    manifest = preprocess(options).manifest
+    assert (manifest.documents, manifest.rejected, manifest.too_short) == (500, 2, 1)
+
+
+def test_checksums_beside_the_data_are_left_out_and_said(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl.gz")
+    for name in ("a.jsonl.gz.md5", "a.jsonl.gz.crc"):
+        (tmp_path / name).write_bytes(b"crc\x00\x01")
+    found = find_inputs([str(tmp_path)])
+    assert names(found) == ["a.jsonl.gz"]
+    assert rules(found).keys() == {"a.jsonl.gz.md5", "a.jsonl.gz.crc"}
+
+
+@pytest.mark.parametrize(("target", "message"), [("b.jsonl", "leads nowhere"), ("/dev/null", "pipe, socket or device")])
+def test_links_to_themselves_and_to_devices_are_described_as_such(tmp_path: Path, target: str, message: str) -> None:
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(target)
+    with pytest.raises(DataError, match=rf"b\.jsonl .*{message}"):
+        find_sources([str(tmp_path)])
