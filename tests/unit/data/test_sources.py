@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from megatron_itt.data.documents import DocumentReader
+from megatron_itt.data.folders import expand_pattern
 from megatron_itt.data.manifest import read_manifest
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.sources import Inputs, find_inputs, find_sources
@@ -250,3 +251,64 @@ def test_links_to_themselves_and_to_devices_are_described_as_such(tmp_path: Path
     (tmp_path / "b.jsonl").symlink_to(target)
     with pytest.raises(DataError, match=rf"b\.jsonl .*{message}"):
         find_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize("given", ["in/**/*.jsonl", "in/**", "in/*/*.jsonl", "in/*/b.jsonl", "i*/closed/b.jsonl"])
+def test_a_folder_that_a_pattern_may_not_look_into_is_refused_by_name(tmp_path: Path, given: str) -> None:
+    write(tmp_path / "in" / "open" / "a.jsonl")
+    write(tmp_path / "in" / "closed" / "b.jsonl").parent.chmod(0)
+    child = os.fork()
+    if child == 0:
+        outcome = 1
+        try:
+            tmp_path.chmod(0o755)
+            os.chdir(tmp_path)  # the folders above may be closed, too
+            if os.geteuid() == 0:
+                os.setuid(65534)  # root may look into every folder
+            find_sources([given])
+        except DataError as error:
+            outcome = 0 if "closed" in str(error) and "cannot be read" in str(error) else 2
+        finally:
+            os._exit(outcome)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    (tmp_path / "in" / "closed").chmod(0o755)
+
+
+def test_links_back_into_the_input_are_followed_once_by_patterns(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.jsonl")
+    write(tmp_path / "in" / "own" / "b.jsonl")
+    write(tmp_path / "elsewhere" / "c.jsonl")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    for name, target in (("loop", "."), ("again", "."), ("latest", "own"), ("nowhere", "absent")):
+        (tmp_path / "in" / name).symlink_to(target, target_is_directory=True)
+    assert names(find_inputs([str(tmp_path / "in" / "**" / "*.jsonl")])) == ["a.jsonl", "c.jsonl", "b.jsonl"]
+
+
+PATTERNS = {
+    "*.jsonl": "a.jsonl",
+    "**/*.jsonl": "a.jsonl in/b.jsonl in/sub/c.jsonl",
+    "in/*": "in/b.jsonl in/sub",
+    "in/*/": "in/sub",
+    "in/../in/?.jsonl": "in/../in/b.jsonl",
+    ".h/*.jsonl": ".h/d.jsonl",
+    ".*/*": ".h/d.jsonl",
+    "in/.*": "in/.e.jsonl",
+    "i[mno]/**": "in in/sub",
+    "**/sub/*": "in/sub/c.jsonl",
+    "a.jsonl/*": "",
+    "in/\x00*/x": "",
+    "*/\x00": "",
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), PATTERNS.items())
+def test_patterns_match_what_a_shell_matches(
+    tmp_path: Path, given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.jsonl", "in/b.jsonl", "in/sub/c.jsonl", ".h/d.jsonl", "in/.e.jsonl"):
+        write(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert sorted(map(str, expand_pattern(given))) == expected.split()
+    assert sorted(map(str, expand_pattern(f"{tmp_path}/{given}"))) == [
+        f"{tmp_path}/{path}" for path in expected.split()
+    ]
