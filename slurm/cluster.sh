@@ -21,10 +21,12 @@ load_cluster() {
         fail "$file is missing; copy slurm/cluster.env.example to it and fill in what this cluster needs"
     fi
     find_python "$file"
-    local setting
-    for setting in ITT_DATA_ROOT ITT_RUN_ROOT; do
-        [ -z "${!setting:-}" ] || [ -d "${!setting}" ] ||
+    local setting folder
+    for setting in ITT_DATA_ROOT ITT_RUN_ROOT; do # absolute: a job may start in any folder
+        [ -n "${!setting:-}" ] || continue
+        folder=$(cd "$checkout" && cd "${!setting}" 2>/dev/null && pwd) ||
             fail "$setting is ${!setting}, which is not a folder here; correct it in $file"
+        printf -v "$setting" %s "$folder"
     done
     [ -z "${ITT_DATA_ROOT:-}" ] || plan_options+=("--data-root=$ITT_DATA_ROOT")
     [ -z "${ITT_RUN_ROOT:-}" ] || plan_options+=("--run-root=$ITT_RUN_ROOT")

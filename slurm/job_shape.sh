@@ -38,14 +38,18 @@ this_job() {
 show_this_job() { timeout 60 scontrol --oneliner show job "$(this_job)"; }
 
 count_gpus() { # those that a program here would see: CUDA reads CUDA_VISIBLE_DEVICES up to the first that is not there
-    local total seen=0 device
+    local total seen='' device form='' num_seen=0
     total=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
-    [ -n "${CUDA_VISIBLE_DEVICES+set}" ] || { echo "$total"; return; }
-    for device in ${CUDA_VISIBLE_DEVICES//,/ }; do
-        [[ $device =~ ^(GPU|MIG)- ]] || { [[ $device =~ ^[0-9]+$ ]] && ((10#$device < total)); } || break
-        ((seen += 1))
-    done
-    [ "$total" = 0 ] && echo 0 || echo "$seen"
+    if [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || [ "$total" = 0 ]; then echo "$total"; return; fi
+    while read -rd, device; do
+        [[ $device =~ ^(GPU-|MIG-|[0-9]{1,6}$) ]] || break
+        [[ $device == [GM]* ]] || { device=$((10#$device)) && ((device < total)); } || break
+        [ "${form:=${device:0:3}}" = "${device:0:3}" ] || [[ $form$device =~ ^[0-9]+$ ]] || break # ordinals or names, not both
+        [[ ,$seen != *,"$device",* ]] || { num_seen=0; break; } # with one named twice, CUDA sees none
+        seen+=$device, num_seen=$((num_seen + 1))
+        [[ $device != MIG-* ]] || break # a process sees one MIG instance
+    done <<<"$CUDA_VISIBLE_DEVICES,"
+    echo "$num_seen"
 }
 
 name_array_log() { # NAME-JOBID.log does not say which task of an array wrote it: NAME-ARRAY_TASK.log leads there

@@ -82,7 +82,8 @@ is_alive() { # OWNER; one that cannot be asked about counts as alive
         job)
             state=$(squeue -h -j "$name" -o %T 2>&1) || { [[ $state != *"Invalid job id"* ]]; return; }
             [[ $state =~ RUNNING|COMPLETING|SUSPENDED|STOPPED ]] ;;
-        process) [ "$host" != "$(hostname)" ] || kill -0 "$name" 2>/dev/null ;;
+        process) # another host's cannot be asked about; what is no process at all is a damaged claim
+            [[ $name =~ ^[0-9]+$ ]] && [ -n "$host" ] && { [ "$host" != "$(hostname)" ] || kill -0 "$name" 2>/dev/null; } ;;
         *) false ;;
     esac
 }

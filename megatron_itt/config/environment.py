@@ -22,6 +22,7 @@ _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFF
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _HIGHEST_PORT = 65535
+_MOST_DIGITS = 9
 _WHO_SETS_THEM = "torchrun, srun and slurm/launch.sh set such variables; unset them for a run of one process"
 
 
@@ -47,13 +48,14 @@ def process_place() -> ProcessPlace:
 
     Raises ConfigError for values that are no numbers of a job.
     """
-    env = os.environ
-    if env.get("RANK"):
+    if _text("RANK"):
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif all(env.get(name) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID")):
+    elif all(_text(name) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID")):
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     else:
         names = ("", "", "")
+    if not names[0] and _number("WORLD_SIZE", 1) != 1:
+        raise ConfigError(f"WORLD_SIZE is {_text('WORLD_SIZE')} but RANK is not set; {_WHO_SETS_THEM}")
     rank, world_size, local_rank = _number(names[0], 0), _number(names[1], 1), _number(names[2], 0)
     if rank >= world_size:
         raise ConfigError(f"{names[0]} is {rank} but {names[1]} is {world_size}; ranks count from 0; {_WHO_SETS_THEM}")
@@ -64,18 +66,22 @@ def process_place() -> ProcessPlace:
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        master_address=env.get("MASTER_ADDR") or "127.0.0.1",
+        master_address=_text("MASTER_ADDR") or "127.0.0.1",
         master_port=port,
-        world_size_from=names[1] or "neither WORLD_SIZE nor SLURM_NTASKS is set, so this process is alone",
+        world_size_from=names[1] or "neither torchrun nor srun has started this process, so it is alone",
     )
 
 
+def _text(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
 def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, "").strip()
+    text = _text(name)
     if not text:
         return default
-    if not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"{name} is {text!r}, which is no whole number; {_WHO_SETS_THEM}")
+    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
+        raise ConfigError(f"{name} is {text[:40]!r}, which is no whole number of a job; {_WHO_SETS_THEM}")
     return int(text)
 
 

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,10 +30,14 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Rejection:
-    """A line (1-based, within its segment) that gives no document, and why."""
+    """A line (1-based, within its segment) that gives no document, and why.
+
+    `is_record`: it has a text, which is null or empty; it is the line of a file of documents.
+    """
 
     line: int
     reason: str
+    is_record: bool = False
 
 
 class DocumentReader:
@@ -124,8 +128,7 @@ class DocumentReader:
         """A line that orjson does not take: why, unless it is a byte order mark, or a value that is not needed."""
         if line is None:
             return Rejection(self.lines, f"longer than {self.max_line_bytes:,} bytes")
-        if self.lines == 1 and self.segment.offset == 0:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
+        line = line.removeprefix(_BYTE_ORDER_MARK)  # inside a file, too, where files were joined
         try:
             return self._text_of(orjson.loads(line))
         except orjson.JSONDecodeError as error:
@@ -151,8 +154,9 @@ class DocumentReader:
         if text is _ABSENT:
             return Rejection(self.lines, f"no key {self.text_key!r}")
         if not isinstance(text, str):
-            return Rejection(self.lines, f"{self.text_key!r} is {_json_type(text)}, not a string")
-        return text if text else Rejection(self.lines, f"{self.text_key!r} is empty")
+            reason = f"{self.text_key!r} is {_json_type(text)}, not a string"
+            return Rejection(self.lines, reason, is_record=text is None)
+        return text if text else Rejection(self.lines, f"{self.text_key!r} is empty", is_record=True)
 
     def _parquet_rows(self) -> Iterator[str | Rejection]:
         path = self.segment.path
@@ -164,14 +168,14 @@ class DocumentReader:
         try:
             # Where the writer stored checksums of its pages (not all do), damage is noticed in the text itself too.
             with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-                if not _has_column(file.schema_arrow, self.text_key):
+                if not _has_field(file.schema_arrow, self.text_key):
                     raise DataError(
                         f"{path} has no column {self.text_key!r} but {file.schema_arrow.names}; set --text-key"
                     )
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[self.text_key]):
-                    for value in batch.column(0):
+                    for values in zip(*batch.columns, strict=True):  # more than one: `a.b`, and `b` in a struct `a`
                         self.lines += 1
-                        document = self._parquet_text(batch.schema.names[0], value)
+                        document = self._parquet_text(batch.schema.names, values)
                         self._taken = self.segment.length * self.lines // max(1, file.metadata.num_rows)
                         yield document
                 # The counts in the footer and in the headers of pages have no checksum; they must agree.
@@ -182,9 +186,9 @@ class DocumentReader:
             raise self._damaged(str(error).splitlines()[0] if str(error) else "unreadable") from error
         self.sha256 = file_sha256(path)
 
-    def _parquet_text(self, column: str, value: Any) -> str | Rejection:
+    def _parquet_text(self, names: Sequence[str], values: Sequence[Any]) -> str | Rejection:
         try:
-            return self._text_of({column: value.as_py()})
+            return self._text_of({name: value.as_py() for name, value in zip(names, values, strict=True)})
         except UnicodeDecodeError:
             return Rejection(self.lines, "invalid UTF-8")
 
@@ -270,19 +274,14 @@ def _find(row: dict[str, Any], key: str) -> Any:
     return _ABSENT
 
 
-def _has_column(schema: Any, key: str) -> bool:
-    """Whether an Arrow schema has a column, or a field of nested struct columns, that `key` names."""
-    if key in schema.names:
-        return True
-    name, *inner = key.split(".")
-    if not inner or name not in schema.names:
+def _has_field(fields: Any, key: str) -> bool:
+    """Whether an Arrow schema or struct has a field that `key` names, as `_find` reads it."""
+    if not hasattr(fields, "get_all_field_indices"):
         return False
-    kind = schema.field(name).type
-    for name in inner:
-        if not hasattr(kind, "get_field_index") or kind.get_field_index(name) < 0:
-            return False
-        kind = kind.field(name).type
-    return True
+    return any(
+        field.name == key or (key.startswith(f"{field.name}.") and _has_field(field.type, key[len(field.name) + 1 :]))
+        for field in fields
+    )
 
 
 def _parse_tolerantly(line: bytes) -> Any:

@@ -5,20 +5,24 @@ Whether a file holds documents is decided in `sources.py`.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_itt.errors import DataError
 
 HIDDEN = "hidden"
-MARKER = "marker of another program"
+MARKER = "marker or checksum of another program"
 LINKED_TWICE = "link to a folder that is read already"
-# Files and folders that Spark, Hadoop and Delta Lake write beside the data.
+# Files and folders that Spark, Hadoop and Delta Lake write beside the data, and checksums of files.
 _MARKERS = re.compile(
     r"_(SUCCESS|FAILURE|metadata|common_metadata|temporary|delta_log|spark_metadata|started_.*|committed_.*)"
+    r"|lost\+found|.+\.(crc|md5|sha1|sha256|sha512)"
 )
 
 
@@ -78,9 +82,56 @@ class Traversal:
 
 def describe_unreadable(path: Path) -> str:
     """Why a path is neither a file nor a folder."""
-    if path.is_symlink():
-        return f"is a link to {os.readlink(path)}, which does not exist"  # noqa: PTH115 - as it is written
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which leads nowhere"  # noqa: PTH115 - as it is written
     return "is neither a file nor a folder but a pipe, socket or device"
+
+
+def expand_pattern(pattern: str) -> list[Path]:
+    """What a pattern matches, as `glob` does, but `**` follows links and visits each folder once.
+
+    Raises `DataError` or OSError for a folder that the pattern leads through and that cannot be read.
+    """
+    *ways, last = Path(pattern).parts or ("",)
+    paths = [Path()]
+    for way in ways:
+        paths = [path for found in paths for path in _matches(found, way) if path.is_dir() and not is_marker(path)]
+    paths = [path for found in paths for path in _matches(found, last)]
+    return [path for path in paths if path.is_dir()] if pattern.endswith("/") else paths
+
+
+def _matches(folder: Path, part: str) -> Iterator[Path]:
+    """The entries of a folder that one part of a pattern names; for `**` all folders from this one on."""
+    if part == "**":
+        yield from _folders_from(folder)
+    elif any(char in part for char in "*?["):
+        hidden = part.startswith(".")
+        yield from (
+            path
+            for path in _entries(folder)
+            if fnmatch.fnmatchcase(path.name, part) and hidden >= path.name.startswith(".")
+        )
+    else:
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # the last: no path can be so
+            (folder / part).lstat()
+            yield folder / part
+
+
+def _folders_from(start: Path) -> Iterator[Path]:
+    visited: set[str] = set()
+    linked = deque([start])
+    while linked:
+        own = [linked.popleft()]
+        while own:
+            folder = own.pop()
+            real = os.path.realpath(folder)
+            if real in visited:
+                continue
+            visited.add(real)
+            yield folder
+            for path in _entries(folder):
+                if path.is_dir() and _rule_against(path) is None:
+                    (linked if path.is_symlink() else own).append(path)
 
 
 def _entries(folder: Path) -> list[Path]:

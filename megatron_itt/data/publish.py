@@ -107,7 +107,7 @@ def publish(publication: Publication, shards: Sequence[Shard]) -> Manifest:
 
 
 def _check_rejections(publication: Publication, shards: Sequence[Shard]) -> None:
-    """List what was rejected, and refuse the whole when it is too much or leaves nothing."""
+    """List what was rejected; refuse the whole when it is too much, leaves nothing, or is all that a file holds."""
     prefix, limit = publication.prefix, publication.max_bad_fraction
     documents = sum(record.documents for _, record in shards)
     rejected = sum(record.rejected for _, record in shards)
@@ -117,8 +117,27 @@ def _check_rejections(publication: Publication, shards: Sequence[Shard]) -> None
             f"{rejected} of {documents + rejected} lines give no document, more than --max-bad-fraction {limit}; see "
             f"{rejected_path(prefix)}, mend the input or raise the limit"
         )
+    files = [path for path, (lines, records) in _count_by_file(shards).items() if lines > 0 and records == 0]
+    if files:
+        key = publication.encoding.text_key
+        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise DataError(
+            f"input {files[0]}{others}: no line has a key {key!r} with a text, so it is no data; see "
+            f"{rejected_path(prefix)}; leave it out of --input, or download it again"
+        )
     if documents == 0:
         raise DataError(f"the inputs of {prefix} contain no document; check --input, --text-key and --min-length")
+
+
+def _count_by_file(shards: Sequence[Shard]) -> dict[str, tuple[int, int]]:
+    """Lines of each input file, and how many of them are records."""
+    counts: dict[str, tuple[int, int]] = {}
+    for segment in (segment for _, record in shards for segment in record.segments):
+        lines, records = counts.get(segment["path"], (0, 0))
+        # Shards that an earlier version has made do not count records.
+        found = segment.get("records", segment["lines"])
+        counts[segment["path"]] = (lines + segment["lines"], records + found)
+    return counts
 
 
 def _describe(

@@ -89,7 +89,7 @@ class ShardRecord:
     too_short: int = 0
     text_bytes: int = 0
     crc32: dict[str, int] = field(default_factory=dict)  # per file
-    segments: list[dict[str, Any]] = field(default_factory=list)  # path, offset, length, lines, sha256
+    segments: list[dict[str, Any]] = field(default_factory=list)  # path, offset, length, lines, records, sha256
 
 
 def make_shard(task: ShardTask, report: Callable[[tuple[int, ...]], None]) -> ShardRecord:
@@ -161,6 +161,7 @@ class _ShardWriter:
         self.record = ShardRecord(fingerprint=task.fingerprint, crc32=dict.fromkeys(task.options.file_kinds, 0))
         self._tag = uuid.uuid4().hex[:12]  # processes on other machines may have this one's number
         self._num_batches = 0
+        self._num_records = 0  # lines of the current segment that have a text, be it null or empty
         self._files: dict[str, BinaryIO] = {}
         for suffix in task.options.file_kinds:
             self._files[suffix] = self._temporary(suffix).open("wb")
@@ -170,14 +171,14 @@ class _ShardWriter:
 
     def read_segment(self, segment: Segment, report: Callable[[tuple[int, ...]], None]) -> None:
         reader = DocumentReader(segment, text_key=self.task.options.text_key)
-        reported = 0
+        reported = self._num_records = 0
         for texts, lines in self._batches(reader):
             text_bytes, tokens = self._write(texts, lines, segment)
             position = min(reader.position, segment.length or reader.position)
             report((position - reported, text_bytes, tokens))
             reported = position
         report((max(0, segment.length - reported), 0, 0))
-        entry = {**asdict(segment), "lines": reader.lines, "sha256": reader.sha256}
+        entry = {**asdict(segment), "lines": reader.lines, "records": self._num_records, "sha256": reader.sha256}
         self.record.segments.append(entry)
 
     def _batches(self, reader: DocumentReader) -> Iterator[tuple[list[str], list[int]]]:
@@ -188,8 +189,10 @@ class _ShardWriter:
         min_length = self.task.options.min_length
         for item in reader:
             if isinstance(item, Rejection):
+                self._num_records += item.is_record
                 self._reject(reader.segment, item.line, item.reason)
                 continue
+            self._num_records += 1
             size = len(item)
             if size < min_length:
                 self.record.too_short += 1

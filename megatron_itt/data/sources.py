@@ -6,7 +6,6 @@ Reading itself is in `documents.py`.
 
 from __future__ import annotations
 
-import glob
 import gzip
 import io
 import os
@@ -21,6 +20,7 @@ from megatron_itt.data.folders import (
     Traversal,
     describe_left_out,
     describe_unreadable,
+    expand_pattern,
     is_marker,
 )
 from megatron_itt.data.frames import DECOMPRESSION_ERRORS, ZSTD_MAGIC, HashedFile, open_zstd
@@ -125,9 +125,9 @@ def _expand(name: str) -> tuple[list[Segment], list[LeftOut]]:
             return _files_of_folder(path)
         if path.is_file():
             return [_checked_source(path)], []
-        matches = [] if os.path.lexists(path) else glob.glob(name, recursive=True)  # noqa: PTH207 - absolute patterns
+        matches = [] if os.path.lexists(path) else expand_pattern(name)
         if matches:
-            return _files_of_glob(name, [Path(match) for match in sorted(matches)])
+            return _files_of_glob(name, sorted(set(matches), key=str))
     except OSError as error:
         raise DataError(f"input {error.filename or name} cannot be read: {error.strerror}") from error
     if os.path.lexists(path):

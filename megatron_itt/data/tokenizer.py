@@ -157,13 +157,7 @@ def special_token_names(folder: Path) -> dict[str, str]:
     """Names of the special tokens from the files beside `tokenizer.json`, where they exist."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path} is not valid JSON: {error}; save the tokenizer again") from error
+        content = read_settings(folder / name)
         for key in ("bos_token", "eos_token", "pad_token"):
             value = content.get(key)
             if isinstance(value, dict):
@@ -171,6 +165,19 @@ def special_token_names(folder: Path) -> dict[str, str]:
             if isinstance(value, str):
                 found[key] = value
     return found
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON file beside `tokenizer.json`, empty where there is none. Raises `DataError` unless it is an object."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}; save the tokenizer again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds {str(content)[:40]!r} and not a JSON object; save the tokenizer again")
+    return content
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from megatron_itt.data.covering_texts import Difference, covering_texts, first_difference
-from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, special_token_names
+from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, read_settings, special_token_names
 from megatron_itt.errors import DataError
 from megatron_itt.log import get_logger
 
@@ -31,7 +31,8 @@ _MAX_LENGTH = 1_000_000
 def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a folder that AutoTokenizer reads as the data was encoded, with the data's special tokens.
 
-    `tokenizer.json` is copied byte for byte; the class is the one that adds nothing to it.
+    `tokenizer.json` is copied byte for byte, unless it asks for padding or truncation, which data is written without;
+    the class is the one that adds nothing to it.
     """
     source = tokenizer.source_folder
     settings = _read_config(source)
@@ -54,7 +55,7 @@ def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
             (folder / name).write_bytes((source / name).read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_bytes(tokenizer.json_path.read_bytes())
+    (folder / "tokenizer.json").write_bytes(_without_lengths(tokenizer.json_path.read_bytes()))
 
 
 def check_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> Any:
@@ -100,10 +101,10 @@ def warn_of_other_readings(tokenizer: Tokenizer) -> None:
         )
     try:
         loaded = load_with_transformers(source)
+        difference = _difference(tokenizer, loaded)
     except DataError as error:
         get_logger().warning("%s; data, training and export follow its tokenizer.json", error)
         return
-    difference = _difference(tokenizer, loaded)
     if difference is not None:
         get_logger().warning(
             "tokenizer %s: AutoTokenizer reads it as %s, by which %s; data, training and export follow tokenizer.json",
@@ -152,7 +153,13 @@ def load_with_transformers(folder: Path) -> Any:
 
 def _difference(tokenizer: Tokenizer, loaded: Any) -> Difference | None:
     def encode(texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        return loaded(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            return loaded(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # the Rust side raises bare Exception
+            kind = type(loaded).__name__
+            raise DataError(
+                f"tokenizer {tokenizer.path}: AutoTokenizer reads it as {kind}, which fails ({error})"
+            ) from error
 
     return first_difference(tokenizer.encode_batch, encode, _check_texts(tokenizer))
 
@@ -167,6 +174,15 @@ def _check_texts(tokenizer: Tokenizer) -> list[str]:
     source = tokenizer.source_folder
     named = list(special_token_names(source).values()) if source is not None else []
     return [*covering_texts(names, list(dict.fromkeys([*added, *special, *named]))), *tokenizer.check_texts]
+
+
+def _without_lengths(content: bytes) -> bytes:
+    """A `tokenizer.json` that neither pads nor truncates; transformers would take its padding token over."""
+    tokenizer = json.loads(content)
+    lengths = ("padding", "truncation")
+    if not any(tokenizer.get(key) for key in lengths):
+        return content
+    return json.dumps({**tokenizer, **dict.fromkeys(lengths)}, ensure_ascii=False, indent=2).encode()
 
 
 def _special_names(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -192,8 +208,4 @@ def _added_tokens(backend: tokenizers.Tokenizer) -> dict[str, dict[str, Any]]:
 
 
 def _read_config(source: Path | None) -> dict[str, Any]:
-    path = None if source is None else source / "tokenizer_config.json"
-    if path is None or not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return {} if source is None else read_settings(source / "tokenizer_config.json")

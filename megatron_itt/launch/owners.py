@@ -40,7 +40,7 @@ def describe_use(run_dir: object, owner: str) -> str:
 def _is_process_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

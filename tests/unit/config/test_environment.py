@@ -56,7 +56,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, (0, 1, 0, 0, "neither WORLD_SIZE nor SLURM_NTASKS is set")),
+        ({}, (0, 1, 0, 0, "neither torchrun nor srun has started this process")),
         ({"MASTER_PORT": ""}, (0, 1, 0, 0, "neither")),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "77"}, (1, 2, 1, 77, "WORLD_SIZE")),
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0, 0, "neither")),
@@ -101,3 +101,20 @@ def test_a_process_takes_its_own_gpu_of_those_that_it_sees() -> None:
     assert [gpu_index(local_rank, 1) for local_rank in range(4)] == [0, 0, 0, 0]  # each sees its own alone
     with pytest.raises(ConfigError, match="process 4 of this node has no GPU: torch sees 4"):
         gpu_index(4, 4)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "4", "RANK": " "}, {"WORLD_SIZE": "9" * 5000}]
+)
+def test_a_world_size_without_a_rank_is_not_ignored(job: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        job.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is .*(but RANK is not set|no whole number of a job)"):
+        process_place()
+
+
+def test_variables_of_white_space_count_as_not_set(job: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        job.setenv(name, " ")
+    place = process_place()
+    assert (place.rank, place.world_size, place.master_address, place.master_port) == (0, 1, "127.0.0.1", 0)

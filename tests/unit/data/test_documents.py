@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -320,3 +321,35 @@ def test_segments_tell_whether_they_are_whole(tmp_path: Path) -> None:
     assert source.whole
     assert not any(isinstance(part, Segment) and part.whole for part in split_source(source, 50))
     shutil.rmtree(tmp_path)
+
+
+def test_byte_order_marks_inside_a_joined_file_cost_no_document(tmp_path: Path) -> None:
+    part = b"\xef\xbb\xbf" + b'{"text": "one"}\n{"text": "two"}\n'
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_bytes(part * 2)
+    packed.write_bytes(gzip.compress(part) * 2)
+    for path in (plain, packed):
+        assert read_all(path) == (["one", "two"] * 2, [])
+
+
+@pytest.mark.parametrize(
+    ("columns", "key"),
+    [
+        ({"a.b": [{"c": "x"}]}, "a.b.c"),
+        ({"a": [{"b.c": "x"}]}, "a.b.c"),
+        ({"a": [{"b": "other"}], "a.b": ["x"]}, "a.b"),
+        ({"a": [{"b": "other"}], "a.b": [None]}, "a.b"),
+    ],
+)
+def test_keys_with_dots_mean_the_same_in_parquet_and_json(
+    tmp_path: Path, columns: dict[str, list[Any]], key: str
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    row = {name: values[0] for name, values in columns.items()}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n")
+    as_parquet = read_all(tmp_path / "a.parquet", text_key=key)
+    assert as_parquet == read_all(tmp_path / "b.jsonl", text_key=key)
+    assert len(as_parquet[0]) + len(as_parquet[1]) == 1

@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from megatron_itt.data.documents import DocumentReader
+from megatron_itt.data.folders import expand_pattern
 from megatron_itt.data.manifest import read_manifest
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.sources import Inputs, find_inputs, find_sources
@@ -68,7 +69,7 @@ def test_a_link_into_a_hidden_store_is_read(tmp_path: Path) -> None:
 def test_a_link_to_nowhere_is_refused_by_name(tmp_path: Path, given: str) -> None:
     write(tmp_path / "in" / "a.jsonl")
     (tmp_path / "in" / "b.jsonl").symlink_to("absent")
-    with pytest.raises(DataError, match=r"b\.jsonl is a link to absent, which does not exist"):
+    with pytest.raises(DataError, match=r"b\.jsonl is a link to absent, which leads nowhere"):
         find_sources([str(tmp_path / given)])
 
 
@@ -107,7 +108,7 @@ def test_markers_and_hidden_entries_are_left_out_and_said(tmp_path: Path, caplog
         (folder / name).write_bytes(b"")
     found = find_inputs([str(folder)])
     assert names(found) == ["_part.jsonl", "part-00000.json"]
-    hidden, marker = "hidden", "marker of another program"
+    hidden, marker = "hidden", "marker or checksum of another program"
     assert rules(found) == {
         ".hidden.jsonl": hidden,
         ".git": hidden,
@@ -190,3 +191,124 @@ def test_the_manifest_names_what_was_left_out(tokenizer_dir: Path, tmp_path: Pat
     assert manifest is not None and manifest.num_left_out == 2
     assert {Path(item["path"]).name for item in manifest.extra["left_out"]["first"]} == {"_SUCCESS", "notes.md"}
     assert json.loads(Path(f"{prefix}.json").read_text())["extra"] == manifest.extra
+
+
+WITHOUT_TEXTS = {
+    "error.jsonl": '{"error": "Access denied"}\n',
+    "page.jsonl": "<html><style>\nbody\n{\n}\n</style></html>\n",
+    "dataset_info.json": '{\n "features": {\n  "text": 1\n }\n}\n',
+    "other.jsonl": '{"content": "a document of another data set"}\n' * 3,
+    "list.jsonl": '{"text": ["a"]}\n[1]\n',
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TEXTS)
+def test_a_file_in_which_no_line_has_the_text_stops_the_run_however_large_the_rest(
+    tokenizer_dir: Path, tmp_path: Path, name: str
+) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", ["the text"] * 500)
+    (tmp_path / "in" / name).write_text(WITHOUT_TEXTS[name])
+    options = PreprocessOptions(
+        inputs=(str(tmp_path / "in"),),
+        tokenizer=str(tokenizer_dir),
+        output_prefix=str(tmp_path / "set"),
+        max_bad_fraction=0.1,
+        shard_bytes=16,  # a file of several segments
+    )
+    with pytest.raises(DataError, match=rf"{name}: no line has a key 'text' with a text"):
+        preprocess(options)
+    assert not (tmp_path / "set.bin").exists()
+
+
+def test_files_whose_texts_are_all_empty_null_or_short_are_data(tokenizer_dir: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", ["the text"] * 500)
+    write_jsonl(tmp_path / "in" / "b.jsonl", [""])
+    write_jsonl(tmp_path / "in" / "c.jsonl", ["x"])
+    (tmp_path / "in" / "d.jsonl").write_text('{"text": null}\n')
+    options = PreprocessOptions(
+        inputs=(str(tmp_path / "in"),),
+        tokenizer=str(tokenizer_dir),
+        output_prefix=str(tmp_path / "set"),
+        max_bad_fraction=0.1,
+        min_length=2,
+    )
+    manifest = preprocess(options).manifest
+    assert (manifest.documents, manifest.rejected, manifest.too_short) == (500, 2, 1)
+
+
+def test_checksums_beside_the_data_are_left_out_and_said(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl.gz")
+    for name in ("a.jsonl.gz.md5", "a.jsonl.gz.crc"):
+        (tmp_path / name).write_bytes(b"crc\x00\x01")
+    found = find_inputs([str(tmp_path)])
+    assert names(found) == ["a.jsonl.gz"]
+    assert rules(found).keys() == {"a.jsonl.gz.md5", "a.jsonl.gz.crc"}
+
+
+@pytest.mark.parametrize(("target", "message"), [("b.jsonl", "leads nowhere"), ("/dev/null", "pipe, socket or device")])
+def test_links_to_themselves_and_to_devices_are_described_as_such(tmp_path: Path, target: str, message: str) -> None:
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(target)
+    with pytest.raises(DataError, match=rf"b\.jsonl .*{message}"):
+        find_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize("given", ["in/**/*.jsonl", "in/**", "in/*/*.jsonl", "in/*/b.jsonl", "i*/closed/b.jsonl"])
+def test_a_folder_that_a_pattern_may_not_look_into_is_refused_by_name(tmp_path: Path, given: str) -> None:
+    write(tmp_path / "in" / "open" / "a.jsonl")
+    write(tmp_path / "in" / "closed" / "b.jsonl").parent.chmod(0)
+    child = os.fork()
+    if child == 0:
+        outcome = 1
+        try:
+            tmp_path.chmod(0o755)
+            os.chdir(tmp_path)  # the folders above may be closed, too
+            if os.geteuid() == 0:
+                os.setuid(65534)  # root may look into every folder
+            find_sources([given])
+        except DataError as error:
+            outcome = 0 if "closed" in str(error) and "cannot be read" in str(error) else 2
+        finally:
+            os._exit(outcome)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    (tmp_path / "in" / "closed").chmod(0o755)
+
+
+def test_links_back_into_the_input_are_followed_once_by_patterns(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.jsonl")
+    write(tmp_path / "in" / "own" / "b.jsonl")
+    write(tmp_path / "elsewhere" / "c.jsonl")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    for name, target in (("loop", "."), ("again", "."), ("latest", "own"), ("nowhere", "absent")):
+        (tmp_path / "in" / name).symlink_to(target, target_is_directory=True)
+    assert names(find_inputs([str(tmp_path / "in" / "**" / "*.jsonl")])) == ["a.jsonl", "c.jsonl", "b.jsonl"]
+
+
+PATTERNS = {
+    "*.jsonl": "a.jsonl",
+    "**/*.jsonl": "a.jsonl in/b.jsonl in/sub/c.jsonl",
+    "in/*": "in/b.jsonl in/sub",
+    "in/*/": "in/sub",
+    "in/../in/?.jsonl": "in/../in/b.jsonl",
+    ".h/*.jsonl": ".h/d.jsonl",
+    ".*/*": ".h/d.jsonl",
+    "in/.*": "in/.e.jsonl",
+    "i[mno]/**": "in in/sub",
+    "**/sub/*": "in/sub/c.jsonl",
+    "a.jsonl/*": "",
+    "in/\x00*/x": "",
+    "*/\x00": "",
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), PATTERNS.items())
+def test_patterns_match_what_a_shell_matches(
+    tmp_path: Path, given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.jsonl", "in/b.jsonl", "in/sub/c.jsonl", ".h/d.jsonl", "in/.e.jsonl"):
+        write(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert sorted(map(str, expand_pattern(given))) == expected.split()
+    assert sorted(map(str, expand_pattern(f"{tmp_path}/{given}"))) == [
+        f"{tmp_path}/{path}" for path in expected.split()
+    ]

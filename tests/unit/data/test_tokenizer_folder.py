@@ -217,3 +217,36 @@ def test_the_chat_template_and_the_length_limit_are_taken_over(folder: Path, tmp
     load_tokenizer(folder).save(tmp_path / "export")
     loaded = load_with_transformers(tmp_path / "export")
     assert (loaded.model_max_length, loaded.chat_template, loaded.padding_side) == (2048, "{{ messages }}", "left")
+
+
+def test_a_class_that_cannot_encode_at_all_is_said_when_data_is_written(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(folder, tokenizer_class="GemmaTokenizer")  # asks for <unk>
+    warn_of_other_readings(load_tokenizer(folder))
+    assert "follow its tokenizer.json" in caplog.text
+
+
+def test_padding_and_truncation_of_tokenizer_json_stay_behind(folder: Path, tmp_path: Path) -> None:
+    configure(folder, pad_token=None)
+    (folder / "special_tokens_map.json").unlink()
+    texts = make_texts(3)
+    expected = load_tokenizer(folder).encode_batch(texts)
+
+    def pad_and_cut(backend: tokenizers.Tokenizer) -> None:
+        backend.enable_padding(pad_token="[PAD]", pad_id=7, length=300)
+        backend.enable_truncation(5)
+
+    change_json(folder, pad_and_cut)
+    tokenizer = load_tokenizer(folder)
+    assert exported_ids(tokenizer, tmp_path / "export", texts) == expected
+    check_tokenizer_folder(tokenizer, tmp_path / "export")
+    assert load_tokenizer(tmp_path / "export").sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"text"', "{", ""])
+def test_settings_that_are_no_json_object_are_one_line(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name} (is not valid JSON|holds .* and not a JSON object)"):
+        load_tokenizer(folder)
