@@ -121,13 +121,15 @@ class ITTModel(ITTPreTrainedModel):
         thinking_budget: Any = None,
         routing: str | None = None,
         output_routing: bool = False,
-        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> ITTModelOutputWithPast:
         """As `ITTForCausalLM.forward`, without the head."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         complete_thinking(self.config.thinking, len(self.layers))  # it may have been changed since
+        cache_position = kwargs.pop(
+            "cache_position", None
+        )  # of transformers 4; newer ones warn of a name in the signature
         wants_states = wants_hidden_states(self.config, output_hidden_states, output_attentions, kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden.dim() != 3 or not hidden.shape[0]:
@@ -250,7 +252,6 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         thinking_budget: Any = None,
         routing: str | None = None,
         output_routing: bool = False,
-        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> ITTCausalLMOutputWithPast:
         """Logits [b, c, vocab] of input_ids [b, c]; what is left out is read from the config, as in LLaMA.
@@ -274,7 +275,6 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             thinking_budget=thinking_budget,
             routing=routing,
             output_routing=output_routing,
-            cache_position=cache_position,
             return_dict=True,
             **kwargs,
         )
