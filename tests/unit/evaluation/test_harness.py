@@ -142,9 +142,7 @@ def test_an_existing_output_is_kept_unless_overwriting(llama_dir: Path, task_dir
     with pytest.raises(EvaluationError, match="--overwrite"):
         evaluate_export(request)
     assert (output / "old").read_text() == "old"
-    evaluate_export(
-        EvaluationRequest(**{name: getattr(request, name) for name in request.__slots__} | {"overwrite": True})
-    )
+    evaluate_export(replace(request, overwrite=True))
     assert not (output / "old").exists()
     assert read_results(output)["limit"] == 3
 
