@@ -88,7 +88,8 @@ def test_only_what_another_start_would_meet_again_is_noted_as_refused(
     recipe.touch()
     (tmp_path / "in_use").write_text("job 7 start 0\n")
     script = (
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); from megatron_itt import errors, train\n"
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); from megatron_itt import errors\n"
+        "from megatron_itt.commands import train\n"
         f"def fail(): raise errors.{error}\n"
         f"train.main = fail; sys.argv = ['task.py', {str(recipe)!r}]\n"
         f"runpy.run_path({str(ROOT / 'slurm' / 'task.py')!r}, run_name='__main__')"
