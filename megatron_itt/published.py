@@ -1,4 +1,4 @@
-"""Folders that are published whole: written beside their place, renamed when complete, checked before use.
+"""Files and folders that are published whole: written beside their place, renamed when complete, checked before use.
 
 `contents.json` in such a folder lists the size and CRC-32 of every file; files that came later are not looked at.
 """
@@ -20,10 +20,10 @@ def write_contents(folder: Path) -> None:
     listed = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         listed[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc32(path)]
-        _sync(path)
+        flush(path)
     (folder / CONTENTS).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
-    _sync(folder / CONTENTS)
-    _sync(folder)
+    flush(folder / CONTENTS)
+    flush(folder)
 
 
 def find_fault(folder: Path) -> str | None:
@@ -44,17 +44,25 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file in one step."""
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    staging.replace(path)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file's contents, or a folder's list of names, to its storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _crc32(path: Path) -> int:
     crc = 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
             crc = zlib.crc32(chunk, crc)
     return crc
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

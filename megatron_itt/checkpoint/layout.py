@@ -8,7 +8,6 @@ runs/NAME/checkpoints/damaged_step_.../       one whose files changed after it w
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -16,6 +15,7 @@ import uuid
 from pathlib import Path
 
 from megatron_itt.errors import CheckpointError
+from megatron_itt.published import flush
 
 STATE_FILE = "run_state.json"
 LATEST_FILE = "latest"
@@ -85,11 +85,11 @@ def publish(staging: Path, step: int) -> Path:
     root = staging.parent
     final = root / checkpoint_name(step)
     replaced = root / f"{_REPLACED}{final.name}"
-    flush_folder(staging)
+    flush(staging)
     if final.exists():
         final.replace(replaced)
     staging.replace(final)
-    flush_folder(root)
+    flush(root)
     point_latest_at(final)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
@@ -100,9 +100,9 @@ def point_latest_at(checkpoint: Path) -> None:
     root = checkpoint.parent
     marker = root / f".{LATEST_FILE}"
     marker.write_text(checkpoint.name + "\n", encoding="utf-8")
-    flush_file(marker)
+    flush(marker)
     marker.replace(root / LATEST_FILE)
-    flush_folder(root)
+    flush(root)
 
 
 def remove_leftovers(root: Path) -> list[Path]:
@@ -134,21 +134,6 @@ def set_aside(checkpoint: Path) -> Path:
     if place.exists():
         place = checkpoint.with_name(f"{place.name}_{uuid.uuid4().hex[:8]}")
     return checkpoint.replace(place)
-
-
-def flush_file(path: Path) -> None:
-    """Have the system write a file's contents to its storage."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Have the system write a folder's list of names to its storage."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_marker(root: Path) -> str | None:

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_itt.checkpoint.hashes import HASHES_FILE, FileRecord, hash_files, list_files, write_hashes
-from megatron_itt.checkpoint.layout import checkpoint_name, flush_file, flush_folder, new_staging_path, publish
+from megatron_itt.checkpoint.layout import checkpoint_name, new_staging_path, publish
 from megatron_itt.checkpoint.retention import Retention, prune
 from megatron_itt.checkpoint.space import check_space
 from megatron_itt.checkpoint.state import RunState, write_run_state
@@ -32,6 +32,7 @@ from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.config.environment import end_with_parent
 from megatron_itt.errors import CheckpointError, StorageError
 from megatron_itt.log import get_logger
+from megatron_itt.published import flush
 
 _FULL_BYTES = 1 << 20  # a write that failed with less than this left failed for want of room
 _PARTIAL_HASHES = ".hashes_{rank}.json"
@@ -156,7 +157,7 @@ def _write_and_hash(write: Callable[..., None], staging: Path, rank: int, *argum
         records = hash_files(staging, [path.name for path in staging.glob(f"__{rank}_*.distcp")])
         path = staging / _PARTIAL_HASHES.format(rank=rank)
         path.write_text(json.dumps({name: asdict(record) for name, record in records.items()}), encoding="utf-8")
-        flush_folder(staging)
+        flush(staging)
     except OSError:
         get_logger().exception("hashing the files of rank %d failed", rank)
 
@@ -173,7 +174,7 @@ def _write_hashes(staging: Path) -> None:
         raise StorageError(f"the ranks that wrote {', '.join(unhashed)} did not hash them; their logs say why")
     write_hashes(staging, {**records, **hash_files(staging, rest)})
     for name in [*rest, HASHES_FILE]:
-        flush_file(staging / name)
+        flush(staging / name)
 
 
 def _check_room(root: Path) -> None:

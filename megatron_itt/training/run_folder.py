@@ -16,6 +16,7 @@ from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError
 from megatron_itt.launch.refusals import FINISHED_FILE, finished_step
 from megatron_itt.launch.snapshot import source_commit
+from megatron_itt.published import write_atomically
 from megatron_itt.training.run_lock import claimed
 
 RECIPE_FILE = "recipe.yaml"
@@ -104,10 +105,3 @@ def begin_training(config: RunConfig, run_dir: Path) -> None:
 def mark_diverged(run_dir: Path, reason: str) -> None:
     """Write the marker that keeps launchers from starting the run again by themselves."""
     write_atomically(run_dir / DIVERGED_FILE, f"{reason}\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(path)
