@@ -9,7 +9,7 @@ import fnmatch
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,26 +47,8 @@ class Traversal:
 
         Raises `DataError` for an entry that cannot be read: a link to nowhere, a folder without permission, a device.
         """
-        linked = deque([folder])
-        while linked:
-            path = linked.popleft()
-            if os.path.realpath(path) in self._visited:
-                if path != folder:
-                    self.left_out.append(LeftOut(str(path), LINKED_TWICE))
-                continue
-            self._visit_own(path, linked)
-
-    def _visit_own(self, start: Path, linked: deque[Path]) -> None:
-        """Visit a tree without following links to folders, which are appended to `linked`."""
-        folders = [start]
-        while folders:
-            folder = folders.pop()
-            real = os.path.realpath(folder)
-            if real in self._visited:
-                self.left_out.append(LeftOut(str(folder), LINKED_TWICE))
-                continue
-            self._visited.add(real)
-            for path in _entries(folder):
+        for _, entries in _walk(folder, self._visited, self._note_repeated):
+            for path in entries:
                 rule = _rule_against(path)
                 if rule is not None:
                     self.left_out.append(LeftOut(str(path), rule))
@@ -74,10 +56,9 @@ class Traversal:
                     self.files.append(path)
                 elif not path.is_dir():
                     raise DataError(f"input {path} {describe_unreadable(path)}; remove it from the input")
-                elif path.is_symlink():
-                    linked.append(path)
-                else:
-                    folders.append(path)
+
+    def _note_repeated(self, folder: Path) -> None:
+        self.left_out.append(LeftOut(str(folder), LINKED_TWICE))
 
 
 def describe_unreadable(path: Path) -> str:
@@ -103,7 +84,7 @@ def expand_pattern(pattern: str) -> list[Path]:
 def _matches(folder: Path, part: str) -> Iterator[Path]:
     """The entries of a folder that one part of a pattern names; for `**` all folders from this one on."""
     if part == "**":
-        yield from _folders_from(folder)
+        yield from (found for found, _ in _walk(folder, set()))
     elif any(char in part for char in "*?["):
         hidden = part.startswith(".")
         yield from (
@@ -117,8 +98,13 @@ def _matches(folder: Path, part: str) -> Iterator[Path]:
             yield folder / part
 
 
-def _folders_from(start: Path) -> Iterator[Path]:
-    visited: set[str] = set()
+def _walk(
+    start: Path, visited: set[str], repeated: Callable[[Path], None] = lambda folder: None
+) -> Iterator[tuple[Path, list[Path]]]:
+    """Every folder from `start` on with its entries, each once: first those of its own, then those behind links.
+
+    `visited` real paths are passed over, and grow; `repeated` is told of folders below `start` that are.
+    """
     linked = deque([start])
     while linked:
         own = [linked.popleft()]
@@ -126,10 +112,13 @@ def _folders_from(start: Path) -> Iterator[Path]:
             folder = own.pop()
             real = os.path.realpath(folder)
             if real in visited:
+                if folder != start:
+                    repeated(folder)
                 continue
             visited.add(real)
-            yield folder
-            for path in _entries(folder):
+            entries = _entries(folder)
+            yield folder, entries
+            for path in entries:
                 if path.is_dir() and _rule_against(path) is None:
                     (linked if path.is_symlink() else own).append(path)
 
