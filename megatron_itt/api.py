@@ -25,13 +25,19 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return load_config(recipe, overrides)
 
 
+def load_for_this_job(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """As `load_recipe`, with the rules of the layout for the processes of the job that this process is in."""
+    place = process_place()
+    return load_config(recipe, overrides, world_size=place.world_size, world_size_from=place.world_size_from)
+
+
 def train(recipe: Recipe, overrides: Iterable[str] = (), *, allow_changed: Sequence[str] = ()) -> bool:
     """Train in this process of the job, from the newest checkpoint of the run folder on.
 
     Returns whether the run is finished; a signal ends it before, with a checkpoint.
     """
     if not isinstance(recipe, RunConfig):
-        recipe = load_config(recipe, overrides, world_size=process_place().world_size)
+        recipe = load_for_this_job(recipe, overrides)
     parts = use_parts(recipe.precision.parts, device=recipe.runtime.device)
     from megatron_itt.training.loop import train
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,8 +20,8 @@ import yaml
 from megatron_itt.analysis.collect import ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE, is_finite
 from megatron_itt.checkpoint.layout import checkpoint_root, find_latest
 from megatron_itt.errors import DataError
+from megatron_itt.launch.owners import LOCK_FILE, is_alive
 from megatron_itt.training.run_folder import DIVERGED_FILE, FINISHED_FILE, LOG_FILE
-from megatron_itt.training.run_lock import LOCK_FILE
 
 RESTARTS_FILE = "restarts"  # written by slurm/run_folder.sh
 _REASONS = {DIVERGED_FILE: "diverged", "stopped": "stopped", "refused": "refused"}  # marker -> state, with its text
@@ -136,7 +135,7 @@ def _shown(status: RunStatus) -> dict[str, str]:
 def _state(run_dir: Path) -> tuple[str, str | None]:
     """The state, and why."""
     owner = _first_line(run_dir / LOCK_FILE)
-    if owner is not None and _may_be_alive(owner):
+    if owner is not None and is_alive(owner, ask_slurm=False):
         return "running", owner
     if (run_dir / FINISHED_FILE).is_file():
         return "finished", None
@@ -149,14 +148,6 @@ def _state(run_dir: Path) -> tuple[str, str | None]:
     if owner is not None:
         return "interrupted", f"{owner} is gone"
     return ("interrupted" if checkpoint_root(run_dir).is_dir() else "waiting"), None
-
-
-def _may_be_alive(owner: str) -> bool:
-    """By files alone: a process of this machine is alive while /proc has it, another owner counts as alive."""
-    words = owner.split()
-    if len(words) == 4 and words[0] == "process" and words[3] == socket.gethostname():
-        return Path("/proc", words[1]).exists()
-    return bool(words)
 
 
 def _last_lines(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_itt.accounting.report import check_report, format_check
-from megatron_itt.api import train
+from megatron_itt.api import load_for_this_job, train
 from megatron_itt.cli import run
 from megatron_itt.commands.arguments import Flag, Overrides, Recipe, Repeated
 from megatron_itt.config import load_config
@@ -45,9 +45,7 @@ class Train:
             return 0
         place = process_place()
         try:
-            config = load_config(
-                self.recipe, self.overrides, world_size=place.world_size, world_size_from=place.world_size_from
-            )
+            config = load_for_this_job(self.recipe, self.overrides)
             if self.check:
                 parts = use_parts(config.precision.parts, device=config.runtime.device)
                 from megatron_itt.training.loop import check_inputs

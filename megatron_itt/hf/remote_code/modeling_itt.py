@@ -127,9 +127,8 @@ class ITTModel(ITTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         complete_thinking(self.config.thinking, len(self.layers))  # it may have been changed since
-        cache_position = kwargs.pop(
-            "cache_position", None
-        )  # of transformers 4; newer ones warn of a name in the signature
+        # transformers 4 gives it; newer ones warn where the signature names it.
+        cache_position = kwargs.pop("cache_position", None)
         wants_states = wants_hidden_states(self.config, output_hidden_states, output_attentions, kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden.dim() != 3 or not hidden.shape[0]:

@@ -23,6 +23,7 @@ from megatron_itt.errors import ConfigError, DataError
 from tests.unit.data.http_server import FaultyServer, serving
 
 ROOT = Path(__file__).parents[3]
+DOWNLOAD = [sys.executable, "-m", "megatron_itt.cli", "download", "redpajama", "--output"]
 QUICK = Patience(attempts=3, first_wait_s=0.01, longest_wait_s=0.05, timeout_s=5.0)
 FILES = {
     **{f"arxiv/arxiv_{idx}.jsonl": 30_000 + idx for idx in range(6)},
@@ -126,17 +127,7 @@ def test_a_killed_download_goes_on(server: FaultyServer, tmp_path: Path) -> None
     size = 6 << 20
     server.files["/v1.0.0/arxiv/arxiv_0.jsonl"] = random.Random(3).randbytes(size)
     server.faults["/v1.0.0/arxiv/arxiv_0.jsonl"] = ["slow"]
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_itt.cli",
-        "download",
-        "redpajama",
-        "--output",
-        str(tmp_path),
-        "--quiet",
-        "--no-checksums",
-    ]
+    command = [*DOWNLOAD, str(tmp_path), "--quiet", "--no-checksums"]
     command += ["--domains", "arxiv", "--urls", f"{server.base}/v1.0.0/urls.txt"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
@@ -155,17 +146,7 @@ def test_a_killed_download_goes_on(server: FaultyServer, tmp_path: Path) -> None
 
 
 def test_a_dry_run_fetches_nothing(server: FaultyServer, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_itt.cli",
-        "download",
-        "redpajama",
-        "--output",
-        str(tmp_path / "out"),
-        "--dry-run",
-        "--quiet",
-    ]
+    command = [*DOWNLOAD, str(tmp_path / "out"), "--dry-run", "--quiet"]
     command += ["--urls", f"{server.base}/v1.0.0/urls.txt", "--max-tokens", "2B"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
