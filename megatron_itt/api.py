@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_itt.config import RunConfig, load_config
+from megatron_itt.config.backends import use_backend
 from megatron_itt.config.environment import process_place
-from megatron_itt.config.optional_parts import hide_unusable_parts
-from megatron_itt.config.parts import use_parts
+from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.log import silence_known_warnings
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ def train(recipe: Recipe, overrides: Iterable[str] = (), *, allow_changed: Seque
     """
     if not isinstance(recipe, RunConfig):
         recipe = load_for_this_job(recipe, overrides)
-    parts = use_parts(recipe.precision.parts, device=recipe.runtime.device)
+    backend = use_backend(recipe.precision.parts, device=recipe.runtime.device)
     from megatron_itt.training.loop import train
 
-    return train(recipe, parts=parts, allow_changed=allow_changed)
+    return train(recipe, backend=backend, allow_changed=allow_changed)
 
 
 def preprocess(**options: Any) -> Outcome:
@@ -54,7 +54,7 @@ def preprocess(**options: Any) -> Outcome:
 def export_hf(checkpoint: str | Path, output: str | Path, **options: Any) -> ExportReport:
     """Export a checkpoint, or the newest of a run folder; the options are the fields of `hf.options.ExportOptions`."""
     silence_known_warnings()
-    hide_unusable_parts()
+    hide_unusable_packages()
     from megatron_itt.hf.export import ExportOptions, export_checkpoint
 
     return export_checkpoint(checkpoint, output, ExportOptions(**options))
@@ -63,7 +63,7 @@ def export_hf(checkpoint: str | Path, output: str | Path, **options: Any) -> Exp
 def import_hf(model: str | Path, recipe: Recipe, output: str | Path, overrides: Iterable[str] = ()) -> ImportReport:
     """Make a checkpoint of a Hugging Face folder in the run folder `output`."""
     silence_known_warnings()
-    hide_unusable_parts()
+    hide_unusable_packages()
     from megatron_itt.hf.import_weights import import_folder
 
     config = recipe if isinstance(recipe, RunConfig) else load_config(recipe, overrides)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_itt.config.optional_parts import has_nvidia_gpu
+from megatron_itt.config.optional_packages import has_nvidia_gpu
 from tests.helpers.leaving import free_left_trainers, leave_open_job
 
 if not has_nvidia_gpu():

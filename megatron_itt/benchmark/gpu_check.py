@@ -31,7 +31,7 @@ from megatron_itt.benchmark.routed import routed_section
 from megatron_itt.benchmark.scaling import scaling_section
 from megatron_itt.benchmark.sections import Outcome, Section, write_results
 from megatron_itt.benchmark.steps import steps_section
-from megatron_itt.config.parts import choose_parts, use_parts
+from megatron_itt.config.backends import choose_backend, use_backend
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import silence_known_warnings
 
@@ -126,7 +126,7 @@ def usable_parts(device: str) -> list[str]:
     found = []
     for name in ("apex", "transformer_engine"):
         try:
-            found.append(choose_parts(name, device=device).name)
+            found.append(choose_backend(name, device=device).name)
         except ConfigError:
             continue
     return ["native", *found]
@@ -135,7 +135,7 @@ def usable_parts(device: str) -> list[str]:
 def prepare(parts: str, device: str) -> None:
     """In a fresh process, before megatron-core is imported."""
     silence_known_warnings()
-    use_parts(parts, device=device)
+    use_backend(parts, device=device)
 
 
 def slug(text: str) -> str:

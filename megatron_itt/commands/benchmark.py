@@ -12,7 +12,7 @@ from tyro.conf import Suppress
 
 from megatron_itt.benchmark.needed import CheckRequest, require_packages
 from megatron_itt.commands.arguments import Count, Names, Numbers, OptionalCount, Overrides, separated
-from megatron_itt.config.parts import use_parts
+from megatron_itt.config.backends import use_backend
 from megatron_itt.log import silence_known_warnings
 
 EXAMPLES = """
@@ -70,7 +70,7 @@ class Parts:
             torch.set_num_threads(self.threads)
         device = choose_device(self.device, 0).type
         shape = load_shape(self.shape, [f"runtime.device={self.device}", *self.overrides], device=device)
-        print(use_parts(shape.config.precision.parts, device=device), end="\n\n", flush=True)
+        print(use_backend(shape.config.precision.parts, device=device), end="\n\n", flush=True)
         from megatron_itt.benchmark.parts import USUAL, Request, failed, run_request
 
         request = Request(

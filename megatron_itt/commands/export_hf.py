@@ -8,7 +8,7 @@ from pathlib import Path
 from tyro.conf import Suppress
 
 from megatron_itt.commands.arguments import Flag
-from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.hf.options import ExportOptions
 from megatron_itt.log import silence_known_warnings
 
@@ -26,7 +26,7 @@ class Export(ExportOptions):
     def execute(self) -> int:
         """Export and print where the folder is."""
         silence_known_warnings()
-        hide_unusable_parts()
+        hide_unusable_packages()
         from megatron_itt.hf.export import export_checkpoint
 
         options = replace(self, with_tokenizer=not self.no_tokenizer)

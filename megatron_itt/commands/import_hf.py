@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_itt.commands.arguments import Overrides
 from megatron_itt.config import load_config
-from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.log import silence_known_warnings
 
 EXAMPLES = "  itt import --model runs/quickstart/hf --recipe recipes/debug/itt_tiny.yaml --output runs/imported"
@@ -24,7 +24,7 @@ class Import:
         """Import and print where the checkpoint is."""
         config = load_config(self.recipe, self.overrides)
         silence_known_warnings()
-        hide_unusable_parts()
+        hide_unusable_packages()
         from megatron_itt.hf.import_weights import import_folder
 
         report = import_folder(self.model, config, self.output)

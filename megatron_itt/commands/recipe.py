@@ -13,7 +13,7 @@ from megatron_itt.accounting import report
 from megatron_itt.commands.arguments import Flag, Overrides, Recipe
 from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml, dump_config, load_config
-from megatron_itt.config.optional_parts import hide_unusable_parts
+from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import configure_logging, silence_known_warnings
 
@@ -70,7 +70,7 @@ class Check(_OfLayout):
         if self.build is False or (self.build is None and self.world_size is None):
             return report.check_report(config, self.world_size)
         silence_known_warnings()
-        hide_unusable_parts()
+        hide_unusable_packages()
         try:
             from megatron_itt.training.dry_build import built_check_report
         except ImportError as error:
@@ -123,7 +123,7 @@ class Index(_OfRecipe):
     def execute(self) -> int:
         """Build or check the index, print the blend and the folder of the index."""
         silence_known_warnings()
-        hide_unusable_parts()
+        hide_unusable_packages()
         configure_logging()
         from megatron_itt.data.tokenizer import recipe_tokenizer
 

@@ -15,9 +15,9 @@ from megatron_itt.api import load_for_this_job, train
 from megatron_itt.cli import run
 from megatron_itt.commands.arguments import Flag, Overrides, Recipe, Repeated
 from megatron_itt.config import load_config
+from megatron_itt.config.backends import use_backend
 from megatron_itt.config.environment import end_with_torchrun, process_place
 from megatron_itt.config.load import config_to_yaml
-from megatron_itt.config.parts import use_parts
 from megatron_itt.errors import IttError
 from megatron_itt.log import silence_known_warnings
 
@@ -47,13 +47,13 @@ class Train:
         try:
             config = load_for_this_job(self.recipe, self.overrides)
             if self.check:
-                parts = use_parts(config.precision.parts, device=config.runtime.device)
+                backend = use_backend(config.precision.parts, device=config.runtime.device)
                 from megatron_itt.training.loop import check_inputs
 
                 check_inputs(config)
                 if place.rank == 0:
                     fits = f"recipe, layout of {place.world_size} process(es), tokenizer and data fit"
-                    print(f"{self.recipe}: {fits}; {parts}")
+                    print(f"{self.recipe}: {fits}; {backend}")
                     print(format_check(check_report(config, place.world_size)))
                 return 0
             train(config, allow_changed=self.allow_changed)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_itt.config.optional_parts import find_dali
+from megatron_itt.config.optional_packages import find_dali
 from megatron_itt.data.loader import BATCH_KEYS, Batch, TrainLoader
 from megatron_itt.errors import ConfigError
 

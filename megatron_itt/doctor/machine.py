@@ -17,13 +17,13 @@ from typing import Any
 
 from megatron_itt.config import RunConfig
 from megatron_itt.config.environment import process_place
-from megatron_itt.config.optional_parts import (
-    PartStatus,
+from megatron_itt.config.optional_packages import (
+    OptionalPackage,
     find_apex,
     find_dali,
     find_transformer_engine,
     has_nvidia_gpu,
-    hide_unusable_parts,
+    hide_unusable_packages,
 )
 from megatron_itt.doctor.folders import FolderSpeed, folders_of, measure_folders, measure_reading
 from megatron_itt.doctor.gpus import GpuSpeed, find_slow, measure_gpus
@@ -84,7 +84,7 @@ class Diagnosis:
     free_disk_bytes: int
     gpus: list[str]
     required: list[PackageStatus]
-    optional: list[PartStatus]
+    optional: list[OptionalPackage]
     problems: list[str]
     warnings: list[str]
     folders: list[FolderSpeed] = field(default_factory=list)
@@ -107,7 +107,7 @@ def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, sp
     `folders` are measured, and those that a `recipe` writes and reads. `speed` measures GPUs, and, in a job of several
     processes, the links between them: each of its processes must ask for it.
     """
-    hide_unusable_parts()
+    hide_unusable_packages()
     optional = [find_transformer_engine(), find_apex(), find_dali(), *(_find_extra(name) for name in EXTRAS)]
     required = [_find_required(name) for name in REQUIRED]
     gpus, gpu_warnings = _find_gpus(required)
@@ -180,10 +180,10 @@ def _find_required(name: str) -> PackageStatus:
     return PackageStatus(name=name, usable=not reason, version=version, reason=reason)
 
 
-def _find_extra(name: str) -> PartStatus:
+def _find_extra(name: str) -> OptionalPackage:
     module, cost = EXTRAS[name]
     version, reason = _try_package(name, module)
-    return PartStatus(name=name, usable=not reason, version=version, reason=reason, cost=cost)
+    return OptionalPackage(name=name, usable=not reason, version=version, reason=reason, cost=cost)
 
 
 def _try_package(name: str, module: str) -> tuple[str | None, str]:

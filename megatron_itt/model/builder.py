@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_itt.accounting.pipeline import cut_pipeline
-from megatron_itt.config.parts import NATIVE, choose_parts
+from megatron_itt.config.backends import NATIVE, choose_backend
 from megatron_itt.config.run import RunConfig
 from megatron_itt.kernels.forms import has_triton
 from megatron_itt.model.initialisation import initialise_weights
@@ -49,7 +49,7 @@ def build_model(config: RunConfig, *, dtype: torch.dtype, device: torch.device) 
     that cannot be used here.
     """
     wanted = NATIVE if device.type == "meta" else config.precision.parts
-    parts = import_parts(choose_parts(wanted, device=device.type).name)
+    parts = import_parts(choose_backend(wanted, device=device.type).name)
     transformer = transformer_config(config, dtype=dtype, device=device)
     control = RoutingControl()
     virtual_stages = config.parallel.virtual_pipeline

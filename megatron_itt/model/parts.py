@@ -52,6 +52,6 @@ class LayerParts:
 
 
 def import_parts(name: str) -> LayerParts:
-    """Import the classes of a choice (never auto); its package must be usable, see `config.parts.choose_parts`."""
+    """Import the classes of a choice (never auto); its package must be usable, see `config.backends.choose_backend`."""
     classes = {place: getattr(import_module(module), label) for place, (module, label) in PLACES[name].items()}
     return LayerParts(**classes)

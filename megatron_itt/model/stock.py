@@ -10,8 +10,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_itt.config.backends import choose_backend
 from megatron_itt.config.model import ThinkingConfig
-from megatron_itt.config.parts import choose_parts
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.model.builder import BuiltModel, transformer_config
 from megatron_itt.model.initialisation import initialise_weights
@@ -49,5 +49,5 @@ def _layer_spec(
 ) -> ModuleSpec:
     if not same_parts:
         return get_gpt_layer_local_spec(normalization="RMSNorm")
-    parts = import_parts(choose_parts(plain.precision.parts, device=device.type).name)
+    parts = import_parts(choose_backend(plain.precision.parts, device=device.type).name)
     return layer_spec(0, transformer, plain.thinking, RoutingControl(), parts)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_itt.config.parts import ChosenParts
+from megatron_itt.config.backends import ChosenBackend
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.blend import resolve_blend
 from megatron_itt.data.datasets import Datasets, build_datasets, check_blend
@@ -50,11 +50,11 @@ class Run:
     validation_due: bool
 
 
-def train(config: RunConfig, *, parts: ChosenParts | None = None, allow_changed: Sequence[str] = ()) -> bool:
+def train(config: RunConfig, *, backend: ChosenBackend | None = None, allow_changed: Sequence[str] = ()) -> bool:
     """Run a recipe to its last step, resuming from the newest checkpoint in its run folder.
 
     Every process of the job calls this. Returns whether the run is complete; False after a signal asked it to stop, in
-    which case a checkpoint was saved. `parts` is logged. `allow_changed` names what may differ from the checkpoint that
+    which case a checkpoint was saved; logs `backend`. `allow_changed` names what may differ from the checkpoint that
     the run continues from; with `schedule.steps` in it, a finished run trains on to a later step. Raises IttError
     subclasses for bad input, and TrainingDivergedError.
     """
@@ -68,8 +68,8 @@ def train(config: RunConfig, *, parts: ChosenParts | None = None, allow_changed:
             if not has_work:
                 get_logger().info("%s is finished already; choose another logging.run_dir to train again", run_dir)
                 return True
-            if parts is not None:
-                get_logger().info(str(parts))
+            if backend is not None:
+                get_logger().info(str(backend))
             return _run_to_end(_start_or_resume(config, place, tokenizer, stop, allow_changed=allow_changed))
     finally:
         stop_parallel()

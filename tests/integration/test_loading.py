@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_itt.commands.train import main
-from megatron_itt.config.optional_parts import find_dali
+from megatron_itt.config.optional_packages import find_dali
 from megatron_itt.data.corpus_sample import sample_texts
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.errors import EvaluationError, ExportError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_itt.config.optional_parts import find_dali
+from megatron_itt.config.optional_packages import find_dali
 from megatron_itt.data.datasets import build_datasets
 from megatron_itt.data.loader import check_loader, open_loader
 from megatron_itt.errors import ConfigError

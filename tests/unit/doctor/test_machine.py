@@ -46,7 +46,7 @@ def test_every_absent_part_costs_one_named_warning(report: dict[str, Any]) -> No
     assert {"transformer-engine", "apex", "nvidia-dali"} <= {part["name"] for part in report["optional"]}
 
 
-def test_broken_optional_parts_are_warnings_and_exit_code_0(tmp_path: Path) -> None:
+def test_broken_optional_packages_are_warnings_and_exit_code_0(tmp_path: Path) -> None:
     for module in ("transformer_engine", "matplotlib"):
         (tmp_path / f"{module}.py").write_text("raise RuntimeError('broken build')", encoding="utf-8")
     (tmp_path / "apex.py").write_text("", encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_itt.config.optional_parts import find_apex, find_transformer_engine
+from megatron_itt.config.optional_packages import find_apex, find_transformer_engine
 from megatron_itt.model.parts import PLACES, import_parts
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 

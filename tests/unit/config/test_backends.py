@@ -1,4 +1,4 @@
-"""Choosing parts: the best that works, and a clear refusal of what does not. The packages are made up."""
+"""Backend choice: the best usable one, and a clear refusal of an unusable one. The packages are fakes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.config.optional_parts import has_nvidia_gpu
-from megatron_itt.config.parts import choose_parts
+from megatron_itt.config.backends import choose_backend
+from megatron_itt.config.optional_packages import has_nvidia_gpu
 from megatron_itt.errors import ConfigError
-from tests.unit.config.test_optional_parts import (
+from tests.unit.config.test_optional_packages import (
     NVIDIA_APEX,
     PRETEND_GPU,
     WORKING_TRANSFORMER_ENGINE,
@@ -22,10 +22,10 @@ TRANSFORMER_ENGINE = {**WORKING_TRANSFORMER_ENGINE, "transformer_engine/pytorch/
 
 
 def choose(folder: Path, files: dict[str, str], wanted: str, *, device: str = "auto", has_gpu: bool = True) -> str:
-    """What `use_parts` chooses in a fresh interpreter that has these packages, or the error."""
+    """What `use_backend` chooses in a fresh interpreter that has these packages, or the error."""
     code = PRETEND_GPU.format(has_gpu=has_gpu) + (
-        "from megatron_itt.config.parts import use_parts; from megatron_itt.errors import ConfigError\n"
-        f"try:\n    print(use_parts({wanted!r}, device={device!r}))\n"
+        "from megatron_itt.config.backends import use_backend; from megatron_itt.errors import ConfigError\n"
+        f"try:\n    print(use_backend({wanted!r}, device={device!r}))\n"
         "except ConfigError as error:\n    print('refused:', error)"
     )
     folder.mkdir(exist_ok=True)
@@ -36,17 +36,19 @@ def choose(folder: Path, files: dict[str, str], wanted: str, *, device: str = "a
 
 def test_auto_takes_the_best_that_works_and_says_what_is_missing(tmp_path: Path) -> None:
     both, apex = {**TRANSFORMER_ENGINE, **APEX}, {**APEX}
-    assert choose(tmp_path / "both", both, "auto") == "layer parts and AdamW: transformer_engine"
+    assert choose(tmp_path / "both", both, "auto") == "layer and AdamW backend: transformer_engine"
     answer = choose(tmp_path / "apex", apex, "auto")
-    assert answer.startswith("layer parts and AdamW: apex; transformer-engine is not used (not installed): layers and ")
+    assert answer.startswith(
+        "layer and AdamW backend: apex; transformer-engine is not used (not installed): layers and "
+    )
     answer = choose(tmp_path / "none", {}, "auto")
-    assert answer.startswith("layer parts and AdamW: native; transformer-engine is not used (not installed): layers ")
+    assert answer.startswith("layer and AdamW backend: native; transformer-engine is not used (not installed): layers ")
     assert "; apex is not used (not installed): norms, AdamW" in answer
 
 
 def test_auto_stays_native_on_the_cpu_of_a_gpu_machine(tmp_path: Path) -> None:
     answer = choose(tmp_path, {**TRANSFORMER_ENGINE, **APEX}, "auto", device="cpu")
-    assert answer.startswith("layer parts and AdamW: native; transformer-engine is not used (the run is on the CPU)")
+    assert answer.startswith("layer and AdamW backend: native; transformer-engine is not used (the run is on the CPU)")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_auto_stays_native_on_the_cpu_of_a_gpu_machine(tmp_path: Path) -> None:
         (NVIDIA_APEX, "apex", "auto", True, ["precision.parts is apex", "import amp_C fails", "which costs: norms"]),
     ],
 )
-def test_parts_that_the_recipe_insists_on_and_that_do_not_work_are_refused(
+def test_a_required_backend_that_is_unusable_is_refused(
     tmp_path: Path, files: dict[str, str], wanted: str, device: str, has_gpu: bool, expected: list[str]
 ) -> None:
     answer = choose(tmp_path, files, wanted, device=device, has_gpu=has_gpu)
@@ -86,7 +88,7 @@ def test_megatron_core_takes_its_adam_from_the_chosen_package(tmp_path: Path, wa
         "transformer_engine/pytorch/optimizers.py": FUSED_ADAM + "multi_tensor_applier = None\n" + amp,
     }
     code = PRETEND_GPU.format(has_gpu=True) + (
-        f"from megatron_itt.config.parts import use_parts; use_parts({wanted!r})\n"
+        f"from megatron_itt.config.backends import use_backend; use_backend({wanted!r})\n"
         # megatron-core's layers want all of TransformerEngine; its choice of the optimizer is in these lines alone
         "import ast, importlib.util, pathlib\n"
         "place = pathlib.Path(importlib.util.find_spec('megatron.core').origin).parent / 'optimizer/__init__.py'\n"
@@ -100,10 +102,10 @@ def test_megatron_core_takes_its_adam_from_the_chosen_package(tmp_path: Path, wa
     assert done.stdout.strip() == optimizer
 
 
-@pytest.mark.skipif(has_nvidia_gpu(), reason="parts may be usable here")
-def test_a_model_with_parts_that_do_not_work_here_is_refused() -> None:
+@pytest.mark.skipif(has_nvidia_gpu(), reason="a backend may be usable here")
+def test_a_backend_without_its_package_is_refused() -> None:
     for wanted in ("transformer_engine", "apex"):
         with pytest.raises(ConfigError, match=f"precision.parts is {wanted}"):
-            choose_parts(wanted)
-    assert choose_parts("auto").name == "native"
-    assert choose_parts("native").missing == ()
+            choose_backend(wanted)
+    assert choose_backend("auto").name == "native"
+    assert choose_backend("native").missing == ()

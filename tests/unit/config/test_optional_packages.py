@@ -1,4 +1,4 @@
-"""Broken and foreign NVIDIA packages, put on the path of a fresh interpreter that imports the real megatron-core."""
+"""Optional packages: broken and foreign fakes on the path of a fresh interpreter with the real megatron-core."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ NVIDIA_APEX = {
     "apex/normalization/__init__.py": "",
     "fused_layer_norm_cuda.py": "",
 }
-PRETEND_GPU = "from megatron_itt.config import optional_parts as parts; parts.has_nvidia_gpu = lambda: {has_gpu}; "
+PRETEND_GPU = (
+    "from megatron_itt.config import optional_packages as packages; packages.has_nvidia_gpu = lambda: {has_gpu}; "
+)
 
 
 def run_python(folder: Path, files: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +50,7 @@ def run_python(folder: Path, files: dict[str, str], code: str) -> subprocess.Com
 
 
 def run_finder(folder: Path, files: dict[str, str], finder: str, *, has_gpu: bool) -> str:
-    code = PRETEND_GPU.format(has_gpu=has_gpu) + f"part = parts.{finder}(); print(part.usable, part.reason)"
+    code = PRETEND_GPU.format(has_gpu=has_gpu) + f"package = packages.{finder}(); print(package.usable, package.reason)"
     done = run_python(folder, files, code)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -65,13 +67,13 @@ def test_a_broken_transformer_engine_kills_megatron_core_by_itself(tmp_path: Pat
     [(BROKEN_TRANSFORMER_ENGINE, False), (HALF_BROKEN_TRANSFORMER_ENGINE, True), (FOREIGN_APEX, False)],
     ids=["broken", "half-broken", "foreign"],
 )
-def test_megatron_core_imports_when_unusable_parts_are_hidden(
+def test_megatron_core_imports_when_unusable_packages_are_hidden(
     tmp_path: Path, files: dict[str, str], has_gpu: bool
 ) -> None:
     code = PRETEND_GPU.format(has_gpu=has_gpu) + (
-        "print([part.name for part in parts.hide_unusable_parts()]); "
+        "print([package.name for package in packages.hide_unusable_packages()]); "
         "from megatron.core.models.gpt import GPTModel, gpt_layer_specs as specs; "
-        "print(specs.HAVE_TE, specs.HAVE_APEX); print(parts.hide_unusable_parts())"
+        "print(specs.HAVE_TE, specs.HAVE_APEX); print(packages.hide_unusable_packages())"
     )
     done = run_python(tmp_path, files, code)
     assert done.returncode == 0, done.stderr
@@ -79,18 +81,18 @@ def test_megatron_core_imports_when_unusable_parts_are_hidden(
     assert done.stdout.splitlines() == [f"['{name}']", "False False", "[]"]
 
 
-def test_a_hidden_part_is_named_as_such(tmp_path: Path) -> None:
+def test_a_hidden_package_is_named_as_such(tmp_path: Path) -> None:
     code = (
-        "from megatron_itt.config import optional_parts as parts; "
-        "parts.hide_unusable_parts(); print(parts.find_apex().reason)"
+        "from megatron_itt.config import optional_packages as packages; "
+        "packages.hide_unusable_packages(); print(packages.find_apex().reason)"
     )
     done = run_python(tmp_path, FOREIGN_APEX, code)
     assert done.stdout.strip() == "installed, but hidden from this process"
 
 
-def test_usable_parts_stay(tmp_path: Path) -> None:
+def test_usable_packages_stay(tmp_path: Path) -> None:
     code = PRETEND_GPU.format(has_gpu=True) + (
-        "print(parts.hide_unusable_parts()); import sys; print('transformer_engine.pytorch' in sys.modules)"
+        "print(packages.hide_unusable_packages()); import sys; print('transformer_engine.pytorch' in sys.modules)"
     )
     done = run_python(tmp_path, WORKING_TRANSFORMER_ENGINE, code)
     assert done.stdout.splitlines() == ["[]", "True"], done.stderr
@@ -127,7 +129,7 @@ def test_usable_parts_stay(tmp_path: Path) -> None:
         ({"nvidia/__init__.py": ""}, "find_dali", False, "False not installed"),
     ],
 )
-def test_parts_are_judged_by_what_works(
+def test_packages_are_judged_by_what_works(
     tmp_path: Path, files: dict[str, str], finder: str, has_gpu: bool, expected: str
 ) -> None:
     if not files and find_spec(finder.removeprefix("find_")) is not None:
@@ -135,7 +137,7 @@ def test_parts_are_judged_by_what_works(
     assert run_finder(tmp_path, files, finder, has_gpu=has_gpu) == expected
 
 
-def test_every_part_says_what_its_absence_costs() -> None:
-    from megatron_itt.config import optional_parts as parts
+def test_every_package_says_what_its_absence_costs() -> None:
+    from megatron_itt.config import optional_packages as packages
 
-    assert all(find().cost for find in (parts.find_transformer_engine, parts.find_apex, parts.find_dali))
+    assert all(find().cost for find in (packages.find_transformer_engine, packages.find_apex, packages.find_dali))
