@@ -1,4 +1,4 @@
-"""The quickstart and the README's commands, run for real in a copy of the checkout, with a smaller model."""
+"""The quickstart and the documented commands, run for real in a copy of the checkout, with a smaller model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ SMALLER = {
     "validation": {"tokens": 40000, "interval_steps": 6},
     "checkpoint": {"save_interval_steps": 2},
 }
-# What the README shows on a cluster's paths, and what stands there in the copy.
+# Pages whose shell blocks are run, and what replaces the paths of a cluster in them.
+PAGES = ("README.md", "docs/training.md", "docs/exports.md")
 STAND_INS = {
     "/data/redpajama/arxiv/*.jsonl.zst": "runs/quickstart/corpus/code",
     "/data/tokenizer": "runs/quickstart/tokenizer",
@@ -110,15 +111,16 @@ def test_the_results_are_all_there(finished: str, checkout: Path) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def readme_commands() -> list[str]:
-    """Every command of the README's shell blocks, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+def documented_commands() -> list[str]:
+    """Every command in the shell blocks of the pages, once, without comments."""
+    texts = [(ROOT / page).read_text("utf-8") for page in PAGES]
+    blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)]
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_a_command_of_the_readme_works(command: str, finished: str, checkout: Path) -> None:
+@pytest.mark.parametrize("command", documented_commands())
+def test_a_documented_command_works(command: str, finished: str, checkout: Path) -> None:
     if command.startswith("make "):
         done = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, check=False)
         assert done.returncode == 0
