@@ -16,9 +16,9 @@ from typing import Any
 from megatron_itt.benchmark.models import Shape, with_batch
 from megatron_itt.benchmark.sections import Section, markdown_table
 from megatron_itt.config.run import DataConfig, DomainConfig, RunConfig
+from megatron_itt.data.batches.datasets import build_datasets
+from megatron_itt.data.batches.loader import TrainLoader
 from megatron_itt.data.corpus_sample import sample_texts
-from megatron_itt.data.datasets import build_datasets
-from megatron_itt.data.loader import TrainLoader
 from megatron_itt.data.manifest import read_manifest
 from megatron_itt.data.sample_corpus import build_sample_corpus
 from megatron_itt.data.speed import measure_command, measure_engine, num_cores

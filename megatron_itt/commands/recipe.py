@@ -129,8 +129,8 @@ class Index(_OfRecipe):
 
         config = load_config(self.recipe, self.overrides)
         tokenizer = recipe_tokenizer(config)
-        from megatron_itt.data.blend import resolve_blend
-        from megatron_itt.data.datasets import prebuild_index
+        from megatron_itt.data.batches.blend import resolve_blend
+        from megatron_itt.data.batches.datasets import prebuild_index
 
         print(resolve_blend(config).table())
         built = prebuild_index(config, tokenizer=tokenizer)

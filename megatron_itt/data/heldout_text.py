@@ -9,7 +9,7 @@ import orjson
 import zstandard
 
 from megatron_itt.config import RunConfig
-from megatron_itt.data.blend import Domain, resolve_blend
+from megatron_itt.data.batches.blend import Domain, resolve_blend
 from megatron_itt.data.indexed import read_index
 from megatron_itt.data.tokenizer import Tokenizer, recipe_tokenizer
 

@@ -100,6 +100,6 @@ def _check_data(config: RunConfig) -> None:
         raise ConfigError(
             f"{', '.join(missing)}, without .bin and .idx; write them with tools/preprocess.py, or correct the path"
         )
-    from megatron_itt.data.blend import resolve_blend
+    from megatron_itt.data.batches.blend import resolve_blend
 
     resolve_blend(config)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from megatron_itt.config.backends import ChosenBackend
 from megatron_itt.config.run import RunConfig
-from megatron_itt.data.blend import resolve_blend
-from megatron_itt.data.datasets import Datasets, build_datasets, check_blend
-from megatron_itt.data.loader import Loader, check_loader, open_loader
+from megatron_itt.data.batches.blend import resolve_blend
+from megatron_itt.data.batches.datasets import Datasets, build_datasets, check_blend
+from megatron_itt.data.batches.loader import Loader, check_loader, open_loader
 from megatron_itt.data.tokenizer import Tokenizer, recipe_tokenizer
 from megatron_itt.data.tokenizer_folder import check_exportable
 from megatron_itt.errors import ConfigError, DataError, IttError

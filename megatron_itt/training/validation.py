@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_itt.config.run import RunConfig
-from megatron_itt.data.loader import validation_batches
+from megatron_itt.data.batches.loader import validation_batches
 from megatron_itt.training.assemble import Trainer
 from megatron_itt.training.step import Batch, Watch, validation_loss
 

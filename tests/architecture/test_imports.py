@@ -130,7 +130,7 @@ def test_recipes_are_costed_without_loading_torch(module: str) -> None:
 @pytest.mark.parametrize(
     ("path", "imported", "is_upward"),
     [
-        ("megatron_itt/model/layer.py", "megatron_itt.data.blend", True),
+        ("megatron_itt/model/layer.py", "megatron_itt.data.batches.blend", True),
         ("megatron_itt/config/run.py", "megatron_itt.accounting.flops", True),
         ("megatron_itt/training/loop.py", "megatron_itt.train.main", True),
         ("megatron_itt/train.py", "megatron_itt.commands.train", True),

@@ -16,7 +16,7 @@ import torch
 
 from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.commands.train import main
-from megatron_itt.data.loader import TrainLoader
+from megatron_itt.data.batches.loader import TrainLoader
 from megatron_itt.log import run_command
 from megatron_itt.training import validation
 from megatron_itt.training.checkpointing import Checkpointer

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_itt.commands.train import main
 from megatron_itt.config import load_config
-from megatron_itt.data.loader import open_loader
+from megatron_itt.data.batches.loader import open_loader
 from megatron_itt.log import run_command
 from tests.helpers.small_disk import small_disk
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_itt.data.loader import Batch
+from megatron_itt.data.batches.loader import Batch
 from megatron_itt.model.quantiles import summarise_sequences
 from megatron_itt.training.step import averaging_decay, train_step, validation_loss
 from megatron_itt.training.validation import validation_routing

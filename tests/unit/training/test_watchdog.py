@@ -18,7 +18,7 @@ WAITING = Standing(
     waiting=True,
     place="training/step.py:1 (train_step)",
 )
-BUSY = replace(WAITING, rank=1, host="node2", pid=22, waiting=False, place="data/loader.py:9 (gather)")
+BUSY = replace(WAITING, rank=1, host="node2", pid=22, waiting=False, place="data/batches/loader.py:9 (gather)")
 
 
 def message(before: list[Standing], after: list[Standing], world_size: int = 2) -> str:
@@ -33,7 +33,7 @@ def later(standing: Standing) -> Standing:
 def test_a_rank_that_is_busy_elsewhere_is_named_with_its_place() -> None:
     text = message([WAITING, BUSY], [later(WAITING), later(BUSY)])
     assert "not arrived: rank 1 (process 22 on node2)" in text
-    assert "data/loader.py:9" in text
+    assert "data/batches/loader.py:9" in text
     assert "not arrived: rank 0" not in text
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_itt.config.optional_packages import find_dali
-from megatron_itt.data.datasets import build_datasets
-from megatron_itt.data.loader import check_loader, open_loader
+from megatron_itt.data.batches.datasets import build_datasets
+from megatron_itt.data.batches.loader import check_loader, open_loader
 from megatron_itt.errors import ConfigError
-from tests.unit.data.test_loader import CountingDataset
+from tests.unit.data.batches.test_loader import CountingDataset
 
 DALI = find_dali()
 needs_dali = pytest.mark.skipif(not DALI.usable, reason=f"nvidia-dali: {DALI.reason}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_itt.config import RunConfig
-from megatron_itt.data.datasets import build_datasets
+from megatron_itt.data.batches.datasets import build_datasets
 from megatron_itt.data.tokenizer import Tokenizer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_itt.data.sampler import BatchLayout, step_samples, validation_samples
+from megatron_itt.data.batches.sampler import BatchLayout, step_samples, validation_samples
 
 
 @pytest.mark.parametrize(("micro", "num", "ranks"), [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (8, 1, 1)])

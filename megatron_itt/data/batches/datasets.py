@@ -30,8 +30,8 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from megatron_itt.config import RunConfig
-from megatron_itt.data.blend import Blend, Domain, resolve_blend
-from megatron_itt.data.index_cache import build_once
+from megatron_itt.data.batches.blend import Blend, Domain, resolve_blend
+from megatron_itt.data.batches.index_cache import build_once
 from megatron_itt.data.indexed import read_index
 from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, check_vocabulary
 from megatron_itt.errors import ConfigError, DataError

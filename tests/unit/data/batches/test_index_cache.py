@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.data import index_cache
-from megatron_itt.data.index_cache import build_once
+from megatron_itt.data.batches import index_cache
+from megatron_itt.data.batches.index_cache import build_once
 from megatron_itt.errors import DataError
 from megatron_itt.published import CONTENTS, find_fault
 

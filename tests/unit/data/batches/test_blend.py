@@ -13,7 +13,7 @@ import pytest
 from megatron_itt.commands.train import main
 from megatron_itt.config import load_config
 from megatron_itt.config.load import config_to_yaml
-from megatron_itt.data.blend import resolve_blend
+from megatron_itt.data.batches.blend import resolve_blend
 from megatron_itt.data.indexed import read_index
 from megatron_itt.data.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.url_list import DOMAINS
@@ -21,7 +21,7 @@ from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import run_command
 from tests.unit.data.conftest import write_jsonl
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_itt.data.loader import TrainLoader, num_validation_batches, validation_batches
+from megatron_itt.data.batches.loader import TrainLoader, num_validation_batches, validation_batches
 
 SEQUENCE = 4
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_itt.data.datasets import build_datasets, data_fingerprint, prebuild_index
+from megatron_itt.data.batches.datasets import build_datasets, data_fingerprint, prebuild_index
+from megatron_itt.data.batches.loader import gather
 from megatron_itt.data.indexed import read_index
-from megatron_itt.data.loader import gather
 from megatron_itt.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.training.step import find_padding
 from tests.unit.data.conftest import make_texts
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture
@@ -227,8 +227,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(domains: Any, make_config:
 RANK_SCRIPT = """
 import sys, hashlib, torch, torch.distributed as dist
 from megatron_itt.config import load_config
-from megatron_itt.data.datasets import build_datasets
-from megatron_itt.data.loader import TrainLoader
+from megatron_itt.data.batches.datasets import build_datasets
+from megatron_itt.data.batches.loader import TrainLoader
 from megatron_itt.data.tokenizer import load_tokenizer
 
 def main():

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_itt.config.optional_packages import find_dali
-from megatron_itt.data.loader import BATCH_KEYS, Batch, TrainLoader
+from megatron_itt.data.batches.loader import BATCH_KEYS, Batch, TrainLoader
 from megatron_itt.errors import ConfigError
 
 _PREFETCHED_BATCHES = 2

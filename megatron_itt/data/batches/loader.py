@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_itt.data.sampler import BatchLayout, step_samples, validation_samples
+from megatron_itt.data.batches.sampler import BatchLayout, step_samples, validation_samples
 
 # b: micro-batch, s: sequence
 Batch = dict[str, Tensor]  # tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]
@@ -139,7 +139,7 @@ def open_loader(backend: str, dataset: Any, *, device: torch.device, **layout: A
     gathered = TrainLoader(dataset, **layout)
     if backend == "torch":
         return gathered
-    from megatron_itt.data.dali_loader import DaliLoader
+    from megatron_itt.data.batches.dali_loader import DaliLoader
 
     return DaliLoader(gathered, device=device)
 
@@ -147,7 +147,7 @@ def open_loader(backend: str, dataset: Any, *, device: torch.device, **layout: A
 def check_loader(backend: str) -> None:
     """Raise `ConfigError` when the back end cannot be used on this machine."""
     if backend == "dali":
-        from megatron_itt.data.dali_loader import check_dali
+        from megatron_itt.data.batches.dali_loader import check_dali
 
         check_dali()
 
