@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_itt.errors import DataError, EvaluationError
 from megatron_itt.evaluation.exported_model import Budget, ExportedModel
 from megatron_itt.evaluation.perplexity import Window, sliding_windows
-from megatron_itt.hf.remote_code.thinking_itt import thresholds
+from megatron_itt.hf.remote_code.routing_itt import thresholds
 
 Scores = list[list[list[float]]]
 

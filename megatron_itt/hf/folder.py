@@ -15,15 +15,7 @@ from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.data.tokenizer_folder import with_end_of_document, write_tokenizer_folder
 from megatron_itt.errors import DataError, ExportError
 
-REMOTE_CODE_FILES = (
-    "configuration_itt.py",
-    "thinking_itt.py",
-    "cache_itt.py",
-    "memory_itt.py",
-    "arguments_itt.py",
-    "layers_itt.py",
-    "modeling_itt.py",
-)
+REMOTE_CODE_FILES = ("configuration_itt.py", "routing_itt.py", "cache_itt.py", "layers_itt.py", "modeling_itt.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_itt.ITTConfig",
     "AutoModel": "modeling_itt.ITTModel",

@@ -1,5 +1,5 @@
-"""The Hugging Face model of an Inner Thinking Transformer.
+"""Hugging Face model of the Inner Thinking Transformer.
 
-These files are copied into every export and run there alone: they import torch, transformers and each other, nothing
-of this package. How to use one: `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`.
+These files are copied into every export and run there without this package: they import torch, transformers and each
+other only. Load an export with `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`.
 """

@@ -1,16 +1,17 @@
-"""Keys and values of a decoded batch, kept across calls. What attention sees of them is in memory_itt.py.
+"""KV cache for decoding with thinking steps, and the keys and values that a layer's queries read.
 
-What a cached layer holds, no entry twice and no padding token at all:
-- plain layer: one store of the pass over all tokens ("base");
-- thinking layer whose unchanged tokens keep their keys (attend=all): base, and one pool ("states") with an entry for
-  y(0) of every token plus one for each token that changed at a step that another step follows; an entry knows the
-  steps at which it stands for its token;
-- other thinking layers (attend=selected, loop, all tokens changing): base, and one store per routed step.
-Rows of a batch grow at their own pace, so each store keeps its own length per row.
+Cache entries of a layer, none stored twice and none for padding:
+- plain layer: one store of the base pass ("base");
+- thinking layer whose unselected tokens keep their keys (attend=all): base, and one store ("states") with an entry for
+  the base pass output of every token and for each change that a later step reads;
+- other thinking layers (attend=selected, loop, steps that change all tokens): base, and one store per routed step.
+Rows of a batch grow independently, so each store has a length per row.
 
-Shape legend: b rows, g key/value heads, d head size, n selected tokens of the batch, k most selected in a row,
-P places in a store, T thinking steps. A column is a token's place in its row, padding included, over all calls.
-Where several documents are packed into a row, a token sees those columns only that its own document has.
+Imports torch and transformers only; this file is copied into every export.
+
+Shape legend: b rows, g key/value heads, d head size, s tokens of this call, n selected tokens of the batch, k most
+selected tokens of a row, P places in a store, T thinking steps. A cache position counts all tokens of a row, padding
+included, over all calls.
 """
 
 from __future__ import annotations
@@ -20,56 +21,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
-from .thinking_itt import NO_COLUMN, Selection
+from .routing_itt import UNUSED, CallInputs, Selection
 
+logger = logging.get_logger(__name__)
 GROWTH = 1.5
-GRANULE = 16
+PLACES_MULTIPLE = 16
 
 
-class Keys(NamedTuple):
-    """What queries attend to: k, v [b, g, P, d]; mask [b, 1, k, P] (true = attend) or None; causal if square.
+class KeyValues(NamedTuple):
+    """Keys and values k, v [b, g, P, d] and their cache positions [b, P] (UNUSED: no entry).
 
-    lengths: places in use per row, where rows may be read one by one.
+    Without positions every query attends to all keys, or to the keys before it if `is_causal`.
     """
 
     k: Tensor
     v: Tensor
-    mask: Tensor | None
-    causal: bool = False
-    lengths: list[int] | None = None
+    positions: Tensor | None
+    is_causal: bool = False
 
 
-def visible(
-    key_columns: Tensor, query_columns: Tensor, live: Tensor | None = None, starts: Tensor | None = None
-) -> Tensor:
-    """mask [b, 1, k, P]: keys at or before the query's column, and `live` [b, P] if given.
+class KVStore:
+    """Growing keys and values of a batch with a length per row.
 
-    starts [b, k]: the column where each query's document begins; None where all of a row is one document.
-    Unused places have key column NO_COLUMN. Unused query places (NO_COLUMN) attend to everything: their result is
-    thrown away and must only stay finite, for the sake of its gradient.
-    """
-    usable = key_columns >= 0 if live is None else (key_columns >= 0) & live
-    mask = (key_columns[:, None, :] <= query_columns[:, :, None]) & usable[:, None, :]
-    if starts is not None:
-        mask = mask & (key_columns[:, None, :] >= starts[:, :, None])
-    return (mask | (query_columns < 0)[:, :, None])[:, None]
-
-
-class SlotStore:
-    """Growing keys and values of a batch, each row with its own length.
-
-    keys, values [b, g, P, d]; columns [b, P], NO_COLUMN where unused; live [steps, b, P]: does the entry stand for its
-    token at that reading step; lengths: places in use per row, on the host.
+    key_values [2, b, g, P, d]; positions [steps, b, P]: the cache position of an entry at each step that reads the
+    store, UNUSED where the step does not see it; lengths: entries per row, on the host.
     """
 
     def __init__(self, num_read_steps: int = 1) -> None:
-        """num_read_steps: steps that read this store and may see different entries."""
         self.num_read_steps = num_read_steps
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.columns: Tensor | None = None
-        self.live: Tensor | None = None
+        self.key_values: Tensor | None = None
+        self.positions = torch.empty(0)
         self.lengths: list[int] = []
 
     @property
@@ -77,124 +60,88 @@ class SlotStore:
         return max(self.lengths, default=0)
 
     @property
-    def even(self) -> bool:
+    def is_even(self) -> bool:
         """Whether all rows hold the same number of entries."""
-        return not self.lengths or min(self.lengths) == max(self.lengths)
+        return min(self.lengths, default=0) == self.max_length
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None, "append comes first"
-        assert self.columns is not None and self.live is not None, "append comes first"
-        return self.keys, self.values, self.columns, self.live
-
-    def _reserve(self, batch: int, extra: int, like: Tensor) -> None:
-        """Make room for `extra` more places per row; like [n, g, d] gives sizes, dtype and device."""
-        capacity = 0 if self.keys is None else self.keys.shape[2]
+    def _reserve(self, batch: int, extra: int, like: Tensor) -> Tensor:
+        """Make room for `extra` more entries per row; like [n, g, d] gives sizes, dtype and device."""
+        old, size = self.key_values, 0 if self.key_values is None else self.key_values.shape[3]
         needed = max(1, self.max_length + extra)
-        if needed <= capacity:
-            return
-        grown = max(needed, int(capacity * GROWTH)) if capacity else needed
-        grown = (grown + GRANULE - 1) // GRANULE * GRANULE
-        keys = like.new_zeros((batch, like.shape[1], grown, like.shape[2]))
-        values = torch.zeros_like(keys)
-        columns = torch.full((batch, grown), NO_COLUMN, dtype=torch.int32, device=like.device)
-        live = torch.zeros((self.num_read_steps, batch, grown), dtype=torch.bool, device=like.device)
-        if self.keys is None:
+        if old is not None and needed <= size:
+            return old
+        size = -(-max(needed, int(size * GROWTH)) // PLACES_MULTIPLE) * PLACES_MULTIPLE
+        key_values = like.new_zeros((2, batch, like.shape[1], size, like.shape[2]))
+        positions = like.new_full((self.num_read_steps, batch, size), UNUSED, dtype=torch.int32)
+        if old is None:
             self.lengths = [0] * batch
         else:
-            old_keys, old_values, old_columns, old_live = self._tensors()
-            keys[:, :, :capacity] = old_keys
-            values[:, :, :capacity] = old_values
-            columns[:, :capacity] = old_columns
-            live[:, :, :capacity] = old_live
-        self.keys, self.values, self.columns, self.live = keys, values, columns, live
+            key_values[:, :, :, : old.shape[3]] = old
+            positions[:, :, : old.shape[3]] = self.positions
+        self.key_values, self.positions = key_values, positions
+        return key_values
 
-    def append(self, tokens: Selection, columns: Tensor, k: Tensor, v: Tensor, *, created: int = 0) -> Tensor:
-        """Add k, v [n, g, d] of `tokens` at columns [n]; returns their places [n].
+    def append(self, tokens: Selection, positions: Tensor, k: Tensor, v: Tensor, *, created: int = 0) -> Tensor:
+        """Add k, v [n, g, d] of `tokens` at cache positions [n]; return their places [n].
 
-        created: the step that made these states; reading steps after it (1-based) see them.
+        created: the step whose output these are of; the reading steps after it (1-based) see them.
         """
-        self._reserve(tokens.mask.shape[0], tokens.width, k)
-        all_keys, all_values, all_columns, live = self._tensors()
-        first = self.max_length
-        if self.even and tokens.even:
+        key_values, first = self._reserve(tokens.mask.shape[0], tokens.width, k), self.max_length
+        if self.is_even and tokens.is_even:
             place = tokens.rank + first
             span = slice(first, first + tokens.width)
-            all_keys[:, :, span] = tokens.pad(k).transpose(1, 2)
-            all_values[:, :, span] = tokens.pad(v).transpose(1, 2)
-            all_columns[:, span] = tokens.pad(columns)
-            live[created:, :, span] = True
+            key_values[0, :, :, span] = tokens.pad(k).transpose(1, 2)
+            key_values[1, :, :, span] = tokens.pad(v).transpose(1, 2)
+            self.positions[created:, :, span] = tokens.pad(positions)
         else:
             place = torch.tensor(self.lengths, device=k.device)[tokens.row] + tokens.rank
-            all_keys[tokens.row, :, place] = k
-            all_values[tokens.row, :, place] = v
-            all_columns[tokens.row, place] = columns.to(torch.int32)
-            live[created:, tokens.row, place] = True
+            key_values[0, tokens.row, :, place] = k
+            key_values[1, tokens.row, :, place] = v
+            self.positions[created:, tokens.row, place] = positions.to(torch.int32)
         self.lengths = [length + count for length, count in zip(self.lengths, tokens.counts, strict=True)]
         return place
 
-    def replace(self, tokens: Selection, place: Tensor, step: int) -> None:
-        """The entries of `tokens` at place [n] no longer stand for their tokens after `step`."""
-        live = self._tensors()[3]
-        live[step:, tokens.row, place] = False
-
-    def read(self, query_columns: Tensor, starts: Tensor | None = None, *, step: int = 1, newest: bool = False) -> Keys:
-        """What queries at query_columns [b, k] see at the reading step `step` (1-based); starts as in `visible`.
-
-        newest: each row has one query at most, its last column so far, so that every entry lies at or before it.
-        """
-        keys, values, columns, live = self._tensors()
+    def read(self, step: int = 1, *, newest: bool = False) -> KeyValues:
+        """Entries at the reading step `step` (1-based). newest: all entries lie at or before every query."""
+        assert self.key_values is not None, "append comes first"
         used = slice(0, max(1, self.max_length))
-        k, v, live = keys[:, :, used], values[:, :, used], live[step - 1, :, used]
-        if not newest:
-            return Keys(k, v, visible(columns[:, used], query_columns, live, starts))
-        if starts is not None:
-            live = live & (columns[:, used] >= starts)
-        elif self.even and self.num_read_steps == 1:
-            return Keys(k, v, None, lengths=self.lengths)
-        return Keys(k, v, live[:, None, None], lengths=self.lengths)
-
-    def num_entries(self) -> int:
-        return sum(self.lengths)
+        k, v = self.key_values[:, :, :, used]
+        unmasked = newest and self.is_even and self.num_read_steps == 1
+        return KeyValues(k, v, None if unmasked else self.positions[step - 1, :, used])
 
     def nbytes(self) -> int:
         """Bytes allocated, spare room included."""
-        held = [tensor for tensor in (self.keys, self.values, self.columns, self.live) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return 0 if self.key_values is None else self.key_values.nbytes + self.positions.nbytes
 
     def entry_nbytes(self) -> int:
-        """Bytes of the keys and values of the entries in use."""
-        if self.keys is None:
+        """Bytes of the keys and values of the entries."""
+        if self.key_values is None:
             return 0
-        return self.num_entries() * 2 * self.keys.shape[1] * self.keys.shape[3] * self.keys.element_size()
+        return sum(self.lengths) * self.key_values[:, 0, :, 0].nbytes
 
     def select_rows(self, rows: Tensor) -> None:
-        """Row r becomes the former row rows[r]."""
-        if self.keys is None:
-            return
-        keys, values, columns, live = self._tensors()
-        rows = rows.to(keys.device)
-        self.keys, self.values = keys.index_select(0, rows), values.index_select(0, rows)
-        self.columns, self.live = columns.index_select(0, rows), live.index_select(1, rows)
-        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        """Make row r the former row rows[r]."""
+        if self.key_values is not None:
+            rows = rows.to(self.key_values.device)
+            self.key_values = self.key_values.index_select(1, rows)
+            self.positions = self.positions.index_select(1, rows)
+            self.lengths = [self.lengths[row] for row in rows.tolist()]
 
-    def crop(self, num_columns: int) -> None:
-        """Forget the entries of every token at column `num_columns` or later."""
-        if self.keys is None:
+    def crop(self, length: int) -> None:
+        """Remove the entries at cache position `length` or later."""
+        if self.key_values is None:
             return
-        keys, values, columns, live = self._tensors()
-        keep = (columns >= 0) & (columns < num_columns)
+        position = self.positions.amax(dim=0)  # every entry is seen by one step at least
+        keep = (position >= 0) & (position < length)
         order = (~keep).to(torch.int8).argsort(dim=1, stable=True)
-        wide = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        self.keys, self.values = keys.gather(2, wide), values.gather(2, wide)
-        length = keep.sum(dim=1)
-        self.lengths = length.tolist()
-        unused = torch.arange(keep.shape[1], device=keep.device) >= length[:, None]
-        self.columns = columns.gather(1, order).masked_fill(unused, NO_COLUMN)
-        self.live = live.gather(2, order.expand_as(live)) & ~unused
+        self.key_values = self.key_values.gather(3, order[None, :, None, :, None].expand_as(self.key_values))
+        kept = self.positions.masked_fill(~keep, UNUSED)
+        self.positions = kept.gather(2, order.expand_as(kept))
+        self.lengths = keep.sum(dim=1).tolist()
 
 
 class LayerCache:
-    """The stores of one layer: "base", and for a thinking layer "states" or one store per routed step."""
+    """Stores of one layer by name: "base", and for a thinking layer "states" or one store per routed step."""
 
     is_compileable = False
     is_croppable = True
@@ -203,20 +150,102 @@ class LayerCache:
     supports_early_init = False
 
     def __init__(self) -> None:
-        self.stores: dict[str, SlotStore] = {}
+        self.stores: dict[str, KVStore] = {}
 
-    def store(self, name: str, num_read_steps: int = 1) -> SlotStore:
-        """The store of that name, made on first use."""
-        if name not in self.stores:
-            self.stores[name] = SlotStore(num_read_steps)
-        return self.stores[name]
+    def store(self, name: str, num_read_steps: int = 1) -> KVStore:
+        """Return the store of that name, created on first use."""
+        return self.stores.setdefault(name, KVStore(num_read_steps))
+
+
+class CallKeyValues:
+    """Keys and values of one layer and one call without a cache; differentiable."""
+
+    def __init__(self, call: CallInputs) -> None:
+        self.call = call
+        self.current: tuple[Tensor, Tensor] | None = None
+        self.positions = call.cache_position.masked_fill(~call.unpadded.mask, UNUSED)
+
+    def append(self, step: int, tokens: Selection, k: Tensor, v: Tensor, queries: Selection) -> KeyValues:
+        """Return k, v [n, g, d] of `tokens` at thinking step `step`, as `queries` read them."""
+        del step
+        k, v = tokens.pad(k).transpose(1, 2), tokens.pad(v).transpose(1, 2)
+        unpadded = self.call.unpadded is self.call.all_tokens
+        if tokens is queries and tokens.is_all and unpadded and self.call.document_starts is None:
+            return KeyValues(k, v, None, is_causal=tokens.width > 1)
+        return KeyValues(k, v, tokens.pad(tokens.take(self.positions), UNUSED))
+
+    def set_current(self, k: Tensor, v: Tensor) -> None:
+        """Set the k, v [n, g, d] of the base pass output of all tokens."""
+        self.current = self.call.all_tokens.pad(k), self.call.all_tokens.pad(v)
+
+    def update_current(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
+        """Replace k, v [n, g, d] of `tokens`, which changed at `step`."""
+        del step
+        assert self.current is not None, "set_current comes first"
+        self.current = tokens.put(self.current[0], k), tokens.put(self.current[1], v)
+
+    def read_current(self, step: int) -> KeyValues:
+        """Return the keys and values of all tokens before `step`."""
+        del step
+        assert self.current is not None, "set_current comes first"
+        return KeyValues(self.current[0].transpose(1, 2), self.current[1].transpose(1, 2), self.positions)
+
+
+class CachedKeyValues(CallKeyValues):
+    """As CallKeyValues, on top of the cache entries of earlier calls."""
+
+    def __init__(self, call: CallInputs, layer_cache: LayerCache, num_steps: int) -> None:
+        super().__init__(call)
+        self.cache, self.num_steps = layer_cache, num_steps
+        # The first call reads its own tokens only, and with the kernels of a call without a cache.
+        self.is_first = not layer_cache.stores
+        one_per_row = call.unpadded.counts == (1,) * len(call.unpadded.counts) and call.cache_position.shape[1] == 1
+        self.newest = one_per_row and call.document_starts is None
+        self.place = torch.zeros_like(call.cache_position)
+
+    def _drop_padding(self, tokens: Selection, k: Tensor, v: Tensor) -> tuple[Selection, Tensor, Tensor]:
+        """Drop padding from k, v [n, g, d] of all tokens; a smaller selection contains none."""
+        unpadded = self.call.unpadded
+        if tokens.num_tokens == unpadded.num_tokens or tokens.num_tokens < tokens.mask.numel():
+            return tokens, k, v
+        return unpadded, k[unpadded.mask.flatten()], v[unpadded.mask.flatten()]
+
+    def _states(self) -> KVStore:
+        return self.cache.store("states", self.num_steps - 1)
+
+    def _append_states(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
+        positions = tokens.take(self.call.cache_position)
+        self.place = tokens.put(self.place, self._states().append(tokens, positions, k, v, created=step))
+
+    def append(self, step: int, tokens: Selection, k: Tensor, v: Tensor, queries: Selection) -> KeyValues:
+        """As CallKeyValues.append; each step has a store of its own."""
+        store = self.cache.store("base" if step == 0 else f"step_{step}")
+        stored, stored_k, stored_v = self._drop_padding(tokens, k, v)
+        store.append(stored, stored.take(self.call.cache_position), stored_k, stored_v)
+        return super().append(step, tokens, k, v, queries) if self.is_first else store.read(newest=self.newest)
+
+    def set_current(self, k: Tensor, v: Tensor) -> None:
+        """As CallKeyValues.set_current."""
+        self._append_states(0, *self._drop_padding(self.call.all_tokens, k, v))
+        if self.is_first:
+            super().set_current(k, v)
+
+    def update_current(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
+        """As CallKeyValues.update_current."""
+        self._states().positions[step:, tokens.row, tokens.take(self.place)] = UNUSED
+        self._append_states(step, tokens, k, v)
+        if self.is_first:
+            super().update_current(step, tokens, k, v)
+
+    def read_current(self, step: int) -> KeyValues:
+        """As CallKeyValues.read_current."""
+        return super().read_current(step) if self.is_first else self._states().read(step, newest=self.newest)
 
 
 class ITTCache(Cache):
-    """Keys and values of a whole model for cached decoding; `forward` and `generate` make one by themselves.
+    """KV cache of a model. `forward` and `generate` create it.
 
-    tokens [2, b, columns]: of every token so far its position (NO_COLUMN for padding) and the column where its document
-    begins.
+    tokens [2, b, length]: position id of every token so far (UNUSED for padding), and the start of its document.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -225,37 +254,34 @@ class ITTCache(Cache):
         self.made_for: dict[str, Any] | None = None
         self.offloading = False
 
-    @property
-    def num_columns(self) -> int:
-        """Columns seen so far, padding included."""
-        return 0 if self.tokens is None else self.tokens.shape[2]
-
     def claim(self, entries: dict[str, Any]) -> None:
-        """Remember which model this is the cache of, by what its entries depend on. ValueError for another one's."""
+        """Record what the entries depend on. ValueError if the cache belongs to another model."""
         made_for = self.made_for or {"num_hidden_layers": len(self.layers)}
         for name, value in made_for.items():
             if entries[name] != value:
                 raise ValueError(
                     f"past_key_values was made for a model whose {name} is {value}, and this one's is {entries[name]}; "
-                    "a cache goes on with the model that made it alone."
+                    "use a cache only with the model that made it."
                 )
         self.made_for = entries
 
-    def record_call(self, positions: Tensor, starts: Tensor, real: Tensor) -> None:
-        """Remember one call's tokens: position and start of the document of each [b, c]; real is false on padding."""
-        called = torch.stack((positions.masked_fill(~real, NO_COLUMN), starts.expand_as(positions)))
-        self.tokens = called if self.tokens is None else torch.cat((self.tokens, called), dim=2)
+    def record_call(self, call: CallInputs) -> None:
+        """Append the tokens of one call."""
+        positions = call.position_ids.masked_fill(~call.unpadded.mask, UNUSED)
+        starts = torch.zeros_like(positions) if call.document_starts is None else call.document_starts
+        tokens = torch.stack((positions, starts))
+        self.tokens = tokens if self.tokens is None else torch.cat((self.tokens, tokens), dim=2)
 
     def last_tokens(self) -> tuple[Tensor, Tensor]:
-        """Position of each row's last token (NO_COLUMN: none so far) and the column where its document begins, [b]."""
+        """Position id (UNUSED: none so far) and document start of each row's last token, [b]."""
         assert self.tokens is not None, "record_call comes first"
         positions, starts = self.tokens
         last = positions.shape[1] - 1 - (positions >= 0).flip(1).int().argmax(dim=1, keepdim=True)
         return positions.gather(1, last)[:, 0], starts.gather(1, last)[:, 0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen so far, padding included."""
-        return self.num_columns
+        """Tokens per row so far, padding included."""
+        return 0 if self.tokens is None else self.tokens.shape[2]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -265,9 +291,9 @@ class ITTCache(Cache):
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         length = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.num_columns + length, 0
+        return self.get_seq_length() + length, 0
 
-    def _stores(self) -> list[SlotStore]:
+    def _stores(self) -> list[KVStore]:
         return [store for layer in self.layers for store in layer.stores.values()]
 
     def nbytes(self) -> int:
@@ -275,54 +301,44 @@ class ITTCache(Cache):
         return sum(store.nbytes() for store in self._stores())
 
     def entry_nbytes(self) -> int:
-        """Bytes of the keys and values in use, the figure to compare with LLaMA's cache."""
+        """Bytes of the keys and values of all entries, the figure to compare with LLaMA's cache."""
         return sum(store.entry_nbytes() for store in self._stores())
 
     def num_entries(self) -> dict[str, int]:
-        """Entries in use by place, for instance {"1.base": 12, "1.states": 17}."""
+        """Entries by layer and store, for instance {"1.base": 12, "1.states": 17}."""
         layers = enumerate(self.layers)
-        return {f"{idx}.{name}": store.num_entries() for idx, layer in layers for name, store in layer.stores.items()}
-
-    def _select_rows(self, rows: Tensor) -> None:
-        for store in self._stores():
-            store.select_rows(rows)
-        if self.tokens is not None:
-            self.tokens = self.tokens.index_select(1, rows.to(self.tokens.device))
+        return {f"{idx}.{name}": sum(store.lengths) for idx, layer in layers for name, store in layer.stores.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row r becomes the former row beam_idx[r]."""
-        self._select_rows(beam_idx)
+        """Make row r the former row beam_idx[r]."""
+        for store in self._stores():
+            store.select_rows(beam_idx)
+        if self.tokens is not None:
+            self.tokens = self.tokens.index_select(1, beam_idx.to(self.tokens.device))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`."""
-        self._select_rows(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        self.reorder_cache(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times."""
         if self.tokens is not None:
-            rows = torch.arange(self.batch_size, device=self.tokens.device)
-            self._select_rows(rows.repeat_interleave(repeats))
+            self.reorder_cache(torch.arange(self.batch_size, device=self.tokens.device).repeat_interleave(repeats))
 
     def crop(self, length: int) -> None:
-        """Keep the first `length` columns, or drop the last -length ones; 0 changes nothing."""
-        kept = length if length > 0 else self.num_columns + length
-        if kept >= self.num_columns:
-            return
-        if kept <= 0:
+        """Keep the first `length` tokens of each row, or drop the last -length ones; 0 changes nothing."""
+        kept = length if length > 0 else self.get_seq_length() + length
+        if kept <= 0 and self.tokens is not None:
             self.reset()
-            return
-        for store in self._stores():
-            store.crop(kept)
-        assert self.tokens is not None, "there are columns"
-        self.tokens = self.tokens[:, :, :kept]
+        elif self.tokens is not None and kept < self.get_seq_length():
+            for store in self._stores():
+                store.crop(kept)
+            self.tokens = self.tokens[:, :, :kept]
 
     def reset(self) -> None:
-        """Forget everything."""
         self.layers = [LayerCache() for _ in self.layers]
         self.tokens = self.made_for = None
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: cropping never loses an earlier token."""
+        """Do nothing: cropping never loses an earlier token."""
 
     @property
     def is_compileable(self) -> bool:
@@ -330,7 +346,7 @@ class ITTCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self.num_columns > 0
+        return self.tokens is not None
 
     @property
     def batch_size(self) -> int:
@@ -339,3 +355,46 @@ class ITTCache(Cache):
     @property
     def max_batch_size(self) -> int:
         return self.batch_size
+
+
+def resolve_cache(
+    model: Any, past_key_values: ITTCache | None, use_cache: bool | None, batch: int
+) -> tuple[ITTCache | None, bool]:
+    """Return the cache to read and extend, and whether the call returns it.
+
+    As in transformers' models, a given cache is read and extended whatever `use_cache` is.
+    """
+    check_cache_type(past_key_values)
+    use_cache = bool(model.config.use_cache if use_cache is None else use_cache)
+    if model.gradient_checkpointing and model.training:
+        if past_key_values is not None and past_key_values.get_seq_length():
+            raise ValueError("past_key_values cannot be continued under gradient checkpointing; call eval() first.")
+        if use_cache:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing; no cache is returned.")
+        return None, False
+    if past_key_values is None and not use_cache:
+        return None, False
+    config = model.config
+    cache = ITTCache(config.num_hidden_layers) if past_key_values is None else past_key_values
+    if cache.batch_size not in (-1, batch):
+        raise ValueError(f"past_key_values holds {cache.batch_size} rows, but the input has {batch}.")
+    entries = {name: getattr(config, name) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")}
+    thinking = {**config.thinking, "capacity": config.num_routed_steps}
+    cache.claim({**entries, "dtype": str(model.dtype), "thinking": thinking})
+    return cache, use_cache
+
+
+def check_cache_type(past_key_values: Any) -> None:
+    if past_key_values is not None and not isinstance(past_key_values, ITTCache):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}; this model needs its own ITTCache, which "
+            "generate() and use_cache=True create."
+        )
+
+
+def check_cache_implementation(name: str | None) -> None:
+    if name not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation is {name!r}; leave it unset and use generate(), this model makes its own "
+            "ITTCache (and has no continuous batching)."
+        )

@@ -1,4 +1,4 @@
-"""Configuration of the Inner Thinking Transformer: LLaMA's names plus one dictionary `thinking`.
+"""Configuration of the Inner Thinking Transformer: the fields of LLaMA and a dictionary `thinking`.
 
 Imports transformers only; this file is copied into every export.
 """
@@ -9,26 +9,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-KINDS = ("itt", "loop", "none")
-ROUTINGS = ("topk", "topp", "threshold", "none")
-THINKING_DEFAULTS: dict[str, Any] = {
-    "kind": "none",
-    "layers": [],
-    "capacity": [],
-    "alpha": [],
-    "residual": "accumulate",
-    "routing": "topk",
-    "step_encoding": True,
-    "gate": "sigmoid",
-    "reweight": "selected",
-    "attend": "all",
-    "update": "full",
-    "skip": "keep",
-}
+# Switches of config.thinking and their allowed values, the default first.
 SWITCHES: dict[str, tuple[Any, ...]] = {
-    "kind": KINDS,
+    "kind": ("none", "loop", "itt"),
     "residual": ("accumulate", "replace"),
-    "routing": ROUTINGS,
+    "routing": ("topk", "topp", "threshold", "none"),
     "step_encoding": (True, False),
     "gate": ("sigmoid", "tanh"),
     "reweight": ("selected", "symmetric"),
@@ -36,13 +21,17 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "update": ("full", "delta"),
     "skip": ("keep", "literal"),
 }
+THINKING_DEFAULTS: dict[str, Any] = {
+    **{key: allowed[0] for key, allowed in SWITCHES.items()},
+    **{"layers": [], "capacity": [], "alpha": []},
+}
 
 
 def complete_thinking(thinking: dict[str, Any] | None, num_hidden_layers: int) -> dict[str, Any]:
-    """Fill the defaults of the `thinking` dictionary and check every value; ValueError names the key and the way out.
+    """Fill in the defaults of `thinking` and check every value. ValueError names the key, its value and the rule.
 
-    `capacity` holds one share of tokens in (0, 1] per routed step, `alpha` one number per routed step (or one for
-    all), `layers` the 0-based thinking layers.
+    `capacity`: one fraction of tokens in (0, 1] per routed step; `alpha`: one number per routed step, or one for all;
+    `layers`: 0-based indices of the thinking layers.
     """
     given = dict(thinking or {})
     unknown = sorted(set(given) - set(THINKING_DEFAULTS))
@@ -54,9 +43,9 @@ def complete_thinking(thinking: dict[str, Any] | None, num_hidden_layers: int) -
             raise ValueError(f"thinking.{key} is {full[key]!r}; use one of {list(allowed)}.")
     if full["skip"] == "literal" and full["reweight"] == "symmetric":
         raise ValueError("thinking.skip=literal and thinking.reweight=symmetric exclude each other; choose one.")
-    capacity = [float(share) for share in full["capacity"]]
-    if any(not 0.0 < share <= 1.0 for share in capacity):
-        raise ValueError(f"thinking.capacity is {capacity}; each share of tokens must be in (0, 1].")
+    capacity = [float(fraction) for fraction in full["capacity"]]
+    if any(not 0.0 < fraction <= 1.0 for fraction in capacity):
+        raise ValueError(f"thinking.capacity is {capacity}; each fraction of tokens must be in (0, 1].")
     alpha = full["alpha"] if isinstance(full["alpha"], (list, tuple)) else [full["alpha"]] * len(capacity)
     alpha = [float(value) for value in alpha] or [1.0] * len(capacity)
     if len(alpha) != len(capacity):
@@ -68,10 +57,10 @@ def complete_thinking(thinking: dict[str, Any] | None, num_hidden_layers: int) -
 
 
 class ITTConfig(PretrainedConfig):
-    """Shape, thinking pattern and switches of an exported model.
+    """Shape and thinking settings of an exported model.
 
-    `thinking_budget` is the model's default budget: one share of tokens in [0, 1] per routed step (0 skips the step);
-    None means the training capacity. `thinking` is described in `complete_thinking` and in modeling_itt.py.
+    thinking_budget: default budget, one fraction of tokens in [0, 1] per routed step (0 skips the step); None means the
+    training capacity. thinking: see `complete_thinking` and layers_itt.py.
     """
 
     model_type = "itt"
@@ -129,5 +118,5 @@ class ITTConfig(PretrainedConfig):
 
     @property
     def num_routed_steps(self) -> int:
-        """Thinking steps after the full pass, T - 1."""
+        """Thinking steps after the base pass, T - 1."""
         return len(self.thinking["capacity"])

@@ -1,20 +1,19 @@
-"""One layer of the Inner Thinking Transformer: attention, MLP, and the thinking steps around them.
+"""Layers of the Inner Thinking Transformer: attention, MLP, and the thinking steps around them.
 
-Who thinks is decided in thinking_itt.py, what attention sees in memory_itt.py. Imports torch and transformers only;
-this file is copied into every export and works there alone.
+Imports torch and transformers only; this file is copied into every export and works there alone.
 
-What a thinking layer computes (f is the whole layer; keys and values from the context C, original positions, causal):
+A thinking layer computes (f is the whole layer; keys and values from the context C, original positions, causal):
 
-    y = phi_0 * f(x; x)
-    for t in 1 .. T-1:
-        logit = <r_t, y>                 # at least float32
-        M = pick(logit, share_t)         # padding is never picked and does not count
-        y[M] = y[M] + gain * (phi_t * f(y[M]; C))        # gain = (alpha_t * w).to(dtype), w = gate(logit)
+    y = phi_0 * f(x; x)                                         # base pass
+    for t in 1 .. T-1:                                          # routed steps
+        logit = <r_t, y>                                        # at least float32
+        M = select(logit, capacity_t)                           # padding is never selected and does not count
+        y[M] = y[M] + (alpha_t * w) * (phi_t * f(y[M]; C))      # w = gate(logit)
 
 | key of config.thinking | value | meaning |
 |---|---|---|
-| residual | accumulate / replace | as above / y[M] <- f(y[M]; C), nothing else: no w, alpha or phi, phi_0 = 1 too |
-| routing | topk, topp, threshold / none | rule of training (inference: threshold) / all tokens are picked with w = 1 |
+| residual | accumulate / replace | as above / y[M] <- f(y[M]; C), without w, alpha and phi, phi_0 = 1 too |
+| routing | topk, topp, threshold / none | rule of training (inference: threshold) / all tokens selected, w = 1 |
 | step_encoding | true / false | learned phi / phi = 1 |
 | gate | sigmoid / tanh | w |
 | reweight | selected / symmetric | as above / also y[not M] <- y[not M] * w[not M] |
@@ -23,15 +22,15 @@ What a thinking layer computes (f is the whole layer; keys and values from the c
 | skip | keep / literal | tokens not in M stay / y[not M] <- y[not M] + phi_t * y[not M] |
 | kind | itt / loop / none | as above / x <- f(x; x), T times, no weights of its own / LLaMA |
 
-A share of 0 skips the step for its row. Paper: silent on padding and on C. Ours: see above. Source: paper, Eq 1 to 7.
+A capacity of 0 skips the step for its row. Paper: silent on padding and on C. Ours: as above. Source: paper, Eq 1 to 7.
 
-Shape legend: b rows, c tokens of this call, n selected tokens, h hidden, H heads, g key/value heads, d head size.
+Shape legend: b rows, s tokens of this call, n selected tokens, m >= n rows after padding, k most selected tokens of a
+row, h hidden, H heads, g key/value heads, d head size, P keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,42 +38,19 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_itt import ITTCache, Keys
+from .cache_itt import CachedKeyValues, CallKeyValues, ITTCache, KeyValues
 from .configuration_itt import ITTConfig
-from .memory_itt import CachedMemory, DenseMemory
-from .thinking_itt import (
+from .routing_itt import (
     NUM_QUANTILE_INTERVALS,
+    RESIDUALS,
+    ROUTING_RULES,
+    UNUSED,
+    CallInputs,
     Selection,
-    add_thought,
     gate,
-    pick_threshold,
-    pick_topk,
-    pick_topp,
     router_logits,
     thresholds,
 )
-
-
-@dataclass(frozen=True)
-class Call:
-    """What every layer of one forward call shares.
-
-    cos, sin [b, c, d]; positions, columns [b, c]; real [b, c] (false = padding) or None without padding; starts [b, c]:
-    the column where each token's document begins, or None without packed documents; shares [b, T-1]; granule: see
-    `Selection`.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    real: Tensor | None
-    positions: Tensor
-    columns: Tensor
-    starts: Tensor | None
-    everyone: Selection
-    everyone_real: Selection
-    shares: Tensor
-    routing: str
-    granule: int
 
 
 class ITTRMSNorm(nn.Module):
@@ -85,34 +61,20 @@ class ITTRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
 
 
-class ITTLinear(nn.Linear):
-    """A linear layer without bias that multiplies a handful of rows on the CPU from the other side.
-
-    BLAS kernels for few rows pack the weights anew at each call; with the operands exchanged they do not, which takes
-    4 to 31 float32 rows to about 0.7 of the time (MKL). Full passes come in multiples of 32 rows and never get here.
-    """
-
-    def __init__(self, num_inputs: int, num_outputs: int) -> None:
-        super().__init__(num_inputs, num_outputs, bias=False)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        if rows.dim() == 2 and 4 <= rows.shape[0] < 32 and rows.device.type == "cpu" and rows.dtype == torch.float32:
-            return (self.weight @ rows.t()).t().contiguous()
-        return nn.functional.linear(rows, self.weight)
-
-
-def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of rows [n, heads, d] with cos, sin [n, d], halves paired as in LLaMA."""
-    first, second = rows.chunk(2, dim=-1)
-    return rows * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+def rotary_cos_sin(config: ITTConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [b, s, d] of position_ids [b, s], computed in float32."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device) / config.head_dim
+    angles = position_ids[..., None].float() * (1.0 / config.rope_theta**exponent)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class ITTAttention(nn.Module):
-    """Attention whose queries and keys may come from different sets of tokens."""
+    """Attention with its QKV projection, rotary embedding and masks. Queries and keys may be of different tokens."""
 
     is_causal = True
 
@@ -124,58 +86,65 @@ class ITTAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         query_size, key_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = ITTLinear(config.hidden_size, query_size)
-        self.k_proj = ITTLinear(config.hidden_size, key_size)
-        self.v_proj = ITTLinear(config.hidden_size, key_size)
-        self.o_proj = ITTLinear(query_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def keys_values(self, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """normed [m, h] whose first n rows count, cos, sin [n, d] -> k, v [n, g, d], k rotated."""
-        num_tokens = cos.shape[0]
-        k = self.k_proj(normed)[:num_tokens].unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(normed)[:num_tokens].unflatten(-1, (-1, self.head_dim))
-        return rotate(k, cos, sin), v
+    def key_values(self, hidden_states: Tensor, tokens: Selection, call: CallInputs) -> tuple[Tensor, Tensor]:
+        """Project normed hidden_states [m, h] of `tokens` to k, v [n, g, d], k rotated."""
+        v = self.v_proj(hidden_states)[: tokens.num_tokens].unflatten(-1, (-1, self.head_dim))
+        return self._project_rotated(self.k_proj, hidden_states, tokens, call), v
 
-    def forward(self, normed: Tensor, cos: Tensor, sin: Tensor, queries: Selection, keys: Keys) -> Tensor:
-        """normed [m, h] whose first n rows are `queries`, cos, sin [n, d] -> [m, h], attending to `keys`."""
-        q = rotate(self.q_proj(normed)[: cos.shape[0]].unflatten(-1, (-1, self.head_dim)), cos, sin)
-        if keys.lengths is not None and q.device.type == "cpu":
-            out = self._attend_row_by_row(q, queries.rows(), keys)
-        else:
-            out = queries.unpad(self._attend(queries.pad(q).transpose(1, 2), keys).flatten(2))
-        return self.o_proj(queries.fill_up(out))
+    def forward(self, hidden_states: Tensor, queries: Selection, kv: KeyValues, call: CallInputs) -> Tensor:
+        """Attend from normed hidden_states [m, h] of `queries` to `kv` -> [m, h]."""
+        q = queries.pad(self._project_rotated(self.q_proj, hidden_states, queries, call)).transpose(1, 2)
+        output = queries.unpad(self._attend(q, kv, self._mask(queries, kv, call)).flatten(2))
+        return self.o_proj(queries.pad_rows(output))
 
-    def _attend(self, q: Tensor, keys: Keys) -> Tensor:
+    def _project_rotated(
+        self, projection: nn.Linear, hidden_states: Tensor, tokens: Selection, call: CallInputs
+    ) -> Tensor:
+        """Project [m, h] to heads [n, heads, d] and apply the rotary embedding, halves paired as in LLaMA."""
+        heads = projection(hidden_states)[: tokens.num_tokens].unflatten(-1, (-1, self.head_dim))
+        cos, sin = (tokens.take(table)[:, None] for table in call.position_embeddings)
+        first, second = heads.chunk(2, dim=-1)
+        return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+    def _mask(self, queries: Selection, kv: KeyValues, call: CallInputs) -> Tensor | None:
+        """Mask [b, 1, k, P], true where a query attends: to keys of its document, up to its own position.
+
+        Unused query places attend to everything: their result is discarded and only has to stay finite, for gradients.
+        """
+        if kv.positions is None:
+            return None
+        positions = queries.pad(queries.take(call.cache_position), UNUSED)[:, :, None]
+        keys = kv.positions[:, None, :]
+        mask = (keys <= positions) & (keys >= 0)
+        if call.document_starts is not None:
+            mask = mask & (keys >= queries.pad(queries.take(call.document_starts), UNUSED)[:, :, None])
+        return (mask | (positions < 0))[:, None]
+
+    def _attend(self, q: Tensor, kv: KeyValues, mask: Tensor | None) -> Tensor:
         """q [b, H, k, d] -> [b, k, H, d]."""
-        k, v = keys.k, keys.v
-        if keys.mask is None and self.config._attn_implementation not in (None, "sdpa", "eager"):
+        k, v = kv.k, kv.v
+        if mask is None and self.config._attn_implementation not in (None, "sdpa", "eager"):
             attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-            out, _ = attend(self, q, k, v, None, dropout=0.0, scaling=self.scaling, is_causal=keys.causal)
-            return out
+            output, _ = attend(self, q, k, v, None, dropout=0.0, scaling=self.scaling, is_causal=kv.is_causal)
+            return output
         if q.shape[2] == 1:
-            # The queries of a group share their keys, so they stand in for several positions; nothing is repeated.
+            # The heads of a group share keys and take the place of positions, so that keys are not repeated.
             grouped = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim)
-            out = nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=keys.mask, scale=self.scaling)
-            return out.reshape(q.shape).transpose(1, 2)
+            output = nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=self.scaling)
+            return output.reshape(q.shape).transpose(1, 2)
         enable_gqa = self.num_key_value_groups > 1
-        if enable_gqa and keys.mask is not None:
-            k, v = (t.repeat_interleave(self.num_key_value_groups, dim=1) for t in (k, v))
+        if enable_gqa and mask is not None:
+            k, v = (tensor.repeat_interleave(self.num_key_value_groups, dim=1) for tensor in (k, v))
             enable_gqa = False
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=keys.mask, is_causal=keys.causal, scale=self.scaling, enable_gqa=enable_gqa
+        output = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=kv.is_causal, scale=self.scaling, enable_gqa=enable_gqa
         )
-        return out.transpose(1, 2)
-
-    def _attend_row_by_row(self, q: Tensor, rows: list[int], keys: Keys) -> Tensor:
-        """One query in each of `rows`: q [n, H, d] -> [n, H d]; reads these rows' keys only, each to its length."""
-        assert keys.lengths is not None, "the caller looked"
-        outs = []
-        for index, row in enumerate(rows):
-            used = slice(0, keys.lengths[row])
-            mask = None if keys.mask is None else keys.mask[row : row + 1, :, :, used]
-            alone = Keys(keys.k[row : row + 1, :, used], keys.v[row : row + 1, :, used], mask)
-            outs.append(self._attend(q[index : index + 1, :, None], alone).flatten(2)[:, 0])
-        return torch.cat(outs)
+        return output.transpose(1, 2)
 
 
 class ITTMLP(nn.Module):
@@ -183,18 +152,18 @@ class ITTMLP(nn.Module):
 
     def __init__(self, config: ITTConfig) -> None:
         super().__init__()
-        self.gate_proj = ITTLinear(config.hidden_size, config.intermediate_size)
-        self.up_proj = ITTLinear(config.hidden_size, config.intermediate_size)
-        self.down_proj = ITTLinear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, normed: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(normed)) * self.up_proj(normed))
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class ITTThinking(nn.Module):
     """Weights of a thinking layer: router [T-1, h], step_encoding [T, h], logit_quantiles [T-1, 1025] (float32).
 
-    With one thinking step (T = 1) there is no router and no table.
+    With one thinking step (T = 1) there are no router and no quantiles.
     """
 
     router: Tensor | None
@@ -209,7 +178,7 @@ class ITTThinking(nn.Module):
         self.register_buffer("logit_quantiles", quantiles)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ITTThinking:
-        # bf16 thresholds would move the realised share by percents, so a cast of the model leaves them in float32.
+        # bf16 thresholds would shift the realised capacity by percents, so a cast of the model keeps them in float32.
         before = self.logit_quantiles
         super()._apply(fn, recurse)
         after = self.logit_quantiles
@@ -217,19 +186,20 @@ class ITTThinking(nn.Module):
             self.logit_quantiles = before.to(after.device, torch.float32)
         return self
 
-    def bars(self, call: Call) -> Tensor:
-        """What the rule of this call compares with, [b, T-1]: thresholds, or shares of the sequence."""
-        assert self.logit_quantiles is not None, "a routed step has a table"
-        return thresholds(self.logit_quantiles, call.shares) if call.routing == "threshold" else call.shares
+    def limits(self, call: CallInputs) -> Tensor:
+        """What the routing rule compares with, [b, T-1]: thresholds, or the budget itself."""
+        assert self.logit_quantiles is not None, "a routed step has quantiles"
+        budget = call.thinking_budget
+        return thresholds(self.logit_quantiles, budget) if call.routing == "threshold" else budget
 
-    def choose(self, hidden: Tensor, step: int, call: Call, bars: Tensor) -> tuple[Selection, Tensor]:
-        """Who thinks at routed step `step` in 1 .. T-1: hidden [b, c, h], `bars` above -> selection, logits [b, c]."""
+    def select(self, hidden_states: Tensor, step: int, call: CallInputs, limits: Tensor) -> tuple[Selection, Tensor]:
+        """Selection and router logits [b, s] of routed step `step` for hidden_states [b, s, h]."""
         assert self.router is not None, "a routed step has a router"
-        logits = router_logits(hidden, self.router[step - 1])
-        pick = {"threshold": pick_threshold, "topk": pick_topk, "topp": pick_topp}[call.routing]
-        picked = Selection.from_mask(pick(logits, bars[:, step - 1], call.everyone_real.mask), call.granule)
-        everyone = picked.num_tokens == call.everyone.num_tokens and call.granule == 1
-        return call.everyone if everyone else picked, logits
+        logits = router_logits(hidden_states, self.router[step - 1])
+        mask = ROUTING_RULES[call.routing](logits, limits[:, step - 1], call.unpadded.mask)
+        selected = Selection.from_mask(mask, call.multiple_of)
+        is_all = selected.num_tokens == call.all_tokens.num_tokens and call.multiple_of == 1
+        return call.all_tokens if is_all else selected, logits
 
 
 class ITTDecoderLayer(GradientCheckpointingLayer):
@@ -238,9 +208,9 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: ITTConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        thinks = layer_idx in config.thinking["layers"]
-        self.kind = config.thinking["kind"] if thinks else "none"
         self.switches = config.thinking
+        thinks = layer_idx in self.switches["layers"]
+        self.kind = self.switches["kind"] if thinks else "none"
         self.num_steps = config.num_routed_steps + 1 if thinks else 1
         self.self_attn = ITTAttention(config, layer_idx)
         self.mlp = ITTMLP(config)
@@ -248,126 +218,111 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
         if self.kind == "itt":
             self.thinking = ITTThinking(config)
-        treats_skipped = self.switches["skip"] == "literal" or self.switches["reweight"] == "symmetric"
-        changes_all = treats_skipped and self.switches["residual"] == "accumulate"
-        picks_all = self.kind == "loop" or self.switches["routing"] == "none"
-        self.keeps_keys = self.switches["attend"] == "all" and not changes_all and not picks_all
+        changes_unselected = self.switches["skip"] == "literal" or self.switches["reweight"] == "symmetric"
+        changes_all = changes_unselected and self.switches["residual"] == "accumulate"
+        selects_all = self.kind == "loop" or self.switches["routing"] == "none"
+        self.keeps_keys = self.switches["attend"] == "all" and not changes_all and not selects_all
 
     def forward(
-        self, hidden: Tensor, call: Call, past_key_values: ITTCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden [b, c, h] -> the layer's result [b, c, h] and, if it thinks, who was picked [b, T-1, c]."""
-        memory: DenseMemory | CachedMemory = DenseMemory(call.real, call.columns, call.starts)
-        if past_key_values is not None:
-            layer_cache = past_key_values.layers[self.layer_idx]
-            memory = CachedMemory(
-                layer_cache,
-                call.columns,
-                call.starts,
-                num_steps=self.num_steps,
-                everyone_real=call.everyone_real,
-                real=call.real,
-            )
-        everyone = call.everyone
-        keys = memory.exchange(0, everyone, *self._keys_values(hidden, everyone, call), everyone)
-        state = everyone.put(hidden, self._f(everyone.take(hidden), everyone, call, keys))
-        if self.kind == "none":
-            return state, None
-        if self.kind == "loop":
-            return self._loop(state, call, memory), None
-        return self._think(state, call, memory)
+        self, hidden_states: Tensor, call: CallInputs, past_key_values: ITTCache | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """hidden_states [b, s, h] -> [b, s, h]; of a thinking layer also selected and router logits, [b, T-1, s]."""
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        kv = CallKeyValues(call) if cache is None else CachedKeyValues(call, cache, self.num_steps)
+        hidden_states = self._pass_all(hidden_states, 0, call, kv)
+        if self.kind == "itt":
+            return self._think(hidden_states, call, kv)
+        for step in range(1, self.num_steps):  # loop. Source: Ng and Wang 2024
+            hidden_states = self._pass_all(hidden_states, step, call, kv)
+        return hidden_states, None, None
 
-    def _keys_values(self, hidden: Tensor, tokens: Selection, call: Call) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, g, d] of `tokens` of hidden [b, c, h]."""
-        normed = self.input_layernorm(tokens.fill_up(tokens.take(hidden)))
-        return self.self_attn.keys_values(normed, tokens.take(call.cos), tokens.take(call.sin))
+    def _key_values(self, hidden_states: Tensor, tokens: Selection, call: CallInputs) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, g, d] of `tokens` of hidden_states [b, s, h]."""
+        normed = self.input_layernorm(tokens.pad_rows(tokens.take(hidden_states)))
+        return self.self_attn.key_values(normed, tokens, call)
 
-    def _f(self, rows: Tensor, tokens: Selection, call: Call, keys: Keys) -> Tensor:
-        """The base layer, inner residuals included, on rows [n, h] of `tokens`."""
-        num_tokens, rows = rows.shape[0], tokens.fill_up(rows)
-        cos, sin = tokens.take(call.cos), tokens.take(call.sin)
-        rows = rows + self.self_attn(self.input_layernorm(rows), cos, sin, tokens, keys)
-        return (rows + self.mlp(self.post_attention_layernorm(rows)))[:num_tokens]
+    def _f(self, hidden_states: Tensor, tokens: Selection, call: CallInputs, kv: KeyValues) -> Tensor:
+        """The base layer with its residual connections on hidden_states [n, h] of `tokens`."""
+        rows = tokens.pad_rows(hidden_states)
+        rows = rows + self.self_attn(self.input_layernorm(rows), tokens, kv, call)
+        return (rows + self.mlp(self.post_attention_layernorm(rows)))[: tokens.num_tokens]
 
-    def _loop(self, state: Tensor, call: Call, memory: DenseMemory | CachedMemory) -> Tensor:
-        """x <- f(x) for the steps after the first. Source: Ng and Wang 2024."""
-        everyone = call.everyone
-        for step in range(1, self.num_steps):
-            keys = memory.exchange(step, everyone, *self._keys_values(state, everyone, call), everyone)
-            state = everyone.put(state, self._f(everyone.take(state), everyone, call, keys))
-        return state
+    def _pass_all(self, hidden_states: Tensor, step: int, call: CallInputs, kv: CallKeyValues) -> Tensor:
+        """f(x; x) on all tokens of hidden_states [b, s, h]."""
+        tokens = call.all_tokens
+        keys = kv.append(step, tokens, *self._key_values(hidden_states, tokens, call), tokens)
+        return tokens.put(hidden_states, self._f(tokens.take(hidden_states), tokens, call, keys))
 
     def _phi(self, step: int) -> Tensor | None:
-        """Gain [h] of a step, None for 1."""
+        """Step encoding [h], None for 1."""
         unused = self.switches["residual"] == "replace" or not self.switches["step_encoding"]
         return None if unused else self.thinking.step_encoding[step]
 
-    def _think(self, state: Tensor, call: Call, memory: DenseMemory | CachedMemory) -> tuple[Tensor, Tensor]:
-        """The routed steps on state [b, c, h] = f(x; x). Source: paper, Eq 4 to 7."""
+    def _think(self, y: Tensor, call: CallInputs, kv: CallKeyValues) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The routed steps on y = f(x; x) [b, s, h]. Source: paper, Eq 4 to 7."""
         phi = self._phi(0)
-        state = state if phi is None else state * phi.to(state.dtype)
+        y = y if phi is None else y * phi.to(y.dtype)
         if self.keeps_keys and self.num_steps > 1:
-            memory.begin_states(call.everyone, *self._keys_values(state, call.everyone, call))
-        routed = self.switches["routing"] != "none" and self.num_steps > 1
-        bars = self.thinking.bars(call) if routed else None
-        picks: list[Tensor] = []
+            kv.set_current(*self._key_values(y, call.all_tokens, call))
+        limits = None
+        if self.switches["routing"] != "none" and self.num_steps > 1:
+            limits = self.thinking.limits(call)
+        masks, all_logits = [], []
         for step in range(1, self.num_steps):
-            state, picked = self._think_once(state, step, call, memory, bars=bars)
-            picks.append(picked.mask & call.everyone_real.mask)
-        if not picks:
-            return state, call.everyone.mask.new_zeros((state.shape[0], 0, state.shape[1]))
-        return state, torch.stack(picks, dim=1)
+            selected, logits = call.all_tokens, None
+            if limits is not None:
+                selected, logits = self.thinking.select(y, step, call, limits)
+                all_logits.append(logits)
+            y = self._routed_step(y, step, call, kv, selected=selected, logits=logits)
+            masks.append(selected.mask & call.unpadded.mask)
+        empty = call.all_tokens.mask.new_zeros((y.shape[0], 0, y.shape[1]))
+        stacked_logits = torch.stack(all_logits, dim=1) if all_logits else None
+        return y, torch.stack(masks, dim=1) if masks else empty, stacked_logits
 
-    def _think_once(
-        self, state: Tensor, step: int, call: Call, memory: DenseMemory | CachedMemory, *, bars: Tensor | None
-    ) -> tuple[Tensor, Selection]:
-        """One routed step: the new state [b, c, h] and who was picked."""
-        weight: Tensor | None = None
-        picked = call.everyone
-        if bars is not None:
-            picked, logits = self.thinking.choose(state, step, call, bars)
-            weight = gate(logits, self.switches["gate"])
-        context = picked if self.switches["attend"] == "selected" else call.everyone
+    def _routed_step(
+        self, y: Tensor, step: int, call: CallInputs, kv: CallKeyValues, *, selected: Selection, logits: Tensor | None
+    ) -> Tensor:
+        """One routed step on y [b, s, h]; logits [b, s] are None without a router."""
+        weight = None if logits is None else gate(logits, self.switches["gate"])
+        context = selected if self.switches["attend"] == "selected" else call.all_tokens
+        if not self.keeps_keys and context.num_tokens:
+            keys = kv.append(step, context, *self._key_values(y, context, call), selected)
+        unselected = self._update_unselected(y, step, call, selected=selected, weight=weight)
+        if selected.num_tokens == 0:
+            return unselected
         if self.keeps_keys:
-            keys = memory.read_states(step, picked) if picked.num_tokens else None
-        elif context.num_tokens:
-            keys = memory.exchange(step, context, *self._keys_values(state, context, call), picked)
-        before = self._treat_skipped(state, step, call, picked=picked, weight=weight)
-        if picked.num_tokens == 0:
-            return before, picked
-        assert keys is not None, "there is a query"
-        rows = picked.take(state)
-        new_rows = self._update(rows, self._f(rows, picked, call, keys), step, picked, weight)
-        state = picked.put(before, new_rows)
+            keys = kv.read_current(step)
+        tokens = selected.take(y)
+        output = self._f(tokens, selected, call, keys)
+        y = selected.put(unselected, self._combine(tokens, output, step, selected, weight))
         if self.keeps_keys and step + 1 < self.num_steps:
-            memory.change_states(step, picked, *self._keys_values(state, picked, call))
-        return state, picked
+            kv.update_current(step, selected, *self._key_values(y, selected, call))
+        return y
 
-    def _update(self, rows: Tensor, thought: Tensor, step: int, picked: Selection, weight: Tensor | None) -> Tensor:
-        """Combine rows [n, h] with their thought [n, h]."""
-        if self.switches["residual"] == "replace":
-            return thought
-        if self.switches["update"] == "delta":
-            thought = thought - rows
+    def _combine(self, tokens: Tensor, output: Tensor, step: int, selected: Selection, weight: Tensor | None) -> Tensor:
+        """Combine hidden states `tokens` [n, h] with the layer's output [n, h]; weight [b, s] or None for 1."""
+        residual = RESIDUALS[self.switches["residual"]]
+        if self.switches["update"] == "delta" and residual is RESIDUALS["accumulate"]:
+            output = output - tokens
         alpha = self.switches["alpha"][step - 1]
         if weight is not None:
-            gain = alpha * picked.take(weight)
-        else:
-            gain = None if alpha == 1.0 else rows.new_tensor(alpha).expand(rows.shape[0])
-        return add_thought(rows, thought, gain=gain, phi=self._phi(step))
+            weight = alpha * selected.take(weight)
+        elif alpha != 1.0:
+            weight = tokens.new_tensor(alpha).expand(tokens.shape[0])
+        return residual(tokens, output, weight=weight, step_encoding=self._phi(step))
 
-    def _treat_skipped(
-        self, state: Tensor, step: int, call: Call, *, picked: Selection, weight: Tensor | None
+    def _update_unselected(
+        self, y: Tensor, step: int, call: CallInputs, *, selected: Selection, weight: Tensor | None
     ) -> Tensor:
-        """What tokens that are not picked become; state [b, c, h]. A share of 0 leaves the whole row alone."""
+        """Apply `skip` and `reweight` to the tokens that are not selected; a budget of 0 leaves the row unchanged."""
         if self.switches["residual"] == "replace":
-            return state
+            return y
         if self.switches["skip"] == "literal":
             phi = self._phi(step)
-            skipped = state + (state if phi is None else phi.to(state.dtype) * state)
+            changed = y + (y if phi is None else phi.to(y.dtype) * y)
         elif self.switches["reweight"] == "symmetric" and weight is not None:
-            skipped = state * weight.to(state.dtype)[..., None]
+            changed = y * weight.to(y.dtype)[..., None]
         else:
-            return state
-        stays = picked.mask | (call.shares[:, step - 1, None] == 0)
-        return torch.where(stays[..., None], state, skipped)
+            return y
+        stays = selected.mask | (call.thinking_budget[:, step - 1, None] == 0)
+        return torch.where(stays[..., None], y, changed)

@@ -1,9 +1,8 @@
-"""The Inner Thinking Transformer as a Hugging Face model: whole forward pass, budgets, generation.
+"""The Inner Thinking Transformer as a Hugging Face model: forward pass, thinking budgets, generation.
 
-What a layer computes, and the table of switches, is in layers_itt.py. Imports torch and transformers only; this file
-is copied into every export and works there alone.
+Imports torch and transformers only; this file is copied into every export and works there alone.
 
-Shape legend: b rows, c tokens of this call, h hidden, d head size, T thinking steps.
+Shape legend: b rows, s tokens of this call, h hidden, d head size, T thinking steps.
 """
 
 from __future__ import annotations
@@ -19,55 +18,34 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .arguments_itt import (
-    budget_tensor,
-    check_cache_implementation,
-    check_cache_position,
-    check_cache_type,
-    check_generated_length,
-    check_position_ids,
-    num_cached,
-    resolve_budget,
-    resolve_cache,
-    resolve_routing,
-    unpadded_tokens,
-    wants_hidden_states,
-)
-from .cache_itt import ITTCache
+from .cache_itt import ITTCache, check_cache_implementation, check_cache_type, resolve_cache
 from .configuration_itt import ITTConfig, complete_thinking
-from .layers_itt import Call, ITTDecoderLayer, ITTLinear, ITTRMSNorm, ITTThinking
-from .memory_itt import document_starts
-from .thinking_itt import NO_COLUMN, Selection
+from .layers_itt import ITTDecoderLayer, ITTRMSNorm, ITTThinking, rotary_cos_sin
+from .routing_itt import UNUSED, CallInputs, Selection, budget_tensor, resolve_budget, resolve_routing
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
-STEADY_GRANULE = 32
+PREFILL_MULTIPLE = 32  # see Selection.multiple_of
 LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 @dataclass
 class ITTModelOutputWithPast(BaseModelOutputWithPast):
-    """`routing`: for each thinking layer, who was picked at each routed step, [b, T-1, c] bool."""
+    """`routing` (selected tokens, bool) and `router_logits`: one [b, T-1, s] for each thinking layer."""
 
     routing: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class ITTCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`routing`: for each thinking layer, who was picked at each routed step, [b, T-1, c] bool."""
+    """`routing` (selected tokens, bool) and `router_logits`: one [b, T-1, s] for each thinking layer."""
 
     routing: tuple[Tensor, ...] | None = None
-
-
-def rotary_tables(config: ITTConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [b, c, d] of positions [b, c]; angles in float32."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    angles = positions[..., None].float() * (1.0 / config.rope_theta**exponent)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 class ITTPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know about the family."""
+    """Settings of the model family that transformers reads."""
 
     config_class = ITTConfig
     base_model_prefix = "model"
@@ -75,14 +53,14 @@ class ITTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ITTDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
-    _supports_flash_attn = True  # for passes over all tokens without padding; masked ones take SDPA
+    _supports_flash_attn = True  # for passes over all tokens without padding; masked ones use SDPA
 
     def __init__(self, config: ITTConfig) -> None:
         super().__init__(config)
-        # A dictionary may have been changed since the config was made; layers read it without another look.
+        # The dictionary may have been changed since the config was made, and layers read it unchecked.
         config.thinking = complete_thinking(config.thinking, config.num_hidden_layers)
         if config.thinking["kind"] == "itt" and config.thinking["layers"]:
-            # transformers 4 knows this only for names of modules; router and gains then load as float32 copies of
+            # transformers 4 accepts names of modules only; router and step encoding then load as float32 copies of
             # their stored values, which changes no result.
             self._keep_in_fp32_modules_strict = {"logit_quantiles" if TRANSFORMERS_5 else "thinking"}
 
@@ -118,108 +96,71 @@ class ITTModel(ITTPreTrainedModel):
         *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool = False,
+        output_routing: bool = False,
         thinking_budget: Any = None,
         routing: str | None = None,
-        output_routing: bool = False,
         **kwargs: Any,
     ) -> ITTModelOutputWithPast:
         """As `ITTForCausalLM.forward`, without the head."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        complete_thinking(self.config.thinking, len(self.layers))  # it may have been changed since
-        # transformers 4 gives it; newer ones warn where the signature names it.
+        thinking = complete_thinking(self.config.thinking, len(self.layers))  # checked again: it may have been changed
+        # Of transformers 4; transformers 5 warns about models whose signature names it.
         cache_position = kwargs.pop("cache_position", None)
-        wants_states = wants_hidden_states(self.config, output_hidden_states, output_attentions, kwargs)
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if hidden.dim() != 3 or not hidden.shape[0]:
+        refuse_arguments(self.config, output_attentions, kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if not isinstance(output_hidden_states, bool):
+            raise ValueError(f"output_hidden_states is {output_hidden_states!r}; use true or false.")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden_states.dim() != 3 or not hidden_states.shape[0]:
             raise ValueError(
-                f"the input has shape {list(hidden.shape[: None if input_ids is None else -1])}; give input_ids [rows, "
-                "tokens] or inputs_embeds [rows, tokens, hidden], with at least one row."
+                f"the input has shape {list(hidden_states.shape[: None if input_ids is None else -1])}; give input_ids "
+                "[rows, tokens] or inputs_embeds [rows, tokens, hidden], with at least one row."
             )
-        cache, use_cache = resolve_cache(self, past_key_values, use_cache, hidden.shape[0])
-        check_cache_position(cache_position, cache, hidden.shape[1])
-        routing = resolve_routing(self, routing, cache)
-        shares = resolve_budget(self.config, thinking_budget, routing, hidden.shape[0])
-        if routing == "threshold" and not num_cached(cache) and bool(((shares > 0) & (shares < 1)).any()):
+        batch, width = hidden_states.shape[:2]
+        cache, use_cache = resolve_cache(self, past_key_values, use_cache, batch)
+        past = 0 if cache is None else cache.get_seq_length()
+        if cache_position is not None and cache_position.tolist() != list(range(past, past + width)):
+            raise ValueError(
+                f"cache_position must be the {width} positions after the {past} of the cache; leave it out."
+            )
+        routing = resolve_routing(thinking, routing, training=self.training, has_past=bool(past))
+        budget = resolve_budget(self.config, thinking_budget, routing, batch)
+        if routing == "threshold" and not past and bool(((budget > 0) & (budget < 1)).any()):
             self._require_quantiles()
-        shares = shares.to(hidden.device)
-        call = self._describe_call(hidden, attention_mask, position_ids, cache, shares=shares, routing=routing)
-        states: list[Tensor] = []
-        picks: list[Tensor] = []
-        for layer in self.layers[: self.config.num_hidden_layers]:  # assistant_early_exit lowers it for a while
-            states.append(hidden)
-            hidden, picked = layer(hidden, call, past_key_values=cache)
-            if picked is not None:
-                picks.append(picked)
-        hidden = self.norm(hidden)
+        call = CallInputs(
+            **describe_tokens(self.config, hidden_states, attention_mask, position_ids, cache=cache),
+            thinking_budget=budget.to(hidden_states.device),
+            routing=routing,
+            multiple_of=1 if self.training or past else PREFILL_MULTIPLE,
+        )
+        all_hidden_states, all_selected, all_logits = [], [], []
+        for layer in self.layers[: self.config.num_hidden_layers]:  # lowered temporarily by assistant_early_exit
+            all_hidden_states.append(hidden_states)
+            hidden_states, selected, logits = layer(hidden_states, call, past_key_values=cache)
+            all_selected.append(selected)
+            all_logits.append(logits)
+        hidden_states = self.norm(hidden_states)
         if cache is not None:
-            starts = torch.zeros_like(call.columns) if call.starts is None else call.starts
-            cache.record_call(call.positions, starts, call.everyone_real.mask)
+            cache.record_call(call)
         return ITTModelOutputWithPast(
-            last_hidden_state=hidden,
+            last_hidden_state=hidden_states,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*states, hidden) if wants_states else None,
-            routing=tuple(picks) if output_routing else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            routing=tuple(mask for mask in all_selected if mask is not None) if output_routing else None,
+            router_logits=tuple(each for each in all_logits if each is not None) if output_router_logits else None,
         )
 
     def _require_quantiles(self) -> None:
-        """ValueError if a thinking layer has no table of router logits."""
+        """ValueError if the quantiles of a thinking layer are empty."""
         for layer_idx in self.config.thinking["layers"]:
-            quantiles = self.layers[layer_idx].thinking.logit_quantiles
-            if not bool(quantiles.any()):
+            if not bool(self.layers[layer_idx].thinking.logit_quantiles.any()):
                 raise ValueError(
                     f"model.layers.{layer_idx}.thinking.logit_quantiles is empty, so routing='threshold' has no "
                     "threshold; train longer or load a checkpoint with quantiles, or pass routing='topk'."
                 )
-
-    def _describe_call(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: ITTCache | None,
-        *,
-        shares: Tensor,
-        routing: str,
-    ) -> Call:
-        """Work out padding, columns, positions and documents of this call's tokens."""
-        batch, width = hidden.shape[:2]
-        past = num_cached(cache)
-        real = unpadded_tokens(attention_mask, batch, width, cache)
-        everything = torch.ones((batch, width), dtype=torch.bool, device=hidden.device)
-        columns = torch.arange(past, past + width, device=hidden.device).expand(batch, width)
-        none_before = columns.new_full((batch,), NO_COLUMN), columns.new_zeros(batch)
-        last = none_before if cache is None or past == 0 else cache.last_tokens()
-        if position_ids is None:
-            counted = (everything if real is None else real).cumsum(dim=1) - 1
-            position_ids = counted.clamp(min=0) + (last[0] + 1)[:, None]
-            starts = last[1][:, None].expand(batch, width) if bool(last[1].any()) else None
-        else:
-            check_position_ids(position_ids, batch, width)
-            position_ids = position_ids.expand(batch, width)
-            tokens = everything if real is None else real
-            jumps = attention_mask is None and past == 0
-            starts = document_starts(position_ids, tokens, columns, last, jumps=jumps)
-        if width and int(position_ids.max()) >= self.config.max_position_embeddings:
-            raise ValueError(
-                f"a sequence reaches position {int(position_ids.max())}, but the model was trained for "
-                f"{self.config.max_position_embeddings} positions; shorten the input or max_new_tokens."
-            )
-        cos, sin = rotary_tables(self.config, position_ids, hidden.dtype)
-        everyone = Selection.from_mask(everything)
-        return Call(
-            cos=cos,
-            sin=sin,
-            real=real,
-            positions=position_ids,
-            columns=columns,
-            starts=starts,
-            everyone=everyone,
-            everyone_real=everyone if real is None else Selection.from_mask(real),
-            shares=shares,
-            routing=routing,
-            granule=1 if self.training or past else STEADY_GRANULE,
-        )
 
 
 class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
@@ -231,7 +172,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ITTModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = ITTLinear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -248,18 +189,21 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool = False,
+        output_routing: bool = False,
         thinking_budget: Any = None,
         routing: str | None = None,
-        output_routing: bool = False,
         **kwargs: Any,
     ) -> ITTCausalLMOutputWithPast:
-        """Logits [b, c, vocab] of input_ids [b, c]; what is left out is read from the config, as in LLaMA.
+        """Return logits [b, s, vocab] of input_ids [b, s]; arguments left out default to the config, as in LLaMA.
 
-        thinking_budget: T-1 shares of tokens in [0, 1] (0 skips the step), or one such list per row; default: the
-        config's. routing: "threshold" (default; causal, cacheable), "topk" or "topp" (as in training; they look at
-        the whole sequence). output_routing: also return who thought, per thinking layer [b, T-1, c].
-        attention_mask [b, past + c] with 0 for padding, left or right. position_ids [b, c] that start anew separate
-        documents: none sees another. ValueError for anything that cannot work, unknown arguments included.
+        attention_mask [b, past + s]: 0 for padding, left or right. position_ids [b, s]: each restart begins a new
+        document, and documents do not attend to each other.
+        thinking_budget: T-1 fractions of tokens in [0, 1] (0 skips the step), or one such list per row; default: the
+        config's. routing: "threshold" (default; causal, cacheable), "topk" or "topp" (as in training; they use the
+        whole sequence). output_routing: also return the selected tokens of each thinking layer, [b, T-1, s];
+        output_router_logits: the router logits that select them.
+        Raises ValueError for arguments that the model cannot follow, unknown ones included.
         """
         for_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
         outputs = self.model(
@@ -271,9 +215,10 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
+            output_routing=output_routing,
             thinking_budget=thinking_budget,
             routing=routing,
-            output_routing=output_routing,
             return_dict=True,
             **kwargs,
         )
@@ -289,14 +234,15 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             routing=outputs.routing,
+            router_logits=outputs.router_logits,
         )
 
     def generate(self, *args: Any, thinking_budget: Any = None, **kwargs: Any) -> Any:
         """As in transformers, with `thinking_budget` as in `forward`."""
         if thinking_budget is not None:
-            shares = budget_tensor(thinking_budget)
-            # A tensor with one row per sequence is repeated with its sequence for beams; a flat list serves them all.
-            kwargs["thinking_budget"] = shares if shares.dim() == 2 else shares.tolist()
+            budget = budget_tensor(thinking_budget)
+            # generate() repeats tensors per row for beams; a flat list serves all rows.
+            kwargs["thinking_budget"] = budget if budget.dim() == 2 else budget.tolist()
         settings = kwargs.get("generation_config")
         check_cache_implementation(
             kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
@@ -304,7 +250,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refuse what transformers serves from pages of keys: entries of this model belong to steps and tokens."""
+        """Refuse continuous batching: its paged cache has no place for entries of thinking steps."""
         check_cache_implementation("paged")
 
     def _prepare_cache_for_generation(
@@ -324,3 +270,123 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = ITTCache(self.config.num_hidden_layers)
+
+
+def refuse_arguments(config: ITTConfig, output_attentions: bool | None, others: dict[str, Any]) -> None:
+    """ValueError for attention weights and for unknown keyword arguments that are not None."""
+    if config.output_attentions if output_attentions is None else output_attentions:
+        raise ValueError("output_attentions is true, but this model keeps no attention weights; leave it out.")
+    unknown = sorted(name for name, value in others.items() if value is not None)
+    if unknown:
+        raise ValueError(
+            f"forward takes no {', '.join(unknown)}; budgets are given as thinking_budget=, and documents of a packed "
+            "sequence by position_ids that start anew."
+        )
+
+
+def describe_tokens(
+    config: ITTConfig,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    cache: ITTCache | None,
+) -> dict[str, Any]:
+    """Fields of CallInputs that describe tokens: padding, cache positions, position ids and documents."""
+    (batch, width), device = hidden_states.shape[:2], hidden_states.device
+    past = 0 if cache is None else cache.get_seq_length()
+    everything = torch.ones((batch, width), dtype=torch.bool, device=device)
+    all_tokens = unpadded = Selection.from_mask(everything)
+    mask = bool_attention_mask(attention_mask, batch, width, cache)
+    if mask is not None:
+        unpadded = Selection.from_mask(mask)
+    cache_position = torch.arange(past, past + width, device=device).expand(batch, width)
+    last = cache_position.new_full((batch,), UNUSED), cache_position.new_zeros(batch)
+    if cache is not None and past:
+        last = cache.last_tokens()
+    if position_ids is None:
+        position_ids = (unpadded.mask.cumsum(dim=1) - 1).clamp(min=0) + (last[0] + 1)[:, None]
+        starts = last[1][:, None].expand(batch, width) if bool(last[1].any()) else None
+    else:
+        if position_ids.is_floating_point() or position_ids.shape not in ((width,), (1, width), (batch, width)):
+            raise ValueError(
+                f"position_ids has shape {list(position_ids.shape)} and type {position_ids.dtype}; give whole numbers "
+                f"of shape [{batch}, {width}], one for each token of this call."
+            )
+        position_ids = position_ids.expand(batch, width)
+        jumps = attention_mask is None and not past
+        starts = document_starts(position_ids, unpadded.mask, cache_position, last, jumps=jumps)
+    if width and int(position_ids.max()) >= config.max_position_embeddings:
+        raise ValueError(
+            f"a sequence reaches position {int(position_ids.max())}, but the model was trained for "
+            f"{config.max_position_embeddings} positions; shorten the input or max_new_tokens."
+        )
+    return {
+        "position_embeddings": rotary_cos_sin(config, position_ids, hidden_states.dtype),
+        "position_ids": position_ids,
+        "cache_position": cache_position,
+        "document_starts": starts,
+        "all_tokens": all_tokens,
+        "unpadded": unpadded,
+    }
+
+
+def bool_attention_mask(attention_mask: Tensor | None, batch: int, width: int, cache: ITTCache | None) -> Tensor | None:
+    """Mask [b, s] of this call, false on padding; None without padding."""
+    if attention_mask is None:
+        return None
+    past = 0 if cache is None else cache.get_seq_length()
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(attention_mask).__name__}; give a tensor [{batch}, {past + width}]."
+        )
+    if attention_mask.shape not in ((batch, width), (batch, past + width)):
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}; give [{batch}, {past + width}] with 1 for "
+            "tokens and 0 for padding."
+        )
+    mask = attention_mask != 0
+    if cache is not None and cache.tokens is not None and mask.shape[1] > width:
+        cached = cache.tokens[0] >= 0
+        if not torch.equal(mask[:, :past].to(cached.device), cached):
+            raise ValueError(
+                "attention_mask calls other tokens padding than it did when past_key_values was made; begin anew with "
+                "the whole sequence."
+            )
+    mask = mask[:, -width:]
+    return None if bool(mask.all()) else mask
+
+
+def document_starts(
+    position_ids: Tensor, mask: Tensor, cache_position: Tensor, last: tuple[Tensor, Tensor], *, jumps: bool
+) -> Tensor | None:
+    """Cache position at which each token's document starts [b, s]; None if every row is one document.
+
+    A document starts where the position id is not greater than that of the token before; with `jumps`, also where it is
+    greater by more than 1, as transformers reads position ids without a mask. Padding (`mask` false) is skipped.
+    last: position id (UNUSED: none) and document start of each row's last token in earlier calls, [b].
+    """
+    column = torch.arange(position_ids.shape[1], device=position_ids.device)
+    before = torch.where(mask, column, UNUSED).cummax(dim=1).values.roll(1, dims=1)
+    before[:, 0] = UNUSED
+    first = (before < 0).logical_and((last[0] < 0)[:, None])
+    previous = torch.where(before < 0, last[0][:, None], position_ids.gather(1, before.clamp(min=0)))
+    distance = position_ids - previous
+    begins = mask & ~first & ((distance != 1) if jumps else (distance < 1))
+    starts = torch.where(begins, cache_position, last[1][:, None]).cummax(dim=1).values
+    return starts if bool(starts.any()) else None
+
+
+def check_generated_length(config: ITTConfig, model_kwargs: dict[str, Any], num_tokens: int) -> None:
+    """ValueError if a generation over `num_tokens` tokens, padding included, reaches untrained positions."""
+    positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    needed, trained = num_tokens, config.max_position_embeddings
+    if positions is not None:
+        needed += int(positions.max()) + 1 - positions.shape[-1]
+    elif mask is not None:
+        needed -= int((mask == 0).sum(dim=1).min())
+    if needed > trained:
+        raise ValueError(
+            f"this generation would reach {needed} positions, but the model was trained for {trained}; lower "
+            f"max_new_tokens (or max_length) by {needed - trained}, or shorten the prompt."
+        )

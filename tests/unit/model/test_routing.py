@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_itt.hf.remote_code import thinking_itt
+from megatron_itt.hf.remote_code import routing_itt
 from megatron_itt.model.routing import (
     NUM_QUANTILES,
     count_picked,
@@ -42,8 +42,8 @@ def test_a_share_of_one_or_more_is_every_token(rule: str, scale: float, share: f
     assert bool(picked.all())
     bars = torch.full((3,), share, dtype=torch.float64)
     if rule == "threshold":
-        bars = thinking_itt.thresholds(quantiles[None], bars[:, None])[:, 0]
-    exported = getattr(thinking_itt, f"pick_{rule}")(logits.t(), bars, torch.ones(3, 4096, dtype=torch.bool))
+        bars = routing_itt.thresholds(quantiles[None], bars[:, None])[:, 0]
+    exported = routing_itt.ROUTING_RULES[rule](logits.t(), bars, torch.ones(3, 4096, dtype=torch.bool))
     assert bool(exported.all())
     assert pick([3.0, -900.0, 5.0], share, rule, quantiles.tolist()) == [0, 1, 2]
 
@@ -59,7 +59,7 @@ def test_top_p_of_training_export_and_reference_pick_the_same_tokens(scale: floa
     logits = _logits(scale, length=257)
     picked = pick_topp(logits, share)
     bars, real = torch.full((3,), share, dtype=torch.float64), torch.ones(3, 257, dtype=torch.bool)
-    assert torch.equal(picked.t(), thinking_itt.pick_topp(logits.t(), bars, real))
+    assert torch.equal(picked.t(), routing_itt.select_topp(logits.t(), bars, real))
     for row in range(3):
         assert picked[:, row].nonzero().flatten().tolist() == pick(logits[:, row].tolist(), share, "topp")
 
@@ -84,7 +84,7 @@ def test_top_k_selects_each_sequence_by_its_own_length(share: float, multiple: i
         if multiple == 1:
             mask = real[:, row][None]
             shares = torch.tensor([share], dtype=torch.float64)
-            assert torch.equal(picked[:, row][None], thinking_itt.pick_topk(logits[:, row][None], shares, mask))
+            assert torch.equal(picked[:, row][None], routing_itt.select_topk(logits[:, row][None], shares, mask))
 
 
 def test_an_unknown_gate_is_refused_in_training_and_in_the_export() -> None:
@@ -92,6 +92,6 @@ def test_an_unknown_gate_is_refused_in_training_and_in_the_export() -> None:
     with pytest.raises(AssertionError, match="gate is 'relu'"):
         gate_scores(logits, "relu")
     with pytest.raises(ValueError, match="gate is 'relu'; use one of"):
-        thinking_itt.gate(logits, "relu")
+        routing_itt.gate(logits, "relu")
     for kind in ("sigmoid", "tanh"):
-        assert torch.equal(gate_scores(logits, kind), thinking_itt.gate(logits, kind))
+        assert torch.equal(gate_scores(logits, kind), routing_itt.gate(logits, kind))

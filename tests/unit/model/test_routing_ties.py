@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_itt.hf.remote_code import thinking_itt
+from megatron_itt.hf.remote_code import routing_itt
 from megatron_itt.model.routing import pick_topk, pick_topp, positions_to_mask
 
 SEQ_LENGTH, NUM_SELECTED, SHARE = 256, 65, 0.4567
@@ -22,7 +22,7 @@ def _select_as_exported(rule: str, logits: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(logits.t(), (0, 1), value=1e9)
     real = torch.arange(SEQ_LENGTH + 1).expand(padded.shape) < SEQ_LENGTH
     share = torch.full((padded.shape[0],), NUM_SELECTED / SEQ_LENGTH if rule == "topk" else SHARE)
-    pick = thinking_itt.pick_topk if rule == "topk" else thinking_itt.pick_topp
+    pick = routing_itt.select_topk if rule == "topk" else routing_itt.select_topp
     return pick(padded, share, real)[:, :SEQ_LENGTH].t()
 
 

@@ -46,7 +46,7 @@ def float64_tables(config: Any, positions: torch.Tensor, dtype: torch.dtype) -> 
 def test_logits_equal_the_oracle(
     switches: dict[str, Any], build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modeling_itt, "rotary_tables", float64_tables)
+    monkeypatch.setattr(modeling_itt, "rotary_cos_sin", float64_tables)
     model = build(**switches)
     shape, thinking = describe(model)
     weights = hf_to_megatron(model.state_dict(), shape)
@@ -70,7 +70,7 @@ def test_logits_equal_the_oracle(
 def test_a_budget_replaces_the_trained_shares(
     budget: list[float], routing: str, build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modeling_itt, "rotary_tables", float64_tables)
+    monkeypatch.setattr(modeling_itt, "rotary_cos_sin", float64_tables)
     model = build()
     shape, thinking = describe(model)
     tokens = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(2))

@@ -139,7 +139,7 @@ def test_packed_documents_equal_the_reference_in_every_routing(
     routing: str, build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Top-k and top-p choose over the whole row, in training as here."""
-    monkeypatch.setattr(modeling_itt, "rotary_tables", float64_tables)
+    monkeypatch.setattr(modeling_itt, "rotary_cos_sin", float64_tables)
     model = build(routing=routing)
     shape, thinking = describe(model)
     starts = (torch.arange(20) - POSITIONS[0]).tolist()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_itt.hf.remote_code.thinking_itt import (
+from megatron_itt.hf.remote_code.routing_itt import (
     NUM_QUANTILE_INTERVALS,
     Selection,
-    pick_threshold,
-    pick_topk,
-    pick_topp,
     router_logits,
+    select_threshold,
+    select_topk,
+    select_topp,
     thresholds,
 )
 
@@ -20,25 +20,25 @@ EVERY = torch.ones(1, 4, dtype=torch.bool)
 
 def test_topk_gives_ties_to_the_earlier_token() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 1.0]])
-    assert pick_topk(logits, torch.tensor([0.5]), EVERY).tolist() == [[True, True, False, False]]
+    assert select_topk(logits, torch.tensor([0.5]), EVERY).tolist() == [[True, True, False, False]]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.01, 1), (0.374, 1), (0.375, 2), (0.625, 3), (1.0, 4)])
 def test_topk_rounds_half_up_and_picks_at_least_one_unless_the_share_is_zero(share: float, expected: int) -> None:
-    assert int(pick_topk(torch.randn(1, 4), torch.tensor([share]), EVERY).sum()) == expected
+    assert int(select_topk(torch.randn(1, 4), torch.tensor([share]), EVERY).sum()) == expected
 
 
 def test_padding_is_never_picked_and_does_not_count_towards_k() -> None:
     real = torch.tensor([[False, False, True, True], [True, True, True, True]])
-    picked = pick_topk(torch.tensor([[9.0, 9.0, 1.0, 2.0]] * 2), torch.tensor([0.5, 0.5]), real)
+    picked = select_topk(torch.tensor([[9.0, 9.0, 1.0, 2.0]] * 2), torch.tensor([0.5, 0.5]), real)
     assert picked.tolist() == [[False, False, False, True], [True, True, False, False]]
 
 
 def test_topp_keeps_the_smallest_prefix_that_reaches_the_share() -> None:
     logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
-    assert pick_topp(logits, torch.tensor([0.65]), EVERY).tolist() == [[False, True, True, False]]
-    assert pick_topp(logits, torch.tensor([0.05]), EVERY).tolist() == [[False, True, False, False]]
-    assert int(pick_topp(logits, torch.tensor([0.0]), EVERY).sum()) == 0
+    assert select_topp(logits, torch.tensor([0.65]), EVERY).tolist() == [[False, True, True, False]]
+    assert select_topp(logits, torch.tensor([0.05]), EVERY).tolist() == [[False, True, False, False]]
+    assert int(select_topp(logits, torch.tensor([0.0]), EVERY).sum()) == 0
 
 
 def test_threshold_interpolates_the_quantiles_at_one_minus_the_share() -> None:
@@ -50,7 +50,7 @@ def test_threshold_interpolates_the_quantiles_at_one_minus_the_share() -> None:
 
 
 def test_threshold_looks_at_each_row_with_its_own_tau() -> None:
-    picked = pick_threshold(torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 2), torch.tensor([1.0, 2.5]), EVERY.expand(2, 4))
+    picked = select_threshold(torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 2), torch.tensor([1.0, 2.5]), EVERY.expand(2, 4))
     assert picked.tolist() == [[False, False, True, True], [False, False, False, True]]
 
 
@@ -68,7 +68,7 @@ def test_selection_puts_back_what_it_takes_and_pads(granule: int) -> None:
     assert torch.equal(selection.put(block, rows), block)
     assert torch.equal(selection.unpad(selection.pad(rows)), rows)
     assert selection.width % granule == 0
-    assert selection.fill_up(rows).shape[0] % granule == 0
+    assert selection.pad_rows(rows).shape[0] % granule == 0
 
 
 def test_selection_of_nobody_is_empty() -> None:
