@@ -103,8 +103,6 @@ class ITTModel(ITTPreTrainedModel):
         **kwargs: Any,
     ) -> ITTModelOutputWithPast:
         """As `ITTForCausalLM.forward`, without the head."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds.")
         thinking = complete_thinking(self.config.thinking, len(self.layers))  # checked again: it may have been changed
         # Of transformers 4; transformers 5 warns about models whose signature names it.
         cache_position = kwargs.pop("cache_position", None)
@@ -113,12 +111,7 @@ class ITTModel(ITTPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if not isinstance(output_hidden_states, bool):
             raise ValueError(f"output_hidden_states is {output_hidden_states!r}; use true or false.")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if hidden_states.dim() != 3 or not hidden_states.shape[0]:
-            raise ValueError(
-                f"the input has shape {list(hidden_states.shape[: None if input_ids is None else -1])}; give input_ids "
-                "[rows, tokens] or inputs_embeds [rows, tokens, hidden], with at least one row."
-            )
+        hidden_states = self._embed(input_ids, inputs_embeds)
         batch, width = hidden_states.shape[:2]
         cache, use_cache = resolve_cache(self, past_key_values, use_cache, batch)
         past = 0 if cache is None else cache.get_seq_length()
@@ -152,6 +145,17 @@ class ITTModel(ITTPreTrainedModel):
             routing=tuple(mask for mask in all_selected if mask is not None) if output_routing else None,
             router_logits=tuple(each for each in all_logits if each is not None) if output_router_logits else None,
         )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden_states.dim() != 3 or not hidden_states.shape[0]:
+            raise ValueError(
+                f"the input has shape {list(hidden_states.shape[: None if input_ids is None else -1])}; give input_ids "
+                "[rows, tokens] or inputs_embeds [rows, tokens, hidden], with at least one row."
+            )
+        return hidden_states
 
     def _require_quantiles(self) -> None:
         """ValueError if the quantiles of a thinking layer are empty."""
