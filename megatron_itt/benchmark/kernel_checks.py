@@ -68,20 +68,17 @@ def kernels_section(device: torch.device) -> Section:
 def find_attention_kernel(device: torch.device) -> tuple[str, Callable[..., Tensor]]:
     """Name and function of the kernel for attention of picked queries on this kind of device."""
     if device.type == "cuda":
-        from megatron_itt.kernels.triton_attention import attend_triton
+        from megatron_itt.ops.attention_triton import triton_attention
 
-        return "attend_triton", attend_triton
-    from megatron_itt.kernels.blocked_attention import attend_blocks
+        return "triton_attention", triton_attention
+    from megatron_itt.ops.attention import blocked_attention
 
-    return "attend_blocks", attend_blocks
+    return "blocked_attention", blocked_attention
 
 
 def compare_row_kernels(dtype: torch.dtype, device: torch.device) -> list[KernelDifference]:
     """Norm, SwiGLU, the scaling of increments, rotation: outputs and the gradients of all their inputs."""
-    from megatron_itt.kernels.increment import scale_rows
-    from megatron_itt.kernels.rms_norm import normalise
-    from megatron_itt.kernels.rotary import rotate, split_and_rotate
-    from megatron_itt.kernels.swiglu import swiglu
+    from megatron_itt.ops.rows import apply_rotary, rms_norm, scale_rows, split_qkv_and_rotate, swiglu
 
     num_rows, batch, width = ROWS
     hidden, gain, logits = _random(dtype, device, (num_rows, batch, width), (width,), (num_rows, batch))
@@ -90,8 +87,8 @@ def compare_row_kernels(dtype: torch.dtype, device: torch.device) -> list[Kernel
     angles = torch.arange(MIXED[0] * MIXED[-1] // 2, device=device).view(MIXED[0], 1, 1, -1).repeat(1, 1, 1, 2) / 1e3
     cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
     cases: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Tensor]]] = {
-        "normalise": (
-            lambda x, g: normalise(x, g, 1e-5),
+        "rms_norm": (
+            lambda x, g: rms_norm(x, g, 1e-5),
             lambda x, g: g * functional.rms_norm(x, x.shape[-1:], eps=1e-5),
             {"hidden": hidden, "gain": gain},
         ),
@@ -105,13 +102,13 @@ def compare_row_kernels(dtype: torch.dtype, device: torch.device) -> list[Kernel
             lambda x, w, g: 0.7 * w.unsqueeze(-1) * g * x,
             {"rows": hidden, "weights": weights, "gain": gain},
         ),
-        "rotate": (
-            lambda x: rotate(x[..., -2, :], cosine, sine),
+        "apply_rotary": (
+            lambda x: apply_rotary(x[..., -2, :], cosine, sine),
             lambda x: _plain_rotation(x[..., -2, :], angles),
             {"mixed": mixed},
         ),
-        "split_and_rotate": (
-            lambda x: torch.cat(split_and_rotate(x, cosine, sine), dim=2),
+        "split_qkv_and_rotate": (
+            lambda x: torch.cat(split_qkv_and_rotate(x, cosine, sine), dim=2),
             lambda x: _plain_split(x, angles),
             {"mixed": mixed},
         ),

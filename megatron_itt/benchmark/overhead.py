@@ -174,7 +174,7 @@ def _add_what_the_loop_does(trainer: Any, watch: Any, report: Any, step: int, *,
 
 def _bare_step(trainer: Any, batches: Sequence[dict[str, Any]]) -> Any:
     """Forward, backward, clipping, update: nothing is reported, exchanged or judged. Returns the step's recorder."""
-    from megatron_itt.model.trace import RoutingRecorder
+    from megatron_itt.model.routing_control import RoutingRecorder
     from megatron_itt.training.optimizer import gradient_norm
     from megatron_itt.training.step import _ForwardStep, _run_schedule, _update
 

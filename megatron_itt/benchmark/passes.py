@@ -37,7 +37,7 @@ def random_tokens(config: RunConfig, *, seed: int) -> Tensor:
 def training_pass(config: RunConfig, tokens: Tensor, *, dtype: torch.dtype) -> Pass:
     """Forward and backward over what `tokens` [b, s + 1] hold when it is called; nothing in it waits for the data."""
     from megatron_itt.model.builder import build_model
-    from megatron_itt.model.trace import RoutingRecorder
+    from megatron_itt.model.routing_control import RoutingRecorder
 
     built = build_model(config, dtype=dtype, device=tokens.device)
     chunk: Any = built.chunks[0].train()
@@ -51,7 +51,7 @@ def training_pass(config: RunConfig, tokens: Tensor, *, dtype: torch.dtype) -> P
         loss = functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         # Not `backward`: gradients that add up in `.grad` would be a state between passes.
         gradients = torch.autograd.grad(loss, parameters)
-        picks = [entry.picked for _, entry in sorted(recorder.records.items())]
+        picks = [entry.selected for _, entry in sorted(recorder.records.items())]
         return PassResults(logits=logits.detach(), gradients=list(gradients), picks=picks)
 
     return run

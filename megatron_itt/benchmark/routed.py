@@ -23,26 +23,25 @@ from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
-_MODEL, _KERNELS = "megatron_itt.model", "megatron_itt.kernels"
+_MODEL, _OPS = "megatron_itt.model", "megatron_itt.ops"
 _BASE, _LAYER = "base", "layer"
 PARTS: dict[str, tuple[str, ...]] = {
     "score": (
-        f"{_MODEL}.router:ThinkingParameters.logits",
-        f"{_MODEL}.router:ThinkingParameters.picked_logits",
-        f"{_MODEL}.thinking:gate_scores",
+        f"{_MODEL}.router:ThinkingParameters.router_logits",
+        f"{_MODEL}.router:ThinkingParameters.selected_logits",
     ),
-    "pick": (f"{_MODEL}.routing:pick_topk", f"{_MODEL}.routing:positions_to_mask"),
-    "gather": (f"{_MODEL}.thinking:take_rows",),
+    "pick": (f"{_MODEL}.routing:select_topk", f"{_MODEL}.routing:positions_to_mask"),
+    "gather": (f"{_MODEL}.step_update:gather_tokens",),
     "attention": (
-        f"{_MODEL}.native:ScaledDotProductAttention.forward",
-        f"{_MODEL}.routed_attention:forbid_later_keys",
-        f"{_KERNELS}.blocked_attention:attend_blocks",
-        f"{_KERNELS}.triton_attention:attend_triton",
+        f"{_MODEL}.backends:ScaledDotProductAttention.forward",
+        f"{_MODEL}.attention:causal_mask",
+        f"{_OPS}.attention:blocked_attention",
+        f"{_OPS}.attention_triton:triton_attention",
     ),
     "scatter": (
-        f"{_MODEL}.thinking:put_rows",
-        f"{_MODEL}.thinking:add_rows",
-        f"{_MODEL}.thinking:step_increment",
+        f"{_MODEL}.step_update:scatter_tokens",
+        f"{_MODEL}.step_update:scatter_add_tokens",
+        f"{_MODEL}.step_update:step_increment",
     ),
     _BASE: ("megatron.core.transformer.transformer_layer:TransformerLayer.forward",),
 }

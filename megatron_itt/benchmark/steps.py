@@ -142,13 +142,12 @@ def _time_group(
     models: Mapping[str, RunConfig], place: Any, num_repeats: int, stop_after_s: float | None, left_out: dict[str, str]
 ) -> _Timed:
     """Turns of the models of one group; what runs out of memory is left out from then on."""
-    from megatron_itt.model.builder import build_model
-    from megatron_itt.model.stock import build_stock_model
+    from megatron_itt.model.builder import build_model, build_stock_model
     from megatron_itt.training.assemble import build_trainer
 
     builders: dict[str, Callable[..., Any]] = {
         STOCK: build_stock_model,
-        STOCK_SAME_PARTS: partial(build_stock_model, same_parts=True),
+        STOCK_SAME_PARTS: partial(build_stock_model, same_backend=True),
     }
     trainers: dict[str, Any] = {}
     peaks: dict[str, int] = {}

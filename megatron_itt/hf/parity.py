@@ -54,7 +54,7 @@ def check_parity(built: BuiltModel, hf_model: nn.Module, config: RunConfig, toke
     worst, cases = 0.0, []
     for text_name, tokens in _token_cases(config, tokenizer):
         for routing, budget in _routing_cases(config, hf_model):
-            expected = forward_logits(built, tokens, budget=budget, routing=routing)
+            expected = forward_logits(built, tokens, thinking_budget=budget, routing=routing)
             given = {} if routing is None else {"routing": routing, "thinking_budget": budget}
             with torch.no_grad():
                 logits = hf_model(tokens, use_cache=False, **given).logits

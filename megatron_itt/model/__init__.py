@@ -1,6 +1,6 @@
 """The Inner Thinking Transformer as megatron-core layer specs.
 
-Pure maths in `routing.py` and `thinking.py`; modules in `router.py`, `layer.py`, `routed_attention.py`, `loop_layer.py`
-and `native.py`; assembly in `parts.py`, `specs.py`, `builder.py`, `initialisation.py`; what a forward pass is told and
-asked in `trace.py`; inference thresholds in `quantiles.py`.
+Pure functions: `routing.py` (which tokens) and `step_update.py` (how they change). Modules: `thinking_layer.py`,
+`attention.py`, `router.py`, `loop_layer.py`, `backends.py`. Assembly: `specs.py`, `builder.py`, `initialisation.py`.
+Control and recording of a forward pass: `routing_control.py`; thresholds for inference: `quantiles.py`.
 """

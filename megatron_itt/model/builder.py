@@ -1,27 +1,30 @@
-"""From a recipe to megatron-core model chunks on this rank."""
+"""megatron-core model chunks of this rank, built from a recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config.backends import NATIVE, choose_backend
-from megatron_itt.config.run import RunConfig
-from megatron_itt.kernels.forms import has_triton
+from megatron_itt.config.model import ThinkingConfig
+from megatron_itt.config.run import ParallelConfig, RunConfig
+from megatron_itt.model.attention import angles_at, document_mask
+from megatron_itt.model.backends import LayerModules, import_backend
 from megatron_itt.model.initialisation import initialise_weights
-from megatron_itt.model.layer import ThinkingLayer
-from megatron_itt.model.parts import LayerParts, import_parts
-from megatron_itt.model.separate_documents import SeparateDocumentsModel
-from megatron_itt.model.specs import decoder_specs
-from megatron_itt.model.trace import RoutingControl
+from megatron_itt.model.routing_control import RoutingControl
+from megatron_itt.model.specs import decoder_specs, layer_spec
+from megatron_itt.model.thinking_layer import ThinkingLayer
+from megatron_itt.ops.dispatch import has_triton
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,26 +40,26 @@ class BuiltModel:
         return [layer for chunk in self.chunks for layer in chunk.decoder.layers if isinstance(layer, ThinkingLayer)]
 
     def has_thresholds(self) -> bool:
-        """Whether the quantile tables of this rank's layers have been set, by training or by loaded weights."""
+        """Whether the quantile tables of this rank's layers are set, by training or by loaded weights."""
         tables = [layer.thinking.logit_quantiles for layer in self.thinking_layers()]
         return all(table is not None and bool(table.any()) for table in tables)
 
 
 def build_model(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> BuiltModel:
-    """Build and initialise this rank's part of the model; needs the process groups of `start_parallel`.
+    """Build and initialise this rank's model chunks; needs the process groups of `start_parallel`.
 
-    On the meta device it has shapes and no values, for a dry build. Raises ConfigError when the recipe insists on parts
-    that cannot be used here.
+    On the meta device parameters have shapes and no values. Raises ConfigError if the recipe names a backend that is
+    not usable.
     """
     wanted = NATIVE if device.type == "meta" else config.precision.parts
-    parts = import_parts(choose_backend(wanted, device=device.type).name)
+    backend = import_backend(choose_backend(wanted, device=device.type).name)
     transformer = transformer_config(config, dtype=dtype, device=device)
     control = RoutingControl()
     virtual_stages = config.parallel.virtual_pipeline
     chunks = []
     for virtual_stage in range(virtual_stages):
-        place = virtual_stage if virtual_stages > 1 else None
-        chunk = _build_chunk(config, transformer, control, parts=parts, virtual_stage=place)
+        stage = virtual_stage if virtual_stages > 1 else None
+        chunk = _build_chunk(config, transformer, control, backend=backend, virtual_stage=stage)
         if device.type != "meta":
             initialise_weights(chunk, config.model, config.thinking, seed=config.runtime.seed)
         chunks.append(chunk.to(device))
@@ -64,7 +67,7 @@ def build_model(config: RunConfig, *, dtype: torch.dtype, device: torch.device) 
 
 
 def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
-    """megatron-core's configuration of a recipe: a LLaMA-shaped decoder without biases and dropout."""
+    """megatron-core's configuration for a recipe: a LLaMA-shaped decoder without biases and dropout."""
     model, parallel = config.model, config.parallel
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -76,11 +79,11 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.d
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
         activation_func=functional.silu,
-        use_te_activation_func=True,  # the specs' own activation; whose it is they say (`model/parts.py`)
+        use_te_activation_func=True,  # use the activation of the specs, see `backends.py`
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Fusions that need CUDA kernels or compile on first use stay off, but for the loss's. Rotation is our own.
+        # Fusions that need CUDA kernels or compile on first use stay off, except the loss's.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -100,8 +103,8 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.d
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         pipeline_model_parallel_layout=_pipeline_layout(config),
         sequence_parallel=parallel.sequence,
-        # One message at a time: with two stages a rank's neighbours on both sides are the same rank, and a batch of
-        # messages to it would be matched in the wrong order.
+        # With two stages a rank's neighbours on both sides are the same rank, and batched messages to it would be
+        # matched in the wrong order.
         batch_p2p_comm=False,
         # Plain and thinking layers alternate, so layers cannot be stacked into one tensor on disk.
         hetereogenous_dist_checkpoint=True,
@@ -110,18 +113,18 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.d
 
 
 def _fuses_loss(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the loss is megatron-core's fused cross entropy, which torch compiles with Triton on first use.
+    """Whether to use megatron-core's fused cross entropy, which torch compiles with Triton on first use.
 
-    It rounds the gradient of the logits to bfloat16 whatever their type, and megatron-core does not call it
-    deterministic. TransformerEngine's takes probabilities in the type of the logits, so that the gradient of a target
-    vanishes near 1, and before 2.11 mixes up the weights of tokens in micro-batches of several sequences.
+    It rounds the gradient of the logits to bfloat16 whatever their type, and megatron-core does not list it as
+    deterministic. TransformerEngine's computes probabilities in the type of the logits, so that the gradient of a
+    target vanishes near 1, and before 2.11 confuses the weights of tokens in micro-batches of several sequences.
     """
     deterministic = config.runtime.deterministic
     return device.type == "cuda" and dtype == torch.bfloat16 and not deterministic and has_triton()
 
 
 def _pipeline_layout(config: RunConfig) -> list[list[str]] | None:
-    """Which layers stand on which model chunk, in megatron-core's words; cut by work (`accounting/pipeline.py`)."""
+    """The layers of each model chunk in megatron-core's format, divided by work (`accounting/pipeline.py`)."""
     if config.parallel.pipeline == 1:
         return None
     layout = [["decoder"] * len(chunk) for chunk in cut_pipeline(config).chunks]
@@ -135,34 +138,79 @@ def _build_chunk(
     transformer: TransformerConfig,
     control: RoutingControl,
     *,
-    parts: LayerParts,
+    backend: LayerModules,
     virtual_stage: int | None,
 ) -> GPTModel:
-    model = config.model
     stage = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
-    specs = decoder_specs(transformer, config.thinking, control, parts=parts, virtual_stage=virtual_stage)
-    model_class = SeparateDocumentsModel if config.data.reset_at_document_end else GPTModel
+    specs = decoder_specs(transformer, config.thinking, control, backend=backend, virtual_stage=virtual_stage)
+    model_class = DocumentMaskedModel if config.data.reset_at_document_end else GPTModel
     return model_class(
         config=transformer,
         transformer_layer_spec=specs,
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
         post_process=parallel_state.is_pipeline_last_stage(**stage),
         parallel_output=True,
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rope_base,
         vp_stage=virtual_stage,
+        **_embedding_arguments(config),
     )
 
 
+def _embedding_arguments(config: RunConfig) -> dict[str, Any]:
+    """Arguments of `GPTModel` on embeddings and positions."""
+    model = config.model
+    return {
+        "vocab_size": model.vocab_size,
+        "max_sequence_length": model.seq_length,
+        "share_embeddings_and_output_weights": model.tie_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": model.rope_base,
+    }
+
+
+class DocumentMaskedModel(GPTModel):  # type: ignore[misc]
+    """A `GPTModel` with the same parameters that computes each document of a sequence as if it were alone.
+
+    Document boundaries are recovered from `position_ids`, which count from the start of each token's document; every
+    pipeline stage reads them from the batch.
+    """
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """As `GPTModel.forward`: input_ids and position_ids [b, s]; the default mask is the documents' causal one."""
+        if attention_mask is None:
+            attention_mask = document_mask(position_ids)
+        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        decoder_input, rotary, *rest = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        return decoder_input, angles_at(rotary, position_ids), *rest
+
+
+def build_stock_model(
+    config: RunConfig, *, dtype: torch.dtype, device: torch.device, same_backend: bool = False
+) -> BuiltModel:
+    """For comparison: megatron-core's own GPTModel of a recipe's LLaMA shape, with the weights of `build_model`.
+
+    Its layers follow megatron-core's local specs, or, with `same_backend`, use the backend of the recipe.
+    """
+    plain = replace(config, thinking=ThinkingConfig(), parallel=ParallelConfig())
+    transformer = transformer_config(plain, dtype=dtype, device=device)
+    transformer.use_te_activation_func = same_backend  # its own specs name no activation
+    control = RoutingControl()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    if same_backend:
+        backend = import_backend(choose_backend(plain.precision.parts, device=device.type).name)
+        spec = layer_spec(0, transformer, plain.thinking, control, backend)
+    chunk = GPTModel(config=transformer, transformer_layer_spec=spec, **_embedding_arguments(plain))
+    initialise_weights(chunk, plain.model, plain.thinking, seed=config.runtime.seed)
+    return BuiltModel(chunks=[chunk.to(device)], control=control, config=transformer)
+
+
 def forward_logits(
-    built: BuiltModel, tokens: Tensor, *, budget: Sequence[float] | None = None, routing: str | None = None
+    built: BuiltModel, tokens: Tensor, *, thinking_budget: Sequence[float] | None = None, routing: str | None = None
 ) -> Tensor:
-    """Logits of a whole model on one rank. tokens [b, s] -> [b, s, vocabulary]. Not for pipelines."""
+    """Logits of a whole model on one rank, without pipeline stages. tokens [b, s] -> [b, s, vocabulary]."""
     assert len(built.chunks) == 1, "logits need the whole model on one rank"
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    recorder = built.control.recorder
-    with torch.no_grad(), built.control.override(budget=budget, routing=routing, recorder=recorder):
+    control = built.control
+    with torch.no_grad(), control.override(capacity=thinking_budget, routing=routing, recorder=control.recorder):
         return built.chunks[0](tokens, positions, None)

@@ -1,7 +1,7 @@
-"""Initial weights that depend on the seed and the tensor's name alone, not on the layout or the order of building.
+"""Initial weights, which depend on the seed and the tensor's name alone, not on the parallel layout.
 
-Every rank draws a whole tensor from a generator of its own name and keeps its shard, so that 1 rank and 64 ranks start
-from the same model, and the baselines start from the same base weights as the thinking model.
+Every rank draws a whole tensor from a generator seeded by its name and keeps its shard, so that 1 rank and 64 ranks
+start from the same model, and the baselines start from the same base weights as the thinking model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 
-# Along which dimension tensor-parallel ranks divide a matrix; megatron-core marks this when it initialises by itself.
-_SPLIT_DIMS = {
+# The sharded dimension of matrices under tensor parallelism; megatron-core marks it in its own initialisation.
+_SHARDED_DIMS = {
     "word_embeddings.weight": 0,
     "linear_qkv.weight": 0,
     "linear_proj.weight": 1,
@@ -31,10 +31,10 @@ _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight
 
 
 def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingConfig, *, seed: int) -> None:
-    """Fill a model chunk's parameters in place, and mark those that tensor-parallel ranks divide.
+    """Fill a model chunk's parameters in place, and mark those that are sharded by tensor parallelism.
 
     Matrices: N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 * num_layers)); norms 1;
-    router N(0, router_init_std); step encoding 1 for the full pass and `step_init` for the routed steps.
+    router N(0, router_init_std); step encoding 1 for the base pass and `step_init` for the routed steps.
     """
     rank, degree = model.pg_collection.tp.rank(), model.pg_collection.tp.size()
     with torch.no_grad():
@@ -48,14 +48,14 @@ def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingC
                 std = _std_of(whole_name, config, thinking)
                 whole = _draw(parameter, whole_name, std=std, seed=seed, degree=degree)
                 parameter.copy_(_own_shard(whole, whole_name, rank=rank, degree=degree))
-                if _split_dim(name) is not None:
-                    set_tensor_model_parallel_attributes(parameter, True, _split_dim(name), 1)
+                if _sharded_dim(name) is not None:
+                    set_tensor_model_parallel_attributes(parameter, True, _sharded_dim(name), 1)
 
 
 def global_name(name: str, model: GPTModel) -> str:
     """A parameter's name in the whole model: the layer's index there instead of that in its pipeline stage.
 
-    The last stage's copy of a tied embedding has the name of the embedding, so that it is drawn and compared as one.
+    The last stage's replica of a tied embedding has the name of the embedding, so that both are one.
     """
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return EMBEDDING
@@ -80,25 +80,25 @@ def _fill_step_encoding(parameter: Tensor, thinking: ThinkingConfig) -> None:
         parameter[step] = value
 
 
-def _split_dim(name: str) -> int | None:
-    return next((dim for suffix, dim in _SPLIT_DIMS.items() if name.endswith(suffix)), None)
+def _sharded_dim(name: str) -> int | None:
+    return next((dim for suffix, dim in _SHARDED_DIMS.items() if name.endswith(suffix)), None)
 
 
 def _draw(parameter: Tensor, name: str, *, std: float, seed: int, degree: int) -> Tensor:
-    """The whole tensor, float32, from the generator of its name."""
+    """Draw the whole tensor in float32 from the generator of its name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     shape = list(parameter.shape)
-    dim = _split_dim(name)
+    dim = _sharded_dim(name)
     if dim is not None:
         shape[dim] *= degree
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 
 def _own_shard(whole: Tensor, name: str, *, rank: int, degree: int) -> Tensor:
-    dim = _split_dim(name)
+    dim = _sharded_dim(name)
     if dim is None or degree == 1:
         return whole
-    # A rank's part of the fused gate and up projection is a part of each, not one contiguous block.
+    # A rank's shard of the fused gate and up projection is a shard of each, not one contiguous block.
     blocks = whole.chunk(2, dim=dim) if name.endswith("linear_fc1.weight") else (whole,)
     return torch.cat([block.chunk(degree, dim=dim)[rank] for block in blocks], dim=dim)

@@ -1,8 +1,8 @@
-"""The thresholds that stand in for top-k at inference: quantiles of router logits, as a moving average of training.
+"""Quantiles of router logits, as a moving average over training: thresholds that replace top-k at inference.
 
-The quantiles of a step are those of all tokens of the global batch, pooled: each sequence is summed up by points that
-stand for equally many of its tokens, the summaries are gathered over data-parallel ranks, and quantiles are taken of
-the pool. So the table does not depend on how the batch was divided into ranks and micro-batches.
+The quantiles of a step are those of all tokens of the global batch: each sequence is summarised by points that
+represent equally many of its tokens, the summaries are gathered over data-parallel ranks, and quantiles are computed
+from all of them. So the table does not depend on the division of the batch into ranks and micro-batches.
 
 Shapes: s whole sequence, b micro-batch, n sequences of the global batch, m points of a summary = min(s, 257).
 """
@@ -13,25 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_itt.model.layer import ThinkingLayer
 from megatron_itt.model.routing import NUM_QUANTILES
-from megatron_itt.model.trace import RoutingRecorder
+from megatron_itt.model.routing_control import RoutingRecorder
+from megatron_itt.model.thinking_layer import ThinkingLayer
 
 SUMMARY_POINTS = 257  # of a long sequence
 
 
-def summarise_sequences(logits: Tensor, real: Tensor | None = None) -> Tensor:
-    """Points that stand for equal parts of each sequence. logits [s, b] float32 -> [b, m], ascending.
+def summarise_sequences(logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Points that represent equal parts of each sequence. logits [s, b] float32 -> [b, m], ascending.
 
-    real bool [s, b]: false on padding, which counts for nothing. A short sequence is its own summary. A long one is cut
-    into m parts, each given by its middle: points at the ends of the parts would have a sequence's highest and lowest
-    logit, one token each, count as much as any other part.
+    padding_mask bool [s, b]: false on padding, which is ignored. A short sequence is its own summary. A long one is
+    divided into m parts, each represented by its middle: points at the ends of the parts would give a sequence's
+    highest and lowest logit, one token each, the weight of a whole part.
     """
     seq_length = logits.shape[0]
-    if real is not None:
-        return torch.stack(
-            [_summarise(logits[real[:, row], row], min(seq_length, SUMMARY_POINTS)) for row in range(logits.shape[1])]
-        )
+    if padding_mask is not None:
+        sequences = [logits[mask, row] for row, mask in enumerate(padding_mask.t())]
+        return torch.stack([_summarise(sequence, min(seq_length, SUMMARY_POINTS)) for sequence in sequences])
     ascending = torch.sort(logits, dim=0).values
     if seq_length > SUMMARY_POINTS:
         middles = (torch.arange(SUMMARY_POINTS, device=logits.device) + 0.5) / SUMMARY_POINTS
@@ -59,15 +58,14 @@ def update_quantiles(
     recorded = [(key, summaries) for key, summaries in found if summaries is not None]
     if not recorded:
         return
-    local = torch.stack([summaries for _, summaries in recorded])  # [tables, own part of n, m]
+    local = torch.stack([summaries for _, summaries in recorded])  # [tables, own shard of n, m]
     gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
     dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
     pooled = gathered.view(group.size(), *local.shape)
     for index, ((layer, step), _) in enumerate(recorded):
         fresh = pool_quantiles(pooled[:, index].flatten(0, 1))
-        assert layer.thinking.logit_quantiles is not None, "a routed step has its quantiles"
-        row = layer.thinking.logit_quantiles[step - 1]
-        # A table of zeros is one that has never been set.
+        row = layer.thinking.quantiles_of(step)
+        # A table of zeros has never been set.
         row.copy_(torch.where(row.any(), torch.lerp(fresh, row, decay), fresh))
 
 
@@ -80,7 +78,7 @@ def _summarise(logits: Tensor, num_points: int) -> Tensor:
 
 def _summaries(recorder: RoutingRecorder, layer_idx: int, step: int) -> Tensor | None:
     entries = recorder.of_step(layer_idx, step)
-    return torch.cat([summarise_sequences(entry.logits, entry.real) for entry in entries]) if entries else None
+    return torch.cat([summarise_sequences(entry.logits, entry.padding_mask) for entry in entries]) if entries else None
 
 
 def _values_at(ascending: Tensor, places: Tensor) -> Tensor:

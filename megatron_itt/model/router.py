@@ -1,4 +1,4 @@
-"""The weights that a thinking layer adds to a transformer layer, and the thresholds it learns by watching."""
+"""Parameters that a thinking layer adds to a transformer layer, and its table of router-logit quantiles."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_itt.config.model import ThinkingConfig
-from megatron_itt.kernels.increment import picked_logits
 from megatron_itt.model.routing import NUM_QUANTILES
+from megatron_itt.ops.rows import selected_logits
 
 
 class ThinkingParameters(torch.nn.Module):
     """Router, step encoding and logit quantiles of one layer.
 
-    `router` [T-1, h]: one linear predictor per routed step. `step_encoding` [T, h]: the gains phi_t, the full pass
-    first. `logit_quantiles` [T-1, 1025] float32: entry j is the j/1024 quantile of that step's router logits.
+    `router` [T-1, h]: one linear predictor per routed step. `step_encoding` [T, h]: phi_t, of the base pass first.
+    `logit_quantiles` [T-1, 1025] float32: entry j is the j/1024 quantile of that step's router logits.
     With one thinking step there is no router and no table. Source: paper, equations 4 and 5.
     """
 
@@ -34,23 +34,31 @@ class ThinkingParameters(torch.nn.Module):
         self.register_buffer("logit_quantiles", quantiles)
         self.step_encoding = torch.nn.Parameter(torch.ones(steps + 1, hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
-            # Each rank sees its part of the sequence, so gradients are summed over the tensor-parallel group.
+            # Each rank sees its shard of the sequence, so gradients are summed over the tensor-parallel group.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.uses_step_encoding = thinking.step_encoding and thinking.residual == "accumulate"
 
-    def logits(self, hidden: Tensor, step: int) -> Tensor:
-        """Router logits of routed step `step` (1 .. T-1). hidden [s, b, h] -> [s, b], float32 or wider."""
-        assert self.router is not None, "a model with one thinking step routes nothing"
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        return hidden.to(wide) @ self.router[step - 1].to(wide)
+    def router_of(self, step: int) -> Tensor:
+        """The predictor [h] of routed step 1 .. T-1."""
+        assert self.router is not None, "a model with one thinking step has no router"
+        return self.router[step - 1]
 
-    def picked_logits(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
-        """`logits` [k, b] of the picked rows [k, b, h], with their gradient; `logits` alone has none."""
-        assert self.router is not None, "a model with one thinking step routes nothing"
-        return picked_logits(logits, rows, self.router[step - 1])
+    def quantiles_of(self, step: int) -> Tensor:
+        """The quantile table [1025] of routed step 1 .. T-1."""
+        assert self.logit_quantiles is not None, "a model with one thinking step has no quantiles"
+        return self.logit_quantiles[step - 1]
 
-    def gain(self, step: int) -> Tensor | None:
-        """phi_t [h] of step 0 .. T-1; None where the recipe turns step encoding off."""
+    def router_logits(self, hidden_states: Tensor, step: int) -> Tensor:
+        """Router logits of a routed step. hidden_states [s, b, h] -> [s, b], float32 or wider."""
+        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        return hidden_states.to(wide) @ self.router_of(step).to(wide)
+
+    def selected_logits(self, logits: Tensor, selected: Tensor, step: int) -> Tensor:
+        """`logits` [k, b] of the selected tokens [k, b, h], with their gradient; `logits` alone has none."""
+        return selected_logits(logits, selected, self.router_of(step))
+
+    def step_encoding_of(self, step: int) -> Tensor | None:
+        """phi_t [h] of thinking step 0 .. T-1; None where the recipe does not use step encoding."""
         return self.step_encoding[step] if self.uses_step_encoding else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -58,6 +66,6 @@ class ThinkingParameters(torch.nn.Module):
         quantiles = self.logit_quantiles
         super()._apply(fn, recurse)
         if self.logit_quantiles is not None and self.logit_quantiles.dtype != torch.float32:
-            assert quantiles is not None, "a buffer does not appear by casting"
+            assert quantiles is not None, "casting does not create a buffer"
             self.logit_quantiles = quantiles.to(self.logit_quantiles.device)
         return self

@@ -1,12 +1,15 @@
-"""Who thinks: from router logits to token positions. Pure functions, no weights, no communication.
+"""Routing rules: from router logits to the selected tokens of a step. No weights, no communication.
 
-Shapes: s sequence, b batch, k tokens that think again. Scores are compared in float32 and in logit space, because
-sigmoid scores in bfloat16 tie for a few percent of the tokens and a tie would let the kernel choose.
+Router logits are compared in float32 and before the gate: sigmoid weights in bfloat16 tie for a few percent of the
+tokens, and a tie would let the kernel choose.
+Shapes: s sequence; b batch; k selected tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,62 +18,116 @@ from torch.nn import functional
 NUM_QUANTILES = 1025
 
 
-def count_picked(share: float, seq_length: int, *, multiple: int = 1) -> int:
-    """How many of `seq_length` tokens a share stands for: rounded half up, then to a multiple of `multiple`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutedStep:
+    """What a routing rule may use beside the logits.
 
-    At least one token (one `multiple`), at most all; a share of 1 or more is all. Source: paper, section 3.3.
+    padding_mask: bool [s, b], false on padding, or None; multiple: what the number of selected tokens must be a
+    multiple of; quantiles [1025]: of the step's router logits.
+    """
+
+    capacity: float
+    padding_mask: Tensor | None
+    multiple: int
+    quantiles: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingRule:
+    """`select(logits [s, b], step)` returns positions [k, b] of static k, if `is_static`, or else a mask, bool [s, b].
+
+    Static rules compute only the selected tokens, the others a masked base pass. None selects every token unrouted.
+    """
+
+    select: Callable[[Tensor, RoutedStep], Tensor] | None
+    is_static: bool = False
+
+
+def count_selected(capacity: float, seq_length: int, *, multiple: int = 1) -> int:
+    """The number of tokens that a capacity selects: rounded half up, then to a multiple of `multiple`.
+
+    At least one token (one `multiple`), at most all; a capacity of 1 or more is all. Source: paper, section 3.3.
     Ours: `multiple` is the tensor-parallel degree under sequence parallelism, so that every rank gets equal shapes.
     """
-    if share >= 1.0:
+    if capacity >= 1.0:
         return seq_length
-    count = max(1, math.floor(share * seq_length + 0.5))
+    count = max(1, math.floor(capacity * seq_length + 0.5))
     if multiple > 1:
         count = max(1, math.floor(count / multiple + 0.5)) * multiple
     return min(count, seq_length)
 
 
-def pick_topk(logits: Tensor, count: int) -> Tensor:
+def select_topk(logits: Tensor, count: int) -> Tensor:
     """Positions of the `count` highest logits of each sequence. logits [s, b] float32 -> positions [k, b], ascending.
 
-    Ties go to the earlier token. Ascending positions keep attention among picked tokens causal.
+    Ties go to the earlier token. Ascending positions keep attention among selected tokens causal.
     """
-    return torch.sort(_rank(logits)[:count], dim=0).values
+    return torch.sort(_ranking(logits)[:count], dim=0).values
 
 
-def fill_with_padding(logits: Tensor, real: Tensor, *, share: float, count: int, multiple: int = 1) -> Tensor:
-    """Logits with which `pick_topk` selects of each sequence the share of its own tokens. [s, b] -> [s, b].
+def rank_padding(logits: Tensor, padding_mask: Tensor, *, capacity: float, count: int, multiple: int = 1) -> Tensor:
+    """Logits from which `select_topk` selects the capacity of each sequence's own tokens. [s, b] -> [s, b].
 
-    real bool [s, b] is false on padding, which ends a sequence. Shapes are those of a whole sequence, so the places of
-    `count` that a shorter one leaves free go to its padding (infinite logits): no token sees that, and nothing is made
-    of it. Paper: silent on padding. Ours: padding is never selected and does not count towards k.
+    padding_mask bool [s, b] is false on padding, which ends a sequence. Shapes are those of a whole sequence, so the
+    entries of `count` that a shorter one leaves free go to its padding (infinite logits): no token sees it, and its
+    results are dropped. Paper: silent on padding. Ours: padding is never selected and does not count towards k.
     """
-    lengths = real.sum(dim=0).tolist()
-    free = [count - count_picked(share, length, multiple=multiple) if length else count for length in lengths]
-    padding = ~real
+    lengths = padding_mask.sum(dim=0).tolist()
+    free = [count - count_selected(capacity, n, multiple=multiple) if n else count for n in lengths]
+    padding = ~padding_mask
     fills = padding & (padding.cumsum(dim=0) <= torch.tensor(free, device=logits.device))
     return logits.masked_fill(padding, -math.inf).masked_fill(fills, math.inf)
 
 
-def pick_topp(logits: Tensor, share: float) -> Tensor:
-    """Tokens whose softmax probabilities, taken from the largest down, first reach `share`. [s, b] -> bool [s, b].
+def select_topp(logits: Tensor, capacity: float) -> Tensor:
+    """Tokens whose softmax probabilities, from the largest down, first reach `capacity`. [s, b] -> bool [s, b].
 
-    At least one token per sequence; ties go to the earlier token. A share of 1 or more is every token by rule: a sum of
-    probabilities rounds to 1 before its end, and so it may in float64. Source: paper, Table 3 (Router Sampling, Top-P).
+    At least one token per sequence; ties go to the earlier token. A capacity of 1 or more selects every token: a sum of
+    probabilities rounds to 1 before its end, in float64 too. Source: paper, Table 3 (Router Sampling, Top-P).
     """
-    if share >= 1.0:
+    if capacity >= 1.0:
         return torch.ones_like(logits, dtype=torch.bool)
-    order = _rank(logits)
+    order = _ranking(logits)
     ranked = torch.softmax(logits.double(), dim=0).gather(0, order)
     before = functional.pad(torch.cumsum(ranked, dim=0)[:-1], (0, 0, 1, 0))
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before < share)
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before < capacity)
 
 
-def _rank(logits: Tensor) -> Tensor:
+def select_above(logits: Tensor, threshold: Tensor) -> Tensor:
+    """Tokens above a threshold [] or [b]: a rule that looks at one token only. [s, b] -> bool [s, b].
+
+    Minus infinity, the threshold of a capacity of 1, selects every token.
+    """
+    return (logits > threshold) | (threshold == -math.inf)
+
+
+def threshold_for(capacity: float, logit_quantiles: Tensor) -> Tensor:
+    """The logit above which a `capacity` of all tokens lies, from one step's quantile table [1025].
+
+    Linear interpolation at 1 - capacity; a capacity of 1 gives minus infinity, 0 gives infinity.
+    """
+    if capacity >= 1.0:
+        return logit_quantiles.new_full((), -math.inf)
+    if capacity <= 0.0:
+        return logit_quantiles.new_full((), math.inf)
+    index = (1.0 - capacity) * (NUM_QUANTILES - 1)
+    low = math.floor(index)
+    high = min(low + 1, NUM_QUANTILES - 1)
+    return torch.lerp(logit_quantiles[low], logit_quantiles[high], index - low)
+
+
+def positions_to_mask(positions: Tensor, seq_length: int) -> Tensor:
+    """positions [k, b] -> bool [s, b], true where a token is selected."""
+    mask = torch.zeros(seq_length, positions.shape[1], dtype=torch.bool, device=positions.device)
+    return mask.scatter(0, positions, True)
+
+
+def _ranking(logits: Tensor) -> Tensor:
     """Positions of each sequence from the highest logit down; ties go to the earlier token. [s, b] -> [s, b].
 
     Ours: logits are compared on a grid, 2^-16 of the sequence's largest magnitude (2^-40 in float64). Tokens with equal
-    states, such as the first ones of documents that begin alike, differ by rounding alone, and in another layout by
-    another rounding; on the grid they tie in all but about one percent of the cases.
+    hidden states, such as the first ones of documents that begin alike, differ by rounding alone, and in another layout
+    by another rounding; on the grid they tie in all but about one percent of the cases.
     """
     largest = torch.where(torch.isfinite(logits), logits.abs(), 0.0).amax(dim=0, keepdim=True)
     bits = 40 if logits.dtype == torch.float64 else 16
@@ -78,30 +135,29 @@ def _rank(logits: Tensor) -> Tensor:
     return torch.sort(torch.round(logits / unit), dim=0, descending=True, stable=True).indices
 
 
-def pick_above(logits: Tensor, threshold: Tensor) -> Tensor:
-    """Tokens above a threshold [] or [b]: a rule that looks at one token only. [s, b] -> bool [s, b].
-
-    Minus infinity, the threshold of a share of 1, is every token by rule.
-    """
-    return (logits > threshold) | (threshold == -math.inf)
-
-
-def threshold_for(share: float, logit_quantiles: Tensor) -> Tensor:
-    """The logit above which a `share` of all tokens lies, from one step's quantile table [1025].
-
-    Linear interpolation at 1 - share; a share of 1 gives minus infinity, 0 gives infinity.
-    """
-    if share >= 1.0:
-        return logit_quantiles.new_full((), -math.inf)
-    if share <= 0.0:
-        return logit_quantiles.new_full((), math.inf)
-    place = (1.0 - share) * (NUM_QUANTILES - 1)
-    low = math.floor(place)
-    high = min(low + 1, NUM_QUANTILES - 1)
-    return torch.lerp(logit_quantiles[low], logit_quantiles[high], place - low)
+def _topk_rule(logits: Tensor, step: RoutedStep) -> Tensor:
+    count = count_selected(step.capacity, logits.shape[0], multiple=step.multiple)
+    if step.padding_mask is not None:
+        mask, multiple = step.padding_mask, step.multiple
+        logits = rank_padding(logits, mask, capacity=step.capacity, count=count, multiple=multiple)
+    return select_topk(logits, count)
 
 
-def positions_to_mask(positions: Tensor, seq_length: int) -> Tensor:
-    """positions [k, b] -> bool [s, b], true where a token was picked."""
-    mask = torch.zeros(seq_length, positions.shape[1], dtype=torch.bool, device=positions.device)
-    return mask.scatter(0, positions, True)
+def _topp_rule(logits: Tensor, step: RoutedStep) -> Tensor:
+    if step.padding_mask is None:
+        return select_topp(logits, step.capacity)
+    return select_topp(logits.masked_fill(~step.padding_mask, -math.inf), step.capacity) & step.padding_mask
+
+
+def _threshold_rule(logits: Tensor, step: RoutedStep) -> Tensor:
+    selected = select_above(logits, threshold_for(step.capacity, step.quantiles).to(logits.dtype))
+    return selected if step.padding_mask is None else selected & step.padding_mask
+
+
+# `thinking.routing`; source: paper, Table 3 (Router Sampling, and w/o ATR for none).
+ROUTING_RULES: dict[str, RoutingRule] = {
+    "topk": RoutingRule(select=_topk_rule, is_static=True),
+    "topp": RoutingRule(select=_topp_rule),
+    "threshold": RoutingRule(select=_threshold_rule),
+    "none": RoutingRule(select=None),
+}

@@ -1,12 +1,11 @@
-"""An all-gather of the parts of a sequence that runs while its caller computes something else.
+"""Sequence shards and their asynchronous all-gather, which overlaps with what its caller computes meanwhile.
 
-`begin_gather` launches it, and `wait` of what that returns gives the whole. Values and gradients are those of
-megatron-core's `gather_from_sequence_parallel_region`: forward gathers, backward sums the ranks' gradients and scatters
-them. Backward has the same gap: autograd runs the latest nodes first, so it launches the exchange where forward waited,
-computes the gradients of what forward computed meanwhile, and waits where forward launched.
+Values and gradients are those of megatron-core's `gather_from_sequence_parallel_region`: an all-gather forward, a
+reduce-scatter backward. Backward overlaps as well: autograd runs the latest nodes first, so it launches the collective
+where forward waited, computes the gradients of what forward computed meanwhile, and waits where forward launched.
 
-Exchanges of one group run in the order in which they were begun, so a small one goes first.
-Shapes: p rows of this rank, s = p times the ranks; any trailing dimensions.
+Collectives of one group run in the order of their launch, so a small one goes first.
+Shapes: p rows of this rank, s = p times the world size of the group; any trailing dimensions.
 """
 
 from __future__ import annotations
@@ -20,38 +19,54 @@ from torch import Tensor
 
 
 class PendingGather:
-    """A gather that was begun."""
+    """A gather that has been launched."""
 
-    def __init__(self, part: Tensor, exchange: _Exchange | None) -> None:
-        self._part, self._exchange = part, exchange
+    def __init__(self, shard: Tensor, collective: _Collective | None) -> None:
+        self._shard, self._collective = shard, collective
 
     def wait(self) -> Tensor:
-        """The whole, [s, ...]. To be called once; on GPUs the stream waits, not the host."""
-        return self._part if self._exchange is None else _Wait.apply(self._part, self._exchange)
+        """Return the whole, [s, ...]. Call it once; on GPUs the stream waits, not the host."""
+        return self._shard if self._collective is None else _Wait.apply(self._shard, self._collective)
 
 
-def begin_gather(part: Tensor, group: dist.ProcessGroup | None) -> PendingGather:
-    """Launch the all-gather of `part` [p, ...]; without a group, or in one of one rank, the part is the whole.
+@dataclass(frozen=True, slots=True)
+class SequenceShards:
+    """The division of a sequence over the ranks of a group under sequence parallelism; None without it."""
 
-    The ranks' later uses of the whole are partial ones: their gradients are added up.
-    """
-    if group is None or group.size() == 1:
-        return PendingGather(part, None)
-    exchange = _Exchange(group)
-    return PendingGather(_Begin.apply(part, exchange), exchange)
+    group: dist.ProcessGroup | None
+
+    @property
+    def num(self) -> int:
+        """The number of shards."""
+        return 1 if self.group is None else self.group.size()
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's shard along the first dimension."""
+        return whole if self.num == 1 else whole.chunk(self.num, dim=0)[self.group.rank()]  # type: ignore[union-attr]
+
+    def begin_gather(self, shard: Tensor) -> PendingGather:
+        """Launch the all-gather of `shard` [p, ...]. The ranks' gradients of the whole are summed."""
+        if self.group is None or self.num == 1:
+            return PendingGather(shard, None)
+        collective = _Collective(self.group)
+        return PendingGather(_Begin.apply(shard, collective), collective)
+
+    def gather(self, shard: Tensor) -> Tensor:
+        """All-gather `shard` [p, ...] -> [s, ...] without overlap."""
+        return self.begin_gather(shard).wait()
 
 
 @dataclass(slots=True)
-class _Exchange:
-    """What the two ends share: the exchange under way and where its result will lie."""
+class _Collective:
+    """The collective in flight and its result, shared by the nodes that launch it and wait for it."""
 
     group: dist.ProcessGroup
     work: Any = None
     result: Tensor | None = None
 
-    def gather(self, part: Tensor) -> None:
-        self.result = part.new_empty(part.shape[0] * self.group.size(), *part.shape[1:])
-        self.work = dist.all_gather_into_tensor(self.result, part.contiguous(), group=self.group, async_op=True)
+    def gather(self, shard: Tensor) -> None:
+        self.result = shard.new_empty(shard.shape[0] * self.group.size(), *shard.shape[1:])
+        self.work = dist.all_gather_into_tensor(self.result, shard.contiguous(), group=self.group, async_op=True)
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
         own = whole.new_empty(whole.shape[0] // self.group.size(), *whole.shape[1:])
@@ -59,37 +74,37 @@ class _Exchange:
         return own
 
     def finish(self) -> Tensor | None:
-        """Wait, and let go of the result of `gather`."""
+        """Wait, and release the result of `gather`."""
         self.work.wait()
         result, self.work, self.result = self.result, None, None
         return result
 
 
 class _Begin(torch.autograd.Function):
-    """Gives the part itself: a gradient must have the shape of what it is for."""
+    """Returns the shard itself: a gradient must have the shape of its input."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange.gather(part)
-        return part.view_as(part)
+    def forward(ctx: Any, shard: Tensor, collective: _Collective) -> Tensor:
+        ctx.collective = collective
+        collective.gather(shard)
+        return shard.view_as(shard)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.exchange.finish()
+        ctx.collective.finish()
         return grad, None
 
 
 class _Wait(torch.autograd.Function):
-    """From the part to the whole; backward, to a gradient that is there once `_Begin` has waited for it."""
+    """From the shard to the whole; backward, to a gradient that is complete once `_Begin` has waited."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        whole = exchange.finish()
-        assert whole is not None, "a gather is waited for once"
+    def forward(ctx: Any, shard: Tensor, collective: _Collective) -> Tensor:
+        ctx.collective = collective
+        whole = collective.finish()
+        assert whole is not None, "wait() was called twice"
         return whole
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.exchange.reduce_scatter(grad), None
+        return ctx.collective.reduce_scatter(grad), None

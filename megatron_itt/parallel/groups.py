@@ -20,7 +20,7 @@ from megatron_itt.parallel.seeding import end_determinism, seed_everything
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelPlace:
+class ParallelContext:
     """Where this process stands in the layout of a run.
 
     program_bytes: what was resident on the CPU before a run began: interpreter, torch, megatron-core; 0 on a GPU, whose
@@ -40,7 +40,7 @@ class ParallelPlace:
         return self.rank == 0
 
 
-def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> ParallelPlace:
+def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> ParallelContext:
     """Join the job, build tensor, pipeline and data-parallel groups, and seed the random states.
 
     Raises ConfigError, before any process group exists, when the layout does not fit the number of processes.
@@ -63,7 +63,7 @@ def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> P
         raise
 
 
-def _build_groups(config: RunConfig, place: ProcessPlace, device: torch.device) -> ParallelPlace:
+def _build_groups(config: RunConfig, place: ProcessPlace, device: torch.device) -> ParallelContext:
     _join_job(place, device, timeout_minutes=config.runtime.timeout_minutes)
     from megatron.core import parallel_state
 
@@ -76,7 +76,7 @@ def _build_groups(config: RunConfig, place: ProcessPlace, device: torch.device) 
         create_gloo_process_groups=dist.get_backend() != "fake",  # gloo would look for ranks that do not exist
     )
     seed_everything(config.runtime.seed, deterministic=config.runtime.deterministic)
-    return ParallelPlace(
+    return ParallelContext(
         rank=place.rank,
         world_size=place.world_size,
         device=device,

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_itt.config.run import RunConfig
 from megatron_itt.model.builder import BuiltModel, build_model
-from megatron_itt.parallel.groups import ParallelPlace
+from megatron_itt.parallel.groups import ParallelContext
 from megatron_itt.training.optimizer import build_optimizer, build_schedule
 
 
@@ -24,7 +24,7 @@ class Trainer:
     """Everything that a step needs. `wrapped` are the model chunks as megatron-core's schedules want them."""
 
     config: RunConfig
-    place: ParallelPlace
+    place: ParallelContext
     built: BuiltModel
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
@@ -38,7 +38,7 @@ class Trainer:
 
 
 def build_trainer(
-    config: RunConfig, place: ParallelPlace, *, build: Callable[..., BuiltModel] = build_model
+    config: RunConfig, place: ParallelContext, *, build: Callable[..., BuiltModel] = build_model
 ) -> Trainer:
     """Build this rank's part of the run, at step 0; `build` makes the model, with the arguments of `build_model`."""
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32

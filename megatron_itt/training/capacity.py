@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from megatron_itt.config.model import SampledCapacity
 from megatron_itt.config.run import RunConfig
-from megatron_itt.model.routing import count_picked
+from megatron_itt.model.routing import count_selected
 
 # Drawn shares are multiples of this, so that an elastic run meets a bounded number of shapes.
 SHARE_GRID = 0.05
@@ -66,7 +66,7 @@ def describe_rounding(config: RunConfig) -> str | None:
         return None
     seq_length = config.model.seq_length
     counts = [
-        (share, count_picked(share, seq_length), count_picked(share, seq_length, multiple=degree))
+        (share, count_selected(share, seq_length), count_selected(share, seq_length, multiple=degree))
         for share in sorted(set(_possible_shares(config)))
     ]
     changed = [f"{share:g} selects {used} (not {alone})" for share, alone, used in counts if used != alone]

@@ -20,7 +20,7 @@ from megatron_itt.data.tokenizer import Tokenizer, recipe_tokenizer
 from megatron_itt.data.tokenizer_folder import check_exportable
 from megatron_itt.errors import ConfigError, DataError, IttError
 from megatron_itt.log import configure_logging, get_logger
-from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
+from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel
 from megatron_itt.training.assemble import Trainer, build_trainer
 from megatron_itt.training.capacity import describe_rounding
 from megatron_itt.training.checkpointing import Checkpointer
@@ -89,7 +89,7 @@ def check_inputs(config: RunConfig) -> Tokenizer:
 
 
 @contextmanager
-def _opened_run_folder(config: RunConfig, place: ParallelPlace, *, allow_changed: Sequence[str]) -> Iterator[bool]:
+def _opened_run_folder(config: RunConfig, place: ParallelContext, *, allow_changed: Sequence[str]) -> Iterator[bool]:
     """Hold the run folder within a block: the main process claims and fills it, and tells the others how that went.
 
     Yields whether there is something left to do.
@@ -108,7 +108,7 @@ def _opened_run_folder(config: RunConfig, place: ParallelPlace, *, allow_changed
 
 
 def _start_or_resume(
-    config: RunConfig, place: ParallelPlace, tokenizer: Tokenizer, stop: StopRequest, *, allow_changed: Sequence[str]
+    config: RunConfig, place: ParallelContext, tokenizer: Tokenizer, stop: StopRequest, *, allow_changed: Sequence[str]
 ) -> Run:
     run_dir = Path(config.logging.run_dir)
     blend = resolve_blend(config)

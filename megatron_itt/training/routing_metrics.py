@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_itt.model.layer import ThinkingLayer
 from megatron_itt.model.routing import threshold_for
-from megatron_itt.model.trace import RoutingRecorder
+from megatron_itt.model.routing_control import RoutingRecorder
+from megatron_itt.model.thinking_layer import ThinkingLayer
 from megatron_itt.training.assemble import Trainer
 from megatron_itt.training.capacity import training_capacity
 
@@ -78,9 +78,11 @@ def _add_records(row: Tensor, recorder: RoutingRecorder, layer_idx: int, step: i
     if not records:
         return
     logits = torch.cat([record.logits for record in records], dim=1).double()  # [s, n]
-    real = torch.cat([record.picked | True if record.real is None else record.real for record in records], dim=1)
+    real = torch.cat(
+        [record.selected | True if record.padding_mask is None else record.padding_mask for record in records], dim=1
+    )
     logits = logits.masked_fill(~real, 0.0)
-    picked = torch.cat([record.picked for record in records], dim=1)
+    picked = torch.cat([record.selected for record in records], dim=1)
     row[_TOKENS] += real.sum()
     row[_SUM] += logits.sum()
     row[_SQUARES] += logits.square().sum()

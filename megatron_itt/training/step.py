@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_itt.model.quantiles import update_quantiles
-from megatron_itt.model.trace import RoutingRecorder
+from megatron_itt.model.routing_control import RoutingRecorder
 from megatron_itt.training.agreement import agree
 from megatron_itt.training.assemble import Trainer
 from megatron_itt.training.capacity import training_capacity, training_rule, training_temperature
@@ -69,7 +69,7 @@ def train_step(
     if watch is not None:
         watch.pulse.beat("forward and backward", step)
     with trainer.built.control.override(
-        budget=training_capacity(trainer.config, step),
+        capacity=training_capacity(trainer.config, step),
         routing=training_rule(trainer.config, step),
         temperature=training_temperature(trainer.config, step),
         recorder=recorder,
@@ -134,7 +134,7 @@ def validation_loss(
     total = torch.zeros(2, dtype=torch.float64)
     for begin in range(0, len(batches), portion):
         part = batches[begin : begin + portion]
-        with torch.no_grad(), trainer.built.control.override(budget=budget, routing=routing):
+        with torch.no_grad(), trainer.built.control.override(capacity=budget, routing=routing):
             entries = _run_schedule(trainer, iter(part), len(part), forward, forward_only=True)
         for entry in entries:
             total += torch.stack([entry["loss_sum"].double().cpu(), entry["num_tokens"].double().cpu()])
@@ -185,7 +185,7 @@ class _ForwardStep:
         gathered = next(data_iterator)
         batch = {name: value.to(self.device, non_blocking=True) for name, value in gathered.items()}
         real = find_padding(gathered["loss_mask"])
-        self.control.real = None if real is None else real.to(self.device)
+        self.control.padding_mask = None if real is None else real.to(self.device)
         if self.recorder is not None:
             self.recorder.microbatch = self.calls.get(id(model), 0)
             self.calls[id(model)] = self.recorder.microbatch + 1

@@ -135,7 +135,7 @@ def test_recipes_are_costed_without_loading_torch(module: str) -> None:
         ("megatron_itt/training/loop.py", "megatron_itt.train.main", True),
         ("megatron_itt/train.py", "megatron_itt.commands.train", True),
         ("megatron_itt/commands/train.py", "megatron_itt.api.train", False),
-        ("megatron_itt/training/loop.py", "megatron_itt.model.layer", False),
+        ("megatron_itt/training/loop.py", "megatron_itt.model.thinking_layer", False),
         ("megatron_itt/analysis/report.py", "megatron_itt.evaluation.results", False),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_itt.config.environment import ProcessPlace
 from megatron_itt.parallel import async_gather
-from megatron_itt.parallel.async_gather import begin_gather
+from megatron_itt.parallel.async_gather import SequenceShards
 from tests.helpers.launch import run_ranks
 
 
@@ -31,7 +31,7 @@ class Between(torch.autograd.Function):
         return 2 * grad, None
 
 
-class NotedExchange(async_gather._Exchange):
+class NotedExchange(async_gather._Collective):
     """An exchange that notes when it begins and ends."""
 
     events: ClassVar[list[str]] = []
@@ -67,7 +67,7 @@ def gather_both_ways(place: ProcessPlace, shape: tuple[int, ...]) -> list[tuple[
     found = []
     for gather in (
         lambda part: gather_from_sequence_parallel_region(part.contiguous(), group=group),
-        lambda part: begin_gather(part, group).wait(),
+        lambda part: SequenceShards(group).begin_gather(part).wait(),
     ):
         generator = torch.Generator().manual_seed(place.rank)
         leaf = torch.randn(shape, generator=generator).requires_grad_(True)
@@ -77,7 +77,7 @@ def gather_both_ways(place: ProcessPlace, shape: tuple[int, ...]) -> list[tuple[
         assert leaf.grad is not None
         found.append((whole.detach(), leaf.grad))
     with torch.no_grad():
-        assert torch.equal(begin_gather(leaf.transpose(0, 1), group).wait(), found[0][0])
+        assert torch.equal(SequenceShards(group).begin_gather(leaf.transpose(0, 1)).wait(), found[0][0])
     dist.destroy_process_group()
     return found
 
@@ -87,8 +87,8 @@ def order_of_events(place: ProcessPlace) -> list[str]:
     group = join(place)
     events = NotedExchange.events = []
     weight, part = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-    with patch.object(async_gather, "_Exchange", NotedExchange):
-        pending = begin_gather(part, group)
+    with patch.object(async_gather, "_Collective", NotedExchange):
+        pending = SequenceShards(group).begin_gather(part)
     factor = Between.apply(weight, events)
     whole = pending.wait()
     loss = (whole * factor).sum()
@@ -116,4 +116,4 @@ def test_what_is_computed_meanwhile_has_its_gradients_computed_meanwhile() -> No
 
 def test_without_other_ranks_the_part_is_the_whole() -> None:
     part = torch.randn(4, 2)
-    assert begin_gather(part, None).wait() is part
+    assert SequenceShards(None).begin_gather(part).wait() is part

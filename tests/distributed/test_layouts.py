@@ -47,7 +47,7 @@ def layouts(world_size: int) -> list[dict[str, Any]]:
 
 
 def recipe(kind: str, parallel: dict[str, Any], *, distributed: bool = True, overlap: bool = False) -> Any:
-    """Shares of its 32 tokens are multiples of four: no layout rounds them (`routing.count_picked`).
+    """Shares of its 32 tokens are multiples of four: no layout rounds them (`routing.count_selected`).
 
     Drawn shares are twentieths; of 40 tokens they are even, which layouts of two ranks do not round.
     """

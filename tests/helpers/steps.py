@@ -140,13 +140,13 @@ def _positions(tokens: torch.Tensor, begin_anew: bool) -> torch.Tensor:
 
 def _picks_of_validation(trainer: Any) -> dict[tuple[int, int, int], torch.Tensor]:
     """Who thinks, after training, in this rank's micro-batches of one more global batch."""
-    from megatron_itt.model.trace import RoutingRecorder
+    from megatron_itt.model.routing_control import RoutingRecorder
 
     recorder, place = RoutingRecorder(), trainer.place
     with torch.no_grad(), trainer.built.control.override(recorder=recorder):
         _run_schedule(trainer, NUM_STEPS, recorder, forward_only=True)
     return {
-        (microbatch * place.data_parallel_size + place.data_parallel_rank, layer_idx, step): entry.picked
+        (microbatch * place.data_parallel_size + place.data_parallel_rank, layer_idx, step): entry.selected
         for (microbatch, layer_idx, step), entry in recorder.records.items()
     }
 

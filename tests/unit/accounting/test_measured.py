@@ -22,7 +22,7 @@ from megatron_itt.accounting.params import count_parameters
 from megatron_itt.benchmark.memory import measure_activations, measure_kept_bytes
 from megatron_itt.config import RunConfig, parse_config
 from megatron_itt.model.builder import build_model
-from megatron_itt.parallel.groups import ParallelPlace, start_parallel, stop_parallel
+from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel
 
 SHAPES: dict[str, dict[str, Any]] = {
     "heads": {"hidden_size": 128, "ffn_hidden_size": 320, "num_attention_heads": 4, "seq_length": 256},
@@ -64,7 +64,7 @@ def make_config(shape: str, kind: str, *, dtype: str = "fp32") -> RunConfig:
 
 
 @pytest.fixture(autouse=True)
-def one_rank() -> Iterator[ParallelPlace]:
+def one_rank() -> Iterator[ParallelContext]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield start_parallel(make_config("heads", "llama"))
@@ -123,7 +123,7 @@ def test_activations_are_those_that_autograd_keeps(shape: str, kind: str, dtype:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weights_gradients_and_optimizer_state_are_those_of_a_trainer(
-    shape: str, dtype: str, one_rank: ParallelPlace
+    shape: str, dtype: str, one_rank: ParallelContext
 ) -> None:
     from megatron_itt.training.assemble import build_trainer
 

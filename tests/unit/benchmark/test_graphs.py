@@ -19,7 +19,7 @@ from megatron_itt.benchmark.graphs import (
 from megatron_itt.benchmark.passes import Pass, PassResults, training_pass
 from megatron_itt.config import RunConfig
 from megatron_itt.errors import EvaluationError
-from megatron_itt.model import routed_attention
+from megatron_itt.model import attention
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.waiting import WatchOperations
@@ -120,7 +120,7 @@ def test_a_captured_pass_waits_for_nothing_and_has_fixed_shapes(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the embedding to the last gradient: a host that waits, or a shape that data decides, ends a capture."""
-    monkeypatch.setattr(routed_attention, "find_picked_attention", lambda query: None)  # the form for CPUs reads data
+    monkeypatch.setattr(attention, "find_gathered_attention", lambda query: None)  # the form for CPUs reads data
     start_parallel(config, place=ONE_PROCESS)
     try:
         tokens = torch.zeros(2, config.model.seq_length + 1, dtype=torch.long)

@@ -92,11 +92,11 @@ def test_a_closed_part_keeps_what_is_called_within_it() -> None:
 
 
 def test_functions_are_put_back_and_missing_ones_passed_over() -> None:
-    from megatron_itt.model import routed_attention, thinking
+    from megatron_itt.model import attention, step_update
 
-    before = (thinking.take_rows, routed_attention.take_rows)
-    parts = {"gather": PARTS["gather"], "gone": ("megatron_itt.model.thinking:gone", "megatron_itt.no:such")}
+    before = (step_update.gather_tokens, attention.gather_tokens)
+    parts = {"gather": PARTS["gather"], "gone": ("megatron_itt.model.step_update:gone", "megatron_itt.no:such")}
     with watched(Timeline(CPU), parts) as found:
-        assert thinking.take_rows is routed_attention.take_rows is not before[0]
+        assert step_update.gather_tokens is attention.gather_tokens is not before[0]
     assert found == {"gather"}
-    assert (thinking.take_rows, routed_attention.take_rows) == before
+    assert (step_update.gather_tokens, attention.gather_tokens) == before

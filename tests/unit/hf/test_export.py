@@ -127,7 +127,7 @@ def _largest_difference(config: RunConfig, dtype: torch.dtype) -> float:
     tokens = torch.randint(0, 300, (2, 50), generator=torch.Generator().manual_seed(0))
     worst = 0.0
     for routing, budget in parity._routing_cases(config, hf_model):
-        expected = forward_logits(built, tokens, budget=budget, routing=routing)
+        expected = forward_logits(built, tokens, thinking_budget=budget, routing=routing)
         given = {} if routing is None else {"routing": routing, "thinking_budget": budget}
         with torch.no_grad():
             logits = hf_model(tokens, **given).logits

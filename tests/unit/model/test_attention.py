@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,17 +9,15 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_itt.model import attention as our_attention
-from megatron_itt.model.attention import RotatingSelfAttention
-from megatron_itt.model.routed_attention import Angles
+from megatron_itt.model.attention import RotarySelfAttention, RotaryTable
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def layer_attention(built: Any) -> RotatingSelfAttention:
+def layer_attention(built: Any) -> RotarySelfAttention:
     attention = built.chunks[0].decoder.layers[0].self_attention
-    assert type(attention) is RotatingSelfAttention
+    assert type(attention) is RotarySelfAttention
     return attention
 
 
@@ -35,12 +32,12 @@ def run(attention: SelfAttention, rotary: Any, dtype: torch.dtype) -> list[Tenso
     return [output.detach(), *gradients]
 
 
-def run_as_megatron_core(attention: RotatingSelfAttention, rotary: Any, dtype: torch.dtype) -> list[Tensor]:
+def run_as_megatron_core(attention: RotarySelfAttention, rotary: Any, dtype: torch.dtype) -> list[Tensor]:
     attention.__class__ = SelfAttention
     try:
         return run(attention, rotary, dtype)
     finally:
-        attention.__class__ = RotatingSelfAttention
+        attention.__class__ = RotarySelfAttention
 
 
 @pytest.mark.parametrize("per_sequence", [False, True], ids=["one for all", "per sequence"])
@@ -76,15 +73,15 @@ def test_every_kind_of_layer_has_it_and_no_other_rotation(monkeypatch: pytest.Mo
 
 
 def test_cosine_and_sine_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Angles] = []
-    of = Angles.of
-    monkeypatch.setattr(our_attention, "Angles", SimpleNamespace(of=lambda *args: made.append(of(*args)) or made[-1]))
+    made: list[RotaryTable] = []
+    of = RotaryTable.of
+    monkeypatch.setattr(RotaryTable, "of", staticmethod(lambda *args: made.append(of(*args)) or made[-1]))
     config = tiny_recipe()
     with built_model(config, dtype=torch.float32) as built:
         tokens = random_tokens(config)
         for _ in range(2):
             built.chunks[0](tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
-    assert len(made) == 2 * config.model.num_layers
+    assert len(made) == 2 * (config.model.num_layers + 2)  # base passes, and the routed steps of two layers
     assert all(angles is made[0] for angles in made)
 
 
@@ -117,12 +114,12 @@ def test_a_pass_that_fails_leaves_no_angles_behind() -> None:
         attention, rotary = layer_attention(built), built.chunks[0].rotary_pos_emb(24)
         with pytest.raises(RuntimeError):
             attention(torch.zeros(24, 1, 31), None, rotary_pos_emb=rotary)
-        assert attention._angles is None
+        assert attention._rotary is None
 
 
 def test_a_shape_that_it_does_not_know_is_refused() -> None:
     with built_model(tiny_recipe(), dtype=torch.float32) as built:
         spec = built.chunks[0].decoder.layers[0].submodules_config.self_attention
         built.config.rotary_interleaved = True
-        with pytest.raises(AssertionError, match="our rotation does not know rotary_interleaved"):
-            RotatingSelfAttention(built.config, spec.submodules, layer_number=1)
+        with pytest.raises(NotImplementedError, match="rotary_interleaved"):
+            RotarySelfAttention(built.config, spec.submodules, layer_number=1)

@@ -79,5 +79,5 @@ def test_the_fused_loss_is_the_unfused_one(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_model_that_routes_nothing_computes_no_router_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_recipe(thinking={"routing": "none"})
     with built_model(config) as built:
-        monkeypatch.setattr(ThinkingParameters, "logits", None)
+        monkeypatch.setattr(ThinkingParameters, "router_logits", None)
         assert forward_logits(built, random_tokens(config)).isfinite().all()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_itt.model import routed_attention
-from megatron_itt.model.trace import RoutingRecorder
+from megatron_itt.model import attention
+from megatron_itt.model.routing_control import RoutingRecorder
 from tests.helpers.one_rank import built_model, tiny_recipe
 from tests.helpers.waiting import WatchOperations
 
@@ -33,16 +33,16 @@ SWITCHES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_training_a_thinking_layer_waits_for_nothing(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     # What a GPU without Triton runs: the form for CPUs reads where its blocks end. Triton's own test is beside it.
-    monkeypatch.setattr(routed_attention, "find_picked_attention", lambda query: None)
+    monkeypatch.setattr(attention, "find_gathered_attention", lambda query: None)
     watch_training(switches)
 
 
 def test_training_with_kernels_in_triton_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from megatron_itt.kernels.triton_attention import Tiles, attend_triton
+    from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
-    kernel = partial(attend_triton, tiles=Tiles(rows=16, keys=32, warps=4))
-    monkeypatch.setattr(routed_attention, "find_picked_attention", lambda query: kernel)
+    kernel = partial(triton_attention, tiles=Tiles(rows=16, keys=32, warps=4))
+    monkeypatch.setattr(attention, "find_gathered_attention", lambda query: kernel)
     watch_training({"capacity": [0.5], "layers": [1]})
 
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_itt.model.layer import ThinkingLayer
+from megatron_itt.model.thinking_layer import ThinkingLayer
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
 LAYER = 1  # a thinking layer of the tiny recipe
@@ -20,11 +20,11 @@ def stock_layer(built: Any, thinking: ThinkingLayer) -> TransformerLayer:
     """megatron-core's layer with the specs and the weights of a thinking layer."""
     from megatron.core.transformer.spec_utils import build_module
 
-    from megatron_itt.model.parts import import_parts
+    from megatron_itt.model.backends import import_backend
     from megatron_itt.model.specs import layer_spec
 
     switches = tiny_recipe(thinking={"kind": "none", "capacity": []}).thinking
-    spec = layer_spec(LAYER, built.config, switches, built.control, import_parts("native"))
+    spec = layer_spec(LAYER, built.config, switches, built.control, import_backend("native"))
     layer = build_module(spec, config=built.config, layer_number=thinking.layer_number)
     assert type(layer) is TransformerLayer
     own = {name: value for name, value in thinking.state_dict().items() if not name.startswith("thinking.")}
@@ -114,8 +114,7 @@ def test_the_plain_model_is_megatron_cores_own_model() -> None:
     config = tiny_recipe(thinking={"kind": "none", "capacity": []})
     tokens = random_tokens(config)
     with built_model(config, dtype=torch.float32) as built:
-        from megatron_itt.model.builder import forward_logits
-        from megatron_itt.model.stock import build_stock_model
+        from megatron_itt.model.builder import build_stock_model, forward_logits
 
         stock = build_stock_model(config, dtype=torch.float32, device=torch.device("cpu"))
         names = [name for name, _ in built.chunks[0].named_parameters()]

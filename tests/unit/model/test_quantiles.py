@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_itt.model.quantiles import pool_quantiles, summarise_sequences, update_quantiles
-from megatron_itt.model.routing import NUM_QUANTILES, pick_above, threshold_for
-from megatron_itt.model.trace import RoutingRecorder
+from megatron_itt.model.routing import NUM_QUANTILES, select_above, threshold_for
+from megatron_itt.model.routing_control import RoutingRecorder
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
 DECAY = 0.75
@@ -37,7 +37,7 @@ def test_as_many_tokens_lie_above_a_threshold_as_its_share_says(seq_length: int,
         logits = logits + torch.randn(64, generator=generator)
     table = pool_quantiles(summarise_sequences(logits))
     for share in (0.02, 0.1, 0.5, 0.9, 0.98):
-        above = pick_above(logits, threshold_for(share, table)).float().mean()
+        above = select_above(logits, threshold_for(share, table)).float().mean()
         assert float(above) == pytest.approx(share, abs=1 / (NUM_QUANTILES - 1))  # what the table resolves
 
 
@@ -72,7 +72,7 @@ def test_a_batch_that_skips_a_step_leaves_its_table() -> None:
         from megatron_itt.model.builder import forward_logits
 
         built.control.recorder = RoutingRecorder()
-        forward_logits(built, random_tokens(config), budget=(0.5, 0.0, 0.5))
+        forward_logits(built, random_tokens(config), thinking_budget=(0.5, 0.0, 0.5))
         update_quantiles(built.thinking_layers(), built.control.recorder, group=dist.group.WORLD, decay=DECAY)
         for layer in built.thinking_layers():
             assert [bool(row.any()) for row in layer.thinking.logit_quantiles] == [True, False, True]

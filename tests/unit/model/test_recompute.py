@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_itt.model.trace import RoutingRecorder
+from megatron_itt.model.routing_control import RoutingRecorder
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
 WIDE = {"hidden_size": 64, "ffn_hidden_size": 160, "seq_length": 128, "num_layers": 8, "num_query_groups": 4}
@@ -40,7 +40,7 @@ def test_picks_loss_and_gradients_are_identical(switches: dict[str, Any], recomp
     for name, gradient in gradients.items():
         assert torch.equal(gradient, gradients_again[name]), name
     for key, entry in records.items():
-        assert torch.equal(entry.picked, records_again[key].picked)
+        assert torch.equal(entry.selected, records_again[key].selected)
 
 
 def stored_bytes(thinking: dict[str, Any]) -> int:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_itt.errors import ConfigError
 from megatron_itt.hf.remote_code import routing_itt
 from megatron_itt.model.routing import (
     NUM_QUANTILES,
-    count_picked,
-    fill_with_padding,
-    pick_above,
-    pick_topk,
-    pick_topp,
+    count_selected,
     positions_to_mask,
+    rank_padding,
+    select_above,
+    select_topk,
+    select_topp,
     threshold_for,
 )
-from megatron_itt.model.thinking import gate_scores
+from megatron_itt.model.step_update import GATES, choose
 from tests.helpers.reference import pick
 
 # Peaked and flat distributions: a float32 sum of the former reaches 1 long before its end.
@@ -36,9 +37,9 @@ def test_a_share_of_one_or_more_is_every_token(rule: str, scale: float, share: f
     quantiles = torch.linspace(-1.0, 1.0, NUM_QUANTILES)
     tau = threshold_for(share, quantiles)
     if rule == "topk":
-        picked = positions_to_mask(pick_topk(logits, count_picked(share, 4096)), 4096)
+        picked = positions_to_mask(select_topk(logits, count_selected(share, 4096)), 4096)
     else:
-        picked = pick_topp(logits, share) if rule == "topp" else pick_above(logits, tau)
+        picked = select_topp(logits, share) if rule == "topp" else select_above(logits, tau)
     assert bool(picked.all())
     bars = torch.full((3,), share, dtype=torch.float64)
     if rule == "threshold":
@@ -50,14 +51,14 @@ def test_a_share_of_one_or_more_is_every_token(rule: str, scale: float, share: f
 
 @pytest.mark.parametrize("multiple", [1, 2, 4])
 def test_a_share_of_one_is_not_rounded(multiple: int) -> None:
-    assert [count_picked(1.0, length, multiple=multiple) for length in (7, 9, 10)] == [7, 9, 10]
+    assert [count_selected(1.0, length, multiple=multiple) for length in (7, 9, 10)] == [7, 9, 10]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99, 0.9999])
 @pytest.mark.parametrize("scale", SCALES)
 def test_top_p_of_training_export_and_reference_pick_the_same_tokens(scale: float, share: float) -> None:
     logits = _logits(scale, length=257)
-    picked = pick_topp(logits, share)
+    picked = select_topp(logits, share)
     bars, real = torch.full((3,), share, dtype=torch.float64), torch.ones(3, 257, dtype=torch.bool)
     assert torch.equal(picked.t(), routing_itt.select_topp(logits.t(), bars, real))
     for row in range(3):
@@ -72,14 +73,14 @@ def test_top_k_selects_each_sequence_by_its_own_length(share: float, multiple: i
     logits = torch.randn(24, 5, generator=torch.Generator().manual_seed(1))
     real = torch.arange(24)[:, None] < torch.tensor(lengths)
     logits[~real] = 100.0  # higher than any token's
-    count = count_picked(share, 24, multiple=multiple)
-    filled = fill_with_padding(logits, real, share=share, count=count, multiple=multiple)
-    positions = pick_topk(filled, count)
+    count = count_selected(share, 24, multiple=multiple)
+    filled = rank_padding(logits, real, capacity=share, count=count, multiple=multiple)
+    positions = select_topk(filled, count)
     assert positions.shape == (count, 5)
     picked = positions_to_mask(positions, 24) & real
     for row, length in enumerate(lengths):
-        own = max(count_picked(share, length, multiple=multiple), count - (24 - length))
-        alone = positions_to_mask(pick_topk(logits[:length, row : row + 1], own), length)[:, 0]
+        own = max(count_selected(share, length, multiple=multiple), count - (24 - length))
+        alone = positions_to_mask(select_topk(logits[:length, row : row + 1], own), length)[:, 0]
         assert torch.equal(picked[:length, row], alone)
         if multiple == 1:
             mask = real[:, row][None]
@@ -89,9 +90,9 @@ def test_top_k_selects_each_sequence_by_its_own_length(share: float, multiple: i
 
 def test_an_unknown_gate_is_refused_in_training_and_in_the_export() -> None:
     logits = torch.linspace(-2.0, 2.0, 5)
-    with pytest.raises(AssertionError, match="gate is 'relu'"):
-        gate_scores(logits, "relu")
+    with pytest.raises(ConfigError, match=r"thinking\.gate is 'relu'; use one of sigmoid, tanh"):
+        choose("gate", "relu", GATES)
     with pytest.raises(ValueError, match="gate is 'relu'; use one of"):
         routing_itt.gate(logits, "relu")
     for kind in ("sigmoid", "tanh"):
-        assert torch.equal(gate_scores(logits, kind), routing_itt.gate(logits, kind))
+        assert torch.equal(choose("gate", kind, GATES)(logits), routing_itt.gate(logits, kind))

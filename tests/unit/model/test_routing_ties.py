@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from megatron_itt.hf.remote_code import routing_itt
-from megatron_itt.model.routing import pick_topk, pick_topp, positions_to_mask
+from megatron_itt.model.routing import positions_to_mask, select_topk, select_topp
 
 SEQ_LENGTH, NUM_SELECTED, SHARE = 256, 65, 0.4567
 
 
 def _select_as_trained(rule: str, logits: torch.Tensor) -> torch.Tensor:
     if rule == "topk":
-        return positions_to_mask(pick_topk(logits, NUM_SELECTED), SEQ_LENGTH)
-    return pick_topp(logits, SHARE)
+        return positions_to_mask(select_topk(logits, NUM_SELECTED), SEQ_LENGTH)
+    return select_topp(logits, SHARE)
 
 
 def _select_as_exported(rule: str, logits: torch.Tensor) -> torch.Tensor:
@@ -53,14 +53,14 @@ def test_equal_tokens_are_selected_by_position_in_spite_of_rounding(
 def test_tokens_that_differ_are_selected_by_their_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.stack([torch.randperm(SEQ_LENGTH, generator=generator) for _ in range(8)], dim=1).float() - 100.0
-    assert positions_to_mask(pick_topk(logits, 100), SEQ_LENGTH).equal(logits >= SEQ_LENGTH - 200)
+    assert positions_to_mask(select_topk(logits, 100), SEQ_LENGTH).equal(logits >= SEQ_LENGTH - 200)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e30])
 def test_logits_that_are_all_equal_select_the_first_tokens(value: float) -> None:
-    assert pick_topk(torch.full((8, 1), value), 3).flatten().tolist() == [0, 1, 2]
+    assert select_topk(torch.full((8, 1), value), 3).flatten().tolist() == [0, 1, 2]
 
 
 def test_tokens_of_minus_infinity_come_last() -> None:
     logits = torch.tensor([float("-inf"), -3.0, float("-inf"), 2.0, -5.0]).unsqueeze(1)
-    assert pick_topk(logits, 3).flatten().tolist() == [1, 3, 4]
+    assert select_topk(logits, 3).flatten().tolist() == [1, 3, 4]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_itt.model.separate_documents import forbid_other_documents
-from megatron_itt.model.trace import RoutingRecorder
+from megatron_itt.model.attention import document_mask
+from megatron_itt.model.routing_control import RoutingRecorder
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 from tests.helpers.random_weights import make_weights
 from tests.helpers.reference import reference_forward
@@ -88,7 +88,7 @@ def test_packed_documents_equal_the_reference(switches: dict[str, Any]) -> None:
         assert difference <= TOLERANCE * np.abs(expected["logits"]).max()
         for (layer_idx, step), places in expected["picks"].items():
             if config.thinking.routing != "none":
-                assert recorder.records[0, layer_idx, step].picked[:, row].nonzero().flatten().tolist() == places
+                assert recorder.records[0, layer_idx, step].selected[:, row].nonzero().flatten().tolist() == places
 
 
 @pytest.mark.parametrize("switches", [{"capacity": [1.0]}, {"routing": "threshold"}], ids=_name)
@@ -107,6 +107,6 @@ def test_gradients_do_not_cross_a_document_end(switches: dict[str, Any]) -> None
 
 def test_one_document_gives_the_plain_causal_mask() -> None:
     later = torch.ones(5, 5, dtype=torch.bool).triu(1)
-    assert torch.equal(forbid_other_documents(torch.arange(5)[None])[0, 0], later)
-    packed = forbid_other_documents(torch.tensor([[0, 1, 0, 1, 2]]))[0, 0]
+    assert torch.equal(document_mask(torch.arange(5)[None])[0, 0], later)
+    packed = document_mask(torch.tensor([[0, 1, 0, 1, 2]]))[0, 0]
     assert torch.equal(packed, later | torch.tensor([[False] * 5] * 2 + [[True, True, False, False, False]] * 3))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_itt.model.trace import RoutingRecorder, StepRecord
+from megatron_itt.model.routing_control import RoutingRecorder, StepRecord
 from megatron_itt.training.routing_metrics import (
     CollapseWarnings,
     explained_by_position,
@@ -59,7 +59,7 @@ def test_entries_say_what_a_plain_computation_says() -> None:
             assert layer.thinking.logit_quantiles is not None
             layer.thinking.logit_quantiles.copy_(torch.linspace(-1, 1, 1025).expand(3, -1))
             for (microbatch, step), values in logits.items():
-                record = StepRecord(logits=values, picked=values > 0)
+                record = StepRecord(logits=values, selected=values > 0)
                 recorder.records[microbatch, layer.layer_idx, step] = record
         entries = routing_entries(trainer, recorder, 1)
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_itt.model.routing import count_picked, pick_above, threshold_for
+from megatron_itt.model.routing import count_selected, select_above, threshold_for
 from tests.helpers.one_rank import opened, tiny_recipe
 from tests.helpers.steps import _microbatches as microbatches
 
@@ -20,12 +20,12 @@ def test_the_phase_picks_what_lies_above_the_thresholds_of_the_step_before() -> 
             assert recorder is not None and recorder.records
             for (_, layer_idx, routed_step), record in recorder.records.items():
                 share = config.thinking.nominal_capacity[routed_step - 1]
-                counts = record.picked.sum(dim=0)
-                fixed = bool((counts == count_picked(share, config.model.seq_length)).all())
+                counts = record.selected.sum(dim=0)
+                fixed = bool((counts == count_selected(share, config.model.seq_length)).all())
                 if step > 2:
                     free += not fixed
                     tau = threshold_for(share, tables[layer_idx][routed_step - 1])
-                    assert record.picked.equal(pick_above(record.logits, tau))
+                    assert record.selected.equal(select_above(record.logits, tau))
                 else:
                     assert fixed
         assert free > 0

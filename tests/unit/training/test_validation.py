@@ -92,7 +92,7 @@ def test_a_padded_sample_is_validated_as_if_it_ended_there(switches: dict[str, A
     with opened(config) as trainer:
         fill_model(trainer, weights)
         losses = {padding: validation_loss(trainer, [padded_batch(config, padding=padding)]) for padding in (0, 5, 63)}
-        assert trainer.built.control.real is None
+        assert trainer.built.control.padding_mask is None
     total = 0.0
     for row, length in enumerate(LENGTHS):
         sequence = batch["tokens"][row, :length].tolist()
@@ -118,10 +118,10 @@ def test_padding_is_in_no_record_of_routing(switches: dict[str, Any]) -> None:
     real = torch.arange(24)[:, None] < lengths
     assert result.recorder is not None and result.recorder.records
     for (_, layer_idx, step), record in result.recorder.records.items():
-        assert not bool(record.picked[~real].any())
+        assert not bool(record.selected[~real].any())
         if config.thinking.routing == "topk":
             shares = config.thinking.nominal_capacity
-            assert record.picked.sum(dim=0).tolist() == [math.floor(shares[step - 1] * n + 0.5) for n in LENGTHS]
+            assert record.selected.sum(dim=0).tolist() == [math.floor(shares[step - 1] * n + 0.5) for n in LENGTHS]
         # Thresholds of the first batch are quantiles of its tokens: none is beyond what a token had.
         own = record.logits[real]
         assert own.min() <= tables[layer_idx][step - 1][0] and tables[layer_idx][step - 1][-1] <= own.max()

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_itt.kernels import forms
-from megatron_itt.kernels.increment import picked_logits, scale_rows
-from megatron_itt.kernels.rms_norm import _normalise_rows, _normalise_rows_backward, normalise
-from megatron_itt.kernels.rotary import _turn, rotate, split_and_rotate
-from megatron_itt.kernels.swiglu import _swiglu_rows, _swiglu_rows_backward, swiglu
+from megatron_itt.ops import dispatch, rows_eager
+from megatron_itt.ops.rows import (
+    apply_rotary,
+    rms_norm,
+    scale_rows,
+    selected_logits,
+    split_qkv_and_rotate,
+    swiglu,
+)
 
 EPS = 1e-5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on CPUs Triton's interpreter, see conftest.py
@@ -62,12 +66,12 @@ def precision(request: pytest.FixtureRequest) -> tuple[torch.dtype, float]:
 
 @pytest.fixture(params=[1 << 17, 50], ids=["one strip", "many strips"], autouse=True)
 def _strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "_STRIP", request.param)
+    monkeypatch.setattr(dispatch, "_BLOCK_ELEMENTS", request.param)
 
 
 def test_norm(precision: tuple[torch.dtype, float]) -> None:
     inputs = numbers((7, 3, 24), (24,), dtype=precision[0])
-    compare(lambda hidden, weight: normalise(hidden, weight, EPS), plain_norm, inputs, precision[1])
+    compare(lambda hidden, weight: rms_norm(hidden, weight, EPS), plain_norm, inputs, precision[1])
 
 
 def test_swiglu(precision: tuple[torch.dtype, float]) -> None:
@@ -86,7 +90,7 @@ def test_rotation(batch: int, precision: tuple[torch.dtype, float]) -> None:
     angles, cosine, sine = make_angles(batch, 8, precision[0])
 
     def found(heads: Tensor) -> Tensor:
-        return rotate(heads[..., 1, :], cosine, sine)  # a slice, as keys are of their product
+        return apply_rotary(heads[..., 1, :], cosine, sine)  # a slice, as keys are of their product
 
     def plain(heads: Tensor) -> Tensor:
         return plain_rotation(heads[..., 1, :], angles)
@@ -100,7 +104,7 @@ def test_split_and_rotation(per_group: int, batch: int, precision: tuple[torch.d
     angles, cosine, sine = make_angles(batch, 8, precision[0])
 
     def found(mixed: Tensor) -> Tensor:
-        parts = split_and_rotate(mixed, cosine, sine)
+        parts = split_qkv_and_rotate(mixed, cosine, sine)
         assert all(part.is_contiguous() and part.data_ptr() != mixed.data_ptr() for part in parts)
         return torch.cat(parts, dim=2)  # so that their gradients are slices of one tensor
 
@@ -114,7 +118,7 @@ def test_split_and_rotation(per_group: int, batch: int, precision: tuple[torch.d
 def test_a_part_that_nothing_came_of_has_no_gradient() -> None:
     angles, cosine, sine = make_angles(1, 8, torch.float64)
     (mixed,) = numbers((11, 2, 2, 3, 8))
-    _query, key, _value = split_and_rotate(mixed, cosine, sine)
+    _query, key, _value = split_qkv_and_rotate(mixed, cosine, sine)
     (found,) = torch.autograd.grad(key.sum(), mixed)
     (expected,) = torch.autograd.grad(plain_rotation(mixed[..., -2, :], angles).sum(), mixed)
     assert torch.allclose(found, expected, rtol=0, atol=1e-13)
@@ -140,11 +144,11 @@ def test_picked_logits_pass_through_and_teach_the_router() -> None:
     rows, router = numbers((7, 2, 12), (12,))
 
     def found(rows: Tensor, router: Tensor) -> Tensor:
-        return picked_logits((rows @ router).detach(), rows, router)
+        return selected_logits((rows @ router).detach(), rows, router)
 
     compare(found, lambda rows, router: rows @ router, (rows, router), 1e-13)
     values = torch.randn(7, 2)
-    assert torch.equal(picked_logits(values, rows, router), values)
+    assert torch.equal(selected_logits(values, rows, router), values)
 
 
 @pytest.mark.parametrize("function", ["norm", "swiglu"])
@@ -152,7 +156,7 @@ def test_nothing_but_the_input_is_kept(function: str) -> None:
     kept: list[Tensor] = []
     hidden, weight = torch.randn(64, 1, 32, requires_grad=True), torch.ones(32, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part) or part, lambda part: part):
-        normalise(hidden, weight, EPS) if function == "norm" else swiglu(hidden)
+        rms_norm(hidden, weight, EPS) if function == "norm" else swiglu(hidden)
     others = [part for part in kept if part.data_ptr() not in (hidden.data_ptr(), weight.data_ptr())]
     assert len(kept) > len(others) and sum(part.numel() for part in others) <= 64
 
@@ -164,25 +168,25 @@ def test_triton_equals_plain_torch(
 ) -> None:
     """The interpreter does not know bfloat16; float16 takes the same way."""
     pytest.importorskip("triton")
-    from megatron_itt.kernels import triton_rows
+    from megatron_itt.ops import rows_triton
 
-    monkeypatch.setattr(triton_rows, "_PROGRAMS", 2)  # so that a program of the norm's backward pass has several rows
+    monkeypatch.setattr(rows_triton, "_PROGRAMS", 2)  # so that a program of the norm's backward pass has several rows
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3  # sums of up to 1100 numbers in another order
     rows, slopes, wide, weight = (
         part.detach().to(DEVICE, dtype)
         for part in numbers((num_rows, width), (num_rows, width), (num_rows, 2 * width), (width,))
     )
-    output, inverse = triton_rows.normalise_rows(rows, weight, EPS)
-    expected, expected_inverse = _normalise_rows(rows, weight, EPS)
+    output, inverse = rows_triton.rms_norm_forward(rows, weight, EPS)
+    expected, expected_inverse = rows_eager.rms_norm_forward(rows, weight, EPS)
     pairs = [(output, expected), (inverse, expected_inverse)]
     pairs += zip(
-        triton_rows.normalise_rows_backward(slopes, rows, weight, inverse),
-        _normalise_rows_backward(slopes, rows, weight, expected_inverse),
+        rows_triton.rms_norm_backward(slopes, rows, weight, inverse),
+        rows_eager.rms_norm_backward(slopes, rows, weight, expected_inverse),
         strict=True,
     )
     pairs += [
-        (triton_rows.swiglu_rows(wide), _swiglu_rows(wide)),
-        (triton_rows.swiglu_rows_backward(slopes, wide), _swiglu_rows_backward(slopes, wide)),
+        (rows_triton.swiglu_forward(wide), rows_eager.swiglu_forward(wide)),
+        (rows_triton.swiglu_backward(slopes, wide), rows_eager.swiglu_backward(slopes, wide)),
     ]
     for number, (a, b) in enumerate(pairs):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -205,9 +209,9 @@ def test_triton_turns_as_plain_torch_does(
 ) -> None:
     """Slices of a product, forward and back, into slices of another."""
     pytest.importorskip("triton")
-    from megatron_itt.kernels import triton_rotary
+    from megatron_itt.ops import rows_triton
 
-    monkeypatch.setattr(triton_rotary, "_NUMBERS", at_once)  # all heads in one program, four, or one
+    monkeypatch.setattr(rows_triton, "_ROTARY_ELEMENTS", at_once)  # all heads in one program, four, or one
     _angles, cosine, sine = make_angles(batch, size, dtype)
     (mixed,) = (part.detach().to(dtype) for part in numbers((11, 2, 2, 3 + 2, size)))
     heads = LAYOUTS[layout](mixed)
@@ -215,10 +219,10 @@ def test_triton_turns_as_plain_torch_does(
         cosine, sine = cosine.unsqueeze(2), sine.unsqueeze(2)
     for direction in (1.0, -1.0):
         expected = torch.empty_like(heads)
-        _turn(heads, expected, cosine, sine, direction=direction)
+        rows_eager.rotate(heads, expected, cosine, sine, direction=direction)
         product = torch.zeros(11, 2, 2, 3 + 2, size, dtype=dtype, device=DEVICE)
         found = product[..., :-2, :] if heads.dim() == 5 else product[..., -2, :]
-        triton_rotary.turn_heads(heads.to(DEVICE), found, cosine.to(DEVICE), sine.to(DEVICE), direction=direction)
+        rows_triton.rotate(heads.to(DEVICE), found, cosine.to(DEVICE), sine.to(DEVICE), direction=direction)
         # The result is rounded once, and not after each of its two products.
         tolerance = 2e-6 if dtype == torch.float32 else 2e-3
         assert (found.cpu() - expected).abs().max() <= tolerance * expected.abs().max()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_itt.model import routed_attention
-from megatron_itt.model.trace import RoutingRecorder
+from megatron_itt.model import attention
+from megatron_itt.model.routing_control import RoutingRecorder
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 from tests.helpers.random_weights import make_weights
 from tests.helpers.reference import reference_forward
@@ -65,7 +65,7 @@ def test_logits_and_picks_equal_the_reference(switches: dict[str, Any]) -> None:
         assert difference <= TOLERANCE
         for (layer_idx, step), positions in expected["picks"].items():
             if config.thinking.routing != "none":
-                picked = recorder.records[0, layer_idx, step].picked[:, row]
+                picked = recorder.records[0, layer_idx, step].selected[:, row]
                 assert picked.nonzero().flatten().tolist() == positions
 
 
@@ -75,16 +75,16 @@ def test_every_form_of_attention_gives_the_same_logits(form: str, monkeypatch: p
     forms: dict[str, Any] = {"dense mask": None}
     if form == "triton":
         pytest.importorskip("triton")
-        from megatron_itt.kernels.triton_attention import Tiles, attend_triton
+        from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
-        forms["triton"] = partial(attend_triton, tiles=Tiles(rows=16, keys=16, warps=4))
+        forms["triton"] = partial(triton_attention, tiles=Tiles(rows=16, keys=16, warps=4))
     config = tiny_recipe(thinking={"layers": [1]})
     tokens = random_tokens(config)
     with built_model(config, dtype=torch.float32) as built:
         from megatron_itt.model.builder import forward_logits
 
         expected = forward_logits(built, tokens)
-        monkeypatch.setattr(routed_attention, "find_picked_attention", lambda query: forms[form])
+        monkeypatch.setattr(attention, "find_gathered_attention", lambda query: forms[form])
         logits = forward_logits(built, tokens)
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -98,7 +98,7 @@ def test_a_budget_replaces_the_capacity(budget: tuple[float, ...], routing: str)
     with built_model(config, weights=weights) as built:
         from megatron_itt.model.builder import forward_logits
 
-        logits = forward_logits(built, tokens, budget=budget, routing=routing)
+        logits = forward_logits(built, tokens, thinking_budget=budget, routing=routing)
     expected = reference_forward(
         weights, config.model, config.thinking, tokens[0].tolist(), budget=budget, routing=routing
     )
@@ -115,7 +115,7 @@ def test_a_temperature_softens_the_gate_and_leaves_picks_alone(switches: dict[st
     budget, recorder = (0.3, 0.4, 0.2), RoutingRecorder()
     with built_model(config, weights=weights) as built:
         chunk, positions = built.chunks[0], torch.arange(config.model.seq_length).unsqueeze(0)
-        with torch.no_grad(), built.control.override(budget=budget, temperature=1.75, recorder=recorder):
+        with torch.no_grad(), built.control.override(capacity=budget, temperature=1.75, recorder=recorder):
             logits = chunk(tokens, positions, None)
     sequence = tokens[0].tolist()
     expected = reference_forward(weights, config.model, config.thinking, sequence, budget=budget, temperature=1.75)
@@ -125,7 +125,7 @@ def test_a_temperature_softens_the_gate_and_leaves_picks_alone(switches: dict[st
     assert np.abs(plain["logits"] - expected["logits"]).max() > 1e-3 * scale
     for (layer_idx, step), picked in expected["picks"].items():
         record = recorder.records[0, layer_idx, step]
-        assert record.picked[:, 0].nonzero().flatten().tolist() == picked
+        assert record.selected[:, 0].nonzero().flatten().tolist() == picked
         np.testing.assert_allclose(record.logits[:, 0], expected["scores"][layer_idx, step], rtol=1e-5, atol=1e-5)
 
 
@@ -153,8 +153,8 @@ def test_tokens_not_picked_leave_a_step_unchanged() -> None:
         layer.register_forward_hook(lambda _module, _inputs, output: hidden.append(output[0]))
         built.control.recorder = recorder
         forward_logits(built, tokens)
-        forward_logits(built, tokens, budget=(0.0,))
-    picked = recorder.records[0, 3, 1].picked[:, 0]
+        forward_logits(built, tokens, thinking_budget=(0.0,))
+    picked = recorder.records[0, 3, 1].selected[:, 0]
     assert torch.equal(hidden[0][~picked], hidden[1][~picked])
     assert not torch.equal(hidden[0][picked], hidden[1][picked])
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron_itt.config.optional_packages import find_apex, find_transformer_engine
-from megatron_itt.model.parts import PLACES, import_parts
+from megatron_itt.model.backends import BACKENDS, import_backend
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
-TABLE = [(name, place) for name, places in PLACES.items() for place in places]
+TABLE = [(name, place) for name, places in BACKENDS.items() for place in places]
 # What megatron-core hands to the class at each place, beside the first two arguments.
 KEYWORDS = {
     "norm": {"eps"},
@@ -36,7 +36,7 @@ def classes_of(module: str) -> dict[str, ast.ClassDef]:
 
 @pytest.mark.parametrize(("name", "place"), TABLE)
 def test_every_named_class_exists_and_takes_what_it_is_given(name: str, place: str) -> None:
-    module, label = PLACES[name][place]
+    module, label = BACKENDS[name][place]
     node = classes_of(module).get(label)
     assert node is not None, f"{module} has no {label}"
     makers = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name in ("__init__", "__new__")]
@@ -47,12 +47,12 @@ def test_every_named_class_exists_and_takes_what_it_is_given(name: str, place: s
 
 
 def test_all_choices_fill_the_same_places() -> None:
-    assert {frozenset(places) for places in PLACES.values()} == {frozenset(KEYWORDS)}
-    assert set(PLACES) == {"native", "transformer_engine", "apex"}
+    assert {frozenset(places) for places in BACKENDS.values()} == {frozenset(KEYWORDS)}
+    assert set(BACKENDS) == {"native", "transformer_engine", "apex"}
 
 
 def test_native_parts_are_what_a_model_gets_here() -> None:
-    parts = import_parts("native")
+    parts = import_backend("native")
     with built_model(tiny_recipe(), dtype=torch.float32) as built:
         layer = built.chunks[0].decoder.layers[0]
         assert type(layer.input_layernorm) is type(built.chunks[0].decoder.final_layernorm) is parts.norm

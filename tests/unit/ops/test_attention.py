@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_itt.kernels import blocked_attention
-from megatron_itt.kernels.blocked_attention import attend_blocks, cut_blocks
-from megatron_itt.kernels.picked_attention import find_picked_attention
+from megatron_itt.ops import attention
+from megatron_itt.ops.attention import attention_blocks, blocked_attention, find_gathered_attention
 from tests.helpers.waiting import WatchOperations
 
 # picked, all tokens, batch, query heads, key/value heads, head size
@@ -65,10 +64,10 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 @pytest.mark.parametrize(("tall", "short"), [(16, 4), (1024, 256), (8, 8)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_blocks_equal_a_dense_mask(shape: str, tall: int, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked_attention, "TALL_ROWS", tall)
-    monkeypatch.setattr(blocked_attention, "SHORT_ROWS", short)
+    monkeypatch.setattr(attention, "TALL_ROWS", tall)
+    monkeypatch.setattr(attention, "SHORT_ROWS", short)
     inputs, positions = made_up(shape, torch.float64)
-    found = with_gradients(attend_blocks, inputs, positions)
+    found = with_gradients(blocked_attention, inputs, positions)
     assert_close(found, with_gradients(dense, inputs, positions), 1e-12)
 
 
@@ -76,11 +75,11 @@ def test_blocks_equal_a_dense_mask(shape: str, tall: int, short: int, monkeypatc
 def test_blocks_in_bfloat16_are_as_exact_as_bfloat16(
     narrow_rows: int, tall: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocked_attention, "_BFLOAT16_ROWS", narrow_rows)
-    monkeypatch.setattr(blocked_attention, "TALL_ROWS", tall)
+    monkeypatch.setattr(attention, "_BFLOAT16_ROWS", narrow_rows)
+    monkeypatch.setattr(attention, "TALL_ROWS", tall)
     inputs, positions = made_up("uneven", torch.bfloat16)
     wide = [part.detach().double().requires_grad_(True) for part in inputs]
-    found = with_gradients(attend_blocks, inputs, positions)
+    found = with_gradients(blocked_attention, inputs, positions)
     assert_close(found, with_gradients(dense, wide, positions), 2e-2)  # 8 bits, and a sum of a few rounded parts
 
 
@@ -89,11 +88,11 @@ def test_blocks_in_bfloat16_are_as_exact_as_bfloat16(
 def test_work_follows_what_is_seen(tokens: int, share: float) -> None:
     count = int(share * tokens)
     positions = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))[:count].sort().values.unsqueeze(1)
-    blocks = cut_blocks(positions, tokens)
+    blocks = attention_blocks(positions, tokens)
     computed = sum((block.last - block.first) * (block.stop - block.start) for block in blocks)
     seen = int((positions + 1).sum())
     # A block computes the triangle on its diagonal twice: as much more as one block is of all rows.
-    assert seen <= computed <= (1.05 + blocked_attention.SHORT_ROWS / count) * seen
+    assert seen <= computed <= (1.05 + attention.SHORT_ROWS / count) * seen
 
 
 def test_blocks_meet_every_pair_once() -> None:
@@ -101,7 +100,7 @@ def test_blocks_meet_every_pair_once() -> None:
     big = torch.stack([torch.randperm(3000)[:2100].sort().values for _ in range(3)], dim=1)
     for places, tokens in ((positions, 90), (big, 3000)):
         met = torch.zeros(places.shape[1], places.shape[0], tokens, dtype=torch.long)
-        for block in cut_blocks(places, tokens):
+        for block in attention_blocks(places, tokens):
             part = met[:, block.first : block.last, block.start : block.stop]
             part += 1
         seen = torch.arange(tokens) <= places.t().unsqueeze(-1)
@@ -114,7 +113,7 @@ def test_blocks_keep_no_mask_for_backward() -> None:
     positions = torch.arange(tokens - picked, tokens).unsqueeze(1)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part.nbytes) or part, lambda part: part):
-        attend_blocks(query, key, key, positions)
+        blocked_attention(query, key, key, positions)
     assert sum(kept) < picked * tokens  # bytes; a bool mask alone has as many
 
 
@@ -123,10 +122,10 @@ def test_blocks_keep_no_mask_for_backward() -> None:
 def test_triton_equals_a_dense_mask(shape: str, dtype: torch.dtype) -> None:
     """The interpreter does not know bfloat16; float16 takes the same way."""
     pytest.importorskip("triton")
-    from megatron_itt.kernels.triton_attention import Tiles, attend_triton
+    from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
     def in_triton(*arguments: Any) -> Tensor:
-        return attend_triton(*arguments, Tiles(rows=16, keys=32, warps=4))
+        return triton_attention(*arguments, Tiles(rows=16, keys=32, warps=4))
 
     inputs, positions = made_up(shape, dtype, DEVICE)
     wide = [part.detach().double().requires_grad_(True) for part in inputs]
@@ -138,23 +137,23 @@ def test_triton_equals_a_dense_mask(shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_triton_equals_a_dense_mask_with_the_tiles_of_a_gpu(shape: str, dtype: torch.dtype) -> None:
-    from megatron_itt.kernels.triton_attention import attend_triton
+    from megatron_itt.ops.attention_triton import triton_attention
 
     inputs, positions = made_up(shape, dtype, DEVICE)
     wide = [part.detach().double().requires_grad_(True) for part in inputs]
-    found = with_gradients(attend_triton, inputs, positions)
+    found = with_gradients(triton_attention, inputs, positions)
     assert_close(found, with_gradients(dense, wide, positions), 1e-4 if dtype == torch.float32 else 2e-2)
 
 
 def test_triton_waits_for_nothing_and_no_shape_depends_on_the_picks() -> None:
     pytest.importorskip("triton")
-    from megatron_itt.kernels.triton_attention import Tiles, attend_triton
+    from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
     inputs, _ = made_up("one query", torch.float32, DEVICE)
     seen = []
     for place in (0, 0, 49):
         with WatchOperations() as watch:
-            attend_triton(
+            triton_attention(
                 *inputs, torch.tensor([[place, 7]], device=DEVICE), Tiles(rows=16, keys=16, warps=4)
             ).sum().backward()
         seen.append(watch)
@@ -166,5 +165,5 @@ def test_triton_waits_for_nothing_and_no_shape_depends_on_the_picks() -> None:
 def test_blocks_are_for_cpus_alone() -> None:
     """They read where they end from the data, for which a GPU would have to be waited for."""
     query = torch.zeros(1, 1, 1, 8)
-    assert find_picked_attention(query) is attend_blocks
-    assert find_picked_attention(query.to("meta")) is None
+    assert find_gathered_attention(query) is blocked_attention
+    assert find_gathered_attention(query.to("meta")) is None

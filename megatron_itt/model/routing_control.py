@@ -1,0 +1,114 @@
+"""Control of the routing of a forward pass (capacity, rule) and recording of the selected tokens.
+
+All thinking layers of a model share one `RoutingControl`. Layers read it and write keyed entries into its recorder;
+they accumulate nothing, because activation recomputation runs a forward pass twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from megatron_itt.config.model import ThinkingConfig
+from megatron_itt.model.routing import ROUTING_RULES, RoutingRule
+from megatron_itt.model.step_update import choose
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One routed step of one micro-batch: detached router logits [s, b] float32 and the selected tokens, bool [s, b].
+
+    padding_mask: bool [s, b], false on padding; None without padding.
+    """
+
+    logits: Tensor
+    selected: Tensor
+    padding_mask: Tensor | None = None
+
+
+@dataclass(slots=True)
+class RoutingRecorder:
+    """Records by (micro-batch, layer_idx, step), each overwritten when a forward pass is repeated."""
+
+    microbatch: int = 0
+    records: dict[tuple[int, int, int], StepRecord] = field(default_factory=dict)
+
+    def of_step(self, layer_idx: int, step: int) -> list[StepRecord]:
+        """The entries of one layer and step, in micro-batch order."""
+        keys = sorted(key for key in self.records if key[1:] == (layer_idx, step))
+        return [self.records[key] for key in keys]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingPlan:
+    """The routing of one layer in one forward pass, fixed at its start so that recomputing it gives the same.
+
+    `capacity` per routed step (0 omits the step), `temperature` of the gate; `padding_mask` as in `StepRecord`.
+    """
+
+    capacity: tuple[float, ...]
+    rule: RoutingRule
+    temperature: float
+    recorder: RoutingRecorder | None
+    microbatch: int
+    padding_mask: Tensor | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The routed steps that run, 1-based."""
+        return [step for step, capacity in enumerate(self.capacity, start=1) if capacity > 0]
+
+    def record(self, layer_idx: int, step: int, logits: Tensor, selected: Tensor) -> None:
+        """Store one step's router logits and selected tokens, if a recorder is set."""
+        if self.recorder is not None:
+            own = selected if self.padding_mask is None else selected & self.padding_mask
+            entry = StepRecord(logits=logits.detach().to(torch.float32), selected=own, padding_mask=self.padding_mask)
+            self.recorder.records[self.microbatch, layer_idx, step] = entry
+
+
+@dataclass(slots=True)
+class RoutingControl:
+    """Overrides for the next forward passes; None stands for the recipe's value.
+
+    `padding_mask` describes the next micro-batch: bool [s, b], false on padding, or None without padding.
+    """
+
+    capacity: tuple[float, ...] | None = None
+    routing: str | None = None
+    temperature: float = 1.0
+    recorder: RoutingRecorder | None = None
+    padding_mask: Tensor | None = None
+
+    def plan(self, switches: ThinkingConfig) -> RoutingPlan:
+        """The routing of a layer with these switches in the pass that begins."""
+        return RoutingPlan(
+            capacity=switches.nominal_capacity if self.capacity is None else self.capacity,
+            rule=choose("routing", self.routing or switches.routing, ROUTING_RULES),
+            temperature=self.temperature,
+            recorder=self.recorder,
+            microbatch=0 if self.recorder is None else self.recorder.microbatch,
+            padding_mask=self.padding_mask,
+        )
+
+    @contextmanager
+    def override(
+        self,
+        *,
+        capacity: Sequence[float] | None = None,
+        routing: str | None = None,
+        temperature: float = 1.0,
+        recorder: RoutingRecorder | None = None,
+    ) -> Iterator[None]:
+        """Use these settings, without padding, within a block; then restore the earlier ones."""
+        saved = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        self.capacity = None if capacity is None else tuple(capacity)
+        self.routing, self.temperature, self.recorder, self.padding_mask = routing, temperature, recorder, None
+        try:
+            yield
+        finally:
+            for name, value in saved.items():
+                setattr(self, name, value)

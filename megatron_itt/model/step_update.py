@@ -1,0 +1,122 @@
+"""The update of hidden states by a routed step: gates, increments, and the tokens that they apply to.
+
+Shapes: s sequence, b batch, h hidden, k selected tokens, q of them on this rank. Source: paper, equations 4, 6 and 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_itt.errors import ConfigError
+from megatron_itt.model.routing import positions_to_mask
+from megatron_itt.ops.rows import scale_rows
+from megatron_itt.parallel.async_gather import SequenceShards
+
+Choice = TypeVar("Choice")
+# From router logits to router weights. Source: paper, Table 3 (Router Weight Norm).
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
+
+
+def choose(switch: str, value: str, table: Mapping[str, Choice]) -> Choice:
+    """The table's entry of a switch of `thinking`; ConfigError for a value that it does not have."""
+    if value not in table:
+        raise ConfigError(f"thinking.{switch} is {value!r}; use one of {', '.join(table)}")
+    return table[value]
+
+
+def step_increment(rows: Tensor, weights: Tensor | None, alpha: float, step_encoding: Tensor | None) -> Tensor:
+    """alpha_t * w * phi_t * rows. rows [k, b, h], weights [k, b] float32 (None: 1), step_encoding [h] (None: 1).
+
+    Source: paper, equations 6 and 7.
+    """
+    if weights is not None:
+        return scale_rows(rows, weights, step_encoding, alpha)
+    increment = rows if step_encoding is None else step_encoding.to(rows.dtype) * rows
+    return increment if alpha == 1.0 else alpha * increment
+
+
+def rescale_skipped(
+    hidden_states: Tensor, skipped: Tensor, *, reweight: str, weights: Tensor, step_encoding: Tensor | None
+) -> Tensor:
+    """Change the tokens that a step does not select. hidden_states [s, b, h], skipped bool [s, b], weights [s, b].
+
+    `reweight: symmetric` scales them by w (paper, Table 3, Token Reweighting); otherwise, for `skip: literal`, phi_t
+    times their state is added (the literal reading of equation 7). Ours, the default: they stay unchanged.
+    """
+    if reweight == "symmetric":
+        factor = torch.where(skipped, weights, torch.ones_like(weights))
+        return hidden_states * factor.to(hidden_states.dtype).unsqueeze(-1)
+    again = hidden_states if step_encoding is None else step_encoding.to(hidden_states.dtype) * hidden_states
+    return hidden_states + torch.where(skipped.unsqueeze(-1), again, torch.zeros_like(again))
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredTokens:
+    """Selected tokens by position, [k, b]: only their rows are computed, [q, b, h] on this rank."""
+
+    positions: Tensor
+    shards: SequenceShards
+
+    def own(self, logits: Tensor) -> Tensor:
+        """logits [s, b] -> those of this rank's selected tokens, [q, b]."""
+        return logits.gather(0, self.shards.own(self.positions))
+
+    def skipped(self, logits: Tensor) -> Tensor:
+        """The other tokens. logits [s, b] -> bool [s, b]."""
+        return ~positions_to_mask(self.positions, logits.shape[0])
+
+    def put(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """Replace the selected tokens of hidden_states [s, b, h] by rows [q, b, h] of all ranks."""
+        return scatter_tokens(hidden_states, self.positions, self.shards.gather(rows))
+
+    def add(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """Add rows [q, b, h] of all ranks to the selected tokens of hidden_states [s, b, h]."""
+        return scatter_add_tokens(hidden_states, self.positions, self.shards.gather(rows))
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedTokens:
+    """Selected tokens by mask, bool [p, b], or all for None: every row of this rank is computed, [p, b, h]."""
+
+    mask: Tensor | None
+
+    def own(self, logits: Tensor) -> Tensor:
+        """logits [p, b] -> same."""
+        return logits
+
+    def skipped(self, logits: Tensor) -> Tensor:
+        """The other tokens. logits [p, b] -> bool [p, b]."""
+        return torch.zeros_like(logits, dtype=torch.bool) if self.mask is None else ~self.mask
+
+    def put(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """Replace the selected tokens of hidden_states by rows, both [p, b, h]."""
+        return rows if self.mask is None else torch.where(self.mask.unsqueeze(-1), rows, hidden_states)
+
+    def add(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """Add rows to the selected tokens of hidden_states, both [p, b, h]."""
+        return self.put(hidden_states, hidden_states + rows)
+
+
+def gather_tokens(hidden_states: Tensor, positions: Tensor) -> Tensor:
+    """hidden_states [s, b, ...], positions [k, b] -> [k, b, ...]."""
+    return hidden_states.gather(0, _expand(positions, hidden_states))
+
+
+def scatter_tokens(hidden_states: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Replace the tokens at `positions` by rows [k, b, ...]; all others stay bit-identical."""
+    return hidden_states.scatter(0, _expand(positions, hidden_states), rows)
+
+
+def scatter_add_tokens(hidden_states: Tensor, positions: Tensor, increments: Tensor) -> Tensor:
+    """Add increments [k, b, h] to the tokens at `positions`; all others stay bit-identical."""
+    return hidden_states.scatter_add(0, _expand(positions, hidden_states), increments)
+
+
+def _expand(positions: Tensor, hidden_states: Tensor) -> Tensor:
+    trailing = hidden_states.shape[2:]
+    return positions.reshape(*positions.shape, *(1 for _ in trailing)).expand(*positions.shape, *trailing)

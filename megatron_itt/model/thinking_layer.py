@@ -1,0 +1,235 @@
+"""`ThinkingLayer`: a megatron-core transformer layer that computes selected tokens again.
+
+    y = phi_0 * f(x)                                        base pass
+    for t in 1 .. T-1:
+        logits = <r_t, y>                                   router
+        selected = top-k of logits                          routing rule
+        y[selected] += alpha_t * gate(logits) * phi_t * f(y)[selected]
+
+Shapes: s whole sequence; p = s / tensor-parallel degree under sequence parallelism (else p = s); b micro-batch;
+h hidden; k tokens selected per sequence; q = k / degree under sequence parallelism (else q = k).
+
+Parallelism. Heads and MLP columns are split over tensor-parallel ranks as in any megatron-core layer. Under sequence
+parallelism a layer's input is sharded over the sequence, but tokens are selected from the whole of it. So after the
+base pass two all-gathers give every rank the router logits and the hidden states of all tokens: each rank computes the
+logits of its shard, and all ranks make the same selection from the gathered logits while the hidden states are still
+being sent. The k selected rows are divided evenly: rank r carries rows r*q .. (r+1)*q through the residual path, the
+norms and the MLP. Shapes are static, and a routed step costs four collectives of k rows, where a base pass costs four
+of s rows. Every use of the gathered tensors is partial (own rows, own heads), so the gather's reduce-scatter sums their
+gradients over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_itt.config.model import ThinkingConfig
+from megatron_itt.model.attention import ATTEND, RotaryTable, selected_keys_mask
+from megatron_itt.model.router import ThinkingParameters
+from megatron_itt.model.routing import RoutedStep, positions_to_mask
+from megatron_itt.model.routing_control import RoutingControl, RoutingPlan
+from megatron_itt.model.step_update import (
+    GATES,
+    GatheredTokens,
+    MaskedTokens,
+    choose,
+    gather_tokens,
+    rescale_skipped,
+    step_increment,
+)
+from megatron_itt.parallel.async_gather import SequenceShards
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a routed step has computed: f of the rows of the selected tokens, [q or p, b, h], and all tokens' logits.
+
+    logits None: every token is selected, with weight 1.
+    """
+
+    step: int
+    tokens: GatheredTokens | MaskedTokens
+    rows: Tensor
+    result: Tensor
+    logits: Tensor | None
+
+
+class ThinkingLayer(TransformerLayer):
+    """One base pass over all tokens, then T-1 routed steps. Source: paper, sections 3.2 and 3.3.
+
+    Parameters are those of `TransformerLayer` under their own names, and `thinking.*` (see `ThinkingParameters`).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *,
+        thinking: ThinkingConfig,
+        layer_idx: int,
+        control: RoutingControl,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config, submodules=submodules, **kwargs)
+        self.switches, self.layer_idx, self.control = thinking, layer_idx, control
+        self.thinking = ThinkingParameters(config, thinking)
+        self.shards = SequenceShards(self.tp_group if config.sequence_parallel else None)
+        self.gate = choose("gate", thinking.gate, GATES)
+        self.update = choose("residual", thinking.residual, RESIDUALS)
+        self.attend = choose("attend", thinking.attend, ATTEND)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [p, b, h] -> the same shape, and megatron-core's cross-attention context (always None)."""
+        plan = self.control.plan(self.switches)
+        base_pass = partial(self._base_pass, kwargs=kwargs)
+        think = partial(self._think, plan=plan, kwargs=kwargs)
+        recompute = self.switches.recompute if torch.is_grad_enabled() else "none"
+        if recompute == "layer":
+            return tensor_parallel.checkpoint(lambda hidden: think(base_pass(hidden)), False, hidden_states), None
+        hidden_states = base_pass(hidden_states)
+        if recompute == "routed":
+            return tensor_parallel.checkpoint(think, False, hidden_states), None
+        return think(hidden_states), None
+
+    def _base_pass(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The base layer over all tokens. [p, b, h] -> [p, b, h]."""
+        return super().forward(hidden_states, **kwargs)[0]
+
+    def _think(self, hidden_states: Tensor, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
+        """phi_0 and all routed steps. [p, b, h] -> [p, b, h]."""
+        phi = self.thinking.step_encoding_of(0)
+        if phi is not None:
+            hidden_states = phi.to(hidden_states.dtype) * hidden_states
+        if plan.steps:
+            run_steps = self._gathered_steps if plan.rule.is_static else self._masked_steps
+            hidden_states = run_steps(hidden_states, plan, kwargs)
+        return self._touch_parameters(hidden_states, plan)
+
+    def _gathered_steps(self, hidden_states: Tensor, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
+        """Routed steps with static numbers of tokens: only the selected rows are computed. [p, b, h] -> [p, b, h]."""
+        pending_logits = self.shards.begin_gather(self._router_logits(hidden_states, plan.steps[0]))
+        pending_states = self.shards.begin_gather(hidden_states)
+        # Before the hidden states arrive: everything that needs the weights and the logits alone.
+        rotary = RotaryTable.of(kwargs["rotary_pos_emb"], hidden_states.dtype)
+        attend = self.attend(self.self_attention, self.input_layernorm, rotary, kwargs.get("attention_mask"))
+        logits = pending_logits.wait()  # [s, b]
+        positions = self._select(logits, plan.steps[0], plan)
+        hidden_states = pending_states.wait()  # [s, b, h]
+        changed: Tensor | None = None
+        for step in plan.steps:
+            if step > plan.steps[0]:
+                logits = self._router_logits(hidden_states, step)
+                positions = self._select(logits, step, plan)
+            selected = gather_tokens(hidden_states, positions)  # [k, b, h]
+            attended = attend(selected, positions, hidden_states, changed)
+            rows = self.shards.own(selected)  # [q, b, h]
+            tokens, result = GatheredTokens(positions, self.shards), self._after_attention(attended, rows)
+            computed = StepResult(step=step, tokens=tokens, rows=rows, result=result, logits=logits)
+            hidden_states = self.update(self, hidden_states, computed, plan.temperature)
+            changed = None if self._changes_skipped else positions
+        # Every rank gathers all increments, after the last step too: their shards of the sequence depend on the data,
+        # and so would the sizes of a smaller collective, for which the host would have to wait.
+        return self.shards.own(hidden_states)
+
+    def _masked_steps(self, hidden_states: Tensor, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
+        """Routed steps whose numbers of tokens depend on the data: base passes, of which the selected rows are kept.
+
+        Shapes stay static, so that pipelines and overlapped communication work. [p, b, h] -> [p, b, h].
+        """
+        for step in plan.steps:
+            logits: Tensor | None = None
+            tokens, step_kwargs = MaskedTokens(None), kwargs
+            if plan.rule.select is not None:
+                logits = self.thinking.router_logits(hidden_states, step)  # [p, b]
+                selected = self._select(self.shards.gather(logits.detach()), step, plan)  # [s, b]
+                tokens = MaskedTokens(self.shards.own(selected))
+                if self.switches.attend == "selected":
+                    mask = selected_keys_mask(selected, kwargs.get("attention_mask"))
+                    step_kwargs = {**kwargs, "attention_mask": mask}
+            result = self._base_pass(hidden_states, step_kwargs)
+            computed = StepResult(step=step, tokens=tokens, rows=hidden_states, result=result, logits=logits)
+            hidden_states = self.update(self, hidden_states, computed, plan.temperature)
+        return hidden_states
+
+    def _router_logits(self, hidden_states: Tensor, step: int) -> Tensor:
+        """Router logits of any rows, [s, b, h] -> [s, b].
+
+        Only the selected rows train the router (`_accumulate`), unless skipped ones are scaled by their logits too.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.switches.reweight == "symmetric"):
+            return self.thinking.router_logits(hidden_states, step)
+
+    def _select(self, logits: Tensor, step: int, plan: RoutingPlan) -> Tensor:
+        """Select and record the tokens of a step. logits [s, b] -> positions [k, b] of a static rule, else [s, b]."""
+        assert plan.rule.select is not None, "a rule without selection has no logits"
+        inputs = RoutedStep(
+            capacity=plan.capacity[step - 1],
+            padding_mask=plan.padding_mask,
+            multiple=self.shards.num,
+            quantiles=self.thinking.quantiles_of(step),
+        )
+        selected = plan.rule.select(logits.detach(), inputs)
+        if plan.recorder is not None:
+            mask = positions_to_mask(selected, logits.shape[0]) if plan.rule.is_static else selected
+            plan.record(self.layer_idx, step, logits, mask)
+        return selected
+
+    def _after_attention(self, attended: tuple[Tensor, Tensor | None], rows: Tensor) -> Tensor:
+        """The part of a transformer layer after attention: residual, norm, MLP, residual. [q, b, h] -> [q, b, h]."""
+        with self.bias_dropout_add_exec_handler():
+            add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+            rows = add(attended, rows, self.hidden_dropout)
+        return self._forward_mlp(rows)
+
+    def _replace(self, hidden_states: Tensor, computed: StepResult, temperature: float) -> Tensor:
+        """y <- f(y) at the selected tokens. Source: paper, Table 3 (w/o RTC)."""
+        return computed.tokens.put(hidden_states, computed.result)
+
+    def _accumulate(self, hidden_states: Tensor, computed: StepResult, temperature: float) -> Tensor:
+        """y <- y + alpha * w * phi * f(y) at the selected tokens. Source: paper, equations 6 and 7."""
+        step, tokens, logits, rows = computed.step, computed.tokens, computed.logits, computed.rows
+        result = computed.result - rows if self.switches.update == "delta" else computed.result
+        alpha, phi = self.switches.alpha_per_step[step - 1], self.thinking.step_encoding_of(step)
+        if logits is None:
+            return tokens.add(hidden_states, step_increment(result, None, alpha, phi))
+        own_logits = tokens.own(logits)
+        if not logits.requires_grad:
+            own_logits = self.thinking.selected_logits(own_logits, rows, step)
+        increment = step_increment(result, self.gate(own_logits / temperature), alpha, phi)
+        if self._changes_skipped:
+            hidden_states = rescale_skipped(
+                hidden_states,
+                tokens.skipped(logits),
+                reweight=self.switches.reweight,
+                weights=self.gate(logits / temperature),
+                step_encoding=phi,
+            )
+        return tokens.add(hidden_states, increment)
+
+    @property
+    def _changes_skipped(self) -> bool:
+        return self.switches.reweight == "symmetric" or self.switches.skip == "literal"
+
+    def _touch_parameters(self, hidden_states: Tensor, plan: RoutingPlan) -> Tensor:
+        """Give unused thinking parameters a zero gradient: overlapped gradient reduction waits for every parameter."""
+        used = self.thinking.uses_step_encoding and plan.rule.select is not None and all(plan.capacity)
+        if used or not (torch.is_grad_enabled() and hidden_states.requires_grad):
+            return hidden_states
+        unused = torch.stack([parameter.sum() for parameter in self.thinking.parameters()]).sum()
+        return hidden_states + 0.0 * unused.to(hidden_states.dtype)
+
+
+# `thinking.residual`: how a routed step changes the hidden states.
+RESIDUALS: dict[str, Callable[[ThinkingLayer, Tensor, StepResult, float], Tensor]] = {
+    "accumulate": ThinkingLayer._accumulate,
+    "replace": ThinkingLayer._replace,
+}
