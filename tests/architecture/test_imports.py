@@ -19,7 +19,7 @@ FLOORS = {
     "cli": 2,  # finds the commands by name, and imports the one that was asked for
     "config": 2,
     "accounting": 3,
-    "kernels": 3,
+    "ops": 3,
     "parallel": 3,
     "doctor": 4,
     "data": 4,
@@ -130,7 +130,7 @@ def test_recipes_are_costed_without_loading_torch(module: str) -> None:
 @pytest.mark.parametrize(
     ("path", "imported", "is_upward"),
     [
-        ("megatron_itt/model/layer.py", "megatron_itt.data.batches.blend", True),
+        ("megatron_itt/model/thinking_layer.py", "megatron_itt.data.batches.blend", True),
         ("megatron_itt/config/run.py", "megatron_itt.accounting.flops", True),
         ("megatron_itt/training/loop.py", "megatron_itt.train.main", True),
         ("megatron_itt/train.py", "megatron_itt.commands.train", True),
