@@ -6,19 +6,20 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_itt.checkpoint.state import RunState
-from megatron_itt.config import RunConfig, dump_config
+from megatron_itt.config import ModelConfig, RunConfig, ThinkingConfig, dump_config
+from megatron_itt.config.run import OptimizerConfig
+from megatron_itt.config.switches import field_names
 from megatron_itt.errors import CheckpointError
 
 # What the weights, the optimizer state and the order of samples depend on.
 _MODEL_KEYS = ("model", "thinking")
-_FREE_THINKING_KEYS = (
-    *("capacity", "capacity_schedule", "ramp_start_share", "ramp_steps", "ramp_start_temperature"),
-    *("routing", "threshold_phase", "recompute", "quantile_decay", "router_init_std", "step_init"),
-)
-_FREE_MODEL_KEYS = ("init_std",)
+_FREE_KEYS = {
+    "model": field_names(ModelConfig, "free_on_resume"),
+    "thinking": field_names(ThinkingConfig, "free_on_resume"),
+    "optimizer": field_names(OptimizerConfig, "free_on_resume"),
+}
 _ORDER_KEYS = (("batch", "global"), ("precision", "dtype"))
 _UPDATE_SECTIONS = ("optimizer", "schedule")
-_FREE_UPDATE_KEYS = ("overlap_grad_reduce",)
 # Of these, what a person may allow to differ: the weights still fit, but the order of samples or the updates change.
 _ALLOWABLE = ("data", *_UPDATE_SECTIONS)
 _FIXED = ("optimizer.distributed",)
@@ -42,7 +43,7 @@ def check_resumable(
     """
     saved, wanted = state.recipe, dump_config(config)
     found = _differences(saved, wanted)
-    updates = [(name, key) for name in _UPDATE_SECTIONS for key in wanted[name] if key not in _FREE_UPDATE_KEYS]
+    updates = [(name, key) for name in _UPDATE_SECTIONS for key in wanted[name] if key not in _FREE_KEYS.get(name, ())]
     for section, key in (*_ORDER_KEYS, *updates):
         if saved[section][key] != wanted[section][key]:
             found.append((f"{section}.{key}", f"was {saved[section][key]!r} and is now {wanted[section][key]!r}"))
@@ -88,12 +89,11 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[st
     found = []
     for section in _MODEL_KEYS:
         for key in sorted(saved[section].keys() | wanted[section].keys()):
-            free = _FREE_THINKING_KEYS if section == "thinking" else _FREE_MODEL_KEYS
             before, after = saved[section].get(key), wanted[section].get(key)
             if key == "capacity" and _count_steps(before) != _count_steps(after):
                 change = f"had {_count_steps(before)} routed steps and now has {_count_steps(after)}"
                 found.append(("thinking.capacity", change))
-            elif key not in free and before != after:
+            elif key not in _FREE_KEYS[section] and before != after:
                 found.append((f"{section}.{key}", f"was {before!r} and is now {after!r}"))
     return found
 

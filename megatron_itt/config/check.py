@@ -1,7 +1,4 @@
-"""Rules between sections of a recipe. Each finder returns problems as text; nothing is raised or changed here.
-
-`find_problems` needs the recipe alone; `find_layout_problems` also the number of processes.
-"""
+"""Rules between fields of a recipe. Each check yields problems as text: key, value, rule, way out."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from megatron_itt.config.switches import find_idle_settings
 
 
 def find_problems(config: RunConfig, *, without: Collection[str] = ()) -> list[str]:
-    """Every broken rule of a recipe, one line each: key, value, rule, way out.
+    """Return every broken rule of a recipe, one line each.
 
-    `without` names sections that could not be read and hold stand-ins: rules that look at them are left out.
+    `without` names sections that could not be read and hold placeholders: their rules are skipped.
     """
     found = [find(config) for sections, find in _RULES if not set(sections) & set(without)]
     return [problem for problems in found for problem in problems]
@@ -24,16 +21,16 @@ def find_problems(config: RunConfig, *, without: Collection[str] = ()) -> list[s
 def find_layout_problems(
     config: RunConfig, world_size: int, *, world_size_from: str = "", without: Collection[str] = ()
 ) -> list[str]:
-    """Problems of running this recipe on `world_size` processes; `without` as in `find_problems`.
+    """Return the problems of running a recipe on `world_size` processes; `without` as in `find_problems`.
 
-    `world_size_from` says where that number was read.
+    `world_size_from` names the source of that number.
     """
     if "parallel" in without:
         return []
     parallel, batch = config.parallel, config.batch
     degree = parallel.tensor * parallel.pipeline
     source = f" ({world_size_from})" if world_size_from else ""
-    if world_size % degree:  # there is no data-parallel size, so a batch neither fits nor does not
+    if world_size % degree:  # without a data-parallel size, the batch cannot be checked
         return [
             f"the world size is {world_size}{source}, which parallel.tensor * parallel.pipeline = {parallel.tensor} * "
             f"{parallel.pipeline} = {degree} does not divide; start a multiple of {degree} processes"
@@ -67,7 +64,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         )
     elif model.head_size % 2:
         yield (
-            f"model.hidden_size / model.num_attention_heads is {model.head_size}; rotary positions need an even head "
+            f"model.hidden_size / model.num_attention_heads is {model.head_size}; rotary embeddings need an even head "
             "size"
         )
     if model.num_attention_heads % model.num_key_value_heads:
@@ -84,16 +81,16 @@ def _thinking_problems(thinking: ThinkingConfig) -> Iterator[str]:
             yield "thinking.capacity is set but thinking.kind is none; set capacity to [] or kind to itt"
         return
     if thinking.kind == "loop":
-        if any(share != 1.0 for share in thinking.nominal_capacity):
+        if any(capacity != 1.0 for capacity in thinking.nominal_capacity):
             yield (
-                f"thinking.capacity is {list(thinking.nominal_capacity)} but thinking.kind is loop, where every token "
-                "takes every step; use 1.0 for each"
+                f"thinking.capacity is {list(thinking.nominal_capacity)} but thinking.kind is loop, where every step "
+                "processes every token; use 1.0 for each"
             )
         return
     if thinking.skip == "literal" and thinking.reweight == "symmetric":
         yield (
-            "thinking.skip is literal and thinking.reweight is symmetric: both say what happens to tokens that are "
-            "not picked; choose one"
+            "thinking.skip is literal and thinking.reweight is symmetric: both define the update of tokens that are "
+            "not selected; choose one"
         )
     for key in ("alpha", "step_init"):
         value = getattr(thinking, key)
@@ -112,7 +109,7 @@ def _layer_problems(thinking: ThinkingConfig, model: ModelConfig) -> Iterator[st
     if layers == "every_other":
         if not thinking.layer_indices(num_layers):
             yield (
-                f"thinking.layers is every_other but model.num_layers is {num_layers}, and the first layer that thinks "
+                f"thinking.layers is every_other but model.num_layers is {num_layers}, and the first thinking layer "
                 "would be the second; name layers, such as [0], or set thinking.kind to none"
             )
         return
@@ -132,12 +129,12 @@ def _capacity_problems(thinking: ThinkingConfig) -> Iterator[str]:
     if isinstance(thinking.capacity, SampledCapacity):
         low, high = thinking.capacity.sample
         if low > high:
-            yield f"thinking.capacity.sample is [{low}, {high}]; the lower share comes first"
+            yield f"thinking.capacity.sample is [{low}, {high}]; the lower capacity comes first"
         if thinking.capacity_schedule == "ramp":
             yield "thinking.capacity_schedule is ramp but thinking.capacity is sampled; a ramp needs a list to rise to"
     elif thinking.capacity_schedule == "ramp" and thinking.ramp_start_share > min(thinking.capacity, default=1.0):
         yield (
-            f"thinking.ramp_start_share is {thinking.ramp_start_share}, above a share of thinking.capacity = "
+            f"thinking.ramp_start_share is {thinking.ramp_start_share}, above an entry of thinking.capacity = "
             f"{list(thinking.capacity)}; a ramp rises, so start lower"
         )
 
@@ -186,38 +183,33 @@ def _budget_problems(validation: ValidationConfig, thinking: ThinkingConfig) -> 
             )
         elif len(budget) != thinking.num_routed_steps:
             yield (
-                f"validation.budgets[{position}] has {len(budget)} shares but thinking.capacity has "
-                f"{thinking.num_routed_steps} routed steps; give one share per routed step"
+                f"validation.budgets[{position}] has {len(budget)} entries but thinking.capacity has "
+                f"{thinking.num_routed_steps} routed steps; give one entry per routed step"
             )
         elif thinking.residual == "replace" and 0 in budget:
             yield (
-                f"validation.budgets[{position}] contains 0 but thinking.residual is replace, where a step that nobody "
-                "takes leaves states that no trained step ended with; use shares above 0, or residual: accumulate"
+                f"validation.budgets[{position}] contains 0 but thinking.residual is replace, where skipping a step "
+                "leaves hidden states unlike those of training; use budgets above 0, or residual: accumulate"
             )
 
 
-def _smallest_share_problems(key: str, shares: Iterable[float], model: ModelConfig) -> Iterator[str]:
-    for share in shares:
-        if 0 < share * model.seq_length < 0.5:
-            yield (
-                f"{key} contains {share}, which rounds to zero of model.seq_length = {model.seq_length} tokens; use at "
-                f"least {1 / model.seq_length:.2g}"
-            )
-
-
-def _smallest_capacity(thinking: ThinkingConfig) -> tuple[float, ...]:
-    """The fewest tokens that a routed step may get in training; empty where tokens are not counted."""
-    if thinking.kind != "itt":
-        return ()
-    if isinstance(thinking.capacity, SampledCapacity):
-        return thinking.capacity.sample[:1]
-    ramp = (thinking.ramp_start_share,) if thinking.capacity_schedule == "ramp" else ()
-    return thinking.capacity + ramp
-
-
-def _smallest_budget_problems(validation: ValidationConfig, model: ModelConfig) -> Iterator[str]:
-    for position, budget in enumerate(validation.budgets):
-        yield from _smallest_share_problems(f"validation.budgets[{position}]", budget, model)
+def _rounding_problems(config: RunConfig, section: str) -> Iterator[str]:
+    """Capacities and budgets that round to zero tokens."""
+    thinking, seq_length = config.thinking, config.model.seq_length
+    values: dict[str, tuple[float, ...]] = {}
+    if section == "validation":
+        values = {f"validation.budgets[{index}]": budget for index, budget in enumerate(config.validation.budgets)}
+    elif thinking.kind == "itt":
+        capacity, ramp = thinking.capacity, thinking.capacity_schedule == "ramp"
+        lowest = capacity.sample[:1] if isinstance(capacity, SampledCapacity) else capacity
+        values = {"thinking.capacity": (*lowest, *((thinking.ramp_start_share,) if ramp else ()))}
+    for key, fractions in values.items():
+        for fraction in fractions:
+            if 0 < fraction * seq_length < 0.5:
+                yield (
+                    f"{key} contains {fraction}, which rounds to zero of model.seq_length = {seq_length} tokens; use "
+                    f"at least {1 / seq_length:.2g}"
+                )
 
 
 def _schedule_problems(schedule: ScheduleConfig) -> Iterator[str]:
@@ -233,7 +225,7 @@ def _batch_problems(batch: BatchConfig) -> Iterator[str]:
         yield f"batch.global is {batch.global_size}, not a multiple of batch.micro = {batch.micro}"
 
 
-# The sections that a rule looks at, and the rule.
+# Sections that a rule reads, and the rule.
 _RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig], Iterable[str]]], ...] = (
     (("model",), lambda config: _model_problems(config.model)),
     (("thinking",), lambda config: _thinking_problems(config.thinking)),
@@ -241,11 +233,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig], Iterable[str]]], ...]
     (("parallel",), lambda config: _parallel_problems(config.parallel)),
     (("parallel", "model"), lambda config: _division_problems(config.parallel, config.model)),
     (("validation", "thinking"), lambda config: _budget_problems(config.validation, config.thinking)),
-    (
-        ("thinking", "model"),
-        lambda config: _smallest_share_problems("thinking.capacity", _smallest_capacity(config.thinking), config.model),
-    ),
-    (("validation", "model"), lambda config: _smallest_budget_problems(config.validation, config.model)),
+    (("thinking", "model"), lambda config: _rounding_problems(config, "thinking")),
+    (("validation", "model"), lambda config: _rounding_problems(config, "validation")),
     (("schedule",), lambda config: _schedule_problems(config.schedule)),
     (("batch",), lambda config: _batch_problems(config.batch)),
 )

@@ -1,7 +1,6 @@
-"""From a YAML recipe and `section.key=value` overrides to a checked `RunConfig`, and back to YAML.
+"""Recipe loading: YAML and `section.key=value` overrides to a checked `RunConfig`, and back to YAML.
 
-A recipe may name a parent with `base:`, and the parent another, in a chain of any length. Sections merge key by key,
-lists are replaced.
+A recipe may name a parent with `base:`, in a chain of any length. Sections merge key by key, lists are replaced.
 """
 
 from __future__ import annotations
@@ -17,23 +16,46 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_itt.config.check import find_layout_problems, find_problems
-from megatron_itt.config.refused import reason_of_key, reason_of_value
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 
 _RUN_CONFIG = TypeAdapter(RunConfig)
-_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's names for keys that do not exist
-# Sections that have no default as a whole: what stands in for one that holds a wrong value. No rule looks at it.
-_STAND_INS: dict[str, dict[str, Any]] = {
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's error types for unknown keys
+# Placeholders for required sections that hold a wrong value; their rules are skipped.
+_PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "model": {"hidden_size": 1, "ffn_hidden_size": 1, "num_layers": 1, "num_attention_heads": 1},
     "schedule": {"steps": 1},
     "logging": {"run_dir": ""},
+}
+_NO_EXPERTS = (
+    "mixture-of-experts layers are not supported: their router needs losses of its own, and its interplay with the "
+    "thinking router is undefined; remove it, layers are dense"
+)
+_NO_FP8 = (
+    "fp8 is not supported: routed steps multiply with slices of the QKV weight, which TransformerEngine's fp8 matrices "
+    "do not offer, and coarser router logits would tie and change the selected tokens; use precision.dtype: bf16"
+)
+# Megatron options that recipes do not have. Pattern of the key -> reason and way out.
+_UNSUPPORTED_KEYS = {
+    r"parallel\.(context|ulysses|ring)\w*": (
+        "context parallelism is not supported: it splits the sequence over ranks, but tokens are selected over the "
+        "whole sequence; use parallel.tensor with parallel.sequence: true, which shards the sequence too"
+    ),
+    r"(parallel|model)\.(expert|moe|num_moe_experts|num_experts)\w*": _NO_EXPERTS,
+    r"precision\.(fp8|fp4)\w*": _NO_FP8,
+}
+# Key -> unsupported value -> reason and way out.
+_UNSUPPORTED_VALUES = {
+    "precision.dtype": {
+        "fp8": _NO_FP8,
+        "fp16": "fp16 is not supported: it needs loss scaling, whose skipped steps differ between layouts; use bf16",
+    },
 }
 _UNION_BRANCHES = ("int", "float", "str", "none", "RunConfig", "fixed", "sampled")
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where 3e-4 is a string; recipes read it as the number it looks like."""
+    """YAML 1.1 loader that reads 3e-4 as a number."""
 
 
 _RecipeLoader.add_implicit_resolver(
@@ -52,9 +74,8 @@ def load_config(
 ) -> RunConfig:
     """Read a recipe, apply its chain of `base:` and the overrides, and check every rule.
 
-    Rules of the layout need a `world_size`: a number of processes, or the fewest that hold one replica of the model;
-    `world_size_from` says where the number was read.
-    Raises ConfigError naming all problems at once.
+    Layout rules need a `world_size`: a number of processes, or the fewest that hold one replica of the model;
+    `world_size_from` names the source of the number. Raises ConfigError naming all problems at once.
     """
     data = _read_with_base(find_recipe(path))
     for override in overrides:
@@ -63,7 +84,7 @@ def load_config(
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe: a path, else the name of one that is shipped, such as 466m/itt_x4."""
+    """Return the file of a recipe: a path, or the name of a shipped one such as 466m/itt_x4."""
     given = Path(name)
     package = Path(__file__).resolve().parents[1]
     shipped = [folder / f"{name}{ending}" for folder in (package, package.parent) for ending in ("", ".yaml")]
@@ -80,7 +101,7 @@ def parse_config(
 ) -> RunConfig:
     """Turn plain data (for example the recipe stored in a checkpoint) into a checked `RunConfig`.
 
-    Raises ConfigError naming all problems at once; rules that look at a section with a wrong value are left out.
+    Raises ConfigError naming all problems at once; rules that read a section with a wrong value are skipped.
     """
     config, wrong, problems = _validate(data)
     if config is not None:
@@ -95,9 +116,9 @@ def parse_config(
 
 
 def _validate(data: dict[str, Any]) -> tuple[RunConfig | None, set[str], list[str]]:
-    """The config, the sections that hold stand-ins because a value is wrong, and a problem for each wrong value.
+    """Return the config, the sections replaced by placeholders because of a wrong value, and the problems.
 
-    Unknown keys are left out, and their sections kept. None where nothing is left to look at.
+    Unknown keys are dropped and their sections kept. The config is None if nothing remains to be checked.
     """
     try:
         return _RUN_CONFIG.validate_json(json.dumps(data)), set(), []
@@ -114,7 +135,7 @@ def _validate(data: dict[str, Any]) -> tuple[RunConfig | None, set[str], list[st
             _remove(readable, keys)
         else:
             wrong.add(keys[0])
-    readable |= {section: _STAND_INS.get(section, {}) for section in wrong}
+    readable |= {section: _PLACEHOLDERS.get(section, {}) for section in wrong}
     try:
         return _RUN_CONFIG.validate_json(json.dumps(readable)), wrong, problems
     except ValidationError as error:
@@ -128,12 +149,12 @@ def _remove(data: dict[str, Any], keys: list[str]) -> None:
 
 
 def dump_config(config: RunConfig) -> dict[str, Any]:
-    """Plain data of a config: JSON types only, every key present, accepted by `parse_config`."""
+    """Return a config as JSON types with every key present; `parse_config` reads it."""
     return json.loads(_RUN_CONFIG.dump_json(config, by_alias=True))
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """The resolved recipe as YAML text."""
+    """Return the resolved recipe as YAML text."""
     return yaml.safe_dump(dump_config(config), sort_keys=False)
 
 
@@ -184,7 +205,7 @@ def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`; the value is YAML. Unknown keys are found by the check of the whole."""
+    """Set one `section.key=value`; the value is YAML. Unknown keys are found later, by validation."""
     path, separator, text = override.partition("=")
     keys = path.strip().split(".")
     if not separator or len(keys) < 2 or not all(keys):
@@ -202,21 +223,21 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _describe(item: Any) -> str:
-    """One pydantic error as `key: value, rule, way out`."""
+    """Format a pydantic error as key, value, rule, way out."""
     location = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part)) or "recipe"
     value = json.dumps(item["input"], default=str)[:60]
     if item["type"] in _UNKNOWN:
         parent, _, key = location.rpartition(".")
-        reason = reason_of_key(location)
+        reason = next((why for pattern, why in _UNSUPPORTED_KEYS.items() if re.fullmatch(pattern, location)), None)
         return f"{location} is {value}: {reason}" if reason else f"unknown key {location}{_near_miss(parent, key)}"
     if item["type"] in ("missing", "missing_argument"):
         return f"{location} is missing; set it in the recipe or on the command line"
-    rule = reason_of_value(location, item["input"]) or item["msg"][0].lower() + item["msg"][1:]
+    rule = _UNSUPPORTED_VALUES.get(location, {}).get(str(item["input"])) or item["msg"][0].lower() + item["msg"][1:]
     return f"{location} is {value}: {rule}"
 
 
 def _is_union_branch(part: int | str) -> bool:
-    """pydantic puts names of union branches, such as tuple[...], into an error's location."""
+    """Whether a part of an error's location is pydantic's name of a union branch, such as tuple[...]."""
     return isinstance(part, str) and ("[" in part or part in _UNION_BRANCHES)
 
 

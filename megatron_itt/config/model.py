@@ -1,10 +1,11 @@
-"""The architecture sections of a recipe: `model` (a LLaMA shape) and `thinking` (who thinks again, and how).
+"""Architecture sections of a recipe: `model` (a LLaMA shape) and `thinking` (routing and thinking steps).
 
-Pure data and what follows from it. Rules that need several sections are in `check.py`.
+Data and derived values. Rules between fields are in `check.py`, field properties are read through `switches.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
@@ -13,8 +14,24 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-# Paper: a share of tokens per step. Ours: an empty step is left out of the list, so zero is a mistake.
-Share = Annotated[float, Field(gt=0, le=1)]
+# Paper: a fraction of tokens per step. Ours: a step without tokens is left out of the list, so 0 is an error.
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+# Conditions of `switches.IDLE_CONDITIONS` under which a field has no effect.
+_THINKING = ("kind none", "kind loop")
+_ROUTED = (*_THINKING, "no routed step")
+_SELECTION = (*_ROUTED, "routing none")
+_RAMP = (*_ROUTED, "capacity constant")
+
+
+def setting(default: Any, *, exported: bool = False, free_on_resume: bool = False, idle: tuple[str, ...] = ()) -> Any:
+    """Declare a field with its properties, the only place that states them.
+
+    exported: written into config.json of an export. free_on_resume: may differ from the recipe of the checkpoint that a
+    run resumes from. idle: conditions under which the field has no effect, and a value other than the default is
+    rejected.
+    """
+    return field(default=default, metadata={"exported": exported, "free_on_resume": free_on_resume, "idle": idle})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -30,7 +47,7 @@ class ModelConfig:
     seq_length: PositiveInt = 4096
     rope_base: PositiveInt = 10000
     norm_eps: PositiveFloat = 1.0e-5
-    init_std: PositiveFloat = 0.02
+    init_std: PositiveFloat = setting(0.02, free_on_resume=True)
     tie_embeddings: bool = False
 
     @property
@@ -46,9 +63,9 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class SampledCapacity:
-    """Elastic training: every batch draws one share per routed step, uniformly from `sample` = [low, high]."""
+    """Elastic training: every batch draws one capacity per routed step, uniformly from `sample` = [low, high]."""
 
-    sample: tuple[Share, Share]
+    sample: tuple[Fraction, Fraction]
     steps: PositiveInt = 3  # routed steps
 
     @property
@@ -57,61 +74,79 @@ class SampledCapacity:
         return ((self.sample[0] + self.sample[1]) / 2,) * self.steps
 
 
-def _capacity_form(value: Any) -> str:
+def _capacity_tag(value: Any) -> str:
     return "sampled" if isinstance(value, dict | SampledCapacity) else "fixed"
 
 
-# A list of shares, one per routed step, or a range to draw them from. Thinking steps = routed steps + 1.
+# One capacity per routed step, or a range to draw them from.
 Capacity = Annotated[
-    Annotated[tuple[Share, ...], Tag("fixed")] | Annotated[SampledCapacity, Tag("sampled")],
-    Discriminator(_capacity_form),
+    Annotated[tuple[Fraction, ...], Tag("fixed")] | Annotated[SampledCapacity, Tag("sampled")],
+    Discriminator(_capacity_tag),
 ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class ThinkingConfig:
-    """Which layers think again, how often, about how many tokens, and the switches of the method.
+    """Thinking layers, routed steps and their capacity, and the switches of the method.
 
-    Source: paper, section 3.2 and 3.3 (equations 4 to 7) and Table 3 for the switches.
+    Source: paper, sections 3.2 and 3.3 (equations 4 to 7), and Table 3 for the switches.
     """
 
-    kind: Literal["none", "loop", "itt"] = "none"
-    layers: Literal["every_other"] | tuple[Annotated[int, Field(ge=0)], ...] = "every_other"
-    capacity: Capacity = ()
-    capacity_schedule: Literal["constant", "ramp"] = "constant"  # ramp: shares rise to `capacity`, the gate sharpens
-    ramp_start_share: Share = 0.1  # what every share starts from under `capacity_schedule: ramp`
-    ramp_steps: PositiveInt | None = None  # optimizer steps of the ramp; None: half of the run
-    ramp_start_temperature: Annotated[float, Field(ge=1)] = 2.0  # router logits are divided by it; anneals to 1
-    alpha: float | tuple[float, ...] = 1.0
-    step_init: float | tuple[float, ...] = 1.0  # step encoding phi_t of the routed steps at initialisation
-    router_init_std: PositiveFloat = 0.02
-    residual: Literal["accumulate", "replace"] = "accumulate"
-    routing: Literal["topk", "topp", "threshold", "none"] = "topk"
-    threshold_phase: Annotated[float, Field(ge=0, lt=1)] = 0.0  # last part of a run that picks by thresholds
-    step_encoding: bool = True
-    gate: Literal["sigmoid", "tanh"] = "sigmoid"
-    reweight: Literal["selected", "symmetric"] = "selected"
-    attend: Literal["all", "selected"] = "all"
-    update: Literal["full", "delta"] = "full"
-    skip: Literal["keep", "literal"] = "keep"
-    recompute: Literal["none", "routed", "layer"] = "none"  # what backward computes again instead of storing
-    quantile_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99  # of the moving average of router-logit quantiles
+    kind: Literal["none", "loop", "itt"] = setting("none", exported=True)
+    layers: Literal["every_other"] | tuple[Annotated[int, Field(ge=0)], ...] = setting(
+        "every_other", exported=True, idle=("kind none",)
+    )
+    capacity: Capacity = setting((), exported=True, free_on_resume=True)  # the number of steps is not free
+    # ramp: capacities rise to `capacity`, and the gate sharpens
+    capacity_schedule: Literal["constant", "ramp"] = setting("constant", free_on_resume=True, idle=_SELECTION)
+    ramp_start_share: Fraction = setting(0.1, free_on_resume=True, idle=_RAMP)  # first capacity of every step
+    ramp_steps: PositiveInt | None = setting(None, free_on_resume=True, idle=_RAMP)  # None: half of the run
+    # router logits are divided by a temperature that anneals from this to 1
+    ramp_start_temperature: Annotated[float, Field(ge=1)] = setting(
+        2.0, free_on_resume=True, idle=(*_ROUTED, "residual replace", "capacity constant")
+    )
+    alpha: float | tuple[float, ...] = setting(1.0, exported=True, idle=(*_ROUTED, "residual replace"))
+    # step encoding phi_t of the routed steps at initialisation
+    step_init: float | tuple[float, ...] = setting(
+        1.0, free_on_resume=True, idle=(*_ROUTED, "residual replace", "no step encoding")
+    )
+    router_init_std: PositiveFloat = setting(0.02, free_on_resume=True, idle=_SELECTION)
+    residual: Literal["accumulate", "replace"] = setting("accumulate", exported=True, idle=_THINKING)
+    routing: Literal["topk", "topp", "threshold", "none"] = setting(
+        "topk", exported=True, free_on_resume=True, idle=_ROUTED
+    )
+    # last part of a run, as a fraction of its steps, that selects by thresholds
+    threshold_phase: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, free_on_resume=True, idle=(*_SELECTION, "routing threshold")
+    )
+    step_encoding: bool = setting(True, exported=True, idle=(*_THINKING, "residual replace"))
+    gate: Literal["sigmoid", "tanh"] = setting("sigmoid", exported=True, idle=(*_SELECTION, "residual replace"))
+    reweight: Literal["selected", "symmetric"] = setting(
+        "selected", exported=True, idle=(*_SELECTION, "residual replace")
+    )
+    attend: Literal["all", "selected"] = setting("all", exported=True, idle=_SELECTION)
+    update: Literal["full", "delta"] = setting("full", exported=True, idle=(*_ROUTED, "residual replace"))
+    skip: Literal["keep", "literal"] = setting("keep", exported=True, idle=(*_SELECTION, "residual replace"))
+    # activations that the backward pass recomputes
+    recompute: Literal["none", "routed", "layer"] = setting("none", free_on_resume=True, idle=_THINKING)
+    # decay of the moving average of router-logit quantiles
+    quantile_decay: Annotated[float, Field(ge=0, lt=1)] = setting(0.99, free_on_resume=True, idle=_SELECTION)
 
     @property
     def num_routed_steps(self) -> int:
-        """Steps after the full pass (T - 1)."""
+        """Steps after the base pass (T - 1)."""
         return len(self.nominal_capacity)
 
     @property
     def nominal_capacity(self) -> tuple[float, ...]:
-        """The share of tokens per routed step that the recipe stands for: what evaluation and costs assume."""
+        """Capacity of each routed step, the middle of a sampled range: the value that evaluation and costs assume."""
         if self.kind == "none":
             return ()
         return self.capacity.middle if isinstance(self.capacity, SampledCapacity) else self.capacity
 
     @property
     def num_steps(self) -> int:
-        """All thinking steps, the full pass included (T; "x4" is 4)."""
+        """Thinking steps including the base pass (T; "x4" is 4)."""
         return self.num_routed_steps + 1
 
     @property

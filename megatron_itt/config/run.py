@@ -1,7 +1,4 @@
-"""All sections of a recipe, as frozen dataclasses: what a run is, and nothing it does.
-
-Values are checked one by one here (types, ranges); rules between sections are in `check.py`.
-"""
+"""Sections of a recipe as frozen dataclasses. Rules between fields are in `check.py`."""
 
 from __future__ import annotations
 
@@ -10,12 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megatron_itt.config.model import STRICT, ModelConfig, PositiveFloat, PositiveInt, ThinkingConfig
+from megatron_itt.config.model import STRICT, ModelConfig, PositiveFloat, PositiveInt, ThinkingConfig, setting
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Budget = tuple[Annotated[float, Field(ge=0, le=1)], ...]  # a share of 0 leaves the step out
+Budget = tuple[Annotated[float, Field(ge=0, le=1)], ...]  # 0 skips the step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -38,14 +35,14 @@ class DomainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class DataConfig:
-    """What the model reads."""
+    """Training data and its loading."""
 
     blend: dict[str, DomainConfig] = Field(default_factory=dict)
     tokenizer: str | None = None  # Hugging Face tokenizer folder
-    loader: Literal["torch", "dali"] = "torch"  # who brings batches to the device; both give the same ones
-    max_epochs: PositiveFloat = 4.0  # a domain repeated more often than this is refused
+    loader: Literal["torch", "dali"] = "torch"  # both give the same batches
+    max_epochs: PositiveFloat = 4.0  # more repetitions of a domain are rejected
     cache_dir: str | None = None  # of the sample indices; None: beside the data
-    reset_at_document_end: bool = False  # positions and attention begin anew at each document of a sequence
+    reset_at_document_end: bool = False  # positions restart and attention stays within a document
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -58,7 +55,7 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.0
     clip_grad_norm: NonNegativeFloat = 1.0  # 0 turns clipping off
     distributed: bool = True  # shard the optimizer state over data-parallel ranks
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = setting(False, free_on_resume=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -81,10 +78,10 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class PrecisionConfig:
-    """`bf16` keeps float32 master weights in the optimizer; `parts` chooses the implementation of layers and AdamW."""
+    """`bf16` keeps float32 master weights in the optimizer; `parts` selects the backend of layers and AdamW."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
-    parts: Literal["auto", "native", "transformer_engine", "apex"] = "auto"  # auto: the best that is usable
+    parts: Literal["auto", "native", "transformer_engine", "apex"] = "auto"  # auto: the preferred usable one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -93,26 +90,26 @@ class ValidationConfig:
 
     interval_steps: PositiveInt = 1000
     budgets: tuple[Budget, ...] = ()  # empty: the training capacity only
-    routing: Literal["as_trained", "threshold"] = "as_trained"  # top-k looks at later tokens, thresholds do not
-    tokens: PositiveInt = 2_000_000  # over all domains, split off before training data is taken
+    routing: Literal["as_trained", "threshold"] = "as_trained"  # top-k uses later tokens, thresholds are causal
+    tokens: PositiveInt = 2_000_000  # over all domains, held out from training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class CheckpointConfig:
-    """When to save, which checkpoints to keep, and how. A run returns to the newest intact one."""
+    """When to save, and which checkpoints to keep. A run resumes from the newest intact one."""
 
     save_interval_steps: PositiveInt = 1000
     keep_last: PositiveInt = 3
-    initial_weights: str | None = None  # run folder or checkpoint whose weights a new run starts from, at step 0
-    keep_every_steps: PositiveInt | None = None  # checkpoints of multiples of this stay for good
-    keep_best: bool = True  # the one of the lowest validation loss stays, of those saved at a step that validates
-    asynchronous: bool = False  # write in the background; takes host memory for a copy of what a rank saves
-    verify: bool = True  # compare large files with their hashes before continuing; small files always are
+    initial_weights: str | None = None  # run folder or checkpoint that initialises the weights of a new run
+    keep_every_steps: PositiveInt | None = None  # also keep checkpoints at multiples of this
+    keep_best: bool = True  # also keep the one with the lowest validation loss
+    asynchronous: bool = False  # write in the background, from a copy in host memory
+    verify: bool = True  # check hashes of large files before resuming; small ones always are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class WandbConfig:
-    """Weights & Biases: `offline` writes into the run folder, to be sent later with `wandb sync`."""
+    """Weights & Biases; `offline` writes into the run folder, for `wandb sync`."""
 
     project: str
     entity: str | None = None
@@ -122,7 +119,7 @@ class WandbConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class ProfileConfig:
-    """A window of steps to profile, on these ranks; touching RUN/profile_now profiles rank 0 at any time."""
+    """Steps and ranks to profile; creating RUN/profile_now profiles rank 0 at any time."""
 
     start: PositiveInt  # the first step of the window
     steps: PositiveInt = 2
@@ -131,7 +128,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class LoggingConfig:
-    """Where a run writes, and how often it speaks."""
+    """Run folder and metric sinks."""
 
     run_dir: str
     interval_steps: PositiveInt = 10
@@ -142,23 +139,23 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class RuntimeConfig:
-    """Seed, determinism and device; what guards a long run.
+    """Seed, determinism, device, and guards against divergence and hangs.
 
     A spike is a loss or gradient norm more than `spike_factor` robust deviations above the median of the last
-    `spike_window` steps. `spike_policy` says what happens to a step that spikes or is not finite: `none` (a spike
-    passes, a non-finite step ends the run), `skip` (weights stay as they are), or `rollback` (they go back to the last
-    checkpoint, and the data in between is not read again). The weights are never changed by a non-finite step.
+    `spike_window` steps. `spike_policy` handles steps that spike or are not finite: `none` (spikes pass, a non-finite
+    step ends the run), `skip` (no update), or `rollback` (reload the last checkpoint and skip the data since). A
+    non-finite step never updates the weights.
     """
 
     seed: NonNegativeInt = 1234
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    timeout_minutes: PositiveFloat = 10.0  # of a collective, before the run names the ranks that are missing and ends
+    timeout_minutes: PositiveFloat = 10.0  # collective timeout; the run then names the missing ranks and ends
     spike_policy: Literal["none", "skip", "rollback"] = "none"
     spike_factor: PositiveFloat = 10.0
     spike_window: Annotated[int, Field(ge=8)] = 64
-    max_recoveries: NonNegativeInt = 5  # rollbacks of a run, or skipped steps in a row, before it ends as diverged
-    replica_check_steps: NonNegativeInt = 1000  # compare the weights of replicas this often and before saves; 0: never
+    max_recoveries: NonNegativeInt = 5  # rollbacks, or consecutive skipped steps, before the run ends as diverged
+    replica_check_steps: NonNegativeInt = 1000  # interval of comparing replicas, also done before saves; 0: never
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -180,7 +177,7 @@ class RunConfig:
 
     @property
     def num_training_samples(self) -> int:
-        """Sequences that the run reads from first to last step; fixed by the recipe."""
+        """Sequences that the whole run reads."""
         return self.schedule.steps * self.batch.global_size
 
     @property

@@ -76,7 +76,7 @@ def test_the_printed_config_is_the_config(tmp_path: Path) -> None:
         ("parallel.sequence=true", ["parallel.sequence is true", "parallel.tensor is 1"]),
         ("parallel.pipeline=5", ["num_layers is 4", "= 5"]),
         ("parallel.virtual_pipeline=2", ["parallel.virtual_pipeline is 2", "parallel.pipeline is 1"]),
-        ("validation.budgets=[[0.5]]", ["validation.budgets[0] has 1 shares", "3 routed steps"]),
+        ("validation.budgets=[[0.5]]", ["validation.budgets[0] has 1 entries", "3 routed steps"]),
         ("precision.parts=best", ["precision.parts", "best", "'auto', 'native', 'transformer_engine' or 'apex'"]),
         ("nonsense", ["section.key=value"]),
         ("schedule=5", ["section.key=value"]),
@@ -103,7 +103,7 @@ def test_bad_settings_are_named_with_the_rule(tmp_path: Path, override: str, par
         (["parallel.tensor=4"], ["does not divide model.num_query_groups = 2"]),
         (["parallel.pipeline=4", "parallel.virtual_pipeline=2"], ["num_layers is 4, fewer than", "= 8"]),
         (["thinking.capacity={sample: [0.01, 0.5]}"], ["thinking.capacity contains 0.01", "rounds to zero"]),
-        (["thinking.capacity={sample: [0.9, 0.5]}"], ["[0.9, 0.5]", "the lower share comes first"]),
+        (["thinking.capacity={sample: [0.9, 0.5]}"], ["[0.9, 0.5]", "the lower capacity comes first"]),
         (["validation.budgets=[[0.5, 0.01, 0.5]]"], ["validation.budgets[0] contains 0.01", "rounds to zero"]),
         (
             ["thinking.residual=replace", "thinking.update=delta"],
@@ -117,7 +117,7 @@ def test_bad_settings_are_named_with_the_rule(tmp_path: Path, override: str, par
         (["thinking.layers=[]"], ["thinking.layers is []", "name at least one layer"]),
         (
             ["thinking.residual=replace", "validation.budgets=[[0.5, 0.0, 0.5]]"],
-            ["validation.budgets[0] contains 0", "thinking.residual is replace", "use shares above 0"],
+            ["validation.budgets[0] contains 0", "thinking.residual is replace", "use budgets above 0"],
         ),
     ],
 )
@@ -193,7 +193,7 @@ def test_everything_wrong_with_a_layout_is_reported_at_once(tmp_path: Path) -> N
     [
         (
             "parallel.context=2",
-            ["parallel.context is 2", "one choice over the whole sequence", "parallel.sequence: true"],
+            ["parallel.context is 2", "selected over the whole sequence", "parallel.sequence: true"],
         ),
         ("parallel.context_parallel_size=4", ["parallel.context_parallel_size is 4", "context parallelism"]),
         ("parallel.expert=2", ["parallel.expert is 2", "mixture-of-experts", "remove it"]),
