@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_itt.config import RunConfig, load_config
 from megatron_itt.config.backends import use_backend
-from megatron_itt.config.environment import process_place
+from megatron_itt.config.environment import process_info
 from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.log import silence_known_warnings
 
@@ -27,7 +27,7 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def load_for_this_job(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """As `load_recipe`, with the rules of the layout for the processes of the job that this process is in."""
-    place = process_place()
+    place = process_info()
     return load_config(recipe, overrides, world_size=place.world_size, world_size_from=place.world_size_from)
 
 

@@ -22,7 +22,7 @@ from megatron_itt.benchmark.models import ATTENDS, on_one_rank
 from megatron_itt.benchmark.passes import Pass, PassResults, random_tokens, relative_difference, training_pass
 from megatron_itt.benchmark.sections import Section, markdown_table
 from megatron_itt.benchmark.timing import paired_ratio, take_turns
-from megatron_itt.config.environment import lone_process
+from megatron_itt.config.environment import single_process
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import EvaluationError
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
@@ -104,7 +104,7 @@ def compare_replays(
     model: str, config: RunConfig, device: torch.device, *, dtype: torch.dtype, capture: Capture
 ) -> GraphReport:
     """Capture a pass over some tokens, then replay it over others and run the same eagerly."""
-    start_parallel(config, place=lone_process(device.index or 0))
+    start_parallel(config, place=single_process(device.index or 0))
     try:
         tokens = random_tokens(config, seed=0).to(device)
         eager = training_pass(config, tokens, dtype=dtype)

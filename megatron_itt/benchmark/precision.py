@@ -11,7 +11,7 @@ import torch
 from megatron_itt.benchmark.models import ATTENDS
 from megatron_itt.benchmark.passes import random_tokens, relative_difference, training_pass
 from megatron_itt.benchmark.sections import Section, markdown_table
-from megatron_itt.config.environment import lone_process
+from megatron_itt.config.environment import single_process
 from megatron_itt.config.run import PrecisionConfig, RunConfig
 from megatron_itt.errors import EvaluationError
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
@@ -89,7 +89,7 @@ def compare_precisions(config: RunConfig, device: torch.device) -> PrecisionRepo
 
 def measure_precision(config: RunConfig, device: torch.device) -> PrecisionReport:
     """Differences between float32 and bfloat16 with the same weights and tokens."""
-    start_parallel(config, place=lone_process(device.index or 0))
+    start_parallel(config, place=single_process(device.index or 0))
     try:
         tokens = random_tokens(config, seed=0).to(device)
         wide, narrow = (training_pass(config, tokens, dtype=dtype)() for dtype in (torch.float32, torch.bfloat16))

@@ -10,7 +10,7 @@ from megatron_itt.benchmark.ranks import Job, run_jobs
 from megatron_itt.benchmark.scaling import layouts
 from megatron_itt.benchmark.sections import Section, markdown_table
 from megatron_itt.benchmark.steps import release
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.config.run import ParallelConfig, PrecisionConfig, RunConfig
 from megatron_itt.errors import EvaluationError
 
@@ -66,7 +66,7 @@ def compare_layouts(base: RunConfig, *, num_ranks: int, timeout_s: float) -> lis
     ]
 
 
-def _train(place: ProcessPlace, config: RunConfig) -> list[float]:
+def _train(place: ProcessInfo, config: RunConfig) -> list[float]:
     """On every rank: a few optimizer steps on a batch that depends on the step alone."""
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from megatron_itt.config.environment import ProcessPlace, meet_at_hosted_store
+from megatron_itt.config.environment import ProcessInfo, use_hosted_store
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import silence_known_warnings
 
@@ -67,14 +67,14 @@ def _run_process(
     rank: int, function: Callable[..., Any], jobs: Sequence[tuple[Job, int]], threads: int, folder: str
 ) -> None:
     silence_known_warnings()
-    meet_at_hosted_store()
+    use_hosted_store()
     torch.set_num_threads(threads)
     results: list[Any] = []
     for job, port in jobs:
         if rank >= job.world_size:
             results.append(None)
             continue
-        place = ProcessPlace(
+        place = ProcessInfo(
             rank=rank, world_size=job.world_size, local_rank=rank, master_address="127.0.0.1", master_port=port
         )
         results.append(function(place, *job.arguments))

@@ -19,7 +19,7 @@ from megatron_itt.benchmark.steps import release
 from megatron_itt.benchmark.timing import take_turns
 from megatron_itt.benchmark.traffic import CountTraffic, Traffic, add_up
 from megatron_itt.config.check import find_layout_problems
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.errors import ConfigError
 
@@ -141,7 +141,7 @@ def measure_layouts(
     return rows, left_out
 
 
-def _measure(place: ProcessPlace, config: RunConfig, num_repeats: int) -> _Measured:
+def _measure(place: ProcessInfo, config: RunConfig, num_repeats: int) -> _Measured:
     """On every rank of a job: time some steps, then count what one more exchanges."""
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer

@@ -19,7 +19,7 @@ from megatron_itt.checkpoint.layout import resolve_checkpoint
 from megatron_itt.checkpoint.safe_read import SafeCommonStrategy, SafeShardedStrategy
 from megatron_itt.checkpoint.state import RunState, load_model_state, read_run_state, sharded_model_state
 from megatron_itt.checkpoint.verify import check_together
-from megatron_itt.config.environment import lone_process
+from megatron_itt.config.environment import single_process
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.errors import CheckpointError, StorageError
 from megatron_itt.model.builder import BuiltModel, build_model
@@ -67,7 +67,7 @@ def load_model_for_inference(
     state = read_run_state(folder)
     config = single_process_config(state.config)
     try:
-        parallel_place = start_parallel(config, place=lone_process())
+        parallel_place = start_parallel(config, place=single_process())
         built = build_model(config, dtype=dtype, device=parallel_place.device)
         loaded = load_sharded_state(sharded_model_state(built.chunks), folder)
         load_model_state(built.chunks, loaded)

@@ -16,7 +16,7 @@ from megatron_itt.cli import run
 from megatron_itt.commands.arguments import Flag, Overrides, Recipe, Repeated
 from megatron_itt.config import load_config
 from megatron_itt.config.backends import use_backend
-from megatron_itt.config.environment import end_with_torchrun, process_place
+from megatron_itt.config.environment import end_with_torchrun, process_info
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import IttError
 from megatron_itt.log import silence_known_warnings
@@ -43,7 +43,7 @@ class Train:
         if self.print_config:
             print(config_to_yaml(load_config(self.recipe, self.overrides)), end="")
             return 0
-        place = process_place()
+        place = process_info()
         try:
             config = load_for_this_job(self.recipe, self.overrides)
             if self.check:

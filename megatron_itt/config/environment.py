@@ -1,7 +1,7 @@
-"""Every environment variable that the project reads or sets, and nothing else does.
+"""Environment variables: the only file that reads or sets them.
 
-Sources of truth are recipes and command lines; the environment only says where a process stands in a job (torchrun,
-Slurm) and switches third-party libraries that offer no other handle.
+Recipes and command lines hold the settings; the environment gives a process its rank in a job (torchrun, Slurm) and
+configures third-party libraries that offer no other way.
 """
 
 from __future__ import annotations
@@ -19,50 +19,48 @@ from pathlib import Path
 from megatron_itt.errors import ConfigError
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
-_HIGHEST_PORT = 65535
-_MOST_DIGITS = 9
-_WHO_SETS_THEM = "torchrun, srun and slurm/launch.sh set such variables; unset them for a run of one process"
+_PR_SET_PDEATHSIG = 1  # Linux prctl
+_MAX_PORT = 65535
+_MAX_DIGITS = 9
+_WAY_OUT = "torchrun, srun and slurm/launch.sh set such variables; unset them for a run of one process"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProcessPlace:
-    """Where this process stands in its job."""
+class ProcessInfo:
+    """Rank of this process and the rendezvous of its job; `world_size_from` names the variable, for messages."""
 
     rank: int
     world_size: int
     local_rank: int
     master_address: str
     master_port: int
-    world_size_from: str = ""  # where the world size was read, for messages
+    world_size_from: str = ""
 
 
-def lone_process(local_rank: int = 0) -> ProcessPlace:
-    """A job of this process alone, whatever the environment says."""
-    return ProcessPlace(rank=0, world_size=1, local_rank=local_rank, master_address="127.0.0.1", master_port=0)
+def single_process(local_rank: int = 0) -> ProcessInfo:
+    """Return a job of this process alone, whatever the environment says."""
+    return ProcessInfo(rank=0, world_size=1, local_rank=local_rank, master_address="127.0.0.1", master_port=0)
 
 
-def process_place() -> ProcessPlace:
-    """Read torchrun's variables, else Slurm's, else a job of one process. An empty variable counts as not set.
+def process_info() -> ProcessInfo:
+    """Read torchrun's variables, else Slurm's, else return a job of one process. Empty variables count as unset.
 
-    Raises ConfigError for values that are no numbers of a job.
+    Raises ConfigError for values that do not describe a job.
     """
+    names = ("", "", "")
     if _text("RANK"):
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     elif all(_text(name) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID")):
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    else:
-        names = ("", "", "")
-    if not names[0] and _number("WORLD_SIZE", 1) != 1:
-        raise ConfigError(f"WORLD_SIZE is {_text('WORLD_SIZE')} but RANK is not set; {_WHO_SETS_THEM}")
+    elif _number("WORLD_SIZE", 1) != 1:
+        raise ConfigError(f"WORLD_SIZE is {_text('WORLD_SIZE')} but RANK is not set; {_WAY_OUT}")
     rank, world_size, local_rank = _number(names[0], 0), _number(names[1], 1), _number(names[2], 0)
     if rank >= world_size:
-        raise ConfigError(f"{names[0]} is {rank} but {names[1]} is {world_size}; ranks count from 0; {_WHO_SETS_THEM}")
+        raise ConfigError(f"{names[0]} is {rank} but {names[1]} is {world_size}; ranks count from 0; {_WAY_OUT}")
     port = _number("MASTER_PORT", 0)
-    if port > _HIGHEST_PORT:
-        raise ConfigError(f"MASTER_PORT is {port}; a port is at most {_HIGHEST_PORT}; {_WHO_SETS_THEM}")
-    return ProcessPlace(
+    if port > _MAX_PORT:
+        raise ConfigError(f"MASTER_PORT is {port}; a port is at most {_MAX_PORT}; {_WAY_OUT}")
+    return ProcessInfo(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
@@ -80,15 +78,15 @@ def _number(name: str, default: int) -> int:
     text = _text(name)
     if not text:
         return default
-    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
-        raise ConfigError(f"{name} is {text[:40]!r}, which is no whole number of a job; {_WHO_SETS_THEM}")
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+        raise ConfigError(f"{name} is {text[:40]!r}, which is no whole number of a job; {_WAY_OUT}")
     return int(text)
 
 
 def gpu_index(local_rank: int, num_visible: int) -> int:
-    """Which of the GPUs that torch sees belongs to a process of a node.
+    """Return the CUDA device index of a process of a node; ConfigError if there are too few GPUs.
 
-    Where the scheduler shows each task its own GPU alone, that is device 0 for all. ConfigError if there is none.
+    Where the scheduler exposes one GPU to each task, that is device 0 for all.
     """
     if num_visible == 1:
         return 0  # NCCL refuses two processes on one GPU
@@ -101,18 +99,18 @@ def gpu_index(local_rank: int, num_visible: int) -> int:
 
 
 def end_with_torchrun() -> None:
-    """Under torchrun on Linux: have this process killed when torchrun itself is, instead of training on unseen."""
+    """Under torchrun on Linux: have the kernel kill this process when torchrun is killed."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_starter()
 
 
 def end_with_parent() -> None:
-    """In a process started by multiprocessing, on Linux: have it killed with its parent, not wait for it for ever."""
+    """In a multiprocessing child on Linux: have the kernel kill this process when its parent ends."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
     _end_with_starter()
-    if sys.platform == "linux" and os.getppid() != parent.pid:  # it was gone already
+    if sys.platform == "linux" and os.getppid() != parent.pid:  # the parent has ended already
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -121,13 +119,13 @@ def _end_with_starter() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def meet_at_hosted_store() -> None:
-    """As under torchrun: the store at a job's address is hosted by somebody else, so that rank 0 connects to it too."""
+def use_hosted_store() -> None:
+    """Have rank 0 connect to a store that another process hosts, as under torchrun."""
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 
 
 def set_offline(enabled: bool) -> None:
-    """Tell the Hugging Face libraries to use local files only (or lift that). Effective before they are imported."""
+    """Restrict the Hugging Face libraries to local files, or lift that. Call it before they are imported."""
     for name in _OFFLINE_VARIABLES:
         if enabled:
             os.environ[name] = "1"
@@ -137,7 +135,7 @@ def set_offline(enabled: bool) -> None:
 
 @contextmanager
 def working_directory(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Run a block in another folder: lm-eval's stock tasks look for local data sets there."""
+    """Run a block in another folder: the stock tasks of lm-eval look for local data sets there."""
     previous = Path.cwd()
     os.chdir(path)
     try:
@@ -147,16 +145,16 @@ def working_directory(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def disable_tokenizer_threads() -> None:
-    """Keep `tokenizers` single-threaded in this process: parallelism comes from worker processes."""
+    """Keep `tokenizers` single-threaded in this process; worker processes provide the parallelism."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def set_cuda_determinism() -> None:
-    """Ask cuBLAS and TransformerEngine for reproducible reductions; needed before the first CUDA call."""
+    """Request deterministic reductions of cuBLAS and TransformerEngine; call it before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 
 
 def launcher_claim() -> str | None:
-    """Who the launcher says holds the run folder (the text of its `in_use` file); None without a launcher."""
+    """Return the launcher's owner text of the run folder (its `in_use` file); None without a launcher."""
     return os.environ.get("ITT_CLAIM") or None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from megatron_itt.config.environment import ProcessPlace, gpu_index
+from megatron_itt.config.environment import ProcessInfo, gpu_index
 from megatron_itt.errors import ConfigError
 
 PROBE_BYTES = 64 << 20
@@ -66,7 +66,7 @@ class LinkSpeeds:
         return found
 
 
-def measure_links(place: ProcessPlace, *, num_bytes: int = PROBE_BYTES, limit_s: float = LIMIT_S) -> LinkSpeeds:
+def measure_links(place: ProcessInfo, *, num_bytes: int = PROBE_BYTES, limit_s: float = LIMIT_S) -> LinkSpeeds:
     """Measure between the processes of this job, each of which must call this."""
     import torch
     import torch.distributed as dist
@@ -100,7 +100,7 @@ def measure_links(place: ProcessPlace, *, num_bytes: int = PROBE_BYTES, limit_s:
             dist.destroy_process_group()
 
 
-def _measure(place: ProcessPlace, device: Any, backend: str, num_bytes: int) -> LinkSpeeds:
+def _measure(place: ProcessInfo, device: Any, backend: str, num_bytes: int) -> LinkSpeeds:
     import torch
     import torch.distributed as dist
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_itt.config import RunConfig
-from megatron_itt.config.environment import process_place
+from megatron_itt.config.environment import process_info
 from megatron_itt.config.optional_packages import (
     OptionalPackage,
     find_apex,
@@ -115,7 +115,7 @@ def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, sp
     folder_speeds = measure_folders([*folders, *written]) + measure_reading(read)
     has_torch = _is_usable("torch", required)
     gpu_speeds = measure_gpus() if speed and has_torch else []
-    place = process_place()
+    place = process_info()
     links = measure_links(place) if speed and has_torch and place.world_size > 1 else None
     return Diagnosis(
         python=platform.python_version(),

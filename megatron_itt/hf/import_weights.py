@@ -19,7 +19,7 @@ from megatron_itt.checkpoint.load import single_process_config
 from megatron_itt.checkpoint.save import save_checkpoint
 from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
 from megatron_itt.config import RunConfig
-from megatron_itt.config.environment import lone_process
+from megatron_itt.config.environment import single_process
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.folder import model_settings
 from megatron_itt.hf.weight_map import hf_to_megatron
@@ -64,7 +64,7 @@ def import_folder(folder: str | Path, config: RunConfig, output: str | Path) -> 
     _check_shape(_read_config(folder), config)
     state = hf_to_megatron(read_weights(folder), config.model)
     single = single_process_config(config)
-    parallel_place = start_parallel(single, place=lone_process())
+    parallel_place = start_parallel(single, place=single_process())
     try:
         built = build_model(single, dtype=torch.float32, device=parallel_place.device)
         fresh = _fill(built.chunks[0], state)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_itt.config.check import find_layout_problems
-from megatron_itt.config.environment import ProcessPlace, gpu_index, process_place
+from megatron_itt.config.environment import ProcessInfo, gpu_index, process_info
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.parallel.host_device import install_host_device, remove_host_device
@@ -40,12 +40,12 @@ class ParallelContext:
         return self.rank == 0
 
 
-def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> ParallelContext:
+def start_parallel(config: RunConfig, *, place: ProcessInfo | None = None) -> ParallelContext:
     """Join the job, build tensor, pipeline and data-parallel groups, and seed the random states.
 
     Raises ConfigError, before any process group exists, when the layout does not fit the number of processes.
     """
-    place = place or process_place()
+    place = place or process_info()
     problems = find_layout_problems(config, place.world_size, world_size_from=place.world_size_from)
     if problems:
         raise ConfigError("; ".join(problems))
@@ -63,7 +63,7 @@ def start_parallel(config: RunConfig, *, place: ProcessPlace | None = None) -> P
         raise
 
 
-def _build_groups(config: RunConfig, place: ProcessPlace, device: torch.device) -> ParallelContext:
+def _build_groups(config: RunConfig, place: ProcessInfo, device: torch.device) -> ParallelContext:
     _join_job(place, device, timeout_minutes=config.runtime.timeout_minutes)
     from megatron.core import parallel_state
 
@@ -128,7 +128,7 @@ def _group_timeout_minutes(timeout_minutes: float) -> int:
     return math.ceil(1.5 * timeout_minutes) + 1
 
 
-def _join_job(place: ProcessPlace, device: torch.device, *, timeout_minutes: float) -> None:
+def _join_job(place: ProcessInfo, device: torch.device, *, timeout_minutes: float) -> None:
     if dist.is_initialized():
         return
     backend = "gloo" if device.type == "cpu" else "nccl"

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_itt.accounting.memory import RankMemory, rank_memory, stage_layers
 from megatron_itt.accounting.report import check_report
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.model.builder import build_model
@@ -110,7 +110,7 @@ def _measure(config: RunConfig, world_size: int, rank: int, *, place: tuple[int,
 def _pretended_job(config: RunConfig, world_size: int, rank: int) -> Iterator[None]:
     """Process groups of a whole job in this one process; their collectives do nothing."""
     here = replace(config, runtime=replace(config.runtime, device="auto"))  # whatever this machine has will do
-    place = ProcessPlace(rank=rank, world_size=world_size, local_rank=0, master_address="", master_port=0)
+    place = ProcessInfo(rank=rank, world_size=world_size, local_rank=0, master_address="", master_port=0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         start_parallel(here, place=place)

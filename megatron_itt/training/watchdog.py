@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_itt.config.environment import ProcessPlace, process_place
+from megatron_itt.config.environment import ProcessInfo, process_info
 from megatron_itt.log import get_logger
 
 EXIT_CODE = 1
@@ -84,7 +84,7 @@ class NoWatchdog:
 
 def start_watchdog(pulse: Pulse, *, limit_s: float, device: torch.device) -> Watchdog | NoWatchdog:
     """Watch this process from its main thread on, which must be the calling one; `stop` ends that."""
-    place = process_place()
+    place = process_info()
     if place.world_size == 1:
         return NoWatchdog()
     return Watchdog(pulse, place, limit_s=limit_s, device=device)
@@ -93,7 +93,7 @@ def start_watchdog(pulse: Pulse, *, limit_s: float, device: torch.device) -> Wat
 class Watchdog:
     """Publishes this rank's pulse, and ends the process when it has waited for other ranks longer than `limit_s`."""
 
-    def __init__(self, pulse: Pulse, place: ProcessPlace, *, limit_s: float, device: torch.device) -> None:
+    def __init__(self, pulse: Pulse, place: ProcessInfo, *, limit_s: float, device: torch.device) -> None:
         self._pulse, self._place, self._limit_s = pulse, place, limit_s
         # On a GPU, Python waits for its own device, whatever the device waits for.
         self._waits_anywhere = device.type == "cuda"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.parallel import async_gather
 from megatron_itt.parallel.async_gather import SequenceShards
 from tests.helpers.launch import run_ranks
@@ -49,14 +49,14 @@ class NotedExchange(async_gather._Collective):
         return super().finish()
 
 
-def join(place: ProcessPlace) -> dist.ProcessGroup:
+def join(place: ProcessInfo) -> dist.ProcessGroup:
     address = f"tcp://{place.master_address}:{place.master_port}"
     dist.init_process_group("gloo", init_method=address, rank=place.rank, world_size=place.world_size)
     assert dist.group.WORLD is not None
     return dist.group.WORLD
 
 
-def gather_both_ways(place: ProcessPlace, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+def gather_both_ways(place: ProcessInfo, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
     """The whole and the gradient of the part, with megatron-core's gather and with ours, of strided rows."""
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
@@ -82,7 +82,7 @@ def gather_both_ways(place: ProcessPlace, shape: tuple[int, ...]) -> list[tuple[
     return found
 
 
-def order_of_events(place: ProcessPlace) -> list[str]:
+def order_of_events(place: ProcessInfo) -> list[str]:
     """What happens when, forward and backward, where something is computed between the two ends."""
     group = join(place)
     events = NotedExchange.events = []

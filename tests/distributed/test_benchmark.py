@@ -14,14 +14,14 @@ from megatron_itt.benchmark.rank_checks import LayoutLosses, ranks_section
 from megatron_itt.benchmark.ranks import Job, run_jobs
 from megatron_itt.benchmark.scaling import layouts, scaling_section
 from megatron_itt.benchmark.traffic import CountTraffic, Traffic, add_up
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.errors import ConfigError, EvaluationError
 from tests.helpers.one_rank import tiny_recipe
 
 TINY = Shape(config=tiny_recipe(model={"num_query_groups": 4}), cut="")
 
 
-def exchange(place: ProcessPlace) -> list[Traffic]:
+def exchange(place: ProcessInfo) -> list[Traffic]:
     """One message of each kind, of 100 float32 numbers."""
     address = f"tcp://{place.master_address}:{place.master_port}"
     dist.init_process_group("gloo", init_method=address, rank=place.rank, world_size=place.world_size)
@@ -40,15 +40,15 @@ def exchange(place: ProcessPlace) -> list[Traffic]:
     return add_up(counted.messages)
 
 
-def refuse(place: ProcessPlace) -> None:
+def refuse(place: ProcessInfo) -> None:
     raise ConfigError(f"rank {place.rank} will not")
 
 
-def wait(place: ProcessPlace) -> None:
+def wait(place: ProcessInfo) -> None:
     torch.multiprocessing.get_context("spawn").Event().wait(600)
 
 
-def rank_of(place: ProcessPlace, mark: str) -> Any:
+def rank_of(place: ProcessInfo, mark: str) -> Any:
     return mark, place.rank, place.world_size
 
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_itt.benchmark.traffic import CountTraffic, Message
 from megatron_itt.config import RunConfig
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import tiny_recipe
 from tests.helpers.waiting import WatchOperations
@@ -23,7 +23,7 @@ PARALLEL = {"tensor": 2, "sequence": True}
 Counted = dict[str, tuple[list[int], list[int], list[str]]]
 
 
-def count_layer(place: ProcessPlace, config: RunConfig) -> tuple[list[int], list[int], list[str]]:
+def count_layer(place: ProcessInfo, config: RunConfig) -> tuple[list[int], list[int], list[str]]:
     """Bytes of the collectives of layer 1, forward and backward; and its operations that let the host wait."""
     from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel

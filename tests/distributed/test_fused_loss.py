@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 
 
-def observe_loss(place: ProcessPlace, config: Any, fused: bool) -> tuple[Tensor, Tensor]:
+def observe_loss(place: ProcessInfo, config: Any, fused: bool) -> tuple[Tensor, Tensor]:
     """Losses [b, s], and the gradient of this rank's logits [s, b, vocabulary / ranks]."""
     from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel

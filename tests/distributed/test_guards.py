@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_itt.config import RunConfig
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from tests.helpers.launch import free_port, run_ranks, start_rank
 from tests.helpers.one_rank import tiny_recipe
 from tests.helpers.steps import _microbatches
@@ -18,7 +18,7 @@ from tests.helpers.steps import _microbatches
 HANG = """
 import sys, time
 import torch, torch.distributed as dist
-from megatron_itt.config.environment import process_place
+from megatron_itt.config.environment import process_info
 from megatron_itt.parallel.groups import start_parallel
 from megatron_itt.training.watchdog import Pulse, start_watchdog
 from tests.helpers.one_rank import tiny_recipe
@@ -43,7 +43,7 @@ def recipe(*, tied: bool = False, **parallel: Any) -> RunConfig:
     )
 
 
-def step_with_one_broken_rank(place: ProcessPlace, config: RunConfig) -> tuple[str, str, bool, bool]:
+def step_with_one_broken_rank(place: ProcessInfo, config: RunConfig) -> tuple[str, str, bool, bool]:
     """Rank 1's data is broken in the second step: verdict and reason there, and whether weights and tables stayed."""
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
@@ -77,7 +77,7 @@ def _state(trainer: Any) -> list[torch.Tensor]:
     return [value for state in states for value in state.values() if torch.is_tensor(value)]
 
 
-def differing_replica(place: ProcessPlace, config: RunConfig, name: str) -> tuple[str, str]:
+def differing_replica(place: ProcessInfo, config: RunConfig, name: str) -> tuple[str, str]:
     """The complaint before and after rank 1's copy of a weight changes by one bit."""
     from megatron_itt.model.initialisation import global_name
     from megatron_itt.parallel.groups import start_parallel, stop_parallel

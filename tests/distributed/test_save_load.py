@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_itt.config import RunConfig
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.errors import CheckpointError
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
@@ -58,17 +58,17 @@ def recipe(layout: Layout, *, distributed: bool, dtype: str = "fp32", overlap: b
     )
 
 
-def save_in_the_middle(place: ProcessPlace, config: RunConfig, root: str) -> Observed:
+def save_in_the_middle(place: ProcessInfo, config: RunConfig, root: str) -> Observed:
     """The first steps, then a checkpoint."""
     return observe_steps(place, config, save_to=root, steps=(0, SAVED_AFTER))
 
 
-def continue_from(place: ProcessPlace, config: RunConfig, root: str) -> Observed:
+def continue_from(place: ProcessInfo, config: RunConfig, root: str) -> Observed:
     """The steps after a checkpoint."""
     return observe_steps(place, config, load_from=checkpoint_in(root), steps=(SAVED_AFTER, NUM_STEPS))
 
 
-def pass_on(place: ProcessPlace, config: RunConfig, root: str, copy: str) -> Observed:
+def pass_on(place: ProcessInfo, config: RunConfig, root: str, copy: str) -> Observed:
     """Load a checkpoint and save it again, without a step."""
     return observe_steps(place, config, load_from=checkpoint_in(root), save_to=copy, steps=(SAVED_AFTER, SAVED_AFTER))
 
@@ -137,7 +137,7 @@ def test_bf16_runs_continue_under_other_layouts(tmp_path: Path, distributed: boo
         assert observed.validation == pytest.approx(expected.validation, rel=BF16_TOLERANCE), (saved, loaded)
 
 
-def do_part(place: ProcessPlace, config: RunConfig, root: str, part: str) -> Observed:
+def do_part(place: ProcessInfo, config: RunConfig, root: str, part: str) -> Observed:
     """All steps, or those before or after a checkpoint, in the precision of the recipe."""
     options: dict[str, dict[str, Any]] = {
         "first": {"save_to": root, "steps": (0, SAVED_AFTER)},
@@ -168,7 +168,7 @@ def test_the_same_layout_continues_bit_for_bit(tmp_path: Path, layout: Layout, o
             assert all(second.quantiles[layer].equal(table) for layer, table in whole.quantiles.items())
 
 
-def draw_before_and_after(place: ProcessPlace, config: RunConfig, root: str) -> tuple[list[float], list[float]]:
+def draw_before_and_after(place: ProcessInfo, config: RunConfig, root: str) -> tuple[list[float], list[float]]:
     """Random numbers of every kind after a save, and again after loading it."""
     from megatron_itt.checkpoint.save import save_checkpoint
     from megatron_itt.checkpoint.state import new_run_state
@@ -209,7 +209,7 @@ def test_random_states_of_every_rank_continue(tmp_path: Path) -> None:
     assert ranks[0][0] != ranks[1][0]
 
 
-def choose(place: ProcessPlace, config: RunConfig, root: str) -> str:
+def choose(place: ProcessInfo, config: RunConfig, root: str) -> str:
     """The checkpoint that all ranks agree on, or why there is none."""
     from megatron_itt.checkpoint.verify import find_intact
     from megatron_itt.parallel.groups import start_parallel, stop_parallel

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from megatron_itt.benchmark.ranks import Job, free_port, run_jobs
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from tests.helpers.leaving import free_left_trainers
 
 __all__ = ["free_port", "run_ranks", "start_rank"]
@@ -24,7 +24,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], jobs: list[tuple[An
     return run_jobs(partial(_run_and_free, function), wanted, timeout_s=TIMEOUT_S)
 
 
-def _run_and_free(function: Callable[..., Any], place: ProcessPlace, *job: Any) -> Any:
+def _run_and_free(function: Callable[..., Any], place: ProcessInfo, *job: Any) -> Any:
     result = function(place, *job)
     free_left_trainers()
     return result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_itt.config import RunConfig, parse_config
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 
 TINY_MODEL = {
     "hidden_size": 32,
@@ -21,7 +21,7 @@ TINY_MODEL = {
     "seq_length": 24,
 }
 TINY_THINKING = {"kind": "itt", "capacity": [0.5, 0.75, 0.25]}
-ONE_PROCESS = ProcessPlace(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)
+ONE_PROCESS = ProcessInfo(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)
 
 
 def tiny_recipe(**sections: Mapping[str, Any]) -> RunConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_itt.config import RunConfig
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from tests.helpers.float64 import build_in_float64, float64_is_float32
 
 NUM_STEPS = 5
@@ -31,7 +31,7 @@ class Observed:
 
 
 def observe_steps(
-    place: ProcessPlace,
+    place: ProcessInfo,
     config: RunConfig,
     *,
     load_from: str | None = None,
@@ -80,7 +80,7 @@ def observe_steps(
         stop_parallel()
 
 
-def observe_padded_validation(place: ProcessPlace, config: RunConfig) -> float:
+def observe_padded_validation(place: ProcessInfo, config: RunConfig) -> float:
     """Validation loss of fresh weights over a global batch whose rows end in padding, each at another place."""
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
@@ -151,7 +151,7 @@ def _picks_of_validation(trainer: Any) -> dict[tuple[int, int, int], torch.Tenso
     }
 
 
-def observe_gradients(place: ProcessPlace, config: RunConfig) -> dict[str, torch.Tensor]:
+def observe_gradients(place: ProcessInfo, config: RunConfig) -> dict[str, torch.Tensor]:
     """This rank's parts of all gradients of one global batch, reduced over ranks, by the names of the whole model.
 
     In float64: gradients cancel, a router's to a thousandth of its summands, so that float32 says little about them.

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 import psutil
 import pytest
 
-from megatron_itt.config.environment import end_with_parent, gpu_index, process_place
+from megatron_itt.config.environment import end_with_parent, gpu_index, process_info
 from megatron_itt.errors import ConfigError
 
 fork = multiprocessing.get_context("fork")
@@ -73,7 +73,7 @@ def test_a_process_finds_its_place(
 ) -> None:
     for name, value in variables.items():
         job.setenv(name, value)
-    place = process_place()
+    place = process_info()
     assert (place.rank, place.world_size, place.local_rank, place.master_port) == expected[:4]
     assert place.world_size_from.startswith(expected[4])
 
@@ -93,7 +93,7 @@ def test_a_place_that_cannot_be_is_one_line(job: pytest.MonkeyPatch, variables: 
     for name, value in variables.items():
         job.setenv(name, value)
     with pytest.raises(ConfigError, match=expected):
-        process_place()
+        process_info()
 
 
 def test_a_process_takes_its_own_gpu_of_those_that_it_sees() -> None:
@@ -110,11 +110,11 @@ def test_a_world_size_without_a_rank_is_not_ignored(job: pytest.MonkeyPatch, var
     for name, value in variables.items():
         job.setenv(name, value)
     with pytest.raises(ConfigError, match=r"WORLD_SIZE is .*(but RANK is not set|no whole number of a job)"):
-        process_place()
+        process_info()
 
 
 def test_variables_of_white_space_count_as_not_set(job: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         job.setenv(name, " ")
-    place = process_place()
+    place = process_info()
     assert (place.rank, place.world_size, place.master_address, place.master_port) == (0, 1, "127.0.0.1", 0)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.doctor.links import LinkSpeeds, measure_links
 from tests.helpers.launch import free_port
 
@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 MEASURE = """
 import dataclasses, json
-from megatron_itt.config.environment import process_place
+from megatron_itt.config.environment import process_info
 from megatron_itt.doctor.links import measure_links
-print(json.dumps(dataclasses.asdict(measure_links(process_place(), num_bytes=1 << 20))))
+print(json.dumps(dataclasses.asdict(measure_links(process_info(), num_bytes=1 << 20))))
 """
 
 
@@ -44,7 +44,7 @@ def test_two_processes_measure_what_lies_between_them() -> None:
 
 def test_a_process_that_does_not_come_is_a_problem_within_the_limit() -> None:
     port = free_port()
-    alone = ProcessPlace(rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=port)
+    alone = ProcessInfo(rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=port)
     began = time.monotonic()
     found = measure_links(alone, num_bytes=1 << 10, limit_s=2.0)
     assert time.monotonic() - began < 30

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from megatron_itt.checkpoint.save import save_checkpoint
 from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
 from megatron_itt.config import parse_config
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import CheckpointError, ConfigError, ExportError
 from megatron_itt.hf import export, parity
@@ -68,7 +68,7 @@ def _awaken(built: BuiltModel) -> None:
 
 
 def _start(config: RunConfig, dtype: torch.dtype = torch.float32) -> BuiltModel:
-    place = ProcessPlace(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)
+    place = ProcessInfo(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)
     start_parallel(config, place=place)
     built = build_model(config, dtype=dtype, device=torch.device("cpu"))
     built.chunks[0].eval()

@@ -41,7 +41,7 @@ import torch
 torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
 import megatron_itt.checkpoint.save
 from megatron_itt.errors import ConfigError
-from megatron_itt.config.environment import ProcessPlace
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.parallel.groups import start_parallel
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import observe_steps
@@ -61,7 +61,7 @@ def is_code(value):
 
 before, flags = attributes()
 recipe = tiny_recipe(runtime={"device": "cpu", "deterministic": True}, batch={"global": 4, "micro": 2})
-lost = ProcessPlace(rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=0)
+lost = ProcessInfo(rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=0)
 for attempt in range(3):
     if attempt == 1:
         try:
