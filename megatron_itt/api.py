@@ -13,7 +13,7 @@ from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.log import silence_known_warnings
 
 if TYPE_CHECKING:
-    from megatron_itt.data.preprocess import Outcome
+    from megatron_itt.data.text.preprocess import Outcome
     from megatron_itt.hf.export import ExportReport
     from megatron_itt.hf.import_weights import ImportReport
 
@@ -45,8 +45,8 @@ def train(recipe: Recipe, overrides: Iterable[str] = (), *, allow_changed: Seque
 
 
 def preprocess(**options: Any) -> Outcome:
-    """Tokenize text into indexed data; the options are the fields of `data.preprocess.PreprocessOptions`."""
-    from megatron_itt.data.preprocess import PreprocessOptions, preprocess
+    """Tokenize text into indexed data; the options are the fields of `data.text.preprocess.PreprocessOptions`."""
+    from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 
     return preprocess(PreprocessOptions(**options))
 

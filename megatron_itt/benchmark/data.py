@@ -18,11 +18,11 @@ from megatron_itt.benchmark.sections import Section, markdown_table
 from megatron_itt.config.run import DataConfig, DomainConfig, RunConfig
 from megatron_itt.data.batches.datasets import build_datasets
 from megatron_itt.data.batches.loader import TrainLoader
-from megatron_itt.data.corpus_sample import sample_texts
-from megatron_itt.data.manifest import read_manifest
-from megatron_itt.data.sample_corpus import build_sample_corpus
 from megatron_itt.data.speed import measure_command, measure_engine, num_cores
-from megatron_itt.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_itt.data.text.corpus_sample import sample_texts
+from megatron_itt.data.text.manifest import read_manifest
+from megatron_itt.data.text.sample_corpus import build_sample_corpus
+from megatron_itt.data.text.tokenizer import load_tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError
 
 _VOCAB_SIZE = 4096

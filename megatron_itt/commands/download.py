@@ -9,10 +9,10 @@ from typing import Annotated
 from tyro.conf import Suppress, arg
 
 from megatron_itt.commands.arguments import Flag, Names
-from megatron_itt.data.download import DownloadOptions, plan_download, run_download
-from megatron_itt.data.http_file import Patience
-from megatron_itt.data.sample_corpus import build_sample_corpus
-from megatron_itt.data.url_list import parse_tokens
+from megatron_itt.data.text.download import DownloadOptions, plan_download, run_download
+from megatron_itt.data.text.http_file import Patience
+from megatron_itt.data.text.sample_corpus import build_sample_corpus
+from megatron_itt.data.text.url_list import parse_tokens
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import configure_logging
 

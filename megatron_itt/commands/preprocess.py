@@ -18,8 +18,8 @@ from typing import Annotated
 from tyro.conf import Suppress, arg
 
 from megatron_itt.commands.arguments import Flag
-from megatron_itt.data.preprocess import Outcome, PreprocessOptions, preprocess, preprocess_part
 from megatron_itt.data.shares import parse_share
+from megatron_itt.data.text.preprocess import Outcome, PreprocessOptions, preprocess, preprocess_part
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import configure_logging
 

@@ -125,7 +125,7 @@ class Index(_OfRecipe):
         silence_known_warnings()
         hide_unusable_packages()
         configure_logging()
-        from megatron_itt.data.tokenizer import recipe_tokenizer
+        from megatron_itt.data.text.tokenizer import recipe_tokenizer
 
         config = load_config(self.recipe, self.overrides)
         tokenizer = recipe_tokenizer(config)
@@ -147,7 +147,7 @@ class Heldout(_OfRecipe):
 
     def execute(self) -> int:
         """Write one file per domain, print where."""
-        from megatron_itt.data.heldout_text import write_heldout_text
+        from megatron_itt.data.text.heldout_text import write_heldout_text
 
         for domain, path in write_heldout_text(load_config(self.recipe, self.overrides), self.output).items():
             print(f"{domain}: {path}")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_itt.commands.arguments import Flag
-from megatron_itt.data.corpus_sample import sample_texts
-from megatron_itt.data.tokenizer import train_tokenizer
+from megatron_itt.data.text.corpus_sample import sample_texts
+from megatron_itt.data.text.tokenizer import train_tokenizer
 from megatron_itt.log import configure_logging
 
 EXAMPLES = "  itt tokenizer --input corpus/code corpus/docs --vocab-size 4096 --output tokenizer"

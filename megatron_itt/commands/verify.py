@@ -26,8 +26,8 @@ class Data:
 
     def execute(self) -> int:
         """Verify, print what the datasets hold."""
-        from megatron_itt.data.tokenizer import load_tokenizer
-        from megatron_itt.data.verify import decode_samples, verify_indexed_dataset
+        from megatron_itt.data.text.tokenizer import load_tokenizer
+        from megatron_itt.data.text.verify import decode_samples, verify_indexed_dataset
 
         tokenizer = load_tokenizer(self.tokenizer)
         for prefix in self.prefix:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from megatron_itt.data.shards import EncodingOptions, ShardTask, write_json_atomically
+from megatron_itt.data.text.shards import EncodingOptions, ShardTask, write_json_atomically
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.locks import NO_LOCKS, is_named, open_locked
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_itt.config.environment import disable_tokenizer_threads
-from megatron_itt.data.documents import DocumentReader
-from megatron_itt.data.engine import choose_engine
-from megatron_itt.data.sources import Segment, find_sources
-from megatron_itt.data.tokenizer import load_tokenizer
-from megatron_itt.data.workers import run_tasks
+from megatron_itt.data.text.documents import DocumentReader
+from megatron_itt.data.text.engine import choose_engine
+from megatron_itt.data.text.sources import Segment, find_sources
+from megatron_itt.data.text.tokenizer import load_tokenizer
+from megatron_itt.data.text.workers import run_tasks
 from megatron_itt.errors import DataError
 
 _BATCH_CHARS = 1 << 20

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_itt.data.tokenizer import load_tokenizer
+from megatron_itt.data.text.tokenizer import load_tokenizer
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.options import Budget
 from megatron_itt.hf.load import open_export

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_itt.data.documents import DocumentReader, Rejection
-from megatron_itt.data.sources import find_sources
+from megatron_itt.data.text.documents import DocumentReader, Rejection
+from megatron_itt.data.text.sources import find_sources
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.tasks import HeldoutSettings, write_heldout_tasks
 

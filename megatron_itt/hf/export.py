@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.checkpoint.state import RunState
 from megatron_itt.config.run import RunConfig
-from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_itt.data.tokenizer_folder import check_tokenizer_folder, load_with_transformers
+from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_itt.data.text.tokenizer_folder import check_tokenizer_folder, load_with_transformers
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.folder import (
     copy_tokenizer,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
-from megatron_itt.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_itt.data.tokenizer_folder import with_end_of_document, write_tokenizer_folder
+from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_itt.data.text.tokenizer_folder import with_end_of_document, write_tokenizer_folder
 from megatron_itt.errors import DataError, ExportError
 
 REMOTE_CODE_FILES = ("configuration_itt.py", "routing_itt.py", "cache_itt.py", "layers_itt.py", "modeling_itt.py")

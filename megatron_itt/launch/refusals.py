@@ -85,7 +85,7 @@ def _check_tokenizer(config: RunConfig) -> None:
     name = config.data.tokenizer
     if name is not None and name.startswith("data/") and not Path(name).exists():  # no name on the hub
         raise ConfigError(f"data.tokenizer is {name}, which does not exist here; name a tokenizer folder")
-    from megatron_itt.data.tokenizer import check_vocabulary, recipe_tokenizer
+    from megatron_itt.data.text.tokenizer import check_vocabulary, recipe_tokenizer
 
     check_vocabulary(recipe_tokenizer(config), config.model.vocab_size)
 

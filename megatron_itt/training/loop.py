@@ -16,8 +16,8 @@ from megatron_itt.config.run import RunConfig
 from megatron_itt.data.batches.blend import resolve_blend
 from megatron_itt.data.batches.datasets import Datasets, build_datasets, check_blend
 from megatron_itt.data.batches.loader import Loader, check_loader, open_loader
-from megatron_itt.data.tokenizer import Tokenizer, recipe_tokenizer
-from megatron_itt.data.tokenizer_folder import check_exportable
+from megatron_itt.data.text.tokenizer import Tokenizer, recipe_tokenizer
+from megatron_itt.data.text.tokenizer_folder import check_exportable
 from megatron_itt.errors import ConfigError, DataError, IttError
 from megatron_itt.log import configure_logging, get_logger
 from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel

@@ -15,8 +15,8 @@ import pytest
 
 from megatron_itt.commands.train import main
 from megatron_itt.config.optional_packages import find_dali
-from megatron_itt.data.corpus_sample import sample_texts
-from megatron_itt.data.preprocess import PreprocessOptions, preprocess
+from megatron_itt.data.text.corpus_sample import sample_texts
+from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.errors import EvaluationError, ExportError
 from megatron_itt.evaluation.exported_model import load_export
 from megatron_itt.hf.export import ExportOptions, export_checkpoint

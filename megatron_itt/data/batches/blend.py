@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_itt.config import RunConfig
 from megatron_itt.data.indexed import Index, idx_path
-from megatron_itt.data.manifest import manifest_path
-from megatron_itt.data.verify import open_checked
+from megatron_itt.data.text.manifest import manifest_path
+from megatron_itt.data.text.verify import open_checked
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import get_logger
 

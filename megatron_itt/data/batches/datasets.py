@@ -33,7 +33,7 @@ from megatron_itt.config import RunConfig
 from megatron_itt.data.batches.blend import Blend, Domain, resolve_blend
 from megatron_itt.data.batches.index_cache import build_once
 from megatron_itt.data.indexed import read_index
-from megatron_itt.data.tokenizer import NO_TOKEN, Tokenizer, check_vocabulary
+from megatron_itt.data.text.tokenizer import NO_TOKEN, Tokenizer, check_vocabulary
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import get_logger
 

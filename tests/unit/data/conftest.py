@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from megatron_itt.config import RunConfig, parse_config
-from megatron_itt.data.engine import Encoded, HuggingFaceEngine
-from megatron_itt.data.preprocess import PreprocessOptions, preprocess
-from megatron_itt.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_itt.data.text.engine import Encoded, HuggingFaceEngine
+from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
+from megatron_itt.data.text.tokenizer import Tokenizer, train_tokenizer
 
 SENTENCE = (
     "the of and to in is that for with as on was by it from are this be which an or have not at were their one "
@@ -67,7 +67,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    from megatron_itt.data.tokenizer import load_tokenizer
+    from megatron_itt.data.text.tokenizer import load_tokenizer
 
     return load_tokenizer(tokenizer_dir)
 

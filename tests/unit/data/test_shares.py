@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import pytest
 
-from megatron_itt.data.preprocess import PreprocessOptions, preprocess, preprocess_part
 from megatron_itt.data.shares import FolderLock, Share, all_shares, enter_as_done, parse_share
+from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess, preprocess_part
 from megatron_itt.errors import ConfigError, DataError
 from tests.unit.data.conftest import make_texts, write_jsonl
 

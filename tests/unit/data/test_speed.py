@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_itt.data.speed import measure_command, measure_engine
-from megatron_itt.data.tokenizer import Tokenizer
+from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import DataError
 from tests.unit.data.conftest import make_texts, write_jsonl
 

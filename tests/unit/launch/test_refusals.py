@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_itt.config import RunConfig
-from megatron_itt.data.preprocess import PreprocessOptions, preprocess
-from megatron_itt.data.tokenizer import train_tokenizer
+from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
+from megatron_itt.data.text.tokenizer import train_tokenizer
 from megatron_itt.launch.refusals import find_folder_refusals, find_input_refusals, is_finished, reopen_if_longer
 from megatron_itt.launch.snapshot import take_snapshot
 from tests.architecture.sources import ROOT

@@ -16,7 +16,7 @@ import torch
 from megatron_itt.data.batches.datasets import build_datasets, data_fingerprint, prebuild_index
 from megatron_itt.data.batches.loader import gather
 from megatron_itt.data.indexed import read_index
-from megatron_itt.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_itt.data.text.tokenizer import Tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.training.step import find_padding
 from tests.unit.data.conftest import make_texts
@@ -229,7 +229,7 @@ import sys, hashlib, torch, torch.distributed as dist
 from megatron_itt.config import load_config
 from megatron_itt.data.batches.datasets import build_datasets
 from megatron_itt.data.batches.loader import TrainLoader
-from megatron_itt.data.tokenizer import load_tokenizer
+from megatron_itt.data.text.tokenizer import load_tokenizer
 
 def main():
     dist.init_process_group("gloo")

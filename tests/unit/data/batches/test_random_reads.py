@@ -11,7 +11,7 @@ import pytest
 
 from megatron_itt.config import RunConfig
 from megatron_itt.data.batches.datasets import build_datasets
-from megatron_itt.data.tokenizer import Tokenizer
+from megatron_itt.data.text.tokenizer import Tokenizer
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux about its memory maps")

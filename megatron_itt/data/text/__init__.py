@@ -1,0 +1,1 @@
+"""Raw text to indexed datasets: sources, tokenizers, preprocessing, verification, download."""

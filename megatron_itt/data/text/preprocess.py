@@ -1,0 +1,327 @@
+"""Raw text to one indexed dataset: plan shards, have workers make them, then have them merged and published.
+
+What a worker does is in `shards.py`; nothing here touches a document. The bytes written depend on the inputs, the
+tokenizer and the options, never on the number of workers, on parts made elsewhere, or on interruptions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_itt.data.shares import (
+    FolderLock,
+    Share,
+    check_plan,
+    claim,
+    enter_as_done,
+    plan_content,
+    remove_folder,
+    remove_leftover,
+    shares_of_missing,
+    working_on,
+)
+from megatron_itt.data.text.engine import Engine, choose_engine
+from megatron_itt.data.text.manifest import Manifest
+from megatron_itt.data.text.merge import Shard
+from megatron_itt.data.text.publish import Publication, existing_output, publish
+from megatron_itt.data.text.shards import (
+    EncodingOptions,
+    ShardRecord,
+    ShardTask,
+    finished_shard,
+    make_shard,
+    prepare_tools,
+)
+from megatron_itt.data.text.sources import HUB, Inputs, Segment, find_inputs, split_source
+from megatron_itt.data.text.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
+from megatron_itt.data.text.tokenizer_folder import check_exportable, warn_of_other_readings
+from megatron_itt.data.text.workers import Report, TaskFunction, Workers
+from megatron_itt.errors import ConfigError, DataError
+
+MIN_SHARD_BYTES = 1 << 19
+MAX_SHARD_BYTES = 1 << 26
+_SHARDS_WANTED = 64
+_MIN_COPY_THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """What `itt preprocess` is asked to do."""
+
+    inputs: tuple[str, ...]
+    tokenizer: str  # tokenizer folder, tokenizer.json, or name on the hub
+    output_prefix: str  # of PREFIX.bin, PREFIX.idx and PREFIX.json
+    text_key: str = "text"  # key or column of the text; a.b: inside an object
+    append_eod: bool = True  # end every document with the end-of-document token (Megatron-LM's own tool does not)
+    append_bos: bool = False  # begin every document with the tokenizer's bos token
+    min_length: int = 1  # drop documents of fewer characters
+    deduplicate: bool = False  # keep only the first of exactly equal documents
+    num_workers: int = 1
+    max_bad_fraction: float = 0.001  # refuse input with a larger share of bad lines
+    engine: str = "auto"
+    resume: bool = True  # continue from finished shards in PREFIX.partial/
+    shard_bytes: int | None = None  # None: from the size of the input
+    show_progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is on disk afterwards; `reused` says that it already was."""
+
+    manifest: Manifest
+    reused: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartOutcome:
+    """A part is made. `waiting_for`: the parts that are not; when there is none, `merged` is the whole."""
+
+    num_shards: int
+    waiting_for: tuple[Share, ...] = ()
+    merged: Outcome | None = None
+
+
+def preprocess(options: PreprocessOptions, *, merge_only: bool = False) -> Outcome:
+    """Write `PREFIX.bin`, `PREFIX.idx` and `PREFIX.json`; with rejected lines also `PREFIX.rejected.jsonl`.
+
+    Continues from finished shards in `PREFIX.partial/` after an interruption; with `merge_only` all of them must be
+    there. Raises `DataError` for damaged input, too many bad lines, or an output that was made otherwise; nothing is
+    published then.
+    """
+    with _start(options) as workers:
+        job = _plan_job(options, None)
+        existing = job.existing()
+        if existing is None:
+            return _preprocess_new(job, workers, merge_only=merge_only)
+        remove_leftover(job.folder)
+        return existing
+
+
+def _preprocess_new(job: _Job, workers: Workers, *, merge_only: bool) -> Outcome:
+    with _lock_of(job.folder) as lock:
+        lock.take(shared=False)
+        if merge_only:
+            check_plan(job.folder, job.plan)
+            return _publish(job, _finished_shards(job, workers))
+        claim(job.folder, job.plan, alone=True, resume=job.options.resume, strict=False)
+        _check_tokenizer(job.tokenizer)
+        return _publish(job, _make_shards(job, job.tasks, workers))
+
+
+def preprocess_part(options: PreprocessOptions, share: Share) -> PartOutcome:
+    """Make one part of the shards; the process that finishes last also merges, so that `preprocess` is not needed.
+
+    Any number of processes, on machines that see the same folders, may do this at the same time with the same options.
+    Raises as `preprocess` does, and when another process works with other options or on the same part.
+    """
+    if not options.resume:
+        raise ConfigError(
+            "--no-resume would delete what other parts have made; delete the .partial folder instead, then start all"
+        )
+    with _start(options) as workers:
+        job = _plan_job(options, share)
+        existing = job.existing()
+        if existing is not None:
+            remove_leftover(job.folder)
+            return PartOutcome(num_shards=len(share.of(job.tasks)), merged=existing)
+        return _make_part(job, share, workers)
+
+
+def _make_part(job: _Job, share: Share, workers: Workers) -> PartOutcome:
+    mine = share.of(job.tasks)
+    _check_tokenizer(job.tokenizer)
+    with _lock_of(job.folder) as lock:
+        while lock.take(shared=True):
+            claim(job.folder, job.plan, alone=True, resume=True, strict=True)
+            if lock.share():
+                break
+        claim(job.folder, job.plan, alone=False, resume=True, strict=True)
+        with working_on(job.folder, share, mine):
+            _make_shards(job, mine, workers)
+        missing = enter_as_done(job.folder, share)
+        if missing:
+            return PartOutcome(num_shards=len(mine), waiting_for=tuple(missing))
+        lock.wait_until_alone()
+        merged = job.existing() or _publish(job, _finished_shards(job, workers))
+        return PartOutcome(num_shards=len(mine), merged=merged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be done, the same in every process that takes part."""
+
+    options: PreprocessOptions
+    tokenizer: Tokenizer
+    encoding: EncodingOptions
+    inputs: Inputs
+    folder: Path
+    tasks: list[ShardTask]
+    plan: dict[str, Any]
+    started: float
+
+    def existing(self) -> Outcome | None:
+        """The output, where it is there already and what is asked for."""
+        manifest = existing_output(self.options.output_prefix, self.encoding, self.inputs.sources)
+        return None if manifest is None else Outcome(manifest=manifest, reused=True)
+
+
+def _plan_job(options: PreprocessOptions, share: Share | None) -> _Job:
+    started = time.monotonic()
+    tokenizer = load_tokenizer(options.tokenizer)
+    _check_options(options, tokenizer)
+    encoding = _encoding_options(options, tokenizer, choose_engine(tokenizer, options.engine))
+    inputs = find_inputs(options.inputs)
+    folder = Path(f"{options.output_prefix}.partial")
+    tasks = plan_shards(inputs.sources, encoding, folder, options.shard_bytes)
+    return _Job(
+        options=options,
+        tokenizer=tokenizer,
+        encoding=encoding,
+        inputs=inputs,
+        folder=folder,
+        tasks=tasks,
+        plan=plan_content(encoding, tasks, share),
+        started=started,
+    )
+
+
+def _start(options: PreprocessOptions) -> Workers:
+    """Start the workers, which load the tokenizer while this process plans."""
+    if options.num_workers < 1:
+        raise ConfigError(f"--workers is {options.num_workers}; it must be at least 1")
+    return Workers(options.num_workers, partial(prepare_tools, options.tokenizer, options.engine))
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Nothing is written that no export could read; it costs seconds, beside which the workers start."""
+    check_exportable(tokenizer)
+    warn_of_other_readings(tokenizer)
+
+
+@contextmanager
+def _lock_of(folder: Path) -> Iterator[FolderLock]:
+    lock = FolderLock(folder)
+    try:
+        yield lock
+    finally:
+        lock.close()
+
+
+def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
+    if not 0 <= options.max_bad_fraction <= 1:
+        raise ConfigError(f"--max-bad-fraction is {options.max_bad_fraction}; a fraction lies in [0, 1]")
+    if options.min_length < 1:
+        raise ConfigError(f"--min-length is {options.min_length}; it must be at least 1 character")
+    if options.append_bos and tokenizer.bos == NO_TOKEN:
+        raise ConfigError(f"--append-bos, but tokenizer {options.tokenizer} has no bos_token; leave the option out")
+    if not Path(options.output_prefix).name:
+        raise ConfigError(f"--output-prefix is {options.output_prefix!r}; give a path that ends in a file name")
+
+
+def _encoding_options(options: PreprocessOptions, tokenizer: Tokenizer, engine: Engine) -> EncodingOptions:
+    return EncodingOptions(
+        tokenizer=tokenizer.path,
+        tokenizer_sha256=tokenizer.sha256,
+        engine=engine.name,
+        engine_version=engine.version,
+        text_key=options.text_key,
+        append_eod=options.append_eod,
+        append_bos=options.append_bos,
+        min_length=options.min_length,
+        deduplicate=options.deduplicate,
+        eod=tokenizer.eod if options.append_eod else None,
+        bos=tokenizer.bos if options.append_bos else None,
+    )
+
+
+def plan_shards(
+    sources: Sequence[Segment], encoding: EncodingOptions, folder: Path, shard_bytes: int | None = None
+) -> list[ShardTask]:
+    """Group the input, in order, into shards of about `shard_bytes`; the plan does not depend on the workers."""
+    total = sum(source.size for source in sources)
+    size = shard_bytes or max(MIN_SHARD_BYTES, min(MAX_SHARD_BYTES, total // _SHARDS_WANTED))
+    groups: list[list[Segment]] = []
+    filled = size
+    for segment in (segment for source in sources for segment in split_source(source, size)):
+        if filled + segment.length > size or segment.kind == HUB:
+            groups.append([])
+            filled = 0
+        groups[-1].append(segment)
+        filled += segment.length
+    return [
+        ShardTask(path=str(folder / f"{idx:06d}"), segments=tuple(group), options=encoding)
+        for idx, group in enumerate(groups)
+    ]
+
+
+def _make_shards(job: _Job, tasks: Sequence[ShardTask], workers: Workers) -> list[Shard]:
+    """Have every shard made; return them in order."""
+    records = _run(make_shard, tasks, workers, "tokenize" if job.options.show_progress else None)
+    return [(task, records[idx]) for idx, task in enumerate(tasks)]
+
+
+def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
+    """Every shard, made by whomever and checked here. Raises `DataError` naming the parts that miss some."""
+    records = _run(_find_shard, job.tasks, workers, "check" if job.options.show_progress else None)
+    missing = {idx for idx, record in records.items() if record is None}
+    if missing:
+        parts = shares_of_missing(job.folder, missing.__contains__, len(job.tasks))
+        raise DataError(
+            f"{job.folder}: {len(missing)} of {len(job.tasks)} shards are missing or damaged, of part "
+            f"{', '.join(parts)}; run --part {parts[0]}{' and the others' if len(parts) > 1 else ''} again, or the "
+            "command without --part and --merge to make them here"
+        )
+    return [(task, records[idx]) for idx, task in enumerate(job.tasks)]
+
+
+def _find_shard(task: ShardTask, report: Report) -> ShardRecord | None:
+    """A task for the pool: the record of a finished shard, or None."""
+    record = finished_shard(task)
+    report((sum(segment.length for segment in task.segments), 0, 0))
+    return record
+
+
+def _run(
+    function: TaskFunction, tasks: Sequence[ShardTask], workers: Workers, description: str | None
+) -> dict[int, Any]:
+    """Have the tasks done; results by number. With a description shows input MB/s, tokens/s and ETA."""
+    total = sum(segment.length for task in tasks for segment in task.segments)
+    tokens = 0
+    started = time.monotonic()
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=description is None) as bar:
+
+        def advance(counts: tuple[int, ...]) -> None:
+            nonlocal tokens
+            input_bytes, _, new_tokens = counts
+            tokens += new_tokens
+            rate = tokens / max(time.monotonic() - started, 1e-9)
+            bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
+            bar.update(input_bytes)
+
+        return {finished.task_idx: finished.result for finished in workers.run(function, tasks, advance)}
+
+
+def _publish(job: _Job, shards: list[Shard]) -> Outcome:
+    manifest = publish(
+        Publication(
+            prefix=job.options.output_prefix,
+            folder=job.folder,
+            tokenizer=job.tokenizer,
+            encoding=job.encoding,
+            max_bad_fraction=job.options.max_bad_fraction,
+            num_threads=max(_MIN_COPY_THREADS, job.options.num_workers),
+            started=job.started,
+            left_out=job.inputs.left_out,
+        ),
+        shards,
+    )
+    remove_folder(job.folder)
+    return Outcome(manifest=manifest, reused=False)

@@ -1,0 +1,330 @@
+"""One shard of tokenised text: made in a worker from some segments of the input, and trusted again after a restart.
+
+A shard is `NAME.tokens` (ids), `NAME.lengths` (int32 per document), `NAME.rejected.jsonl` and, written last, its record
+`NAME.json`. Only counts travel between processes. Planning and merging shards is done in `preprocess.py`, `merge.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_itt.config.environment import disable_tokenizer_threads
+from megatron_itt.data.indexed import token_dtype
+from megatron_itt.data.text.documents import DocumentReader, Rejection
+from megatron_itt.data.text.engine import Engine, HuggingFaceEngine, choose_engine, find_difference
+from megatron_itt.data.text.long_texts import bound_memory
+from megatron_itt.data.text.sources import Segment
+from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_itt.errors import DataError
+
+_BATCH_CHARS = 1 << 20
+_BATCH_DOCUMENTS = 4096
+_CRC_CHUNK = 1 << 22
+_CHECK_INTERVAL_BATCHES = 8  # of some 1 MB; the first of every shard is among them
+_CHECK_MAX_CHARS = 1 << 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """Everything besides the input that decides the bytes of a dataset."""
+
+    tokenizer: str
+    tokenizer_sha256: str
+    engine: str = "hf"
+    engine_version: str = ""
+    text_key: str = "text"
+    append_eod: bool = True
+    append_bos: bool = False
+    min_length: int = 1  # characters; shorter documents are dropped
+    deduplicate: bool = False  # keep a hash of every document, to drop exact copies when merging
+    eod: int | None = None  # ids of the marks, where they are appended: named beside tokenizer.json, not by its hash
+    bos: int | None = None
+
+    @property
+    def file_kinds(self) -> tuple[str, ...]:
+        """Suffixes of a shard's files besides its record."""
+        return ("tokens", "lengths", "rejected.jsonl", *(("hashes",) if self.deduplicate else ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """A shard to be made: its files' common path without suffix, and its segments in order."""
+
+    path: str
+    segments: tuple[Segment, ...]
+    options: EncodingOptions
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the shard's content depends on; a shard with another one is not reused."""
+        options = {key: value for key, value in asdict(self.options).items() if key != "tokenizer"}
+        content = {"format": 1, "options": options, "segments": [asdict(segment) for segment in self.segments]}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def file(self, suffix: str) -> Path:
+        """One of the shard's files."""
+        return Path(f"{self.path}.{suffix}")
+
+
+@dataclass(kw_only=True)
+class ShardRecord:
+    """What a finished shard holds."""
+
+    fingerprint: str
+    documents: int = 0
+    tokens: int = 0
+    rejected: int = 0
+    too_short: int = 0
+    text_bytes: int = 0
+    crc32: dict[str, int] = field(default_factory=dict)  # per file
+    segments: list[dict[str, Any]] = field(default_factory=list)  # path, offset, length, lines, records, sha256
+
+
+def make_shard(task: ShardTask, report: Callable[[tuple[int, ...]], None]) -> ShardRecord:
+    """Make a shard, or recognise that it is there; `report` gets (input bytes, text bytes, tokens) as they advance.
+
+    Raises `DataError` for damaged input; the shard's files then do not appear.
+    """
+    record = finished_shard(task)
+    if record is not None:
+        report((sum(segment.length for segment in task.segments), 0, 0))
+        return record
+    tokenizer, engine = _tools(task.options)
+    writer = _ShardWriter(task, tokenizer, engine)
+    try:
+        for segment in task.segments:
+            writer.read_segment(segment, report)
+        return writer.publish()
+    finally:
+        writer.close()
+
+
+def finished_shard(task: ShardTask) -> ShardRecord | None:
+    """The record of a shard that is complete, undamaged and made from the same input and options; else None."""
+    try:
+        record = ShardRecord(**json.loads(task.file("json").read_text(encoding="utf-8")))
+        checksums = {suffix: _crc32_of(task.file(suffix)) for suffix in task.options.file_kinds}
+    except (OSError, ValueError, TypeError):
+        return None
+    return record if record.fingerprint == task.fingerprint and checksums == record.crc32 else None
+
+
+def prepare_tools(path: str, engine: str) -> None:
+    """Load a tokenizer and its engine before they are needed; names on the hub are left to the first task."""
+    if not Path(path).exists():
+        return
+    for name in ("gigatoken", "hf") if engine == "auto" else (engine,):
+        with contextlib.suppress(DataError):
+            _load_tools(path, name)
+            return
+
+
+@lru_cache(maxsize=1)
+def _load_tools(path: str, engine: str) -> tuple[Tokenizer, Engine]:
+    """The tokenizer and engine of this process, loaded once."""
+    disable_tokenizer_threads()
+    tokenizer = load_tokenizer(path)
+    return tokenizer, bound_memory(choose_engine(tokenizer, engine), tokenizer)
+
+
+def _tools(options: EncodingOptions) -> tuple[Tokenizer, Engine]:
+    """What encodes, checked to be what the options say."""
+    tokenizer, engine = _load_tools(options.tokenizer, options.engine)
+    marks = ((options.eod, tokenizer.eod), (options.bos, tokenizer.bos))
+    if tokenizer.sha256 != options.tokenizer_sha256 or any(mark not in (None, now) for mark, now in marks):
+        raise DataError(
+            f"tokenizer {options.tokenizer} changed while its data was being written; run the command again"
+        )
+    return tokenizer, engine
+
+
+class _ShardWriter:
+    """Temporary files of one shard while it is being made."""
+
+    def __init__(self, task: ShardTask, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.record = ShardRecord(fingerprint=task.fingerprint, crc32=dict.fromkeys(task.options.file_kinds, 0))
+        self._tag = uuid.uuid4().hex[:12]  # processes on other machines may have this one's number
+        self._num_batches = 0
+        self._num_records = 0  # lines of the current segment that have a text, be it null or empty
+        self._files: dict[str, BinaryIO] = {}
+        for suffix in task.options.file_kinds:
+            self._files[suffix] = self._temporary(suffix).open("wb")
+
+    def _temporary(self, suffix: str) -> Path:
+        return self.task.file(f"{suffix}.{self._tag}.tmp")
+
+    def read_segment(self, segment: Segment, report: Callable[[tuple[int, ...]], None]) -> None:
+        reader = DocumentReader(segment, text_key=self.task.options.text_key)
+        reported = self._num_records = 0
+        for texts, lines in self._batches(reader):
+            text_bytes, tokens = self._write(texts, lines, segment)
+            position = min(reader.position, segment.length or reader.position)
+            report((position - reported, text_bytes, tokens))
+            reported = position
+        report((max(0, segment.length - reported), 0, 0))
+        entry = {**asdict(segment), "lines": reader.lines, "records": self._num_records, "sha256": reader.sha256}
+        self.record.segments.append(entry)
+
+    def _batches(self, reader: DocumentReader) -> Iterator[tuple[list[str], list[int]]]:
+        """Texts and their lines, in batches of bounded size; rejected lines are written as they come."""
+        texts: list[str] = []
+        lines: list[int] = []
+        chars = 0
+        min_length = self.task.options.min_length
+        for item in reader:
+            if isinstance(item, Rejection):
+                self._num_records += item.is_record
+                self._reject(reader.segment, item.line, item.reason)
+                continue
+            self._num_records += 1
+            size = len(item)
+            if size < min_length:
+                self.record.too_short += 1
+                continue
+            texts.append(item)
+            lines.append(reader.lines)
+            chars += size
+            if chars >= _BATCH_CHARS or len(texts) >= _BATCH_DOCUMENTS:
+                yield texts, lines
+                texts, lines, chars = [], [], 0
+        if texts:
+            yield texts, lines
+
+    def _write(self, texts: list[str], lines: list[int], segment: Segment) -> tuple[int, int]:
+        """Encode a batch and append it; return its bytes of text and its tokens."""
+        flat, lengths = self.engine.encode(texts)
+        self._check_engine(texts)
+        if not lengths.all():
+            for line, length in zip(lines, lengths, strict=True):
+                if length == 0:
+                    self._reject(segment, line, "its text encodes to no token")
+            texts = [text for text, length in zip(texts, lengths, strict=True) if length > 0]
+            lengths = lengths[lengths > 0]
+        flat, lengths = self._add_marks(flat, lengths)
+        self._append("tokens", flat.astype(self.dtype, copy=False).data)
+        self._append("lengths", lengths.astype(np.int32).data)
+        if self.task.options.deduplicate:
+            self._append("hashes", b"".join(map(text_hash, texts)))
+        text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        self.record.documents += len(lengths)
+        self.record.tokens += len(flat)
+        self.record.text_bytes += text_bytes
+        return text_bytes, len(flat)
+
+    def _check_engine(self, texts: list[str]) -> None:
+        """Re-encode a document with the reference tokenizer now and then; a difference stops the run."""
+        self._num_batches += 1
+        if self.engine.name == self.tokenizer.library[0] or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
+            return
+        begin = self._num_batches * 7 % len(texts)  # not always the first of its batch
+        fitting = (text for text in texts[begin:] + texts[:begin] if len(text) <= _CHECK_MAX_CHARS)
+        sample = next(fitting, texts[begin][:_CHECK_MAX_CHARS])
+        different = find_difference(self.engine, HuggingFaceEngine(self.tokenizer), [sample])
+        if different is not None:
+            raise DataError(
+                f"tokenizer engine {self.engine.name} {self.engine.version} encodes the document {different!r} unlike "
+                "the reference; run again with --tokenizer-engine hf"
+            )
+
+    def _add_marks(self, flat: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Put the begin and end marks around each document."""
+        options = self.task.options
+        longer = lengths + int(options.append_bos) + int(options.append_eod)
+        if len(longer) == 0 or not (options.append_bos or options.append_eod):
+            return flat, longer
+        ends = np.cumsum(longer)
+        marked = np.empty(int(ends[-1]), dtype=self.dtype)
+        is_text = np.ones(len(marked), dtype=bool)
+        if options.append_eod:
+            is_text[ends - 1] = False
+            marked[ends - 1] = self.tokenizer.eod
+        if options.append_bos:
+            starts = ends - longer
+            is_text[starts] = False
+            marked[starts] = self.tokenizer.bos
+        marked[is_text] = flat
+        return marked, longer
+
+    def _reject(self, segment: Segment, line: int, reason: str) -> None:
+        row = {"file": segment.path, "segment": len(self.record.segments), "line": line, "reason": reason}
+        self._append("rejected.jsonl", json.dumps(row).encode() + b"\n")
+        self.record.rejected += 1
+
+    def _append(self, suffix: str, data: bytes | memoryview) -> None:
+        with naming_file(self.task.file(suffix)):
+            self._files[suffix].write(data)
+        self.record.crc32[suffix] = zlib.crc32(data, self.record.crc32[suffix])
+
+    def publish(self) -> ShardRecord:
+        """Give the files their names, the record last. After a power cut its checksums tell whether they survived."""
+        for suffix, stream in self._files.items():
+            with naming_file(self.task.file(suffix)):
+                stream.close()
+            self._temporary(suffix).replace(self.task.file(suffix))
+        write_json_atomically(self.task.file("json"), asdict(self.record), durable=False)
+        return self.record
+
+    def close(self) -> None:
+        """Drop what was not published."""
+        for suffix, stream in self._files.items():
+            with contextlib.suppress(OSError):  # a full disk, already reported, again at the flush
+                stream.close()
+            self._temporary(suffix).unlink(missing_ok=True)
+
+
+def text_hash(text: str) -> bytes:
+    """The 16 bytes by which the text of a document is recognised again."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+class naming_file:  # noqa: N801 - used like a function
+    """Give an OSError from a write the name of the file, which the system leaves out."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+def write_json_atomically(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
+    """Write a JSON file that is either whole or absent; `durable`: also after a power cut."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with naming_file(path), temporary.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1)
+            stream.write("\n")
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _crc32_of(path: Path) -> int:
+    crc32 = 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CRC_CHUNK):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32

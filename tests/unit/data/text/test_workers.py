@@ -1,0 +1,67 @@
+"""The pool: results of every task, errors and deaths of workers reported, no process left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_itt.data.text.workers import run_tasks
+from megatron_itt.errors import DataError
+
+
+def square(task: int, report: Callable[[tuple[int, ...]], None]) -> int:
+    report((task, 1))
+    if task == -1:
+        raise DataError("task -1 is bad")
+    if task == -2:
+        os._exit(7)
+    return task * task
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+def test_every_task_is_done_once_and_progress_adds_up(num_workers: int) -> None:
+    reports: list[tuple[int, ...]] = []
+    results = {event.task_idx: event.result for event in run_tasks(square, [3, 1, 2], num_workers, reports.append)}
+    assert results == {0: 9, 1: 1, 2: 4}
+    assert sum(counts[0] for counts in reports) == 6
+
+
+def report_then_wait(task: str, report: Callable[[tuple[int, ...]], None]) -> bool:
+    """Whether somebody saw the report and answered before the task ended."""
+    report((1,))
+    deadline = time.monotonic() + 30
+    while not Path(task).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return Path(task).exists()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_progress_is_seen_while_a_task_runs(tmp_path: Path, num_workers: int) -> None:
+    answer = tmp_path / "seen"
+    tasks = [str(answer)] * 2
+    finished = run_tasks(report_then_wait, tasks, num_workers, lambda counts: answer.touch())
+    assert [event.result for event in finished] == [True, True]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_error_in_a_task_reaches_the_caller(num_workers: int) -> None:
+    before = multiprocessing.active_children()
+    with pytest.raises(DataError, match="task -1 is bad"):
+        list(run_tasks(square, [1, -1, 2], num_workers))
+    assert multiprocessing.active_children() == before
+
+
+def test_the_death_of_a_worker_is_reported() -> None:
+    before = multiprocessing.active_children()
+    with pytest.raises(DataError, match=r"ended unexpectedly \(exit code 7"):
+        list(run_tasks(square, [1, 2, -2], 2))
+    assert multiprocessing.active_children() == before
+
+
+def test_nothing_to_do_is_fine() -> None:
+    assert list(run_tasks(square, [], 2)) == []
