@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_itt.parallel.megatron_compat.checkpoint_reader import checkpoint_reader
 
 _PLAIN_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -68,12 +68,12 @@ class SafeShardedStrategy(megatron_torch.TorchDistLoadShardedStrategy):
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         """Fill the sharded tensors; errors for anything else."""
-        with _safe_parts():
+        with checkpoint_reader(_SafeReader, _TensorPlanner):
             return super().load(sharded_state_dict, checkpoint_dir)
 
     def load_tensors_metadata(self, checkpoint_dir: Any, metadata: Any = None) -> Any:
         """Names, shapes and types of the stored tensors."""
-        with _safe_parts():
+        with checkpoint_reader(_SafeReader, _TensorPlanner):
             return super().load_tensors_metadata(checkpoint_dir, metadata)
 
 
@@ -87,16 +87,3 @@ class SafeCommonStrategy(TorchCommonLoadStrategy):
     def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
         """Our checkpoints have none."""
         raise pickle.UnpicklingError("objects other than tensors are not read")
-
-
-@contextmanager
-def _safe_parts() -> Iterator[None]:
-    """megatron-core's loader names its reader and planner itself; let these names mean ours while it runs."""
-    module: Any = megatron_torch
-    given = module._get_filesystem_reader, module.MCoreLoadPlanner
-    module._get_filesystem_reader = lambda folder, cache_metadata=False: _SafeReader(folder)
-    module.MCoreLoadPlanner = _TensorPlanner
-    try:
-        yield
-    finally:
-        module._get_filesystem_reader, module.MCoreLoadPlanner = given

@@ -1,1 +1,1 @@
-"""Process groups, seeding, and megatron-core on machines without a GPU."""
+"""Process groups, sequence sharding, seeding, and all patches of torch and megatron-core."""

@@ -1,4 +1,4 @@
-"""From "one process of a job" to megatron-core's process groups, on GPUs (NCCL) or on CPUs (gloo)."""
+"""Start and stop of megatron-core's process groups, on GPUs (NCCL) or on CPUs (gloo)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.environment import ProcessInfo, gpu_index, process_info
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
-from megatron_itt.parallel.host_device import install_host_device, remove_host_device
+from megatron_itt.parallel.megatron_compat.host_device import install_host_device, remove_host_device
+from megatron_itt.parallel.megatron_compat.process_groups import release_process_groups
 from megatron_itt.parallel.seeding import end_determinism, seed_everything
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelContext:
-    """Where this process stands in the layout of a run.
+    """Ranks, world size and device of this process.
 
-    program_bytes: what was resident on the CPU before a run began: interpreter, torch, megatron-core; 0 on a GPU, whose
-    memory holds tensors alone.
+    program_bytes: resident memory on the CPU at the start of a run (interpreter, torch, megatron-core); 0 on a GPU.
     """
 
     rank: int
@@ -36,14 +36,14 @@ class ParallelContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process does what is done once per job (rank 0)."""
+        """Whether this is rank 0, which does the work of once per job."""
         return self.rank == 0
 
 
 def start_parallel(config: RunConfig, *, place: ProcessInfo | None = None) -> ParallelContext:
-    """Join the job, build tensor, pipeline and data-parallel groups, and seed the random states.
+    """Initialise torch.distributed, build tensor, pipeline and data-parallel groups, and seed the random states.
 
-    Raises ConfigError, before any process group exists, when the layout does not fit the number of processes.
+    Raises ConfigError, before any process group exists, if the layout does not fit the world size.
     """
     place = place or process_info()
     problems = find_layout_problems(config, place.world_size, world_size_from=place.world_size_from)
@@ -73,7 +73,7 @@ def _build_groups(config: RunConfig, place: ProcessInfo, device: torch.device) -
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=_group_timeout_minutes(config.runtime.timeout_minutes),
-        create_gloo_process_groups=dist.get_backend() != "fake",  # gloo would look for ranks that do not exist
+        create_gloo_process_groups=dist.get_backend() != "fake",  # gloo would wait for ranks that do not exist
     )
     seed_everything(config.runtime.seed, deterministic=config.runtime.deterministic)
     return ParallelContext(
@@ -87,9 +87,9 @@ def _build_groups(config: RunConfig, place: ProcessInfo, device: torch.device) -
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has had resident so far.
+    """Peak resident memory of this process so far.
 
-    From /proc where there is one: what `getrusage` says includes the parent's memory at the time of the start.
+    Read from /proc where it exists: `getrusage` includes the parent's memory at the time of the fork.
     """
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
@@ -98,15 +98,14 @@ def peak_resident_bytes() -> int:
 
 
 def stop_parallel() -> None:
-    """Leave the job: destroy every process group and put torch and megatron-core back as they were before the start.
+    """Destroy every process group and restore torch and megatron-core to their state before the start.
 
     The process may then start another layout, on another device too, or exit cleanly.
     """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    # megatron-core keeps one more list of every group, and a gloo group keeps threads for as long as anybody knows it.
-    parallel_state._global_process_group_list = None
+    release_process_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
     end_determinism()
@@ -114,7 +113,7 @@ def stop_parallel() -> None:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """`auto` takes a GPU where there is one; `cuda` insists."""
+    """Resolve `runtime.device`: auto selects a GPU if torch sees one; cuda requires one."""
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise ConfigError("runtime.device is cuda but torch sees no GPU; use auto or cpu, or check the driver")
@@ -124,7 +123,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def _group_timeout_minutes(timeout_minutes: float) -> int:
-    """The limit of the groups themselves, which end in silence: training's watchdog, which names ranks, comes first."""
+    """The collective timeout of the groups, whose expiry names no rank: training's watchdog must come first."""
     return math.ceil(1.5 * timeout_minutes) + 1
 
 

@@ -1,4 +1,4 @@
-"""Random states. Initial weights do not depend on them: see `model/initialisation.py`."""
+"""Seeding and determinism. Initial weights do not depend on random states, see `model/initialisation.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from megatron_itt.config.environment import set_cuda_determinism
 
-_EARLIER_SETTINGS = contextlib.ExitStack()  # puts back what determinism has changed
+_EARLIER_SETTINGS = contextlib.ExitStack()  # restores what determinism has changed
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:
@@ -33,5 +33,5 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
 
 
 def end_determinism() -> None:
-    """Put back torch's settings from before `seed_everything` made it deterministic. Idempotent."""
+    """Restore torch's settings from before `seed_everything` made it deterministic. Idempotent."""
     _EARLIER_SETTINGS.close()

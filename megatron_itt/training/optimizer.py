@@ -18,9 +18,9 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
-from torch import Tensor
 
 from megatron_itt.config.run import RunConfig
+from megatron_itt.parallel.megatron_compat.distributed_optimizer import keep_step_when_loading
 from megatron_itt.training.optimizer_shards import move_own_shares
 from megatron_itt.training.optimizer_state import from_common_form, to_common_form
 
@@ -58,7 +58,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
         if isinstance(part, DistributedOptimizer):
             move_own_shares(part)
         if _is_torch_adam(part):
-            _keep_step_when_loading(part)
+            keep_step_when_loading(part)
         _use_fused_kernel(part)
     return optimizer
 
@@ -161,19 +161,3 @@ def _use_fused_kernel(part: Any) -> None:
     if isinstance(part.optimizer, _TORCH_ADAMS):
         for group in part.optimizer.param_groups:
             group.update(fused=True, foreach=False)
-
-
-def _keep_step_when_loading(part: Any) -> None:
-    """torch's Adam counts steps per tensor, fused Adams per group, which is all that megatron-core saves.
-
-    Its loader sets every state tensor, `step` included, from the file; the count is restored before that from the
-    group, so it is handed back here.
-    """
-    set_states = part._set_main_param_and_optimizer_states
-
-    def set_states_keeping_step(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        group, order = part.model_param_group_index_map[model_param]
-        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-        set_states(model_param, {**tensors, "step": state["step"]})
-
-    part._set_main_param_and_optimizer_states = set_states_keeping_step

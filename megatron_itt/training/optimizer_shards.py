@@ -19,6 +19,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_itt.parallel.megatron_compat.distributed_optimizer import replace_parameter_state
+
 _STATE_PREFIX = "optimizer.state"  # megatron-core's names
 
 
@@ -51,13 +53,11 @@ def _in_row(row: int, shape: tuple[int, ...], start: int, stop: int) -> list[Box
 
 def move_own_shares(optimizer: DistributedOptimizer) -> None:
     """Make an optimizer save and load its parameter state without gathering it."""
-    part: Any = optimizer
-
-    def sharded_state(model_state: dict[str, Any], is_loading: bool = False, metadata: object = None) -> Any:
-        return _sharded_shares(part, model_state, is_loading=is_loading)
-
-    part.sharded_param_state_fully_reshardable = sharded_state
-    part.load_parameter_state_from_fully_reshardable = lambda loaded: _take_shares(part, loaded)
+    replace_parameter_state(
+        optimizer,
+        sharded=lambda model_state, is_loading: _sharded_shares(optimizer, model_state, is_loading=is_loading),
+        load=lambda loaded: _take_shares(optimizer, loaded),
+    )
 
 
 def _own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:

@@ -60,7 +60,7 @@ def gather_both_ways(place: ProcessInfo, shape: tuple[int, ...]) -> list[tuple[T
     """The whole and the gradient of the part, with megatron-core's gather and with ours, of strided rows."""
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-    from megatron_itt.parallel.host_device import install_host_device
+    from megatron_itt.parallel.megatron_compat.host_device import install_host_device
 
     install_host_device()
     group = join(place)

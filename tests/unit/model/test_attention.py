@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megatron_itt.model.attention import RotarySelfAttention, RotaryTable
+from megatron_itt.model.attention import ATTEND, RotarySelfAttention, RotaryTable
+from megatron_itt.model.backends import RMSNorm
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -123,3 +125,43 @@ def test_a_shape_that_it_does_not_know_is_refused() -> None:
         built.config.rotary_interleaved = True
         with pytest.raises(NotImplementedError, match="rotary_interleaved"):
             RotarySelfAttention(built.config, spec.submodules, layer_number=1)
+
+
+def qwen_like(built: Any) -> tuple[RotarySelfAttention, Tensor]:
+    """An attention with QKV bias and q/k norms, random, and the rotary angles."""
+    spec = built.chunks[0].decoder.layers[0].submodules_config.self_attention
+    built.config.add_qkv_bias = True
+    submodules = replace(spec.submodules, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    attention = RotarySelfAttention(built.config, submodules, layer_number=1)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.normal_(0.0, 0.5, generator=generator)
+    return attention, built.chunks[0].rotary_pos_emb(24)
+
+
+def test_base_passes_with_bias_and_qk_norms_are_megatron_cores() -> None:
+    with built_model(tiny_recipe(), dtype=torch.float64) as built:
+        attention, rotary = qwen_like(built)
+        expected = run_as_megatron_core(attention, rotary, torch.float64)
+        found = run(attention, rotary, torch.float64)
+    assert len(found) == 7  # output and gradients of the input, two weights, a bias and two norms
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+@pytest.mark.parametrize("attend", ["all", "selected"])
+def test_routed_steps_apply_bias_and_qk_norms(attend: str) -> None:
+    """Selecting every token gives the base pass; changing one token recomputes its keys and values alone."""
+    with built_model(tiny_recipe(), dtype=torch.float64) as built:
+        attention, angles = qwen_like(built)
+        rotary = RotaryTable.of(angles, torch.float64)
+        routed = ATTEND[attend](attention, lambda hidden: hidden, rotary, None)
+        hidden = torch.randn(24, 2, 32, dtype=torch.float64)
+        every = torch.arange(24)[:, None].expand(24, 2)
+        changed = torch.tensor([[3, 17]])
+        for positions in (None, changed):
+            expected, _ = attention(hidden, attention_mask=None, rotary_pos_emb=angles)
+            found, _ = routed(hidden, every, hidden, positions)
+            assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+            hidden = hidden.scatter(0, changed[..., None].expand(1, 2, 32), torch.randn(1, 2, 32, dtype=torch.float64))

@@ -7,7 +7,7 @@ import sys
 
 CHECK = """
 import torch
-from megatron_itt.parallel.host_device import install_host_device, is_installed
+from megatron_itt.parallel.megatron_compat.host_device import install_host_device, is_installed
 assert not is_installed()
 install_host_device()
 install_host_device()
@@ -79,7 +79,7 @@ for attempt in range(3):
 gc.collect()
 kept = [
     found for found in gc.get_objects()
-    if isinstance(found, types.FunctionType) and found.__module__ == "megatron_itt.parallel.host_device"
+    if isinstance(found, types.FunctionType) and found.__module__ == "megatron_itt.parallel.megatron_compat.host_device"
     and ("<locals>" in found.__qualname__ or "<lambda>" in found.__qualname__)
 ]
 assert not kept, kept
@@ -101,7 +101,7 @@ def test_stopping_puts_every_attribute_of_torch_and_megatron_core_back() -> None
 def test_importing_the_package_patches_nothing() -> None:
     code = (
         "import megatron_itt.parallel.groups\n"
-        "from megatron_itt.parallel.host_device import is_installed\n"
+        "from megatron_itt.parallel.megatron_compat.host_device import is_installed\n"
         "assert not is_installed()"
     )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0

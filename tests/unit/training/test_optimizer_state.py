@@ -67,7 +67,7 @@ def multi_tensor_scale(_overflow, lists, factor):
 }
 DRIVER = """
 import json, sys
-from megatron_itt.parallel.host_device import install_host_device
+from megatron_itt.parallel.megatron_compat.host_device import install_host_device
 install_host_device()
 from megatron.core.optimizer import distrib_optimizer
 assert distrib_optimizer.USING_APEX_OPTIMIZER

@@ -1,0 +1,79 @@
+"""Patches of torch and megatron-core: one package, stated versions, and an undo that restores every attribute."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import pkgutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from megatron_itt.parallel import megatron_compat
+from megatron_itt.parallel.megatron_compat import Replacements
+from megatron_itt.parallel.megatron_compat.checkpoint_reader import checkpoint_reader
+
+PACKAGE = Path(megatron_compat.__file__).parents[2]
+PATCHES = [module.name for module in pkgutil.iter_modules(megatron_compat.__path__)]
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_each_patch_states_its_undo_and_versions_that_include_the_installed_ones(name: str) -> None:
+    module = importlib.import_module(f"{megatron_compat.__name__}.{name}")
+    assert "Undo:" in (module.__doc__ or "")
+    for package, versions in module.VERSIONS.items():
+        assert importlib.metadata.version(package) in SpecifierSet(versions)
+
+
+def foreign_assignments(tree: ast.AST) -> list[int]:
+    """Lines that assign an attribute of a module imported from torch or megatron-core."""
+    modules = {"torch"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = getattr(node, "module", None) or ""
+            for alias in node.names:
+                if (origin or alias.name).split(".")[0] in ("torch", "megatron"):
+                    modules.add(alias.asname or alias.name.split(".")[0])
+    lines = []
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in [part for item in targets for part in getattr(item, "elts", [item])]:
+            root = target
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if root is not target and isinstance(root, ast.Name) and root.id in modules:
+                lines.append(node.lineno)
+    return lines
+
+
+def test_no_other_module_assigns_attributes_of_torch_or_megatron_core() -> None:
+    assert foreign_assignments(ast.parse("import torch\ntorch.cuda.device_count = len")) == [2]
+    sources = [path for path in PACKAGE.rglob("*.py") if "megatron_compat" not in path.parts]
+    found = {str(path): foreign_assignments(ast.parse(path.read_text(encoding="utf-8"))) for path in sources}
+    assert not {path: lines for path, lines in found.items() if lines}
+
+
+def test_replacements_restore_own_and_inherited_attributes() -> None:
+    class Base:
+        inherited = 1
+
+    class Owner(Base):
+        own = 2
+
+    with Replacements() as replaced:
+        replaced.replace(Owner, inherited=3, own=4)
+        assert (Owner.inherited, Owner.own) == (3, 4)
+    assert (Owner.inherited, Owner.own) == (1, 2) and "inherited" not in vars(Owner)
+
+
+def test_the_checkpoint_reader_is_restored_after_an_error() -> None:
+    from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
+
+    before = dict(vars(megatron_torch))
+    with pytest.raises(OSError, match="unreadable"), checkpoint_reader(lambda folder: folder, SimpleNamespace):
+        assert megatron_torch._get_filesystem_reader("here") == "here"
+        raise OSError("unreadable")
+    assert vars(megatron_torch) == before
