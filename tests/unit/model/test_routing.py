@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_itt.errors import ConfigError
 from megatron_itt.hf.remote_code import routing_itt
+from megatron_itt.model.builder import forward_logits
 from megatron_itt.model.routing import (
     NUM_QUANTILES,
     count_selected,
@@ -18,6 +21,7 @@ from megatron_itt.model.routing import (
     threshold_for,
 )
 from megatron_itt.model.step_update import GATES, choose
+from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 from tests.helpers.reference import pick
 
 # Peaked and flat distributions: a float32 sum of the former reaches 1 long before its end.
@@ -96,3 +100,12 @@ def test_an_unknown_gate_is_refused_in_training_and_in_the_export() -> None:
         routing_itt.gate(logits, "relu")
     for kind in ("sigmoid", "tanh"):
         assert torch.equal(choose("gate", kind, GATES)(logits), routing_itt.gate(logits, kind))
+
+
+@pytest.mark.parametrize("switch", ["gate", "residual", "attend", "routing"])
+def test_an_unknown_switch_of_a_thinking_layer_is_refused(switch: str) -> None:
+    config = tiny_recipe()
+    wrong = replace(config, thinking=replace(config.thinking))
+    object.__setattr__(wrong.thinking, switch, "other")  # past the recipe's own check
+    with pytest.raises(ConfigError, match=rf"thinking\.{switch} is 'other'; use one of"), built_model(wrong) as built:
+        forward_logits(built, random_tokens(config))
