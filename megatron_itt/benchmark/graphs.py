@@ -104,7 +104,7 @@ def compare_replays(
     model: str, config: RunConfig, device: torch.device, *, dtype: torch.dtype, capture: Capture
 ) -> GraphReport:
     """Capture a pass over some tokens, then replay it over others and run the same eagerly."""
-    start_parallel(config, place=single_process(device.index or 0))
+    start_parallel(config, process=single_process(device.index or 0))
     try:
         tokens = random_tokens(config, seed=0).to(device)
         eager = training_pass(config, tokens, dtype=dtype)

@@ -89,7 +89,7 @@ def compare_precisions(config: RunConfig, device: torch.device) -> PrecisionRepo
 
 def measure_precision(config: RunConfig, device: torch.device) -> PrecisionReport:
     """Differences between float32 and bfloat16 with the same weights and tokens."""
-    start_parallel(config, place=single_process(device.index or 0))
+    start_parallel(config, process=single_process(device.index or 0))
     try:
         tokens = random_tokens(config, seed=0).to(device)
         wide, narrow = (training_pass(config, tokens, dtype=dtype)() for dtype in (torch.float32, torch.bfloat16))

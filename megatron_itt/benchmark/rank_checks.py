@@ -72,7 +72,7 @@ def _train(place: ProcessInfo, config: RunConfig) -> list[float]:
     from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import train_step
 
-    parallel_place = start_parallel(config, place=place)
+    parallel_place = start_parallel(config, process=place)
     try:
         trainer = build_trainer(config, parallel_place)
         losses = [train_step(trainer, iter(_own_share(trainer, step)), step + 1).loss for step in range(NUM_STEPS)]

@@ -147,7 +147,7 @@ def _measure(place: ProcessInfo, config: RunConfig, num_repeats: int) -> _Measur
     from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import train_step
 
-    parallel_place = start_parallel(config, place=place)
+    parallel_place = start_parallel(config, process=place)
     try:
         trainer = build_trainer(config, parallel_place)
 

@@ -67,7 +67,7 @@ def load_model_for_inference(
     state = read_run_state(folder)
     config = single_process_config(state.config)
     try:
-        parallel_place = start_parallel(config, place=single_process())
+        parallel_place = start_parallel(config, process=single_process())
         built = build_model(config, dtype=dtype, device=parallel_place.device)
         loaded = load_sharded_state(sharded_model_state(built.chunks), folder)
         load_model_state(built.chunks, loaded)

@@ -64,7 +64,7 @@ def import_folder(folder: str | Path, config: RunConfig, output: str | Path) -> 
     _check_shape(_read_config(folder), config)
     state = hf_to_megatron(read_weights(folder), config.model)
     single = single_process_config(config)
-    parallel_place = start_parallel(single, place=single_process())
+    parallel_place = start_parallel(single, process=single_process())
     try:
         built = build_model(single, dtype=torch.float32, device=parallel_place.device)
         fresh = _fill(built.chunks[0], state)

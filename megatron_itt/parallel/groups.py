@@ -40,31 +40,31 @@ class ParallelContext:
         return self.rank == 0
 
 
-def start_parallel(config: RunConfig, *, place: ProcessInfo | None = None) -> ParallelContext:
+def start_parallel(config: RunConfig, *, process: ProcessInfo | None = None) -> ParallelContext:
     """Initialise torch.distributed, build tensor, pipeline and data-parallel groups, and seed the random states.
 
     Raises ConfigError, before any process group exists, if the layout does not fit the world size.
     """
-    place = place or process_info()
-    problems = find_layout_problems(config, place.world_size, world_size_from=place.world_size_from)
+    process = process or process_info()
+    problems = find_layout_problems(config, process.world_size, world_size_from=process.world_size_from)
     if problems:
         raise ConfigError("; ".join(problems))
-    device = choose_device(config.runtime.device, place.local_rank)
+    device = choose_device(config.runtime.device, process.local_rank)
     had_job = dist.is_initialized()
     if device.type == "cpu":
         install_host_device()
     else:
         torch.cuda.set_device(device)
     try:
-        return _build_groups(config, place, device)
+        return _build_groups(config, process, device)
     except BaseException:
         if not had_job:
             stop_parallel()
         raise
 
 
-def _build_groups(config: RunConfig, place: ProcessInfo, device: torch.device) -> ParallelContext:
-    _join_job(place, device, timeout_minutes=config.runtime.timeout_minutes)
+def _build_groups(config: RunConfig, process: ProcessInfo, device: torch.device) -> ParallelContext:
+    _join_job(process, device, timeout_minutes=config.runtime.timeout_minutes)
     from megatron.core import parallel_state
 
     parallel = config.parallel
@@ -77,8 +77,8 @@ def _build_groups(config: RunConfig, place: ProcessInfo, device: torch.device) -
     )
     seed_everything(config.runtime.seed, deterministic=config.runtime.deterministic)
     return ParallelContext(
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=process.rank,
+        world_size=process.world_size,
         device=device,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
@@ -127,18 +127,18 @@ def _group_timeout_minutes(timeout_minutes: float) -> int:
     return math.ceil(1.5 * timeout_minutes) + 1
 
 
-def _join_job(place: ProcessInfo, device: torch.device, *, timeout_minutes: float) -> None:
+def _join_job(process: ProcessInfo, device: torch.device, *, timeout_minutes: float) -> None:
     if dist.is_initialized():
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
     timeout = timedelta(minutes=_group_timeout_minutes(timeout_minutes))
-    if place.world_size == 1:
+    if process.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    if place.master_port == 0:
+    if process.master_port == 0:
         raise ConfigError(
-            f"the job has {place.world_size} processes but MASTER_PORT is not set; start it with torchrun or the "
+            f"the job has {process.world_size} processes but MASTER_PORT is not set; start it with torchrun or the "
             "launcher in slurm/"
         )
-    address = f"tcp://{place.master_address}:{place.master_port}"
-    dist.init_process_group(backend, init_method=address, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    address = f"tcp://{process.master_address}:{process.master_port}"
+    dist.init_process_group(backend, init_method=address, rank=process.rank, world_size=process.world_size, timeout=timeout)

@@ -113,7 +113,7 @@ def _pretended_job(config: RunConfig, world_size: int, rank: int) -> Iterator[No
     place = ProcessInfo(rank=rank, world_size=world_size, local_rank=0, master_address="", master_port=0)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        start_parallel(here, place=place)
+        start_parallel(here, process=place)
         yield
     finally:
         stop_parallel()

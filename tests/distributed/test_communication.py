@@ -28,7 +28,7 @@ def count_layer(place: ProcessInfo, config: RunConfig) -> tuple[list[int], list[
     from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
-    parallel_place = start_parallel(config, place=place)
+    parallel_place = start_parallel(config, process=place)
     try:
         chunk = build_model(config, dtype=torch.float32, device=parallel_place.device).chunks[0]
         model = config.model

@@ -18,7 +18,7 @@ def observe_loss(place: ProcessInfo, config: Any, fused: bool) -> tuple[Tensor, 
     from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
-    start_parallel(config, place=place)
+    start_parallel(config, process=place)
     try:
         built = build_model(config, dtype=torch.bfloat16, device=torch.device("cpu"))
         built.config.cross_entropy_loss_fusion = fused

@@ -51,7 +51,7 @@ def step_with_one_broken_rank(place: ProcessInfo, config: RunConfig) -> tuple[st
     from megatron_itt.training.signals import StopRequest
     from megatron_itt.training.step import Watch, train_step
 
-    parallel_place = start_parallel(config, place=place)
+    parallel_place = start_parallel(config, process=place)
     stop = StopRequest()
     try:
         trainer = build_trainer(config, parallel_place)
@@ -84,7 +84,7 @@ def differing_replica(place: ProcessInfo, config: RunConfig, name: str) -> tuple
     from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.weight_checks import ReplicaMismatchError, check_replicas
 
-    parallel_place = start_parallel(config, place=place)
+    parallel_place = start_parallel(config, process=place)
     try:
         trainer = build_trainer(config, parallel_place)
         found = []

@@ -177,7 +177,7 @@ def draw_before_and_after(place: ProcessInfo, config: RunConfig, root: str) -> t
     from megatron_itt.training.checkpointing import load_trainer, trainer_state
     from megatron_itt.training.step import train_step
 
-    parallel_place = start_parallel(config, place=place)
+    parallel_place = start_parallel(config, process=place)
     try:
         trainer = build_trainer(config, parallel_place)
         train_step(trainer, iter(microbatches(trainer, 0)), 1)  # before it, an optimizer has no state to save
@@ -214,7 +214,7 @@ def choose(place: ProcessInfo, config: RunConfig, root: str) -> str:
     from megatron_itt.checkpoint.verify import find_intact
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
-    start_parallel(config, place=place)
+    start_parallel(config, process=place)
     try:
         found = find_intact(Path(root))
         return "none" if found is None else found.name

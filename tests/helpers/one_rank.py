@@ -48,7 +48,7 @@ def built_model(
     from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
-    place = start_parallel(config, place=ONE_PROCESS)
+    place = start_parallel(config, process=ONE_PROCESS)
     try:
         built = build_model(config, dtype=dtype, device=place.device)
         chunk = built.chunks[0]
@@ -81,7 +81,7 @@ def opened(config: RunConfig) -> Iterator[Any]:
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
 
-    place = start_parallel(config, place=ONE_PROCESS)
+    place = start_parallel(config, process=ONE_PROCESS)
     try:
         yield build_trainer(config, place)
     finally:

@@ -55,7 +55,7 @@ def observe_steps(
     from megatron_itt.training.warm_start import load_initial_weights
 
     exact = config.precision.dtype == "fp32" and not as_trained
-    parallel_place = start_parallel(config, place=place)
+    parallel_place = start_parallel(config, process=place)
     try:
         with float64_is_float32() if exact else nullcontext():
             trainer = build_trainer(config, parallel_place, build=build_in_float64 if exact else build_model)
@@ -86,7 +86,7 @@ def observe_padded_validation(place: ProcessInfo, config: RunConfig) -> float:
     from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import validation_loss
 
-    parallel_place = start_parallel(config, place=place)
+    parallel_place = start_parallel(config, process=place)
     try:
         trainer = build_trainer(config, parallel_place)
         batches = _microbatches(trainer, 0)
@@ -160,7 +160,7 @@ def observe_gradients(place: ProcessInfo, config: RunConfig) -> dict[str, torch.
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
     from megatron_itt.training.assemble import build_trainer
 
-    parallel_place = start_parallel(config, place=place)
+    parallel_place = start_parallel(config, process=place)
     try:
         trainer = build_trainer(config, parallel_place, build=build_in_float64)
         for chunk in trainer.wrapped:

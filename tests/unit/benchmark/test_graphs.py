@@ -121,7 +121,7 @@ def test_a_captured_pass_waits_for_nothing_and_has_fixed_shapes(
 ) -> None:
     """From the embedding to the last gradient: a host that waits, or a shape that data decides, ends a capture."""
     monkeypatch.setattr(attention, "find_gathered_attention", lambda query: None)  # the form for CPUs reads data
-    start_parallel(config, place=ONE_PROCESS)
+    start_parallel(config, process=ONE_PROCESS)
     try:
         tokens = torch.zeros(2, config.model.seq_length + 1, dtype=torch.long)
         run = training_pass(config, tokens, dtype=torch.float32)

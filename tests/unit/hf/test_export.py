@@ -69,7 +69,7 @@ def _awaken(built: BuiltModel) -> None:
 
 def _start(config: RunConfig, dtype: torch.dtype = torch.float32) -> BuiltModel:
     place = ProcessInfo(rank=0, world_size=1, local_rank=0, master_address="127.0.0.1", master_port=0)
-    start_parallel(config, place=place)
+    start_parallel(config, process=place)
     built = build_model(config, dtype=dtype, device=torch.device("cpu"))
     built.chunks[0].eval()
     _awaken(built)

@@ -65,7 +65,7 @@ lost = ProcessInfo(rank=0, world_size=2, local_rank=0, master_address="127.0.0.1
 for attempt in range(3):
     if attempt == 1:
         try:
-            start_parallel(recipe, place=lost)
+            start_parallel(recipe, process=lost)
             raise SystemExit("a start without a port succeeded")
         except ConfigError:
             pass

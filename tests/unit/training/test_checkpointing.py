@@ -31,7 +31,7 @@ def trainer() -> Iterator[Any]:
     from megatron_itt.training.step import train_step
 
     config = tiny_recipe(model=LARGE)
-    place = start_parallel(config, place=ONE_PROCESS)
+    place = start_parallel(config, process=ONE_PROCESS)
     try:
         trainer = build_trainer(config, place)
         train_step(trainer, iter(microbatches(trainer, 0)), 1)  # before it, an optimizer has no state to save

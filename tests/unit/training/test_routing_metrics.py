@@ -49,7 +49,7 @@ def test_entries_say_what_a_plain_computation_says() -> None:
     from megatron_itt.training.assemble import build_trainer
 
     config = tiny_recipe(thinking={"step_init": [0.1, 0.2, 0.3]})
-    place = start_parallel(config, place=ONE_PROCESS)
+    place = start_parallel(config, process=ONE_PROCESS)
     try:
         trainer = build_trainer(config, place)
         generator = torch.Generator().manual_seed(1)
