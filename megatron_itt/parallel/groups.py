@@ -141,4 +141,6 @@ def _join_job(process: ProcessInfo, device: torch.device, *, timeout_minutes: fl
             "launcher in slurm/"
         )
     address = f"tcp://{process.master_address}:{process.master_port}"
-    dist.init_process_group(backend, init_method=address, rank=process.rank, world_size=process.world_size, timeout=timeout)
+    dist.init_process_group(
+        backend, init_method=address, rank=process.rank, world_size=process.world_size, timeout=timeout
+    )
