@@ -1,6 +1,7 @@
 """Inner Thinking Transformers on megatron-core: data, training, conversion and evaluation.
 
-The names below are the public API. They are imported when they are used: a machine without torch can cost a recipe.
+The public API below is imported lazily, so that a recipe can be costed on a machine without torch. Access to
+`ITTConfig` or `ITTForCausalLM` also lets transformers' Auto classes load exports without `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ __all__ = [
     "preprocess",
     "train",
 ]
-_ELSEWHERE = {
-    "ITTConfig": "megatron_itt.hf.remote_code.configuration_itt",
-    "ITTForCausalLM": "megatron_itt.hf.remote_code.modeling_itt",
-}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_ELSEWHERE.get(name, "megatron_itt.api")), name)
+    module = importlib.import_module("megatron_itt.hf.load" if name.startswith("ITT") else "megatron_itt.api")
+    if name.startswith("ITT"):
+        module.register_auto_classes()
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

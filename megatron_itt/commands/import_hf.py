@@ -29,7 +29,9 @@ class Import:
 
         report = import_folder(self.model, config, self.output)
         if report.fresh:
-            print(f"{len(report.fresh)} tensors start as the recipe says: {', '.join(report.fresh)}")
+            print(f"{len(report.fresh)} tensors are initialised as the recipe says: {', '.join(report.fresh)}")
+        if report.changed:
+            print(f"not as the folder was trained: {'; '.join(report.changed)}")
         print(f"checkpoint: {report.checkpoint}")
         return 0
 

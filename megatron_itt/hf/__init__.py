@@ -1,1 +1,1 @@
-"""Where both formats meet: the Hugging Face model, the tensor table, export and import."""
+"""Conversion between checkpoints and Hugging Face folders, and the Hugging Face model."""

@@ -1,15 +1,16 @@
-"""From a training checkpoint to a Hugging Face folder, checked against the training model before it appears."""
+"""Export of a training checkpoint to a Hugging Face folder, checked against the training model before it appears."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.checkpoint.state import RunState
@@ -18,24 +19,43 @@ from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.data.text.tokenizer_folder import check_tokenizer_folder, load_with_transformers
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.folder import (
+    FLOAT32_SUFFIX,
+    cast_weights,
     copy_tokenizer,
     model_settings,
     special_token_ids,
     write_configs,
+    write_weights,
 )
 from megatron_itt.hf.model_card import CardFacts, render_card
 from megatron_itt.hf.options import ExportOptions
-from megatron_itt.hf.parity import ParityResult, build_hf_model, check_parity
+from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
+from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 from megatron_itt.hf.weight_map import megatron_to_hf
-from megatron_itt.hf.weights_file import FLOAT32_SUFFIX, cast_weights, read_weights, write_weights
-from megatron_itt.model.builder import BuiltModel
+from megatron_itt.model.builder import BuiltModel, forward_logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCE = 1.0e-4
+# Top-k compares logits: where the models differ in the last bits, a tie can select another token, which then differs
+# visibly. A real fault changes almost every token.
+TIED_TOKENS = 0.02
+PASSAGE = (
+    "Some questions are answered at once, others deserve a second look. A reader who meets an easy word moves on; "
+    "at a hard one the eye returns, and the sentence is read again until it makes sense.\n"
+)
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """Largest difference of logits relative to the largest logit, and the compared cases."""
+
+    max_relative_difference: float
+    cases: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What was written, and how closely it follows the checkpoint (None: not checked)."""
+    """The written folder; `parity` is None if it was not checked."""
 
     folder: Path
     step: int
@@ -47,56 +67,62 @@ class ExportReport:
 def export_checkpoint(checkpoint: str | Path, output: str | Path, options: ExportOptions | None = None) -> ExportReport:
     """Write the folder `output` for a checkpoint (or the newest of a run folder); one process, no GPU.
 
-    The folder appears complete or not at all. ExportError when it exists, when a tensor has no place, when the
-    tokenizer is missing or too large, or when the logits differ from the training model's.
+    The folder appears complete or not at all. ExportError if it exists, if a tensor is not in the table, if the
+    tokenizer is missing or too large, or if the logits differ from the training model's.
     """
-    options = options or ExportOptions()
-    output = Path(output)
+    options, output = options or ExportOptions(), Path(output)
     if options.dtype not in DTYPES:
         raise ExportError(f"dtype is {options.dtype!r}; use one of {sorted(DTYPES)}.")
     if output.exists():
         raise ExportError(f"{output} exists already; choose another --output or remove it.")
     with load_model_for_inference(checkpoint, dtype=torch.float32) as (built, config, run_state):
-        return _export(built, config, run_state, output, options)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        try:
+            report = _write_folder(staging, built, config, run_state, options=options)
+            staging.chmod(0o755)
+            staging.replace(output)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return replace(report, folder=output)
 
 
-def _export(
-    built: BuiltModel, config: RunConfig, run_state: RunState, output: Path, options: ExportOptions
+def _write_folder(
+    folder: Path, built: BuiltModel, config: RunConfig, run_state: RunState, *, options: ExportOptions
 ) -> ExportReport:
-    state = megatron_to_hf(_tensors(built.chunks[0].state_dict()), config.model)
+    state = megatron_to_hf(
+        {name: value for name, value in built.chunks[0].state_dict().items() if isinstance(value, Tensor)}, config.model
+    )
     settings = model_settings(config.model, config.thinking)
     special_tokens: dict[str, Any] = {}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        tokenizer = _add_tokenizer(staging, config, run_state, options)
-        if tokenizer is not None:
-            settings["tokenizer_sha256"] = load_tokenizer(staging).sha256  # evaluation refuses another in its place
-            special_tokens = special_token_ids(load_with_transformers(staging), config.model.vocab_size)
-        write_configs(staging, settings, dtype=options.dtype, special_tokens=special_tokens)
-        exported_tokenizer = None if tokenizer is None else check_tokenizer_folder(tokenizer, staging)
-        parity = None
-        if options.check:
-            parity = check_parity(built, build_hf_model(settings, state), config, exported_tokenizer)
-        files = _write_weights(staging, state, options)
-        facts = _card_facts(state, run_state, options.dtype, parity)
-        (staging / "README.md").write_text(render_card(settings, facts), encoding="utf-8")
-        staging.chmod(0o755)
-        staging.replace(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    hf_tokenizer = None
+    tokenizer = _add_tokenizer(folder, config, run_state, options)
+    if tokenizer is not None:
+        settings["tokenizer_sha256"] = load_tokenizer(folder).sha256  # evaluation accepts no other tokenizer
+        special_tokens = special_token_ids(load_with_transformers(folder), config.model.vocab_size)
+    write_configs(folder, settings, dtype=options.dtype, special_tokens=special_tokens)
+    if tokenizer is not None:
+        hf_tokenizer = check_tokenizer_folder(tokenizer, folder)
+    parity = check_parity(built, build_hf_model(settings, state), config, hf_tokenizer) if options.check else None
+    weights = cast_weights(state, DTYPES[options.dtype])
+    files = write_weights(folder, weights, max_shard_bytes=options.max_shard_bytes, verify=options.check)
+    facts = CardFacts(
+        recipe=Path(run_state.config.logging.run_dir).name,
+        step=run_state.step,
+        consumed_tokens=run_state.consumed_tokens,
+        data_fingerprint=run_state.data_fingerprint,
+        num_parameters=sum(tensor.numel() for name, tensor in state.items() if not name.endswith(FLOAT32_SUFFIX)),
+        dtype=options.dtype,
+        parity="not checked" if parity is None else f"logits within {parity.max_relative_difference:.1e} (float32)",
+    )
+    (folder / "README.md").write_text(render_card(settings, facts), encoding="utf-8")
     return ExportReport(
-        folder=output, step=run_state.step, num_parameters=facts.num_parameters, weight_files=files, parity=parity
+        folder=folder, step=run_state.step, num_parameters=facts.num_parameters, weight_files=files, parity=parity
     )
 
 
-def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights of a state dict, without megatron-core's empty bookkeeping entries."""
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
 def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options: ExportOptions) -> Tokenizer | None:
-    """Write the tokenizer of the data into the folder; None if none is wanted."""
+    """Write the tokenizer of the training data into the folder; None if none is wanted."""
     if not options.with_tokenizer:
         return None
     source = options.tokenizer or config.data.tokenizer
@@ -105,7 +131,7 @@ def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options
             "the recipe has no data.tokenizer; pass --tokenizer DIR, or --no-tokenizer to do without one."
         )
     if options.tokenizer is None and ("/" in source or source.startswith(".")) and not Path(source).exists():
-        raise ExportError(f"data.tokenizer of the recipe is {source}, which is not there; pass --tokenizer DIR.")
+        raise ExportError(f"data.tokenizer of the recipe is {source}, which does not exist; pass --tokenizer DIR.")
     tokenizer = copy_tokenizer(source, folder, eod=run_state.end_of_document)
     trained_with = run_state.tokenizer_sha256
     if trained_with is not None and tokenizer.sha256 != trained_with:
@@ -116,33 +142,64 @@ def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options
     return tokenizer
 
 
-def _write_weights(folder: Path, state: dict[str, Tensor], options: ExportOptions) -> list[str]:
-    weights = cast_weights(state, DTYPES[options.dtype])
-    files = write_weights(folder, weights, max_shard_bytes=options.max_shard_bytes)
-    if options.check:
-        _verify_files(folder, weights)
-    return files
+def build_hf_model(settings: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """Build the Hugging Face model from mapped float32 tensors, in evaluation mode."""
+    fields = {key: value for key, value in settings.items() if key not in ("architectures", "model_type", "auto_map")}
+    is_itt = settings["model_type"] == "itt"
+    model: nn.Module = ITTForCausalLM(ITTConfig(**fields)) if is_itt else LlamaForCausalLM(LlamaConfig(**fields))
+    result = model.load_state_dict(state, strict=False)
+    tied = {"lm_head.weight"} if settings["tie_word_embeddings"] else set()
+    missing = sorted(set(result.missing_keys) - tied)
+    if missing or result.unexpected_keys:
+        raise ExportError(f"the exported tensors do not fill the model: missing {missing}, {result.unexpected_keys}.")
+    return model.eval()
 
 
-def _card_facts(state: dict[str, Tensor], run_state: RunState, dtype: str, parity: ParityResult | None) -> CardFacts:
-    return CardFacts(
-        recipe=Path(run_state.config.logging.run_dir).name,
-        step=run_state.step,
-        consumed_tokens=run_state.consumed_tokens,
-        data_fingerprint=run_state.data_fingerprint,
-        num_parameters=sum(tensor.numel() for name, tensor in state.items() if not name.endswith(FLOAT32_SUFFIX)),
-        dtype=dtype,
-        parity="not checked" if parity is None else f"logits within {parity.max_relative_difference:.1e} (float32)",
-    )
+def check_parity(built: BuiltModel, hf_model: nn.Module, config: RunConfig, tokenizer: Any | None) -> ParityResult:
+    """Compare the logits of both models on random tokens and, with a tokenizer, on text. ExportError if they differ."""
+    worst, cases = 0.0, []
+    for text_name, tokens in _token_cases(config, tokenizer):
+        for routing, budget in routing_cases(config, hf_model):
+            expected = forward_logits(built, tokens, thinking_budget=budget, routing=routing)
+            given = {} if routing is None else {"routing": routing, "thinking_budget": budget}
+            with torch.no_grad():
+                logits = hf_model(tokens, use_cache=False, **given).logits
+            name = f"{text_name}, {routing or 'no routing'}" + (f" at {list(budget)}" if budget else "")
+            worst = max(worst, _compare(expected, logits, name, ties=routing is not None))
+            cases.append(name)
+    return ParityResult(worst, tuple(cases))
 
 
-def _verify_files(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Read the weights back; ExportError unless every bit is as written."""
-    stored = read_weights(folder)
-    wrong = sorted(
-        name
-        for name in stored.keys() | weights.keys()
-        if name not in stored or name not in weights or not torch.equal(stored[name], weights[name])
-    )
-    if wrong:
-        raise ExportError(f"tensors read back differently than written: {', '.join(wrong[:12])}; check the disk.")
+def _token_cases(config: RunConfig, tokenizer: Any | None) -> list[tuple[str, Tensor]]:
+    length = min(config.model.seq_length, 96)
+    generator = torch.Generator().manual_seed(0)
+    cases = [("random tokens", torch.randint(0, config.model.vocab_size, (2, length), generator=generator))]
+    ids = [] if tokenizer is None else tokenizer(PASSAGE, add_special_tokens=False)["input_ids"][:length]
+    return [*cases, ("text", torch.tensor([ids]))] if ids else cases
+
+
+def routing_cases(config: RunConfig, hf_model: nn.Module) -> list[tuple[str | None, tuple[float, ...] | None]]:
+    """Routing rules and budgets to compare: the trained ones, and thresholds where there are quantiles."""
+    thinking, capacity = config.thinking, config.thinking.nominal_capacity
+    if thinking.kind != "itt" or thinking.routing == "none" or not capacity:
+        return [(None, None)]
+    cases: list[tuple[str | None, tuple[float, ...] | None]] = []
+    if thinking.routing != "threshold":
+        cases.append((thinking.routing, capacity))
+    if all(bool(buffer.any()) for name, buffer in hf_model.named_buffers() if name.endswith(FLOAT32_SUFFIX)):
+        cases += [("threshold", capacity), ("threshold", tuple(each / 2 for each in capacity))]
+    return cases
+
+
+def _compare(expected: Tensor, logits: Tensor, case: str, *, ties: bool) -> float:
+    """Return the largest relative difference, a few tied tokens aside. ExportError above the tolerance."""
+    scale = expected.abs().max().clamp(min=1e-30)
+    per_token = ((expected - logits).abs().amax(dim=-1) / scale).flatten()
+    beyond = per_token > TOLERANCE
+    allowed = int(per_token.numel() * TIED_TOKENS) if ties else 0
+    if not bool(per_token.isfinite().all()) or int(beyond.sum()) > allowed:
+        raise ExportError(
+            f"parity check failed for {case}: logits differ by {float(per_token.max()):.2e} of the largest, allowed "
+            f"{TOLERANCE:.0e}; nothing was written. Report this, or use --no-check to write the folder anyway."
+        )
+    return float(per_token[~beyond].max())

@@ -1,7 +1,4 @@
-"""What an exported folder consists of besides weights: config.json, generation_config.json, remote code, tokenizer.
-
-Only plain files are written here; nothing needs megatron.
-"""
+"""Files of an exported folder: config.json, generation_config.json, remote code, tokenizer, weights. No megatron."""
 
 from __future__ import annotations
 
@@ -10,10 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
+from megatron_itt.config.switches import exported_thinking
 from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.data.text.tokenizer_folder import with_end_of_document, write_tokenizer_folder
 from megatron_itt.errors import DataError, ExportError
+from megatron_itt.hf.load import INDEX_FILE, read_weights
 
 REMOTE_CODE_FILES = ("configuration_itt.py", "routing_itt.py", "cache_itt.py", "layers_itt.py", "modeling_itt.py")
 AUTO_MAP = {
@@ -22,54 +26,51 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_itt.ITTForCausalLM",
 }
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Fields of config.json, and the attribute of `ModelConfig` that each holds.
+SHAPE_FIELDS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_size",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "seq_length",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_base",
+    "initializer_range": "init_std",
+    "tie_word_embeddings": "tie_embeddings",
+}
+# Fields of a stock LLaMA with a fixed value here. A folder with another value cannot be imported.
+FIXED_FIELDS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+# 8 bits of mantissa are too few for thresholds, so this tensor is stored in float32 always.
+FLOAT32_SUFFIX = "logit_quantiles"
 
 
 def model_settings(model: ModelConfig, thinking: ThinkingConfig) -> dict[str, Any]:
-    """The shape and thinking part of config.json; a model that never thinks again is a stock LLaMA."""
-    settings: dict[str, Any] = {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
-        "head_dim": model.head_size,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.seq_length,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": float(model.rope_base),
-        "initializer_range": model.init_std,
-        "tie_word_embeddings": model.tie_embeddings,
-    }
+    """Return the shape and thinking part of config.json; a model without thinking is a stock LLaMA."""
+    settings = {field: getattr(model, attribute) for field, attribute in SHAPE_FIELDS.items()}
+    settings["rope_theta"] = float(model.rope_base)
     if thinking.kind == "none":
-        stock = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **settings, **stock}
-    switches = ("residual", "routing", "step_encoding", "gate", "reweight", "attend", "update", "skip")
-    settings["thinking"] = {
-        "kind": thinking.kind,
-        "layers": list(thinking.layer_indices(model.num_layers)),
-        "capacity": list(thinking.nominal_capacity),
-        "alpha": list(thinking.alpha_per_step),
-        **{switch: getattr(thinking, switch) for switch in switches},
-    }
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **settings, **FIXED_FIELDS}
+    settings["thinking"] = exported_thinking(thinking, model.num_layers)
     return {"architectures": ["ITTForCausalLM"], "model_type": "itt", "auto_map": AUTO_MAP, **settings}
 
 
 def write_configs(folder: Path, settings: dict[str, Any], *, dtype: str, special_tokens: dict[str, Any]) -> None:
     """Write config.json, generation_config.json and, for a thinking model, the remote code."""
-    config = {**settings, **special_tokens, "dtype": dtype, "use_cache": True}
-    _write_json(folder / "config.json", config)
+    _write_json(folder / "config.json", {**settings, **special_tokens, "dtype": dtype, "use_cache": True})
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **special_tokens})
     if settings["model_type"] == "itt":
-        source = Path(__file__).parent / "remote_code"
         for name in REMOTE_CODE_FILES:
-            shutil.copyfile(source / name, folder / name)
+            shutil.copyfile(Path(__file__).parent / "remote_code" / name, folder / name)
 
 
 def copy_tokenizer(tokenizer: str | Path, folder: Path, *, eod: int | None = None) -> Tokenizer:
-    """Write the tokenizer into the folder so that AutoTokenizer encodes as the training data was; return it.
+    """Write the tokenizer so that AutoTokenizer encodes as the training data was encoded, and return it.
 
-    eod: the end-of-document id of the data, which becomes eos_token (None: the tokenizer's own). Raises ExportError
-    when there is no such tokenizer.
+    eod: the end-of-document id of the data, which becomes eos_token (None: the tokenizer's own). ExportError if there
+    is no such tokenizer.
     """
     source = Path(tokenizer)
     if source.is_dir() and not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -86,7 +87,7 @@ def copy_tokenizer(tokenizer: str | Path, folder: Path, *, eod: int | None = Non
 
 
 def special_token_ids(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """bos, eos and pad ids that exist. ExportError if the tokenizer does not fit the model's vocabulary."""
+    """Return the bos, eos and pad ids that exist. ExportError if the tokenizer exceeds the model's vocabulary."""
     if len(tokenizer) > vocab_size:
         raise ExportError(
             f"the tokenizer has {len(tokenizer)} tokens but model.vocab_size is {vocab_size}; export with the "
@@ -94,6 +95,36 @@ def special_token_ids(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
         )
     ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_TOKENS}
     return {name: value for name, value in ids.items() if value is not None}
+
+
+def cast_weights(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Cast every tensor to `dtype`, the quantiles of router logits to float32."""
+    return {
+        name: tensor.detach().to(torch.float32 if name.endswith(FLOAT32_SUFFIX) else dtype).contiguous()
+        for name, tensor in state.items()
+    }
+
+
+def write_weights(
+    folder: Path, state: dict[str, Tensor], *, max_shard_bytes: int = 5 * 10**9, verify: bool = True
+) -> list[str]:
+    """Write safetensors, sharded above `max_shard_bytes`, and return the file names.
+
+    verify: read the files back. ExportError unless every bit is as written.
+    """
+    # save_torch_state_dict refuses views of one fused tensor, such as gate and up.
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_bytes)
+    for file_name, names in shards.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, str(folder / file_name), metadata={"format": "pt"})
+    if shards.is_sharded:
+        _write_json(folder / INDEX_FILE, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+    if verify:
+        stored = read_weights(folder)
+        same = {name for name in stored.keys() & state.keys() if torch.equal(stored[name], state[name])}
+        wrong = sorted((stored.keys() | state.keys()) - same)
+        if wrong:
+            raise ExportError(f"tensors read back differently than written: {', '.join(wrong[:12])}; check the disk.")
+    return list(shards.filename_to_tensors)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,30 +1,53 @@
-"""Opening an exported folder for use: model and tokenizer, with one-line errors for folders that cannot work.
-
-Imports no megatron; the model class comes from the folder's own code (or from transformers for a plain LLaMA).
-"""
+"""Loading of exported folders: weights, model and tokenizer, with one-line errors. No megatron."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_itt.errors import ExportError
-from megatron_itt.hf.weights_file import INDEX_FILE, PICKLED, SINGLE_FILE
+from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
+from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM, ITTModel
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth")
+
+
+def register_auto_classes() -> None:
+    """Let transformers' Auto classes load exports with the installed model class, without `trust_remote_code`.
+
+    `save_pretrained` then writes the remote code beside the weights, as for a model loaded from an export.
+    """
+    AutoConfig.register(ITTConfig.model_type, ITTConfig, exist_ok=True)
+    ITTConfig.register_for_auto_class()
+    for auto_class, model_class in ((AutoModel, ITTModel), (AutoModelForCausalLM, ITTForCausalLM)):
+        auto_class.register(ITTConfig, model_class, exist_ok=True)
+        model_class.register_for_auto_class(auto_class.__name__)
 
 
 def open_export(folder: str | Path, *, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
-    """(model in evaluation mode, tokenizer) of a folder. ExportError when something in it is missing or damaged."""
+    """Return (model in evaluation mode, tokenizer). ExportError if something in the folder is missing or damaged.
+
+    An exported thinking model is loaded with the installed class, whatever code the folder holds.
+    """
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ExportError(f"{path} is no exported model (config.json is missing); export one with itt export.")
     if not (path / SINGLE_FILE).is_file() and not (path / INDEX_FILE).is_file():
-        pickled = any(True for pattern in PICKLED for _ in path.glob(pattern))
-        reason = "its weights are pickled and could run code when read" if pickled else f"{SINGLE_FILE} is missing"
-        raise ExportError(f"{path} cannot be loaded: {reason}; export the model again as safetensors.")
+        reason = "its weights are pickled and could run code when read"
+        raise ExportError(
+            f"{path} cannot be loaded: {reason if _holds_pickles(path) else f'{SINGLE_FILE} is missing'}; export the "
+            "model again as safetensors."
+        )
+    register_auto_classes()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=True)
     except (OSError, ValueError, KeyError) as error:
@@ -36,6 +59,31 @@ def open_export(folder: str | Path, *, dtype: torch.dtype | str = "auto") -> tup
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{path} cannot be loaded ({_short(error)}); export the model again.") from None
     return model.eval(), tokenizer
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a folder. ExportError if files are missing, damaged, or pickled."""
+    try:
+        if (folder / INDEX_FILE).is_file():
+            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        elif (folder / SINGLE_FILE).is_file():
+            names = [SINGLE_FILE]
+        elif _holds_pickles(folder):
+            raise ExportError(
+                f"{folder} holds pickled weights, which can run code when read; convert them to safetensors first."
+            )
+        else:
+            raise ExportError(f"{folder} holds no {SINGLE_FILE}; name a Hugging Face model folder.")
+        return {name: tensor for file in names for name, tensor in load_file(str(folder / file)).items()}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ExportError(
+            f"the weights in {folder} are missing or damaged ({_short(error)}); copy the folder again."
+        ) from None
+
+
+def _holds_pickles(folder: Path) -> bool:
+    return any(True for pattern in _PICKLED for _ in folder.glob(pattern))
 
 
 def _short(error: Exception) -> str:

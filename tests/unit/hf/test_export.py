@@ -23,11 +23,10 @@ from megatron_itt.config import parse_config
 from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import CheckpointError, ConfigError, ExportError
-from megatron_itt.hf import export, parity
-from megatron_itt.hf.export import ExportOptions, export_checkpoint
+from megatron_itt.hf import export
+from megatron_itt.hf.export import ExportOptions, build_hf_model, export_checkpoint, routing_cases
 from megatron_itt.hf.folder import model_settings
 from megatron_itt.hf.generation import GenerationOptions, generate_text
-from megatron_itt.hf.parity import build_hf_model
 from megatron_itt.hf.weight_map import megatron_to_hf
 from megatron_itt.model.builder import BuiltModel, build_model, forward_logits
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
@@ -126,7 +125,7 @@ def _largest_difference(config: RunConfig, dtype: torch.dtype) -> float:
     hf_model.to(dtype)
     tokens = torch.randint(0, 300, (2, 50), generator=torch.Generator().manual_seed(0))
     worst = 0.0
-    for routing, budget in parity._routing_cases(config, hf_model):
+    for routing, budget in routing_cases(config, hf_model):
         expected = forward_logits(built, tokens, thinking_budget=budget, routing=routing)
         given = {} if routing is None else {"routing": routing, "thinking_budget": budget}
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What an exported folder says: config, remote code, tokenizer, model card."""
+"""Files of an exported folder: config, remote code, tokenizer, model card, weights."""
 
 from __future__ import annotations
 
@@ -6,16 +6,30 @@ import ast
 import json
 import shutil
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
+from megatron_itt.config.switches import field_names
 from megatron_itt.errors import ExportError
 from megatron_itt.hf import folder as folder_module
-from megatron_itt.hf.folder import REMOTE_CODE_FILES, copy_tokenizer, model_settings, special_token_ids, write_configs
+from megatron_itt.hf.folder import (
+    REMOTE_CODE_FILES,
+    cast_weights,
+    copy_tokenizer,
+    model_settings,
+    special_token_ids,
+    write_configs,
+    write_weights,
+)
+from megatron_itt.hf.load import SINGLE_FILE, read_weights
 from megatron_itt.hf.model_card import CardFacts, render_card
-from megatron_itt.hf.remote_code.configuration_itt import THINKING_DEFAULTS, ITTConfig
+from megatron_itt.hf.remote_code.configuration_itt import SWITCHES, THINKING_DEFAULTS, ITTConfig
+from megatron_itt.hf.remote_code.routing_itt import GATES, RESIDUALS, ROUTING_RULES
 
 SHAPE = ModelConfig(hidden_size=64, ffn_hidden_size=96, num_layers=4, num_attention_heads=4, num_query_groups=2)
 ITT = ThinkingConfig(kind="itt", capacity=(0.5, 0.25))
@@ -101,3 +115,64 @@ def test_the_model_file_imports_every_other_file_of_the_remote_code_itself() -> 
     for name in set(REMOTE_CODE_FILES) - {"modeling_itt.py"}:
         assert f"from .{name.removesuffix('.py')} import" in text, name
     assert set(REMOTE_CODE_FILES) == {path.name for path in REMOTE_CODE.glob("*_itt.py")}
+
+
+def test_the_remote_code_allows_the_switches_of_recipes() -> None:
+    """The remote code stands alone, so its table repeats the fields that recipes export."""
+    exported, hints = field_names(ThinkingConfig, "exported"), get_type_hints(ThinkingConfig)
+    assert set(exported) == set(THINKING_DEFAULTS)
+    for name, allowed in SWITCHES.items():
+        values = (True, False) if hints[name] is bool else get_args(hints[name])
+        assert set(allowed) == set(values), name
+        assert allowed[0] == THINKING_DEFAULTS[name] == getattr(ThinkingConfig(), name), name
+    assert set(exported) - set(SWITCHES) == {"layers", "capacity", "alpha"}
+    assert set(ROUTING_RULES) == set(SWITCHES["routing"]) - {"none"}
+    assert (set(GATES), set(RESIDUALS)) == (set(SWITCHES["gate"]), set(SWITCHES["residual"]))
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {f"layer.{idx}.weight": torch.randn(8, 8) for idx in range(5)} | {"a.logit_quantiles": torch.randn(2, 5)}
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 600, 1])
+def test_weights_come_back_bit_for_bit(state: dict[str, Tensor], max_shard_bytes: int, tmp_path: Path) -> None:
+    names = write_weights(tmp_path, state, max_shard_bytes=max_shard_bytes)
+    stored = read_weights(tmp_path)
+    assert stored.keys() == state.keys()
+    assert all(torch.equal(stored[name], state[name]) for name in state)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(names)
+    assert len(names) == {10**9: 1, 600: 3, 1: 6}[max_shard_bytes]
+
+
+def test_casting_leaves_the_quantiles_in_float32(state: dict[str, Tensor]) -> None:
+    cast = cast_weights(state, torch.bfloat16)
+    assert cast["layer.0.weight"].dtype == torch.bfloat16
+    assert torch.equal(cast["a.logit_quantiles"], state["a.logit_quantiles"])
+
+
+def test_a_truncated_weight_file_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
+    write_weights(tmp_path, state)
+    path = tmp_path / SINGLE_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ExportError, match="missing or damaged"):
+        read_weights(tmp_path)
+
+
+def test_a_missing_shard_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
+    names = write_weights(tmp_path, state, max_shard_bytes=600)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(ExportError, match="missing or damaged"):
+        read_weights(tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(ExportError, match="pickled"):
+        read_weights(tmp_path)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=SINGLE_FILE):
+        read_weights(tmp_path)

@@ -16,7 +16,7 @@ from megatron_itt.config import RunConfig, parse_config
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.export import ExportOptions, export_checkpoint
 from megatron_itt.hf.import_weights import import_folder
-from megatron_itt.hf.weights_file import read_weights
+from megatron_itt.hf.load import read_weights
 from megatron_itt.model.builder import forward_logits
 
 ITT = {"kind": "itt", "layers": [0, 2], "capacity": [0.6, 0.5, 0.4], "alpha": [1.0, 0.8, 1.2]}
@@ -60,7 +60,7 @@ def test_an_export_comes_back_bit_for_bit(build: Callable, tmp_path: Path) -> No
     first, second = tmp_path / "first", tmp_path / "second"
     model.save_pretrained(first)
     report = import_folder(first, _config(ITT), tmp_path / "run")
-    assert report.fresh == []
+    assert report.fresh == report.changed == []
     export_checkpoint(report.checkpoint, second, ExportOptions(with_tokenizer=False))
     before, after = read_weights(first), read_weights(second)
     assert before.keys() == after.keys()
@@ -115,6 +115,15 @@ def test_what_our_layers_do_not_have_is_refused(
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ExportError, match=message):
         import_folder(folder, _config({"kind": "none"}), tmp_path / "run")
+
+
+def test_switches_that_change_what_imported_weights_compute_are_reported(build: Callable, tmp_path: Path) -> None:
+    build(dtype=torch.float32, gate="tanh", attend="selected").save_pretrained(tmp_path / "model")
+    report = import_folder(tmp_path / "model", _config(ITT | {"capacity": [0.9, 0.9, 0.9]}), tmp_path / "run")
+    assert sorted(report.changed) == [
+        "thinking.attend is 'all' and was 'selected'",
+        "thinking.gate is 'sigmoid' and was 'tanh'",
+    ]
 
 
 def test_thinking_weights_do_not_fit_a_plain_recipe(build: Callable, tmp_path: Path) -> None:

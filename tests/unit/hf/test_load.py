@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_itt.errors import ExportError
-from megatron_itt.hf.folder import copy_tokenizer
+from megatron_itt.hf.folder import AUTO_MAP, REMOTE_CODE_FILES, copy_tokenizer
 from megatron_itt.hf.load import open_export
+from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
@@ -42,3 +45,24 @@ def test_a_missing_tokenizer_is_named(build: Callable, tmp_path: Path, monkeypat
     build(kind="none").save_pretrained(tmp_path)
     with pytest.raises(ExportError, match="tokenizer"):
         open_export(tmp_path)
+
+
+def test_the_installed_class_loads_an_export_without_trusting_its_code(
+    build: Callable, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """The code in the folder would raise; a model saved again brings code of its own."""
+    model, folder, again = build(dtype=torch.float32), tmp_path / "model", tmp_path / "again"
+    model.config.auto_map = AUTO_MAP
+    model.save_pretrained(folder)
+    copy_tokenizer(tokenizer_dir, folder)
+    for name in REMOTE_CODE_FILES:
+        (folder / name).write_text("raise SystemExit('this must not run')")
+    tokens = torch.randint(0, 61, (2, 9))
+    opened, _ = open_export(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for each in (opened, loaded):
+        assert type(each) is ITTForCausalLM
+        assert torch.equal(each(tokens).logits, model(tokens).logits)
+    loaded.save_pretrained(again)
+    assert {path.name for path in again.glob("*.py")} == set(REMOTE_CODE_FILES)
+    assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP

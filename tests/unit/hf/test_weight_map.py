@@ -11,8 +11,10 @@ from torch import Tensor
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.errors import ExportError
-from megatron_itt.hf.weight_map import hf_to_megatron, megatron_to_hf, merge_qkv, split_qkv
+from megatron_itt.hf.weight_map import LAYER_RULES, hf_to_megatron, megatron_to_hf, merge, split
 from tests.helpers.random_weights import make_weights
+
+QKV_RULE = next(rule for rule in LAYER_RULES if rule.fused == "qkv")
 
 
 def _shape(**keys: Any) -> ModelConfig:
@@ -51,11 +53,11 @@ def test_queries_are_grouped_by_key_value_head() -> None:
     shape = _shape(num_query_groups=2)
     # Row r of the fused weight holds r; a group is 3 query heads, a key head and a value head of 4 rows each.
     fused = torch.arange(40.0)[:, None].expand(40, 24)
-    q, k, v = (part[:, 0].tolist() for part in split_qkv(fused, shape))
+    q, k, v = (part[:, 0].tolist() for part in split(QKV_RULE, fused, shape))
     assert q == [*range(0, 12), *range(20, 32)]
     assert k == [*range(12, 16), *range(32, 36)]
     assert v == [*range(16, 20), *range(36, 40)]
-    assert torch.equal(merge_qkv(split_qkv(fused, shape), shape), fused)
+    assert torch.equal(merge(QKV_RULE, split(QKV_RULE, fused, shape), shape), fused)
 
 
 def test_bookkeeping_entries_are_ignored() -> None:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, DynamicCache, pipeline
 from megatron_itt.hf.folder import AUTO_MAP, REMOTE_CODE_FILES
 from megatron_itt.hf.remote_code import modeling_itt
 from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
+from megatron_itt.hf.remote_code.routing_itt import thresholds
 
 BUDGETS = [None, [0.3, 0.9, 0.0], [[0.2, 0.5, 0.9], [1.0, 0.0, 0.4], [0.7, 0.7, 0.7]]]
 
@@ -100,6 +101,19 @@ def test_the_budget_decides_how_many_tokens_think(build: Callable) -> None:
         default = model(tokens, output_routing=True).routing
     assert shares.float().mean(dim=(0, 2)).tolist() == pytest.approx([0.0, 1.0, 0.3])
     assert not any(bool(picked.any()) for picked in default)
+
+
+def test_router_logits_are_those_that_select(build: Callable, tokens: torch.Tensor) -> None:
+    model = build()
+    with torch.no_grad():
+        output = model(tokens, output_routing=True, output_router_logits=True)
+        assert model(tokens).router_logits is None
+    assert len(output.router_logits) == 2
+    for layer_idx, logits, selected in zip((0, 2), output.router_logits, output.routing, strict=True):
+        quantiles = model.model.layers[layer_idx].thinking.logit_quantiles
+        limits = thresholds(quantiles, torch.tensor([[0.6, 0.5, 0.4]]))
+        assert logits.shape == (3, 3, 17)
+        assert torch.equal(selected, logits > limits[..., None].to(logits.dtype))
 
 
 def test_hidden_states_and_kept_logits(build: Callable, tokens: torch.Tensor) -> None:
