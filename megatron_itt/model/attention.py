@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
@@ -24,21 +24,14 @@ from megatron_itt.model.step_update import gather_tokens, scatter_tokens
 from megatron_itt.ops.attention import find_gathered_attention
 from megatron_itt.ops.rows import apply_rotary, split_qkv_and_rotate
 
-# Calls with these arguments (inference, cross-attention, packed sequences) are left to megatron-core.
-_NOT_TRAINING = ("key_value_states", "inference_context", "inference_params", "packed_seq_params")
-_UNSUPPORTED = ("rotary_interleaved", "no_rope_freq", "attention_output_gate", "fused_single_qkv_rope", "window_size")
+_UNSUPPORTED_ARGUMENTS = ("key_value_states", "inference_context", "inference_params", "packed_seq_params")
+_UNSUPPORTED_SETTINGS = ("rotary_interleaved", "no_rope_freq", "attention_output_gate", "window_size")
 
 
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """A slice of the fused QKV projection: weight [outputs, h], bias [outputs] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
+Projection = tuple[Tensor, Tensor | None]  # weight [outputs, h] and bias [outputs] of a slice of the QKV projection
 
 
-@dataclass(frozen=True, slots=True)
-class RotaryTable:
+class RotaryTable(NamedTuple):
     """Cosine and sine of the rotary angles, each [n, 1 or b, 1, d]."""
 
     cos: Tensor
@@ -60,10 +53,6 @@ class RotaryTable:
         tables = (table.expand(-1, positions.shape[1], -1, -1) for table in (self.cos, self.sin))
         return RotaryTable(*(gather_tokens(table, positions) for table in tables))
 
-    def rotate(self, heads: Tensor) -> Tensor:
-        """heads [n, b, a, d] -> same shape."""
-        return apply_rotary(heads, self.cos, self.sin)
-
 
 class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
     """megatron-core's self-attention with the same parameters and our rotary kernel, and its form for routed steps.
@@ -73,22 +62,15 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if unsupported := [name for name in _UNSUPPORTED if getattr(self.config, name, None)]:
-            raise NotImplementedError(f"routed steps do not support {', '.join(unsupported)} of TransformerConfig")
+        _refuse("TransformerConfig", [name for name in _UNSUPPORTED_SETTINGS if getattr(self.config, name, None)])
         self._rotary: RotaryTable | None = None  # during a base pass
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
+        self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Base pass. hidden_states [s, b, h] -> same shape, and the bias of linear_proj; angles [s, 1 or b, 1, d]."""
-        angles = _shared_angles(rotary_pos_emb)
-        if angles is None or any(kwargs.get(name) is not None for name in _NOT_TRAINING):
-            return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
-        self._rotary = RotaryTable.of(angles, hidden_states.dtype)
+        _refuse("a forward pass", [name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None])
+        self._rotary = RotaryTable.of(rotary_pos_emb, hidden_states.dtype)
         try:
             return super().forward(hidden_states, *args, rotary_pos_emb=None, **kwargs)
         finally:
@@ -97,14 +79,13 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """hidden_states [s, b, h] -> query [s, b, a, d], key and value [s, b, g, d]; rotated during a base pass."""
         rotary = self._rotary
-        if rotary is None:
-            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        assert rotary is not None, "projected outside of forward"
         if self.q_layernorm is not None or self.k_layernorm is not None:
             query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-            return rotary.rotate(query), rotary.rotate(key), value
+            return apply_rotary(query, *rotary), apply_rotary(key, *rotary), value
         qkv, _widths = super().get_query_key_value_tensors(hidden_states, *args, **{**kwargs, "split_qkv": False})
         heads = qkv.unflatten(-1, (-1, self.hidden_size_per_attention_head))  # [s, b, g, r + 2, d]
-        return split_qkv_and_rotate(heads, rotary.cos, rotary.sin)
+        return split_qkv_and_rotate(heads, *rotary)
 
     def qkv_projections(self, *heads: slice) -> list[Projection]:
         """Slices of the fused QKV projection by heads of each group: queries `:-2`, key -2, value -1."""
@@ -113,27 +94,27 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         grouped = weight.view(*groups, weight.shape[-1])  # [g, r + 2, d, h]
         weights = [grouped[:, part].reshape(-1, weight.shape[-1]) for part in heads]
         if bias is None or bias.numel() == 0:  # TransformerEngine stands an empty tensor in for no bias
-            return [Projection(part, None) for part in weights]
+            return [(part, None) for part in weights]
         biases = [bias.view(groups)[:, part].reshape(-1) for part in heads]
-        return [Projection(*parts) for parts in zip(weights, biases, strict=True)]
+        return list(zip(weights, biases, strict=True))
 
     def project(self, normalised: Tensor, projection: Projection) -> Tensor:
         """normalised [n, b, h] -> heads [n, b, g, heads per group, d] of a slice of the QKV projection."""
         if not self.config.sequence_parallel:
             # Backward sums the gradients of the ranks' heads; under sequence parallelism the gather's backward does.
             normalised = copy_to_tensor_model_parallel_region(normalised, group=self.pg_collection.tp)
-        heads = functional.linear(normalised, projection.weight, projection.bias)
+        heads = functional.linear(normalised, *projection)
         groups = (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
         return heads.view(*normalised.shape[:2], *groups)
 
-    def finish_query(self, heads: Tensor, rotary: RotaryTable) -> Tensor:
+    def finish_query(self, query: Tensor, rotary: RotaryTable) -> Tensor:
         """Normalise and rotate projected queries [n, b, g, r, d] -> [n, b, a, d]."""
-        query = heads.flatten(2, 3)
-        return rotary.rotate(query if self.q_layernorm is None else self.q_layernorm(query))
+        query = query.flatten(2, 3)
+        return apply_rotary(query if self.q_layernorm is None else self.q_layernorm(query), *rotary)
 
     def finish_key(self, key: Tensor, rotary: RotaryTable) -> Tensor:
         """Normalise and rotate projected keys [n, b, g, d] -> same shape."""
-        return rotary.rotate(key if self.k_layernorm is None else self.k_layernorm(key))
+        return apply_rotary(key if self.k_layernorm is None else self.k_layernorm(key), *rotary)
 
 
 @dataclass
@@ -256,8 +237,6 @@ def angles_at(rotary_pos_emb: Tensor, position_ids: Tensor) -> Tensor:
     return gather_tokens(rotary_pos_emb.expand(-1, position_ids.shape[0], -1, -1), position_ids.t())
 
 
-def _shared_angles(rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None) -> Tensor | None:
-    """The angles of queries and keys, if both use the same."""
-    if not isinstance(rotary_pos_emb, tuple):
-        return rotary_pos_emb
-    return rotary_pos_emb[0] if rotary_pos_emb[0] is rotary_pos_emb[1] else None
+def _refuse(where: str, unsupported: list[str]) -> None:
+    if unsupported:
+        raise NotImplementedError(f"{where} has {', '.join(unsupported)}, which routed steps do not support")

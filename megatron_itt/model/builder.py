@@ -83,15 +83,8 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.d
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Fusions that need CUDA kernels or compile on first use stay off, except the loss's.
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        # The other fusions, which need CUDA kernels or compile on first use, are off by default.
         cross_entropy_loss_fusion=_fuses_loss(config, dtype=dtype, device=device),
-        cross_entropy_fusion_impl="native",
         # Weights are written by `initialise_weights`.
         use_cpu_initialization=True,
         perform_initialization=False,

@@ -33,8 +33,8 @@ _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight
 def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingConfig, *, seed: int) -> None:
     """Fill a model chunk's parameters in place, and mark those that are sharded by tensor parallelism.
 
-    Matrices: N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 * num_layers)); norms 1;
-    router N(0, router_init_std); step encoding 1 for the base pass and `step_init` for the routed steps.
+    Matrices: N(0, init_std), those that write to the residual stream N(0, init_std / sqrt(2 * num_layers)); norms 1,
+    biases 0; router N(0, router_init_std); step encoding 1 for the base pass and `step_init` for the routed steps.
     """
     rank, degree = model.pg_collection.tp.rank(), model.pg_collection.tp.size()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingC
             if name.endswith("thinking.step_encoding"):
                 _fill_step_encoding(parameter, thinking)
             elif parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             else:
                 std = _std_of(whole_name, config, thinking)
                 whole = _draw(parameter, whole_name, std=std, seed=seed, degree=degree)
@@ -55,7 +55,7 @@ def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingC
 def global_name(name: str, model: GPTModel) -> str:
     """A parameter's name in the whole model: the layer's index there instead of that in its pipeline stage.
 
-    The last stage's replica of a tied embedding has the name of the embedding, so that both are one.
+    The last stage's replica of a tied embedding has the name of the embedding, so that both are drawn alike.
     """
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return EMBEDDING

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,27 +20,15 @@ NUM_QUANTILES = 1025
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RoutedStep:
-    """What a routing rule may use beside the logits.
-
-    padding_mask: bool [s, b], false on padding, or None; multiple: what the number of selected tokens must be a
-    multiple of; quantiles [1025]: of the step's router logits.
-    """
-
-    capacity: float
-    padding_mask: Tensor | None
-    multiple: int
-    quantiles: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingRule:
-    """`select(logits [s, b], step)` returns positions [k, b] of static k, if `is_static`, or else a mask, bool [s, b].
+    """`select(logits [s, b], capacity, ...)` returns positions [k, b], if `is_static`, or else a mask, bool [s, b].
 
-    Static rules compute only the selected tokens, the others a masked base pass. None selects every token unrouted.
+    Further arguments: padding_mask, bool [s, b] or None, false on padding; multiple, which divides the number of
+    selected tokens; quantiles [1025] of the step's router logits. Static rules compute only the selected tokens, the
+    others a masked base pass. Without `select` every token is selected, with weight 1.
     """
 
-    select: Callable[[Tensor, RoutedStep], Tensor] | None
+    select: Callable[..., Tensor] | None
     is_static: bool = False
 
 
@@ -135,26 +124,27 @@ def _ranking(logits: Tensor) -> Tensor:
     return torch.sort(torch.round(logits / unit), dim=0, descending=True, stable=True).indices
 
 
-def _topk_rule(logits: Tensor, step: RoutedStep) -> Tensor:
-    count = count_selected(step.capacity, logits.shape[0], multiple=step.multiple)
-    if step.padding_mask is not None:
-        mask, multiple = step.padding_mask, step.multiple
-        logits = rank_padding(logits, mask, capacity=step.capacity, count=count, multiple=multiple)
+def _topk_rule(logits: Tensor, capacity: float, *, padding_mask: Tensor | None, multiple: int, **_: Any) -> Tensor:
+    count = count_selected(capacity, logits.shape[0], multiple=multiple)
+    if padding_mask is not None:
+        logits = rank_padding(logits, padding_mask, capacity=capacity, count=count, multiple=multiple)
     return select_topk(logits, count)
 
 
-def _topp_rule(logits: Tensor, step: RoutedStep) -> Tensor:
-    if step.padding_mask is None:
-        return select_topp(logits, step.capacity)
-    return select_topp(logits.masked_fill(~step.padding_mask, -math.inf), step.capacity) & step.padding_mask
+def _topp_rule(logits: Tensor, capacity: float, *, padding_mask: Tensor | None, **_: Any) -> Tensor:
+    if padding_mask is None:
+        return select_topp(logits, capacity)
+    return select_topp(logits.masked_fill(~padding_mask, -math.inf), capacity) & padding_mask
 
 
-def _threshold_rule(logits: Tensor, step: RoutedStep) -> Tensor:
-    selected = select_above(logits, threshold_for(step.capacity, step.quantiles).to(logits.dtype))
-    return selected if step.padding_mask is None else selected & step.padding_mask
+def _threshold_rule(
+    logits: Tensor, capacity: float, *, padding_mask: Tensor | None, quantiles: Tensor, **_: Any
+) -> Tensor:
+    selected = select_above(logits, threshold_for(capacity, quantiles).to(logits.dtype))
+    return selected if padding_mask is None else selected & padding_mask
 
 
-# `thinking.routing`; source: paper, Table 3 (Router Sampling, and w/o ATR for none).
+# `thinking.routing`. Source: paper, Table 3 (Router Sampling; w/o ATR is none).
 ROUTING_RULES: dict[str, RoutingRule] = {
     "topk": RoutingRule(select=_topk_rule, is_static=True),
     "topp": RoutingRule(select=_topp_rule),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -14,13 +16,28 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from torch import Tensor
 
 from megatron_itt.config.model import ThinkingConfig
 from megatron_itt.model.attention import RotarySelfAttention
 from megatron_itt.model.backends import LayerModules
-from megatron_itt.model.loop_layer import LoopLayer
 from megatron_itt.model.routing_control import RoutingControl
 from megatron_itt.model.thinking_layer import ThinkingLayer
+
+
+class LoopLayer(TransformerLayer):
+    """The loop baseline: x <- f(x), T times, for every token. Source: paper, section 4.1, after Ng and Wang (2024)."""
+
+    def __init__(self, *args: Any, thinking: ThinkingConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_steps = thinking.num_steps
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h] -> the same shape, and megatron-core's cross-attention context (always None)."""
+        context = None
+        for _ in range(self.num_steps):
+            hidden_states, context = super().forward(hidden_states, *args, **kwargs)
+        return hidden_states, context
 
 
 def decoder_specs(

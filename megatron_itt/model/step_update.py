@@ -102,6 +102,9 @@ class MaskedTokens:
         return self.put(hidden_states, hidden_states + rows)
 
 
+SelectedTokens = GatheredTokens | MaskedTokens
+
+
 def gather_tokens(hidden_states: Tensor, positions: Tensor) -> Tensor:
     """hidden_states [s, b, ...], positions [k, b] -> [k, b, ...]."""
     return hidden_states.gather(0, _expand(positions, hidden_states))

@@ -9,20 +9,17 @@
 Shapes: s whole sequence; p = s / tensor-parallel degree under sequence parallelism (else p = s); b micro-batch;
 h hidden; k tokens selected per sequence; q = k / degree under sequence parallelism (else q = k).
 
-Parallelism. Heads and MLP columns are split over tensor-parallel ranks as in any megatron-core layer. Under sequence
-parallelism a layer's input is sharded over the sequence, but tokens are selected from the whole of it. So after the
-base pass two all-gathers give every rank the router logits and the hidden states of all tokens: each rank computes the
-logits of its shard, and all ranks make the same selection from the gathered logits while the hidden states are still
-being sent. The k selected rows are divided evenly: rank r carries rows r*q .. (r+1)*q through the residual path, the
-norms and the MLP. Shapes are static, and a routed step costs four collectives of k rows, where a base pass costs four
-of s rows. Every use of the gathered tensors is partial (own rows, own heads), so the gather's reduce-scatter sums their
-gradients over ranks.
+Under sequence parallelism the layer's input is sharded over the sequence, and tokens are selected from the whole of it.
+After the base pass two all-gathers give every rank the router logits and the hidden states of all tokens; all ranks
+make the same selection while the hidden states are still being sent. The selected rows are divided evenly: rank r
+carries rows r*q .. (r+1)*q through the residual path, the norms and the MLP. A routed step costs four collectives of k
+rows, a base pass four of s rows. Every use of the gathered tensors is partial (own rows, own heads), so the gather's
+reduce-scatter sums their gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,32 +32,19 @@ from torch import Tensor
 from megatron_itt.config.model import ThinkingConfig
 from megatron_itt.model.attention import ATTEND, RotaryTable, selected_keys_mask
 from megatron_itt.model.router import ThinkingParameters
-from megatron_itt.model.routing import RoutedStep, positions_to_mask
+from megatron_itt.model.routing import positions_to_mask
 from megatron_itt.model.routing_control import RoutingControl, RoutingPlan
 from megatron_itt.model.step_update import (
     GATES,
     GatheredTokens,
     MaskedTokens,
+    SelectedTokens,
     choose,
     gather_tokens,
     rescale_skipped,
     step_increment,
 )
 from megatron_itt.parallel.async_gather import SequenceShards
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What a routed step has computed: f of the rows of the selected tokens, [q or p, b, h], and all tokens' logits.
-
-    logits None: every token is selected, with weight 1.
-    """
-
-    step: int
-    tokens: GatheredTokens | MaskedTokens
-    rows: Tensor
-    result: Tensor
-    logits: Tensor | None
 
 
 class ThinkingLayer(TransformerLayer):
@@ -133,8 +117,8 @@ class ThinkingLayer(TransformerLayer):
             attended = attend(selected, positions, hidden_states, changed)
             rows = self.shards.own(selected)  # [q, b, h]
             tokens, result = GatheredTokens(positions, self.shards), self._after_attention(attended, rows)
-            computed = StepResult(step=step, tokens=tokens, rows=rows, result=result, logits=logits)
-            hidden_states = self.update(self, hidden_states, computed, plan.temperature)
+            scaling = {"step": step, "logits": logits, "temperature": plan.temperature}
+            hidden_states = self.update(self, hidden_states, tokens, rows, result, **scaling)
             changed = None if self._changes_skipped else positions
         # Every rank gathers all increments, after the last step too: their shards of the sequence depend on the data,
         # and so would the sizes of a smaller collective, for which the host would have to wait.
@@ -156,8 +140,8 @@ class ThinkingLayer(TransformerLayer):
                     mask = selected_keys_mask(selected, kwargs.get("attention_mask"))
                     step_kwargs = {**kwargs, "attention_mask": mask}
             result = self._base_pass(hidden_states, step_kwargs)
-            computed = StepResult(step=step, tokens=tokens, rows=hidden_states, result=result, logits=logits)
-            hidden_states = self.update(self, hidden_states, computed, plan.temperature)
+            scaling = {"step": step, "logits": logits, "temperature": plan.temperature}
+            hidden_states = self.update(self, hidden_states, tokens, hidden_states, result, **scaling)
         return hidden_states
 
     def _router_logits(self, hidden_states: Tensor, step: int) -> Tensor:
@@ -171,13 +155,13 @@ class ThinkingLayer(TransformerLayer):
     def _select(self, logits: Tensor, step: int, plan: RoutingPlan) -> Tensor:
         """Select and record the tokens of a step. logits [s, b] -> positions [k, b] of a static rule, else [s, b]."""
         assert plan.rule.select is not None, "a rule without selection has no logits"
-        inputs = RoutedStep(
-            capacity=plan.capacity[step - 1],
+        selected = plan.rule.select(
+            logits.detach(),
+            plan.capacity[step - 1],
             padding_mask=plan.padding_mask,
             multiple=self.shards.num,
             quantiles=self.thinking.quantiles_of(step),
         )
-        selected = plan.rule.select(logits.detach(), inputs)
         if plan.recorder is not None:
             mask = positions_to_mask(selected, logits.shape[0]) if plan.rule.is_static else selected
             plan.record(self.layer_idx, step, logits, mask)
@@ -190,14 +174,29 @@ class ThinkingLayer(TransformerLayer):
             rows = add(attended, rows, self.hidden_dropout)
         return self._forward_mlp(rows)
 
-    def _replace(self, hidden_states: Tensor, computed: StepResult, temperature: float) -> Tensor:
+    def _replace(
+        self, hidden_states: Tensor, tokens: SelectedTokens, rows: Tensor, result: Tensor, **_scaling: Any
+    ) -> Tensor:
         """y <- f(y) at the selected tokens. Source: paper, Table 3 (w/o RTC)."""
-        return computed.tokens.put(hidden_states, computed.result)
+        return tokens.put(hidden_states, result)
 
-    def _accumulate(self, hidden_states: Tensor, computed: StepResult, temperature: float) -> Tensor:
-        """y <- y + alpha * w * phi * f(y) at the selected tokens. Source: paper, equations 6 and 7."""
-        step, tokens, logits, rows = computed.step, computed.tokens, computed.logits, computed.rows
-        result = computed.result - rows if self.switches.update == "delta" else computed.result
+    def _accumulate(
+        self,
+        hidden_states: Tensor,
+        tokens: SelectedTokens,
+        rows: Tensor,
+        result: Tensor,
+        *,
+        step: int,
+        logits: Tensor | None,
+        temperature: float,
+    ) -> Tensor:
+        """y <- y + alpha * w * phi * f(y) at the selected tokens. Source: paper, equations 6 and 7.
+
+        rows, result: the selected tokens before and after f; logits: of all tokens, None for weight 1.
+        """
+        if self.switches.update == "delta":
+            result = result - rows
         alpha, phi = self.switches.alpha_per_step[step - 1], self.thinking.step_encoding_of(step)
         if logits is None:
             return tokens.add(hidden_states, step_increment(result, None, alpha, phi))
@@ -229,7 +228,7 @@ class ThinkingLayer(TransformerLayer):
 
 
 # `thinking.residual`: how a routed step changes the hidden states.
-RESIDUALS: dict[str, Callable[[ThinkingLayer, Tensor, StepResult, float], Tensor]] = {
+RESIDUALS: dict[str, Callable[..., Tensor]] = {
     "accumulate": ThinkingLayer._accumulate,
     "replace": ThinkingLayer._replace,
 }

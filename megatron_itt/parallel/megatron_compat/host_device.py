@@ -37,39 +37,21 @@ _FACTORIES = (
 )
 
 
-class _HostStream:
-    """A stream without pending work: work on the host is complete when a call returns."""
+class _Completed:
+    """A stream or an event on the host, where work is complete when a call returns."""
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        self.cuda_stream = 0
-
-    def wait_stream(self, _stream: object) -> None:
-        """Return at once."""
-
-    def wait_event(self, _event: object) -> None:
-        """Return at once."""
-
-    def synchronize(self) -> None:
-        """Return at once."""
-
-
-class _HostEvent:
-    """An event that is always complete."""
+    cuda_stream = 0
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
 
-    def record(self, *_args: Any) -> None:
-        """Record nothing."""
-
     def wait(self, *_args: Any) -> None:
         """Return at once."""
 
-    def synchronize(self) -> None:
-        """Return at once."""
+    wait_stream = wait_event = synchronize = record = wait
 
     def query(self) -> bool:
-        """Whether the work before this event is complete: always."""
+        """Whether the work is complete."""
         return True
 
 
@@ -104,13 +86,13 @@ def remove_host_device() -> None:
 
 
 def _replace_cuda_module() -> None:
-    stream = _HostStream()
+    stream = _Completed()
     _REPLACED.replace(
         torch.cuda,
         current_device=_host_current_device,
         synchronize=lambda *_args, **_kwargs: None,
-        Stream=_HostStream,
-        Event=_HostEvent,
+        Stream=_Completed,
+        Event=_Completed,
         current_stream=lambda *_args, **_kwargs: stream,
         default_stream=lambda *_args, **_kwargs: stream,
         stream=_host_stream_context,

@@ -87,43 +87,30 @@ def test_cosine_and_sine_are_made_once_for_all_layers(monkeypatch: pytest.Monkey
     assert all(angles is made[0] for angles in made)
 
 
-def test_angles_of_queries_and_keys_may_come_apart() -> None:
+@pytest.mark.parametrize("argument", ["packed_seq_params", "inference_context", "key_value_states"])
+def test_an_argument_that_routed_steps_do_not_support_is_refused(argument: str) -> None:
+    with built_model(tiny_recipe(), dtype=torch.float32) as built:
+        attention, rotary = layer_attention(built), built.chunks[0].rotary_pos_emb(24)
+        with pytest.raises(NotImplementedError, match=f"a forward pass has {argument}"):
+            attention(torch.zeros(24, 1, 32), None, rotary_pos_emb=rotary, **{argument: object()})
+
+
+def test_a_failed_pass_leaves_the_next_one_unchanged() -> None:
     with built_model(tiny_recipe(), dtype=torch.float64) as built:
-        attention = layer_attention(built)
-        rotary = built.chunks[0].rotary_pos_emb(24)
-        for given in ((rotary, rotary), (rotary, 2 * rotary), None):
-            expected = run_as_megatron_core(attention, given, torch.float64)
-            found = run(attention, given, torch.float64)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_a_call_that_training_does_not_make_is_megatron_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(SelfAttention, "forward", lambda self, *args, **kwargs: seen.append(kwargs) or (args[0], None))
-    with built_model(tiny_recipe(), dtype=torch.float32) as built:
         attention, rotary = layer_attention(built), built.chunks[0].rotary_pos_emb(24)
-        hidden = torch.zeros(24, 1, 32)
-        attention(hidden, None, rotary_pos_emb=rotary, packed_seq_params=object())
-        attention(hidden, None, rotary_pos_emb=rotary, inference_context=object(), of_a_later_version=1)
-        attention(hidden, None, rotary_pos_emb=rotary, packed_seq_params=None, inference_context=None)
-    assert [kwargs["rotary_pos_emb"] is rotary for kwargs in seen] == [True, True, False]
-    assert seen[1]["of_a_later_version"] == 1
-    assert seen[2]["rotary_pos_emb"] is None
-
-
-def test_a_pass_that_fails_leaves_no_angles_behind() -> None:
-    with built_model(tiny_recipe(), dtype=torch.float32) as built:
-        attention, rotary = layer_attention(built), built.chunks[0].rotary_pos_emb(24)
+        expected = run(attention, rotary, torch.float64)
         with pytest.raises(RuntimeError):
-            attention(torch.zeros(24, 1, 31), None, rotary_pos_emb=rotary)
-        assert attention._rotary is None
+            attention(torch.zeros(24, 1, 31, dtype=torch.float64), None, rotary_pos_emb=2 * rotary)
+        found = run(attention, rotary, torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_shape_that_it_does_not_know_is_refused() -> None:
+@pytest.mark.parametrize(("setting", "value"), [("rotary_interleaved", True), ("window_size", (8, 0))])
+def test_a_setting_that_routed_steps_do_not_support_is_refused(setting: str, value: Any) -> None:
     with built_model(tiny_recipe(), dtype=torch.float32) as built:
         spec = built.chunks[0].decoder.layers[0].submodules_config.self_attention
-        built.config.rotary_interleaved = True
-        with pytest.raises(NotImplementedError, match="rotary_interleaved"):
+        setattr(built.config, setting, value)
+        with pytest.raises(NotImplementedError, match=f"TransformerConfig has {setting}"):
             RotarySelfAttention(built.config, spec.submodules, layer_number=1)
 
 
