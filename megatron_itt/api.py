@@ -1,4 +1,4 @@
-"""The public functions of the package; `import megatron_itt` offers them lazily, so that each costs what it needs."""
+"""Public functions of the package. `import megatron_itt` exposes them lazily, and each imports only what it needs."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def load_for_this_job(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """As `load_recipe`, with the rules of the layout for the processes of the job that this process is in."""
-    place = process_info()
-    return load_config(recipe, overrides, world_size=place.world_size, world_size_from=place.world_size_from)
+    """As `load_recipe`, including the layout rules for the processes of this job."""
+    process = process_info()
+    return load_config(recipe, overrides, world_size=process.world_size, world_size_from=process.world_size_from)
 
 
 def train(recipe: Recipe, overrides: Iterable[str] = (), *, allow_changed: Sequence[str] = ()) -> bool:
-    """Train in this process of the job, from the newest checkpoint of the run folder on.
+    """Train in this process of the job, resuming from the newest checkpoint of the run folder.
 
-    Returns whether the run is finished; a signal ends it before, with a checkpoint.
+    Return whether the run is finished; after a signal it is not, and a checkpoint was saved.
     """
     if not isinstance(recipe, RunConfig):
         recipe = load_for_this_job(recipe, overrides)
@@ -61,17 +61,17 @@ def export_hf(checkpoint: str | Path, output: str | Path, **options: Any) -> Exp
 
 
 def import_hf(model: str | Path, recipe: Recipe, output: str | Path, overrides: Iterable[str] = ()) -> ImportReport:
-    """Make a checkpoint of a Hugging Face folder in the run folder `output`."""
+    """Write a checkpoint with the weights of a Hugging Face folder into the run folder `output`."""
+    config = recipe if isinstance(recipe, RunConfig) else load_config(recipe, overrides)
     silence_known_warnings()
     hide_unusable_packages()
     from megatron_itt.hf.import_weights import import_folder
 
-    config = recipe if isinstance(recipe, RunConfig) else load_config(recipe, overrides)
     return import_folder(model, config, output)
 
 
 def evaluate(model: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
-    """Measure an exported folder; the options are the fields of `evaluation.options.EvaluationRequest`."""
+    """Evaluate an exported folder; the options are the fields of `evaluation.options.EvaluationRequest`."""
     from megatron_itt.evaluation.harness import EvaluationRequest, evaluate_export
 
     return evaluate_export(EvaluationRequest(model=Path(model), output=Path(output), **options))

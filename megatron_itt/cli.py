@@ -1,7 +1,7 @@
-"""The front door: `itt COMMAND ...`, the same code as `python tools/NAME.py ...`.
+"""Command line entry point: `itt COMMAND ...`, the same code as `python tools/NAME.py ...`.
 
-A command is a file of `commands/`. Its `COMMAND` is a dataclass whose fields are the arguments and whose `execute` does
-the work, or a table of such classes by the name of a subcommand. Only the command that was asked for is imported.
+A command is a file in `commands/`. Its `COMMAND` is a dataclass whose fields are the arguments and whose `execute` runs
+it, or a dictionary of such classes by subcommand. Only the requested command is imported.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ GROUPS = {
     "data": ("download", "tokenizer", "preprocess", "verify"),
     "training": ("recipe", "train", "status", "study", "quickstart"),
     "models": ("export", "import", "evaluate", "generate"),
-    "looking": ("report", "analyse", "benchmark", "doctor"),
+    "analysis": ("report", "analyse", "benchmark", "doctor"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
-_MODULES = {"export": "export_hf", "import": "import_hf"}  # `import` is a keyword, and the tools are named so
+_MODULES = {"export": "export_hf", "import": "import_hf"}  # `import` is a keyword of Python
 _HELP = ("-h", "--help")
 _COMPLETION = ("--tyro-write-completion", "--tyro-print-completion")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, after one line on standard error for what a user got wrong."""
+    """Run the command line and return the exit code; a user error is one line on standard error."""
     return run_command(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command line; IttError for what a user got wrong, SystemExit(0) after help."""
+    """Run the command line. Raises IttError for a user error, SystemExit(0) after help."""
     name, *rest = argv or ["--help"]
     if name in _HELP:
         print(_overview())
@@ -46,27 +46,25 @@ def run(argv: Sequence[str]) -> int:
     if name in _COMPLETION:
         return _complete(argv)
     _check_name("itt", name, COMMANDS)
-    module = _load(name)
-    command, prog = module.COMMAND, f"itt {name}"
-    if not isinstance(command, dict):
-        return _execute(command, rest, prog=prog, description=module.__doc__, examples=module.EXAMPLES)
-    default = getattr(module, "DEFAULT", None)
-    if rest and rest[0] in _HELP:
-        print(_summary_of_group(prog, module))
-        return 0
-    if default is not None and (not rest or rest[0] not in command):
-        rest = [default, *rest]
-    elif not rest:
-        raise ConfigError(f"{prog}: choose from {', '.join(command)}; {prog} --help explains them")
-    _check_name(prog, rest[0], command)
-    leaf, prog = command[rest[0]], f"{prog} {rest[0]}"
-    own = [line for line in module.EXAMPLES.splitlines() if f"{line.strip()} ".startswith(f"{prog} ")]
-    examples = "\n".join(own) or module.EXAMPLES
-    return _execute(leaf, rest[1:], prog=prog, description=leaf.__doc__, examples=examples)
-
-
-def _execute(leaf: type, arguments: Sequence[str], **texts: Any) -> int:
-    return int(_load("arguments").parse(leaf, arguments, **texts).execute())
+    module, prog = _load(name), f"itt {name}"
+    command, description, examples = module.COMMAND, module.__doc__, module.EXAMPLES
+    if isinstance(command, dict):
+        default = getattr(module, "DEFAULT", None)
+        if rest and rest[0] in _HELP:
+            print(_summary_of_group(prog, module))
+            return 0
+        if default is not None and (not rest or rest[0] not in command):
+            rest = [default, *rest]
+        elif not rest:
+            raise ConfigError(f"{prog}: choose from {', '.join(command)}; {prog} --help explains them")
+        inner, *rest = rest
+        _check_name(prog, inner, command)
+        command, prog = command[inner], f"{prog} {inner}"
+        description = command.__doc__
+        own = [line for line in examples.splitlines() if f"{line.strip()} ".startswith(f"{prog} ")]
+        examples = "\n".join(own) or examples
+    parse = _load("arguments").parse
+    return int(parse(command, rest, prog=prog, description=description, examples=examples).execute())
 
 
 def _check_name(prog: str, name: str, known: Iterable[str]) -> None:
@@ -86,7 +84,7 @@ def _load(name: str) -> Any:
 
 
 def _overview() -> str:
-    """The commands by group, each with the first line of its file; no file is imported."""
+    """List the commands by group, each with the first line of its file, without importing them."""
     lines = ["usage: itt COMMAND ...", "", "Inner Thinking Transformers: data, training, conversion and evaluation."]
     for group, names in GROUPS.items():
         lines += ["", f"{group}:"]
@@ -105,7 +103,7 @@ def _summary_of_group(prog: str, module: Any) -> str:
 
 
 def _complete(argv: Sequence[str]) -> int:
-    """Write or print the completion script of a shell, with the arguments of every command."""
+    """Write or print the completion script of a shell."""
     if len(argv) < (3 if argv[0] == _COMPLETION[0] else 2):
         raise ConfigError("name a shell and a file: itt --tyro-write-completion bash|zsh|fish FILE")
     return _load("arguments").write_completion({name: _load(name).COMMAND for name in COMMANDS}, argv)

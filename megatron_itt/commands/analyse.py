@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from megatron_itt.commands.arguments import Count, Flag, OptionalCount, Repeated, Shares
+from megatron_itt.commands.arguments import Count, Flag, Fractions, OptionalCount, Repeated
 from megatron_itt.errors import DataError
 from megatron_itt.evaluation.options import CausalitySettings
 from megatron_itt.log import configure_logging
@@ -82,7 +82,7 @@ class _OfModel(_Measuring):
 class _OfPassage(_OfModel):
     text: Path  # text (.txt, .jsonl, .zst, ...)
     max_tokens: OptionalCount = None  # read no more than so many tokens
-    budget: Shares = None  # share of tokens per routed step (default: as trained)
+    budget: Fractions = None  # share of tokens per routed step (default: as trained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class Budgets(_Measuring):
     text: Path  # text (.txt, .jsonl, .zst, ...)
     max_tokens: OptionalCount = None  # read no more than so many tokens
     budget: Annotated[Repeated, arg(metavar="0.9,0.7,0.5")] = ()  # default: Table 2
-    grid: Shares = None  # equal shares to sweep (default: 0 to 1)
+    grid: Fractions = None  # equal shares to sweep (default: 0 to 1)
     tasks: Annotated[str | None, arg(metavar="paper|a,b,c")] = None  # score lm-eval tasks at every budget as well
     task_dir: Path | None = None  # folder with further task files (YAML)
     data_root: Path | None = None  # offline copies of the data sets
@@ -237,7 +237,7 @@ class Causality(CausalitySettings):
     """held-out documents (jsonl, .zst, .gz, txt); repeat for several domains"""
     text_key: str = "text"  # key of the text in the documents
     lengths: Annotated[UseAppendAction[tuple[Count, ...]], arg(name="length", metavar="N")] = ()
-    budget: Shares = None
+    budget: Fractions = None
     max_tokens: Count = CausalitySettings.max_tokens
     batch_size: Count = CausalitySettings.batch_size
     num_cases: Annotated[Count, arg(name="cases")] = CausalitySettings.num_cases

@@ -1,4 +1,4 @@
-"""Arguments of the commands: tyro makes them from dataclasses; the kinds that several commands use are here."""
+"""Argument parsing with tyro: dataclass to command line, and the argument types that commands share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OptionalCount = Annotated[int | None, _COUNT]
 
 
 def separated(separator: str, read: Callable[[str], Any] = str, *, like: str) -> PrimitiveConstructorSpec[Any]:
-    """A tuple in one word: "1,8" -> (1, 8). `like` shows how it is written."""
+    """Parse a tuple from one word: "1,8" -> (1, 8). `like` is an example for messages."""
 
     def convert(words: list[str]) -> tuple[Any, ...]:
         parts = [part.strip() for part in words[0].split(separator) if part.strip()]
@@ -60,13 +60,13 @@ def separated(separator: str, read: Callable[[str], Any] = str, *, like: str) ->
 
 Names = Annotated[tuple[str, ...], separated(",", like="A,B")]
 Numbers = Annotated[tuple[int, ...], separated(",", int, like="1,8")]
-Shares = Annotated[tuple[float, ...] | None, separated(",", float, like="0.5,0.5,0.5")]
+Fractions = Annotated[tuple[float, ...] | None, separated(",", float, like="0.5,0.5,0.5")]
 
 
 def parse(leaf: type, arguments: Sequence[str], *, prog: str, description: str | None, examples: str) -> Any:
-    """An instance of the dataclass `leaf`. Overrides may stand anywhere among the options.
+    """Parse an instance of the dataclass `leaf`. Overrides may appear anywhere among the options.
 
-    ConfigError with one line for what cannot be read; SystemExit(0) after help, which ends with the examples.
+    Raises ConfigError with one line for invalid arguments; SystemExit(0) after help, which ends with the examples.
     """
     parsed: Any
     try:
@@ -94,7 +94,7 @@ def parse(leaf: type, arguments: Sequence[str], *, prog: str, description: str |
 
 
 def _refuse(event: _errors.ParseErrorEvent) -> None:
-    """One line in place of tyro's box."""
+    """Raise a one-line error in place of tyro's box."""
     if isinstance(event, _errors.MissingArgs):
         reason = f"{', '.join(shown.arg.display_name() for shown in event.missing_arguments)} is missing"
         reason += f" (and {event.unrecognized_tokens[0]} unknown)" if event.unrecognized_tokens else ""
@@ -111,7 +111,7 @@ def _refuse(event: _errors.ParseErrorEvent) -> None:
 
 
 def write_completion(commands: Mapping[str, Any], arguments: Sequence[str]) -> int:
-    """Do what `--tyro-write-completion SHELL FILE` or `--tyro-print-completion SHELL` asks for."""
+    """Run `--tyro-write-completion SHELL FILE` or `--tyro-print-completion SHELL`."""
     if arguments[1] not in ("bash", "zsh", "fish", "tcsh"):
         raise ConfigError(f"there is no completion for {arguments[1]!r}; choose from bash, zsh, fish, tcsh")
     try:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tyro.conf import Suppress
 
+from megatron_itt import api
 from megatron_itt.commands.arguments import Flag
-from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.hf.options import ExportOptions
-from megatron_itt.log import silence_known_warnings
 
 EXAMPLES = "  itt export --checkpoint runs/quickstart --output runs/quickstart/hf"
 
@@ -25,12 +24,9 @@ class Export(ExportOptions):
 
     def execute(self) -> int:
         """Export and print where the folder is."""
-        silence_known_warnings()
-        hide_unusable_packages()
-        from megatron_itt.hf.export import export_checkpoint
-
-        options = replace(self, with_tokenizer=not self.no_tokenizer)
-        report = export_checkpoint(self.checkpoint, self.output, options)
+        options = asdict(self) | {"with_tokenizer": not self.no_tokenizer}
+        del options["no_tokenizer"]
+        report = api.export_hf(**options)
         if report.parity is not None:
             print(
                 f"parity: logits within {report.parity.max_relative_difference:.1e} of the training model "

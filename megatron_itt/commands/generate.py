@@ -1,11 +1,11 @@
-"""Continue a prompt with an exported model."""
+"""Generate text with an exported model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_itt.commands.arguments import Shares
+from megatron_itt.commands.arguments import Fractions
 from megatron_itt.hf.options import GenerationOptions
 
 EXAMPLES = '  itt generate --model runs/quickstart/hf --prompt "def main" --budget 0.5,0.5,0.5'
@@ -15,7 +15,7 @@ EXAMPLES = '  itt generate --model runs/quickstart/hf --prompt "def main" --budg
 class Generate(GenerationOptions):
     model: Path  # exported folder
     prompt: str  # the text to continue
-    budget: Shares = None
+    budget: Fractions = None
 
     def execute(self) -> int:
         """Generate and print the continuation."""

@@ -37,13 +37,13 @@ class Train:
     allow_changed: Repeated = ()  # data, a key of data, or schedule.steps, which may differ from the checkpoint's
 
     def execute(self) -> int:
-        """Train in this process of the job, or do what --check and --print-config ask for."""
+        """Train in this process of the job, or run --check or --print-config."""
         silence_known_warnings()
         end_with_torchrun()
         if self.print_config:
             print(config_to_yaml(load_config(self.recipe, self.overrides)), end="")
             return 0
-        place = process_info()
+        process = process_info()
         try:
             config = load_for_this_job(self.recipe, self.overrides)
             if self.check:
@@ -51,21 +51,21 @@ class Train:
                 from megatron_itt.training.loop import check_inputs
 
                 check_inputs(config)
-                if place.rank == 0:
-                    fits = f"recipe, layout of {place.world_size} process(es), tokenizer and data fit"
+                if process.rank == 0:
+                    fits = f"recipe, layout of {process.world_size} process(es), tokenizer and data fit"
                     print(f"{self.recipe}: {fits}; {backend}")
-                    print(format_check(check_report(config, place.world_size)))
+                    print(format_check(check_report(config, process.world_size)))
                 return 0
             train(config, allow_changed=self.allow_changed)
         except IttError as error:
-            if place.local_rank != 0:
-                return error.exit_code  # the first process of each node says it for all
+            if process.local_rank != 0:
+                return error.exit_code  # the first process of each node reports the error
             raise
         return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command with these arguments; IttError for what a user got wrong."""
+    """Run `itt train`. Raises IttError for a user error."""
     return run(["train", *(sys.argv[1:] if argv is None else argv)])
 
 
