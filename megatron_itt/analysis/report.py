@@ -32,8 +32,7 @@ from megatron_itt.analysis.run_charts import (
 from megatron_itt.analysis.summary import list_versions, make_tiles, tell_summary
 from megatron_itt.errors import DataError, IttError
 from megatron_itt.evaluation.exported_model import ExportedModel, format_budget, load_export
-from megatron_itt.evaluation.paper_tasks import PAPER_ROWS, PAPER_TASKS
-from megatron_itt.evaluation.results import format_score, paper_comparison, read_results, scores_of
+from megatron_itt.evaluation.results import PAPER_TASKS, format_score, paper_comparison, read_results, scores_of
 
 TEMPLATE_DIR = Path(__file__).parent / "templates"
 _MAX_BUDGETS = 5
@@ -241,28 +240,10 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
 
 def _paper_table(results: dict[str, Any]) -> list[Table]:
     """Our rows under the paper's columns, above the paper's rows; nothing if none of its tasks was run."""
-    ours = [row for row in paper_comparison(results) if any(value is not None for value in row[1])]
-    if not ours:
-        return []
-    rows = [
-        [label, *(_percent(value, error) for value, error in zip(values, errors, strict=True))]
-        for label, values, errors in ours
-    ]
-    rows += [[f"paper, {row.method} {row.size}", *(f"{score:.1f}" for score in row.scores)] for row in PAPER_ROWS]
-    return [
-        Table(
-            heading="Beside the paper (Table 1)",
-            header=["model", *(task.column for task in PAPER_TASKS)],
-            rows=rows,
-            note="Accuracy in percent. The paper trained on 50 B tokens.",
-        )
-    ]
-
-
-def _percent(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if error is None else f"{value:.1f} \u00b1 {error:.1f}"
+    rows = [[cell.replace("+/-", "\u00b1") for cell in row] for row in paper_comparison(results)]
+    header = ["model", *(task.column for task in PAPER_TASKS), "average"]
+    note = "Accuracy in percent. The paper trained on 50 B tokens."
+    return [Table(heading="Beside the paper (Table 1)", header=header, rows=rows, note=note)] if rows else []
 
 
 def _budget_name(budget: Sequence[float] | None, trained: Sequence[float] | None) -> str:

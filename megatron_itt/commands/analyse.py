@@ -247,7 +247,7 @@ class Causality(CausalitySettings):
 
     def execute(self) -> int:
         """Measure, write the report and print it."""
-        from megatron_itt.evaluation.causality_report import report_causality
+        from megatron_itt.evaluation.causality import report_causality
         from megatron_itt.evaluation.exported_model import load_export
         from megatron_itt.evaluation.heldout import parse_domains, prepare_heldout
 

@@ -1,3 +1,1 @@
-"""Measuring an exported Hugging Face folder: lm-eval tasks, perplexity, results files. No megatron in here."""
-
-from __future__ import annotations
+"""Evaluation of exported Hugging Face folders: lm-eval tasks, perplexity, causality, results files. No megatron."""

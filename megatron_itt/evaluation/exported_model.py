@@ -1,7 +1,7 @@
-"""An exported Hugging Face folder in memory: loading it safely, and setting its thinking budget.
+"""Loading of an exported Hugging Face folder, and its thinking budget.
 
-A thinking budget is one share of tokens in [0, 1] for every routed thinking step, 0 leaving the step out (as in the
-paper's Table 2); None is the model's own.
+A thinking budget is one share of tokens in [0, 1] per routed thinking step; 0 skips the step (as in the paper's
+Table 2), None is the budget of training.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.options import Budget
 from megatron_itt.hf.load import open_export
 
-_PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedModel:
-    """A loaded export: the model in eval mode, its tokenizer, and the budget it was trained with (None: no routing)."""
+    """An export in memory: model in eval mode, tokenizer, and budget of training (None: no routing)."""
 
     folder: Path
     model: Any
@@ -35,12 +33,17 @@ class ExportedModel:
 
     @property
     def max_length(self) -> int:
-        """Longest input in tokens that the model was trained for."""
+        """The context length in tokens."""
         return int(self.model.config.max_position_embeddings)
 
     @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.model.parameters()).device
+
+    @property
     def prefix_token_id(self) -> int:
-        """The token that stands before every document: the begin token, or the end-of-document token without one."""
+        """The token before every document: the begin token, or the end-of-document token without one."""
         for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token_id is not None:
                 return int(token_id)
@@ -51,13 +54,12 @@ class ExportedModel:
 
 
 def read_export_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json` of an export folder; checks that the folder, its weights and its tokenizer are there."""
+    """Read `config.json` of an export folder. EvaluationError where it or the tokenizer is missing."""
     if not folder.is_dir():
         raise EvaluationError(f"model folder {folder} does not exist; export a checkpoint with itt export first")
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise EvaluationError(f"{folder} has no config.json, so it is not a Hugging Face export; use itt export")
-    _check_weights(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise EvaluationError(
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); copy the one of the training data there"
@@ -71,46 +73,29 @@ def read_export_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_weights(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED_ENDINGS)
-    if pickled:
-        raise EvaluationError(
-            f"{folder / pickled[0]} is a pickled file, which can run code when loaded; convert it to safetensors"
-        )
-    raise EvaluationError(f"{folder} has no *.safetensors weights; export the model again with itt export")
-
-
 def load_export(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> ExportedModel:
     """Load an export folder for inference.
 
     `device`: "auto" is the GPU if there is one. `dtype`: "auto" is the saved one on a GPU and float32 on the CPU.
-    Raises EvaluationError for a folder that lacks something, ExportError for a damaged one.
+    EvaluationError for an incomplete folder, ExportError for a damaged one.
     """
     folder = Path(folder).resolve()
     config = read_export_config(folder)
-    place = _resolve_device(device)
-    kind = "float32" if dtype == "auto" and place == "cpu" else dtype
-    _check_tokenizer(folder, config)
-    model, tokenizer = open_export(folder, dtype=kind)
-    model = model.to(place)
-    if len(tokenizer) > model.config.vocab_size:
-        raise EvaluationError(
-            f"tokenizer in {folder} has {len(tokenizer)} entries but the model {model.config.vocab_size}; use the "
-            "tokenizer that the model was trained with"
-        )
-    return ExportedModel(folder=folder, model=model, tokenizer=tokenizer, trained_budget=trained_budget(config))
-
-
-def _check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
-    """The tokenizer in the folder is the one that the model was trained with, where the export says which."""
+    device = _resolve_device(device)
     recorded = config.get("tokenizer_sha256")
     if recorded is not None and load_tokenizer(folder).sha256 != recorded:
         raise EvaluationError(
             f"the tokenizer in {folder} is not the one that the model was exported with ({str(recorded)[:12]}); export "
             "the model again with itt export"
         )
+    model, tokenizer = open_export(folder, dtype="float32" if dtype == "auto" and device == "cpu" else dtype)
+    model = model.to(device)
+    if len(tokenizer) > model.config.vocab_size:
+        raise EvaluationError(
+            f"tokenizer in {folder} has {len(tokenizer)} entries but the model {model.config.vocab_size}; use the "
+            "tokenizer that the model was trained with"
+        )
+    return ExportedModel(folder=folder, model=model, tokenizer=tokenizer, trained_budget=trained_budget(config))
 
 
 def _resolve_device(device: str) -> str:
@@ -122,33 +107,28 @@ def _resolve_device(device: str) -> str:
 
 
 def trained_budget(config: dict[str, Any]) -> Budget | None:
-    """The shares that an export was trained with; None for a model without routing (LLaMA, Loop)."""
+    """The thinking budget that an export was trained with; None for a model without routing (LLaMA, Loop)."""
     thinking = config.get("thinking")
     if not isinstance(thinking, dict) or thinking.get("kind", "itt") != "itt" or thinking.get("routing") == "none":
         return None
-    shares = thinking.get("capacity") or []
-    if isinstance(shares, int | float):
-        shares = [shares]
-    return tuple(float(share) for share in shares) or None
+    capacity = thinking.get("capacity") or []
+    return tuple(map(float, [capacity] if isinstance(capacity, int | float) else capacity)) or None
 
 
 def parse_budget(text: str) -> Budget:
-    """Read "0.5,0.5,0.5" (or "50%,50%,50%") as a thinking budget."""
-    shares = []
-    for part in text.split(","):
-        number = part.strip()
-        try:
-            share = float(number[:-1]) / 100 if number.endswith("%") else float(number)
-        except ValueError:
-            raise EvaluationError(
-                f"budget {text!r} is not a list of shares; write one number per thinking step, as in 0.5,0.5,0.5"
-            ) from None
-        shares.append(share)
-    return tuple(shares)
+    """Parse "0.5,0.5,0.5" (or "50%,50%,50%")."""
+    try:
+        return tuple(
+            float(part[:-1]) / 100 if part.endswith("%") else float(part) for part in map(str.strip, text.split(","))
+        )
+    except ValueError:
+        raise EvaluationError(
+            f"budget {text!r} is not a list of shares; write one number per thinking step, as in 0.5,0.5,0.5"
+        ) from None
 
 
 def check_budget(budget: Sequence[float], trained: Budget | None) -> Budget:
-    """Return `budget` if the model can think with it: one share in [0, 1] per routed step."""
+    """Return `budget` as floats. EvaluationError unless it has one share in [0, 1] per routed step."""
     shown = format_budget(budget)
     if trained is None:
         raise EvaluationError(f"budget {shown} is given but the model has no routed thinking steps; leave --budget out")
@@ -165,13 +145,13 @@ def check_budget(budget: Sequence[float], trained: Budget | None) -> Budget:
 
 
 def format_budget(budget: Sequence[float] | None) -> str:
-    """Write a budget as "0.5,0.5,0.5"; None, the budget of a model without routing, as "none"."""
+    """Format a budget as "0.5,0.5,0.5"; None, the budget of a model without routing, as "none"."""
     return "none" if budget is None else ",".join(f"{share:g}" for share in budget)
 
 
 @contextmanager
 def thinking_at(model: Any, budget: Sequence[float] | None) -> Iterator[Any]:
-    """Within the block every forward pass of `model` thinks with `budget`, whoever calls it; None changes nothing."""
+    """Set `budget` for every forward pass of `model` within the block; None changes nothing."""
     if budget is None:
         yield model
         return

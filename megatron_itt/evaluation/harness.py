@@ -1,7 +1,6 @@
-"""Running lm-eval on an export at any number of thinking budgets, offline where the data is local.
+"""lm-eval on an export at any number of thinking budgets, offline where the data is local.
 
-The model is loaded once and handed to the harness' own `hf` model; a budget is set around its calls. What is run is in
-`tasks.py` and `paper_tasks.py`, what comes out in `results.py`.
+The model is loaded once and wrapped in lm-eval's own `hf` model; a budget is set around its calls.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ from megatron_itt.evaluation.exported_model import (
     trained_budget,
 )
 from megatron_itt.evaluation.options import EvaluationRequest
-from megatron_itt.evaluation.paper_tasks import PAPER_TASKS, num_fewshot_of
 from megatron_itt.evaluation.perplexity import measure_perplexity
-from megatron_itt.evaluation.results import publish_folder, write_results
+from megatron_itt.evaluation.results import PAPER_TASKS, publish_folder, write_results
 from megatron_itt.log import get_logger
 
 _BOOTSTRAP_ITERATIONS = 1000
@@ -41,9 +39,15 @@ _PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers")
 
 
 def evaluate_export(request: EvaluationRequest) -> dict[str, Any]:
-    """Measure an export and write its results folder in one step (nothing is left there after a failure)."""
+    """Evaluate an export and write its results folder atomically; return the results."""
     name = str(request.model)
-    request = _with_absolute_paths(request)
+    request = replace(  # the working folder changes while the data is read
+        request,
+        model=request.model.resolve(),
+        output=request.output.resolve(),
+        task_dirs=[folder.resolve() for folder in request.task_dirs],
+        data_root=None if request.data_root is None else request.data_root.resolve(),
+    )
     output = request.output
     if output.exists() and not request.overwrite:
         raise EvaluationError(f"output {output} exists; choose another folder or give --overwrite")
@@ -81,9 +85,8 @@ def _measure(
                 max_tokens=request.perplexity_max_tokens,
             )
             perplexity.append(measured.as_dict())
-    own = export.trained_budget
     return {
-        "trained_budget": None if own is None else list(own),
+        "trained_budget": None if export.trained_budget is None else list(export.trained_budget),
         "limit": request.limit,
         "versions": {name: _version(name) for name in _PACKAGES},
         "runs": runs,
@@ -94,11 +97,11 @@ def _measure(
 def run_harness(
     export: ExportedModel, plan: TaskPlan, *, budget: Budget | None, limit: int | None = None, batch_size: int = 8
 ) -> dict[str, Any]:
-    """One pass of the harness over the planned tasks; returns its results object, with two entries of ours in front."""
+    """Run lm-eval on the planned tasks; return its results object with two keys of ours."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet_harness(), _counted_truncations() as counter, thinking_at(export.model, budget) as model:
+    with _quiet_harness(), _count_truncations() as counter, thinking_at(export.model, budget) as model:
         wrapped = HFLM(pretrained=model, tokenizer=export.tokenizer, batch_size=batch_size)
         outcome = lm_eval.simple_evaluate(
             model=wrapped,
@@ -109,14 +112,14 @@ def run_harness(
             bootstrap_iters=_BOOTSTRAP_ITERATIONS,
             task_manager=plan.manager,
         )
-    assert outcome is not None, "lm-eval returns results on rank 0, and there is only one rank"
+    assert outcome is not None, "lm-eval returns results on rank 0"
     plain = json.loads(json.dumps(outcome, default=str))
     own = {"thinking_budget": None if budget is None else list(budget), "num_truncated_requests": counter.count}
     return {**own, **plain}
 
 
 class TaskPlan:
-    """The tasks of a request, found, checked for their data and loaded once for all budgets."""
+    """The tasks of a request, checked for their data and loaded once for all budgets."""
 
     def __init__(self, request: EvaluationRequest) -> None:
         try:
@@ -127,21 +130,18 @@ class TaskPlan:
         with _quiet_harness():
             self.manager = TaskManager(include_path=folders, include_defaults=False)
             if any(name not in self.manager.task_index for name in request.tasks):
-                self.manager = TaskManager(include_path=folders)  # reads lm-eval's own 14 000 files: seconds
-        self._check_names(request.tasks)
+                self.manager = TaskManager(include_path=folders)  # reads lm-eval's own 14,000 files: seconds
         for name in request.tasks:
-            self._check_data(name, request.data_root)
-        self.loaded = [task for name in request.tasks for task in self._load(name)]
-
-    def _check_names(self, names: Sequence[str]) -> None:
-        for name in names:
             if name not in self.manager.task_index:
                 near = difflib.get_close_matches(name, self.manager.all_tasks, n=1)
                 hint = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists the tasks of lm-eval"
                 raise EvaluationError(f"task {name!r} is unknown; {hint}")
+        for name in request.tasks:
+            self._check_data(name, request.data_root)
+        self.loaded = [task for name in request.tasks for task in self._load(name)]
 
     def _leaves(self, name: str) -> Iterator[tuple[dict[str, Any], Path]]:
-        """Configurations of the single tasks under a task, group or tag, and the folders of their files."""
+        """Configurations of the tasks in a task, group or tag, and the folders of their files."""
         entry = self.manager.task_index[name]
         if entry.kind.name == "TASK":
             yield entry.cfg or {}, Path.cwd() if entry.yaml_path is None else entry.yaml_path.parent
@@ -153,7 +153,7 @@ class TaskPlan:
                 yield from self._leaves(child)
 
     def _check_data(self, name: str, data_root: Path | None) -> None:
-        """Refuse before anything is loaded, and name the missing file. Hub data sets are not looked up here."""
+        """Raise EvaluationError for missing local data before anything is loaded. The hub is not asked."""
         for leaf, folder in self._leaves(name):
             for file in _data_files(leaf):
                 if "://" not in file and not (folder / file).is_file():
@@ -170,7 +170,7 @@ class TaskPlan:
 
     def _load(self, name: str) -> list[Any]:
         leaves = list(self._leaves(name))
-        # Files named without a folder lie beside the task's own; lm-eval would look in the working folder.
+        # Data files without a folder are beside the YAML; lm-eval reads them from the working folder.
         beside = next((folder for leaf, folder in leaves if _data_files(leaf)), None)
         try:
             with _quiet_harness(), working_directory(beside or Path.cwd()):
@@ -181,7 +181,7 @@ class TaskPlan:
             raise EvaluationError(
                 f"task {name!r} cannot read its data set {', '.join(sources)}: {reason}; give a local copy: --data-root"
             ) from error
-        num_fewshot = num_fewshot_of(name)
+        num_fewshot = next((task.num_fewshot for task in PAPER_TASKS if task.task == name), None)
         if num_fewshot is not None:
             for task in found["tasks"].values():
                 task.set_config(key="num_fewshot", value=num_fewshot)
@@ -211,7 +211,7 @@ def _existing_folder(folder: Path) -> Path:
 
 
 def _data_files(leaf: Mapping[str, Any]) -> list[str]:
-    """Local files that a task configuration names in `dataset_kwargs.data_files`; those of a hub data set are there."""
+    """Local files in `dataset_kwargs.data_files` of a task configuration."""
     if leaf.get("dataset_path") not in _FILE_READERS:
         return []
     files = (leaf.get("dataset_kwargs") or {}).get("data_files") or []
@@ -221,8 +221,8 @@ def _data_files(leaf: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def _data_access(request: EvaluationRequest) -> Iterator[None]:
-    """Work where the stock tasks find their data; no network if everything is local."""
-    local_only = request.data_root is not None or set(request.tasks) <= _local_names(request.task_dirs)
+    """Set the working folder to the data root, and forbid the network if all data is local."""
+    local = {name for folder in request.task_dirs for name in task_names_in(folder)}
     with ExitStack() as stack:
         if request.data_root is not None:
             if not request.data_root.is_dir():
@@ -230,32 +230,17 @@ def _data_access(request: EvaluationRequest) -> Iterator[None]:
                     f"data root {request.data_root} does not exist; give the folder of offline copies"
                 )
             stack.enter_context(working_directory(request.data_root))
-        if local_only:
+        if request.data_root is not None or set(request.tasks) <= local:
             stack.enter_context(offline_hub())
         yield
 
 
-def _with_absolute_paths(request: EvaluationRequest) -> EvaluationRequest:
-    """Resolve every path now: the working folder changes while the data is read."""
-    return replace(
-        request,
-        model=request.model.resolve(),
-        output=request.output.resolve(),
-        task_dirs=[folder.resolve() for folder in request.task_dirs],
-        data_root=None if request.data_root is None else request.data_root.resolve(),
-    )
-
-
-def _local_names(folders: Sequence[Path]) -> set[str]:
-    return {name for folder in folders for name in task_names_in(folder)}
-
-
 @contextmanager
 def offline_hub() -> Iterator[None]:
-    """Within the block the Hugging Face libraries use local files only, whether they are imported already or not."""
+    """Forbid the Hugging Face libraries the network within the block, whether they are imported already or not."""
     names = ("huggingface_hub.constants", "datasets.config")
     online = [sys.modules[name] for name in names if name in sys.modules and not sys.modules[name].HF_HUB_OFFLINE]
-    if not online:  # switched off by the user: leave it so
+    if not online:  # offline already
         yield
         return
     set_offline(True)
@@ -271,7 +256,7 @@ def offline_hub() -> Iterator[None]:
 
 @contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """Keep lm-eval's own messages to errors: it warns about things that are meant here."""
+    """Show lm-eval's errors only: it warns about settings that are intended here."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -282,7 +267,7 @@ def _quiet_harness() -> Iterator[None]:
 
 
 class _TruncationCounter(logging.Filter):
-    """Counts the harness' messages about cut prompts instead of showing thousands of them."""
+    """Counts lm-eval's messages about truncated prompts instead of showing thousands of them."""
 
     count = 0
 
@@ -292,7 +277,7 @@ class _TruncationCounter(logging.Filter):
 
 
 @contextmanager
-def _counted_truncations() -> Iterator[_TruncationCounter]:
+def _count_truncations() -> Iterator[_TruncationCounter]:
     logger = logging.getLogger("lm_eval.models.huggingface")
     level, counter = logger.level, _TruncationCounter()
     logger.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What evaluations are asked for. No torch: command lines are read before it is loaded."""
+"""Options of evaluations. No torch: command lines are parsed before it is loaded."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Budget = tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """What is measured and how, before its tasks, budgets and texts are known."""
+    """Options of an evaluation apart from its tasks, thinking budgets and texts."""
 
     model: Path  # exported Hugging Face folder
     output: Path  # folder for results.json and results.md
     data_root: Path | None = None  # offline copies of the data sets; no network
-    limit: int | None = None  # first so many records of each task only (a quick look)
+    limit: int | None = None  # first records of each task only (a quick look)
     batch_size: int = 8  # sequences at a time
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
@@ -27,7 +27,7 @@ class EvaluationOptions:
     perplexity_max_tokens: int | None = None  # tokens per domain (default: all)
 
     def __post_init__(self) -> None:
-        """EvaluationError for counts below 1."""
+        """Raise EvaluationError for counts below 1."""
         for name in ("limit", "batch_size", "perplexity_max_tokens"):
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -36,7 +36,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest(EvaluationOptions):
-    """What to measure. Empty `budgets` means the model's own; `data_root` and local tasks need no network."""
+    """A complete evaluation. Empty `budgets` means the trained one; `data_root` and local tasks need no network."""
 
     tasks: Sequence[str] = ()
     task_dirs: Sequence[Path] = ()
@@ -46,11 +46,11 @@ class EvaluationRequest(EvaluationOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CausalitySettings:
-    """How the threshold rule is compared with top-k."""
+    """Options of the comparison of threshold routing with top-k routing."""
 
-    lengths: Sequence[int] = ()  # tokens per piece (default: a few up to the model's context)
-    budget: Budget | None = None  # share of tokens per routed step (default: as trained)
+    lengths: Sequence[int] = ()  # tokens per sequence (default: a few up to the model's context)
+    budget: Budget | None = None  # thinking budget (default: as trained)
     max_tokens: int = 20_000  # per domain and length
-    batch_size: int = 8  # pieces at a time
-    num_cases: int = 100  # changed futures per rule
-    seed: int = 1234  # of the changes
+    batch_size: int = 8  # sequences at a time
+    num_cases: int = 100  # sequences with replaced later tokens, per rule
+    seed: int = 1234  # of the replaced tokens

@@ -1,4 +1,4 @@
-"""Perplexity of an export on held-out text, by sliding windows. Tasks: `tasks.py`; budgets: `exported_model.py`.
+"""Perplexity of an export on held-out text, by sliding windows.
 
 Every token of a document is predicted once, from the prefix token and at least half a window of the text before it
 (as far as the document has that much).
@@ -36,11 +36,11 @@ class PerplexityResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """A piece of a document for one forward pass."""
+    """A range of a document for one forward pass, of which the last `num_scored` tokens are predicted."""
 
     document_idx: int
     tokens: list[int]
-    num_scored: int  # the last so many tokens of the window
+    num_scored: int
 
 
 def measure_perplexity(
@@ -53,14 +53,16 @@ def measure_perplexity(
     max_tokens: int | None = None,
     window: int | None = None,
 ) -> PerplexityResult:
-    """Measure `texts` at one thinking budget; `max_tokens` ends it early, `window` defaults to the model's length."""
+    """Measure at most `max_tokens` of `texts` at one thinking budget; `window` defaults to the model's context."""
     length = min(window or export.max_length, export.max_length)
-    documents, num_bytes = _encode(export, texts, max_tokens)
+    documents, num_bytes = encode_documents(export, texts, max_tokens)
     if not documents:
         raise EvaluationError(f"held-out text of domain {domain!r} is empty; perplexity needs at least two tokens")
     losses = [0.0] * len(documents)
     with thinking_at(export.model, budget) as model, torch.inference_mode():
-        for batch in _batches(sorted(sliding_windows(documents, length), key=lambda w: -len(w.tokens)), batch_size):
+        windows = sorted(sliding_windows(documents, length), key=lambda window: -len(window.tokens))
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
             for item, loss in zip(batch, _window_losses(model, batch), strict=True):
                 losses[item.document_idx] += loss
     counts = [len(document) - 1 for document in documents]
@@ -79,8 +81,10 @@ def measure_perplexity(
     )
 
 
-def _encode(export: ExportedModel, texts: Sequence[str], max_tokens: int | None) -> tuple[list[list[int]], int]:
-    """Token ids of every document behind the prefix token, and the bytes of the text that they cover."""
+def encode_documents(
+    export: ExportedModel, texts: Sequence[str], max_tokens: int | None
+) -> tuple[list[list[int]], int]:
+    """Token ids of every document after the prefix token, and the number of bytes of their text."""
     documents, num_bytes, left = [], 0, max_tokens if max_tokens is not None else math.inf
     for text in texts:
         if left <= 0:
@@ -98,30 +102,22 @@ def _encode(export: ExportedModel, texts: Sequence[str], max_tokens: int | None)
 
 
 def sliding_windows(documents: Sequence[list[int]], length: int) -> Iterator[Window]:
-    """Cut documents into windows of at most `length` tokens whose scored ends tile the document without overlap."""
+    """Cut documents into windows of at most `length` tokens; their scored ends cover each token once."""
     stride = max(1, length // 2)
     for document_idx, tokens in enumerate(documents):
         end = min(length, len(tokens))
         yield Window(document_idx=document_idx, tokens=tokens[:end], num_scored=end - 1)
         while end < len(tokens):
-            new_end = min(end + stride, len(tokens))
-            yield Window(
-                document_idx=document_idx, tokens=tokens[max(0, new_end - length) : new_end], num_scored=new_end - end
-            )
-            end = new_end
-
-
-def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[Sequence[Window]]:
-    for start in range(0, len(windows), batch_size):
-        yield windows[start : start + batch_size]
+            start, end = end, min(end + stride, len(tokens))
+            window = tokens[max(0, end - length) : end]
+            yield Window(document_idx=document_idx, tokens=window, num_scored=end - start)
 
 
 def _window_losses(model: torch.nn.Module, batch: Sequence[Window]) -> list[float]:
     """Summed loss in nats of the scored tokens of each window."""
-    longest = max(len(item.tokens) for item in batch)
-    device = next(model.parameters()).device
+    longest, device = max(len(item.tokens) for item in batch), next(model.parameters()).device
     tokens = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros(len(batch), longest, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
     for row, item in enumerate(batch):
         tokens[row, : len(item.tokens)] = torch.tensor(item.tokens)
         mask[row, : len(item.tokens)] = 1

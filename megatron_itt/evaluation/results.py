@@ -1,7 +1,7 @@
-"""Results of an evaluation: the JSON file, merging, and the Markdown table. Measuring is `harness.py`.
+"""Results files of an evaluation, and the paper's ten tasks and Table 1 (section 4.1) to compare with.
 
-`results.json` is {"model", "trained_budget", "versions", "runs": [...]}; each run is a results object of the harness
-(keys results, configs, versions, n-shot, ...) with two entries added, `thinking_budget` and `num_truncated_requests`.
+`results.json` is {"model", "trained_budget", "versions", "runs": [...]}; each run is a results object of lm-eval
+(keys results, configs, versions, n-shot, ...) with two more keys, `thinking_budget` and `num_truncated_requests`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,84 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.exported_model import format_budget
-from megatron_itt.evaluation.paper_tasks import PAPER_ROWS, PAPER_TASKS, PaperRow, paper_score
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaperTask:
+    """A column of Table 1: lm-eval task, number of few-shot examples and metric."""
+
+    column: str
+    task: str
+    num_fewshot: int
+    metric: str = "acc"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaperRow:
+    """A row of Table 1: a method at a size, its forward TFLOPs, ten scores (percent) and the printed average."""
+
+    method: str
+    size: str
+    tflops: float
+    scores: tuple[float, ...]
+    printed_average: float
+
+
+# Paper: names no metric and no shots for MMLU. Ours: plain accuracy everywhere (the printed HellaSwag and ARC-C are at
+# the level of `acc`, not of `acc_norm`), and 5 shots for MMLU, the usual setting. `acc_norm` is in the results as well.
+PAPER_TASKS = tuple(
+    PaperTask(column=column, task=task, num_fewshot=num_fewshot)
+    for column, task, num_fewshot in (
+        ("SciQ", "sciq", 0),
+        ("PIQA", "piqa", 0),
+        ("WG", "winogrande", 0),
+        ("ARC-E", "arc_easy", 0),
+        ("ARC-C", "arc_challenge", 25),
+        ("Hella.", "hellaswag", 10),
+        ("LogiQA", "logiqa", 0),
+        ("BoolQ", "boolq", 32),
+        ("Lam.", "lambada_openai", 0),
+        ("MMLU", "mmlu", 5),
+    )
+)
+
+
+def _row(method: str, size: str, numbers: str) -> PaperRow:
+    tflops, *scores, average = (float(number) for number in numbers.split())
+    assert len(scores) == len(PAPER_TASKS), f"{method} {size} has {len(scores)} scores"
+    return PaperRow(method=method, size=size, tflops=tflops, scores=tuple(scores), printed_average=average)
+
+
+# TFLOPs, the ten tasks in the order above, and the average as printed.
+PAPER_ROWS: tuple[PaperRow, ...] = (
+    _row("LLaMA2", "162M", "1.88 72.0 62.7 51.9 41.7 19.2 28.8 24.0 50.3 28.6 25.2 40.4"),
+    _row("Loop x3", "162M", "3.76 71.8 63.1 53.0 40.4 19.1 29.1 20.9 51.9 28.8 25.7 40.4"),
+    _row("Loop x4", "162M", "4.70 72.8 62.4 52.6 41.8 19.8 29.4 22.0 49.9 30.1 26.3 40.7"),
+    _row("ITT x2", "162M", "2.72 72.1 63.5 52.1 41.1 19.2 29.1 21.4 51.4 29.2 25.5 40.6"),
+    _row("ITT x3", "162M", "3.19 73.9 62.5 50.6 43.6 19.3 29.2 20.6 52.1 37.1 25.8 41.5"),
+    _row("ITT x4", "162M", "3.29 72.4 63.9 52.3 43.4 20.5 29.3 22.8 56.8 33.9 26.0 42.1"),
+    _row("LLaMA2", "230M", "2.87 72.8 65.0 49.3 44.0 19.9 29.1 20.6 60.2 31.7 25.5 41.8"),
+    _row("Loop x3", "230M", "3.59 71.1 64.3 51.5 41.7 20.3 30.2 22.6 61.2 33.5 26.4 42.3"),
+    _row("Loop x4", "230M", "3.95 74.1 65.1 52.0 41.7 20.1 30.2 18.6 61.0 32.5 26.7 42.2"),
+    _row("ITT x2", "230M", "3.19 72.7 64.6 52.2 43.3 20.5 29.7 22.0 59.7 32.6 25.9 42.3"),
+    _row("ITT x3", "230M", "3.37 74.3 65.7 52.8 44.9 20.8 30.8 23.1 62.5 34.2 26.3 43.5"),
+    _row("ITT x4", "230M", "3.41 75.1 66.2 53.5 45.0 21.1 31.2 22.4 62.7 34.8 26.6 43.9"),
+    _row("LLaMA2", "466M", "4.92 75.5 66.5 51.5 45.2 20.4 31.3 21.2 62.6 36.6 25.4 43.6"),
+    _row("Loop x3", "466M", "6.15 74.3 65.8 52.9 44.0 21.0 32.0 22.5 59.2 37.2 26.1 43.5"),
+    _row("Loop x4", "466M", "6.77 76.8 67.0 50.7 46.5 20.9 32.2 20.1 59.0 40.1 24.8 43.8"),
+    _row("ITT x2", "466M", "5.47 75.9 66.2 52.7 45.4 21.2 32.1 21.8 60.7 38.4 25.7 43.9"),
+    _row("ITT x3", "466M", "5.78 77.9 66.4 53.7 46.7 22.0 32.8 22.6 59.1 39.3 26.7 44.7"),
+    _row("ITT x4", "466M", "5.84 77.2 67.1 54.3 47.3 22.4 32.3 22.7 61.9 40.8 27.0 45.3"),
+)
 
 
 def read_results(path: Path | str) -> dict[str, Any]:
@@ -37,16 +106,16 @@ def read_results(path: Path | str) -> dict[str, Any]:
 
 
 def publish_folder(output: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a new folder, which takes the place of `output` when it is complete.
+    """Write a folder beside `output`, and replace `output` by it when it is complete.
 
-    After a failed write, a full disk for one, `output` is as it was and nothing else is left.
+    A failed write, such as on a full disk, leaves `output` unchanged and nothing else.
     """
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         write(partial)
-    except OSError:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if output.exists():
@@ -55,7 +124,7 @@ def publish_folder(output: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_results(results: dict[str, Any], folder: Path) -> None:
-    """Write `results.json`, `results.md` and one file in the harness' own format per thinking budget into `folder`."""
+    """Write `results.json`, `results.md` and one file in lm-eval's own format per thinking budget into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for run in results["runs"]:
@@ -64,30 +133,10 @@ def write_results(results: dict[str, Any], folder: Path) -> None:
     (folder / TABLE_FILE).write_text(markdown_report(results), encoding="utf-8")
 
 
-def merge_results(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join results of one model; tasks measured twice at one budget keep the later value."""
-    if not parts:
-        raise EvaluationError("no results to merge; give at least one results file")
-    models = sorted({str(part.get("model")) for part in parts})
-    if len(models) > 1:
-        raise EvaluationError(f"results of different models cannot be merged: {', '.join(models)}; merge per model")
-    runs: dict[str, dict[str, Any]] = {}
-    perplexity: dict[tuple[str, str], dict[str, Any]] = {}
-    for part in parts:
-        for run in part["runs"]:
-            known = runs.setdefault(format_budget(run["thinking_budget"]), {})
-            for key, value in run.items():
-                both_tables = isinstance(value, dict) and isinstance(known.get(key), dict)
-                known[key] = {**known[key], **value} if both_tables else value
-        for row in part.get("perplexity", []):
-            perplexity[(format_budget(row["budget"]), row["domain"])] = row
-    return {**parts[-1], "runs": list(runs.values()), "perplexity": list(perplexity.values())}
-
-
 def scores_of(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Flatten one harness result: a row {task, metric, value, stderr, num_fewshot, num_samples} per score.
+    """Return a row {task, metric, value, stderr, num_fewshot, num_samples} per score of one lm-eval result.
 
-    `stderr` is None where the harness gives none. A task of a group that is itself in the results is left out.
+    `stderr` is None where lm-eval gives none. Members of a group that is in the results are left out.
     """
     members = {name for subtasks in run.get("group_subtasks", {}).values() for name in subtasks}
     rows = []
@@ -113,7 +162,7 @@ def scores_of(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _num_fewshot(run: dict[str, Any], task: str) -> int | None:
-    """Examples in the prompt of a task; of a group, those of its first member."""
+    """Few-shot examples of a task; for a group, those of its first member."""
     while task not in run.get("n-shot", {}):
         members = run.get("group_subtasks", {}).get(task)
         if not members:
@@ -122,10 +171,8 @@ def _num_fewshot(run: dict[str, Any], task: str) -> int | None:
     return int(run["n-shot"][task])
 
 
-def format_score(value: float | None, stderr: float | None, metric: str) -> str:
-    """Write a score as "34.5 +/- 1.2": accuracies in percent, perplexities as they are, a missing one as "-"."""
-    if value is None:
-        return "-"
+def format_score(value: float, stderr: float | None, metric: str) -> str:
+    """Format a score as "34.5 +/- 1.2": accuracies in percent, perplexities as they are."""
     if not math.isfinite(value):
         return str(value)
     scale = 100.0 if metric.startswith(("acc", "exact_match")) else 1.0
@@ -135,37 +182,64 @@ def format_score(value: float | None, stderr: float | None, metric: str) -> str:
 
 
 def budget_label(budget: Sequence[float] | None, trained: Sequence[float] | None) -> str:
-    """Name a budget in a table; the one that the model was trained with is marked."""
+    """Format a budget for a table; the one of training is marked."""
     if budget is None:
         return "no thinking budget"
-    own = trained is not None and list(budget) == list(trained)
-    return format_budget(budget) + (" (as trained)" if own else "")
+    return format_budget(budget) + " (as trained)" * (trained is not None and list(budget) == list(trained))
 
 
 def markdown_report(results: dict[str, Any]) -> str:
-    """The whole `results.md`: scores per budget, perplexity, and the paper's Table 1 where its tasks were run."""
+    """Return `results.md`: scores per budget, perplexity, and the paper's Table 1 where its tasks were run."""
     parts = [f"# Evaluation of {results['model']}", ""]
     if results.get("limit"):
         parts += [f"Only the first {results['limit']} records of each task were used.", ""]
     if results["runs"]:
-        parts += _tell_truncation(results)
+        most = max(run.get("num_truncated_requests", 0) for run in results["runs"])
+        if most:
+            parts += [
+                f"{most:,} requests were longer than the model's context and lost their beginning (the first examples "
+                "of a few-shot prompt).",
+                "",
+            ]
         parts += ["## Tasks (mean +/- standard error; accuracies in percent)", "", *_score_table(results), ""]
     if results.get("perplexity"):
         parts += ["## Perplexity on held-out text", "", *_perplexity_table(results), ""]
-    if any(paper_score(PAPER_ROWS[0], row["task"]) is not None for run in results["runs"] for row in scores_of(run)):
-        parts += ["## Beside the paper (Table 1; accuracy in percent)", "", *_paper_table(results), ""]
+    paper_table = paper_comparison(results)
+    if paper_table:
+        header = ["model", *(f"{task.column} ({task.num_fewshot})" for task in PAPER_TASKS), "average"]
+        parts += ["## Beside the paper (Table 1; accuracy in percent)", "", *_table(header, paper_table), ""]
     return "\n".join(parts)
 
 
-def _tell_truncation(results: dict[str, Any]) -> list[str]:
-    most = max(run.get("num_truncated_requests", 0) for run in results["runs"])
-    if not most:
+def paper_comparison(results: dict[str, Any]) -> list[list[str]]:
+    """Return cells under the columns of Table 1 and their average, our rows first; [] if none of its tasks was run."""
+    rows = []
+    for run in results["runs"]:
+        found = {(row["task"], row["metric"]): row for row in scores_of(run)}
+        ours = [found.get((task.task, task.metric)) for task in PAPER_TASKS]
+        known = [row for row in ours if row is not None]
+        average = sum(100 * row["value"] for row in known) / len(PAPER_TASKS)
+        cells = [format_score(row["value"], row["stderr"], "acc") if row else "-" for row in ours]
+        label = f"this model, {budget_label(run['thinking_budget'], results.get('trained_budget'))}"
+        rows.append([label, *cells, f"{average:.1f}" if len(known) == len(PAPER_TASKS) else "-"])
+    if all(cell == "-" for row in rows for cell in row[1:]):
         return []
-    return [
-        f"{most:,} requests were longer than the model's context and lost their beginning (the first examples of a "
-        "few-shot prompt).",
-        "",
+    return rows + [
+        [f"paper, {row.method} {row.size}", *(f"{score:.1f}" for score in (*row.scores, row.printed_average))]
+        for row in PAPER_ROWS
     ]
+
+
+def score_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Return task, metric, few-shot examples and a score per budget, for every task and metric."""
+    columns = [{(row["task"], row["metric"]): row for row in scores_of(run)} for run in results["runs"]]
+    rows = []
+    for task, metric in dict.fromkeys(key for column in columns for key in column):
+        found = [column.get((task, metric)) for column in columns]
+        shots = next((row["num_fewshot"] for row in found if row), None)
+        cells = [format_score(row["value"], row["stderr"], metric) if row else "-" for row in found]
+        rows.append([task, metric, "-" if shots is None else str(shots), *cells])
+    return rows
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -174,17 +248,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _score_table(results: dict[str, Any]) -> list[str]:
-    """One row per task and metric, one column per budget."""
-    columns = [{(row["task"], row["metric"]): row for row in scores_of(run)} for run in results["runs"]]
-    keys = list(dict.fromkeys(key for column in columns for key in column))
     labels = [budget_label(run["thinking_budget"], results.get("trained_budget")) for run in results["runs"]]
-    rows = []
-    for task, metric in keys:
-        found = [column.get((task, metric)) for column in columns]
-        shots = next((row["num_fewshot"] for row in found if row), None)
-        cells = [format_score(row["value"], row["stderr"], metric) if row else "-" for row in found]
-        rows.append([task, metric, "-" if shots is None else str(shots), *cells])
-    return _table(["task", "metric", "shots", *labels], rows)
+    return _table(["task", "metric", "shots", *labels], score_rows(results))
 
 
 def _perplexity_table(results: dict[str, Any]) -> list[str]:
@@ -200,39 +265,3 @@ def _perplexity_table(results: dict[str, Any]) -> list[str]:
         for row in results["perplexity"]
     ]
     return _table(["budget", "domain", "loss (nats/token)", "perplexity", "bits/byte", "tokens"], rows)
-
-
-def paper_comparison(results: dict[str, Any]) -> list[tuple[str, list[float | None], list[float | None]]]:
-    """Our rows of Table 1: (label, score in percent per column, its standard error per column), None where not run."""
-    rows = []
-    for run in results["runs"]:
-        found = {(row["task"], row["metric"]): row for row in scores_of(run)}
-        ours = [found.get((task.task, task.metric)) for task in PAPER_TASKS]
-        values = [100 * row["value"] if row else None for row in ours]
-        errors = [100 * row["stderr"] if row and row["stderr"] is not None else None for row in ours]
-        label = f"this model, {budget_label(run['thinking_budget'], results.get('trained_budget'))}"
-        rows.append((label, values, errors))
-    return rows
-
-
-def _paper_table(results: dict[str, Any]) -> list[str]:
-    header = ["model", *(f"{task.column} ({task.num_fewshot})" for task in PAPER_TASKS), "average"]
-    rows = []
-    for label, values, errors in paper_comparison(results):
-        cells = [_cell(value, error) for value, error in zip(values, errors, strict=True)]
-        known = [value for value in values if value is not None]
-        average = f"{sum(known) / len(known):.1f}" if len(known) == len(PAPER_TASKS) else "-"
-        rows.append([label, *cells, average])
-    rows += [_paper_cells(row) for row in PAPER_ROWS]
-    return _table(header, rows)
-
-
-def _cell(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if error is None else f"{value:.1f} +/- {error:.1f}"
-
-
-def _paper_cells(row: PaperRow) -> list[str]:
-    scores = [f"{score:.1f}" for score in row.scores]
-    return [f"paper, {row.method} {row.size}", *scores, f"{row.printed_average:.1f}"]

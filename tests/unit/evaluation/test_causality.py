@@ -104,7 +104,7 @@ def test_the_command_writes_json_and_markdown(
     assert content["budget"] == list(TRAINED_BUDGET)
     assert content["comparisons"][0]["domain"] == "code"
     assert content["future_tokens"][1]["num_tokens_moved"] == 0
-    assert "earlier tokens none moved" in (output / "causality.md").read_text()
+    assert "earlier tokens none changed" in (output / "causality.md").read_text()
     assert "| code | 32 |" in capsys.readouterr().out
     with pytest.raises(EvaluationError, match="--overwrite"):
         run(["analyse", "causality", *arguments])

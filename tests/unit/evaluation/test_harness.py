@@ -17,8 +17,8 @@ import yaml
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.exported_model import ExportedModel
 from megatron_itt.evaluation.harness import EvaluationRequest, evaluate_export, offline_hub, task_names_in
+from megatron_itt.evaluation.heldout import HELDOUT_TASKS, HeldoutSettings, write_heldout_tasks
 from megatron_itt.evaluation.results import read_results, scores_of
-from megatron_itt.evaluation.tasks import HELDOUT_TASKS, HeldoutSettings, write_heldout_tasks
 
 SETTINGS = HeldoutSettings(
     num_last_word=24, num_continuation=12, num_context_characters=160, num_continuation_characters=24

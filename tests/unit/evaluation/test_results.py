@@ -1,4 +1,4 @@
-"""Results files and tables."""
+"""Results files and tables, and the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.results import (
+    PAPER_ROWS,
+    PAPER_TASKS,
+    PaperRow,
     format_score,
     markdown_report,
-    merge_results,
     paper_comparison,
     read_results,
     scores_of,
@@ -64,11 +66,11 @@ def test_the_paper_is_left_out_where_none_of_its_tasks_was_run() -> None:
     assert "paper" not in markdown_report(_results(_run(None, heldout_last_word=(0.1, 0.01))))
 
 
-def test_our_row_stands_under_the_papers_columns() -> None:
-    ((label, values, errors),) = paper_comparison(_results(_run([0.5], mmlu=(0.25, 0.004), piqa=(0.6, "N/A"))))
-    assert label == "this model, 0.5 (as trained)"
-    assert values == [None, 60.0, *[None] * 7, 25.0]
-    assert errors == [None, None, *[None] * 7, pytest.approx(0.4)]
+def test_our_scores_are_in_the_columns_of_the_paper() -> None:
+    row = paper_comparison(_results(_run([0.5], mmlu=(0.25, 0.004), piqa=(0.6, "N/A"))))[0]
+    assert row == ["this model, 0.5 (as trained)", "-", "60.0", *["-"] * 7, "25.0 +/- 0.4", "-"]
+    whole = _run(None, **{task.task: (0.25 + 0.01 * n, 0.004) for n, task in enumerate(PAPER_TASKS)})
+    assert paper_comparison(_results(whole))[0][-1] == "29.5"
 
 
 def test_members_of_a_group_are_left_out_of_the_table() -> None:
@@ -93,24 +95,10 @@ def test_cut_prompts_are_told() -> None:
         (12.345, 0.5, "perplexity", "12.35 +/- 0.50"),
         (14_172_217.0, 2e6, "perplexity", "1.4e+07 +/- 2e+06"),
         (float("inf"), 1.0, "perplexity", "inf"),
-        (None, None, "acc", "-"),
     ],
 )
-def test_scores_are_written_in_their_unit(value: float | None, stderr: float | None, metric: str, text: str) -> None:
+def test_scores_are_written_in_their_unit(value: float, stderr: float | None, metric: str, text: str) -> None:
     assert format_score(value, stderr, metric) == text
-
-
-def test_merging_joins_tasks_and_budgets_and_keeps_the_later_value() -> None:
-    first = _results(_run([0.5], sciq=(0.1, 0.01), piqa=(0.6, 0.01)))
-    second = _results(_run([0.5], sciq=(0.2, 0.01)), _run([1.0], sciq=(0.3, 0.01)))
-    merged = merge_results([first, second])
-    values = [{row["task"]: row["value"] for row in scores_of(run)} for run in merged["runs"]]
-    assert values == [{"sciq": 0.2, "piqa": 0.6}, {"sciq": 0.3}]
-
-
-def test_results_of_two_models_are_not_merged() -> None:
-    with pytest.raises(EvaluationError, match="different models"):
-        merge_results([_results(model="a"), _results(model="b")])
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "no list `runs`")])
@@ -123,3 +111,22 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path: Path, content: str, m
 def test_missing_results_are_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"nothing\.json do not exist"):
         read_results(tmp_path / "nothing.json")
+
+
+MISPRINTED = {("ITT x2", "162M"): 40.46, ("ITT x2", "466M"): 44.01}
+
+
+def test_the_paper_has_ten_tasks_and_eighteen_rows() -> None:
+    assert len({task.task for task in PAPER_TASKS}) == 10
+    assert len({(row.method, row.size) for row in PAPER_ROWS}) == 18
+    shots = {task.task: task.num_fewshot for task in PAPER_TASKS}
+    assert [shots[name] for name in ("sciq", "hellaswag", "arc_challenge", "boolq")] == [0, 10, 25, 32]
+
+
+@pytest.mark.parametrize("row", PAPER_ROWS, ids=lambda row: f"{row.method}-{row.size}")
+def test_scores_of_the_paper_average_to_the_printed_value(row: PaperRow) -> None:
+    average = sum(row.scores) / len(row.scores)
+    if (row.method, row.size) in MISPRINTED:
+        assert average == pytest.approx(MISPRINTED[row.method, row.size], abs=1e-9)
+    else:
+        assert average == pytest.approx(row.printed_average, abs=0.06)  # printed with one digit

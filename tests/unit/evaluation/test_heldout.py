@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_itt.errors import EvaluationError
-from megatron_itt.evaluation.tasks import (
+from megatron_itt.evaluation.heldout import (
     HELDOUT_TASKS,
     HeldoutSettings,
     make_continuation_records,
