@@ -26,6 +26,7 @@ REQUIRED = [
     "safetensors>=0.5",
     "zstandard>=0.25",
     "orjson>=3.11",
+    "filelock>=4.1,<5",  # checks that a locked file still has its name, and can be kept from its fallback without flock
     "psutil>=5.9",  # megatron-core needs it to save a checkpoint and does not declare it
     "tqdm>=4.66",
     "tyro>=1.0.17,<1.1",  # commands/arguments.py uses its hook for parse errors, which is not public yet

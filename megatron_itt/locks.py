@@ -1,34 +1,91 @@
-"""Locks on shared disks: files locked with `flock`, and claim files that name an owner.
+"""Locks on shared disks: locked files, and claim files that name an owner.
 
-`flock` reaches other nodes on NFS (Linux) and on Lustre mounted with `-o flock`, and ends with its process. A claim
-file outlives its process, so that a dead owner can be named and asked about. It changes only while its guard, the
-locked file `.NAME.lock` beside it, is held: comparing and changing are one step. slurm/run_folder.sh follows the same
-rules in bash.
+A lock (`flock`, through filelock) reaches other nodes on NFS and on Lustre mounted with `-o flock`, and ends with its
+process. A claim file outlives its process, so that its owner can be named and asked about; it changes only while the
+lock `.NAME.lock` beside it is held. slurm/run_folder.sh follows the same rules in bash.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import time
+import socket
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
-GUARD_TIMEOUT_S = 20.0  # a guard is held for milliseconds, unless its holder is stopped
+from filelock import FileLock, Timeout
+
+from megatron_itt.files import atomic_write
+
+LOCK_TIMEOUT_S = 20.0  # the lock of a claim is held for milliseconds, unless its holder is stopped
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the errors of a file system without locks
 _POLL_S = 0.02
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks answers
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
-    """What a claim file holds, and when it was last written or touched [ns]."""
+@contextmanager
+def locked(path: Path, *, timeout_s: float = 0.0) -> Iterator[None]:
+    """Lock `path` against other processes and threads; the file names its holder and is removed at the end.
 
-    text: str
-    touched_ns: int
+    Raises filelock.Timeout while another holds it; OSError on a file system without locks.
+    """
+    lock = FileLock(path, timeout=timeout_s, poll_interval=_POLL_S, fallback_to_soft=False)
+    while True:
+        try:
+            lock.acquire()
+            break
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # NFS: its last holder has just removed it
+                if error.errno in NO_LOCKS:
+                    path.unlink(missing_ok=True)
+                raise
+    content = f"{this_process()}\n{uuid.uuid4().hex}\n"
+    try:
+        path.write_text(content, encoding="utf-8")
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            if path.read_text(encoding="utf-8") == content:  # else the lock was lost, and the file is another's
+                path.unlink()  # before it is unlocked: a process that waits for it notices, and locks a new file
+        lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process or thread holds the lock `path`."""
+    try:
+        with locked(path):
+            return False
+    except Timeout:
+        return True
+
+
+def read_owner(path: Path) -> str | None:
+    """The owner that a claim or a lock names; None if there is none, empty just before it is written."""
+    try:
+        return path.read_text(encoding="utf-8").partition("\n")[0].strip()
+    except FileNotFoundError:
+        return None
+
+
+def this_process() -> str:
+    """This process as an owner."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def is_process_alive(owner: str) -> bool:
+    """Whether `process PID on HOST` may still run; a process on another host counts as alive, other text does not."""
+    words = owner.split()
+    if len(words) != 4 or words[0] != "process" or not words[1].isdigit():
+        return False
+    try:
+        if words[3] == socket.gethostname():
+            os.kill(int(words[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 class ClaimFile:
@@ -37,106 +94,55 @@ class ClaimFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> Claim | None:
-        """The claim, None if there is none. Its text is empty just before its owner has written it."""
-        try:
-            text = self.path.read_text(encoding="utf-8")
-            return Claim(text=text.strip(), touched_ns=self.path.stat().st_mtime_ns)
-        except FileNotFoundError:
-            return None
+    def read(self) -> str | None:
+        """The owner, None if there is none."""
+        return read_owner(self.path)
 
-    def create(self, text: str) -> bool:
+    def create(self, owner: str) -> bool:
         """Claim what nobody owns; False if somebody does."""
-        with self._guard(needs_locks=False):
+        with self._lock(required=False):
             try:
                 with self.path.open("x", encoding="utf-8") as file:
-                    file.write(f"{text}\n")
+                    file.write(f"{owner}\n")
             except FileExistsError:
                 return False
         return True
 
-    def replace(self, seen: Claim, text: str) -> bool:
-        """Take over from a dead owner; False if the claim is no longer the one that was `seen`.
+    def replace(self, dead: str, owner: str) -> bool:
+        """Take over from the owner `dead`; False if the claim is another's by now.
 
         Raises OSError on a file system without locks, where two processes could both take over.
         """
-        with self._guard(needs_locks=True):
-            if self.read() != seen:
+        with self._lock(required=True):
+            if self.read() != dead:
                 return False
-            staging = self.path.with_name(f".{self.path.name}.tmp")
-            staging.write_text(f"{text}\n", encoding="utf-8")
-            staging.replace(self.path)
+            atomic_write(self.path, f"{owner}\n")
         return True
 
-    def touch(self, text: str) -> bool:
-        """Show that the owner is alive; False if the claim is another's by now."""
-        with self.kept(text) as is_ours:
-            if is_ours:
-                os.utime(self.path)
-        return is_ours
-
-    def remove(self, text: str) -> bool:
-        """Give a claim back; False, and nothing is changed, if it is another's by now."""
-        with self.kept(text) as is_ours:
+    def remove(self, owner: str) -> bool:
+        """Release the claim; False, and nothing is changed, if it is another's by now."""
+        with self.kept(owner) as is_ours:
             if is_ours:
                 self.path.unlink()
         return is_ours
 
     @contextmanager
-    def kept(self, text: str) -> Iterator[bool]:
-        """Whether the claim has this text; it does not change within the block."""
-        with self._guard(needs_locks=False):
-            claim = self.read()
-            yield claim is not None and claim.text == text
+    def kept(self, owner: str) -> Iterator[bool]:
+        """Whether the claim is `owner`'s; it does not change within the block."""
+        with self._lock(required=False):
+            yield self.read() == owner
 
     @contextmanager
-    def _guard(self, *, needs_locks: bool) -> Iterator[None]:
+    def _lock(self, *, required: bool) -> Iterator[None]:
         path = self.path.with_name(f".{self.path.name}.lock")
-        deadline = time.monotonic() + GUARD_TIMEOUT_S
-        stream = None
-        try:
-            while (stream := open_locked(path, fcntl.LOCK_EX)) is None:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(errno.ETIMEDOUT, f"held by another process for {GUARD_TIMEOUT_S:.0f} s", path)
-                time.sleep(_POLL_S)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            path.unlink(missing_ok=True)
-            if needs_locks:
-                raise
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(path, timeout_s=LOCK_TIMEOUT_S))
+            except Timeout:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"held by another process for {LOCK_TIMEOUT_S:.0f} s", path
+                ) from None
+            except OSError as error:
+                if required or error.errno not in NO_LOCKS:
+                    raise
             yield
-        finally:
-            if stream is not None:
-                path.unlink(missing_ok=True)  # before it is unlocked: who waits for it sees that it has no name
-                stream.close()
-
-
-def open_locked(path: Path, kind: int) -> IO[str] | None:
-    """Open and lock a file, `kind` LOCK_EX or LOCK_SH; None while another process holds it otherwise.
-
-    The file may be removed by who holds it exclusively. Raises OSError on a file system without locks.
-    """
-    while True:
-        stream = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(stream, kind | fcntl.LOCK_NB)
-            if is_named(stream, path):
-                return stream
-        except BlockingIOError:
-            stream.close()
-            return None
-        except OSError as error:
-            if error.errno != errno.ESTALE:  # NFS: removed by its last holder
-                stream.close()
-                raise
-        stream.close()
-
-
-def is_named(stream: IO[str], path: Path) -> bool:
-    """Whether `path` still names this open file."""
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_itt.errors import DataError
+from megatron_itt.files import atomic_write
 
 FORMAT = 1
 
@@ -50,13 +51,7 @@ def write_measurement(measurement: Measurement, path: Path, *, overwrite: bool =
         "values": measurement.values,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError:  # a full disk, for one: leave nothing behind
-        partial.unlink(missing_ok=True)
-        raise
+    atomic_write(path, json.dumps(_finite(content), indent=1) + "\n")
 
 
 def read_measurement(path: Path) -> Measurement:

@@ -33,6 +33,7 @@ from megatron_itt.analysis.summary import list_versions, make_tiles, tell_summar
 from megatron_itt.errors import DataError, IttError
 from megatron_itt.evaluation.exported_model import ExportedModel, format_budget, load_export
 from megatron_itt.evaluation.results import PAPER_TASKS, format_score, paper_comparison, read_results, scores_of
+from megatron_itt.files import atomic_write
 
 TEMPLATE_DIR = Path(__file__).parent / "templates"
 _MAX_BUDGETS = 5
@@ -67,13 +68,7 @@ def write_report(
         raise DataError(f"report {output_html} exists; choose another file or give --overwrite")
     data = measure(run_dir, export_dir=export_dir, evaluation_json=evaluation_json, text=text)
     output_html.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_html.with_name(output_html.name + ".partial")
-    try:
-        partial.write_text(render_report(data), encoding="utf-8")
-        partial.replace(output_html)
-    except OSError:  # a full disk, for one: leave nothing behind
-        partial.unlink(missing_ok=True)
-        raise
+    atomic_write(output_html, render_report(data))
     return data
 
 

@@ -20,6 +20,7 @@ from megatron_itt.analysis.measurement import mean_and_error
 from megatron_itt.analysis.run_charts import show_budget
 from megatron_itt.analysis.study_claims import BEYOND_THE_SCALE, CLAIMS, Claim, Judgement, judge
 from megatron_itt.errors import DataError
+from megatron_itt.files import atomic_write
 from megatron_itt.launch.refusals import finished_step
 from megatron_itt.training.run_folder import DIVERGED_FILE
 
@@ -97,9 +98,7 @@ def write_study(study: Mapping[str, Any], output: Path) -> None:
     """Write OUTPUT.json and OUTPUT.md."""
     output.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps(study, indent=1) + "\n"), (".md", study_markdown(study))):
-        partial = output.with_name(output.name + suffix + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output.with_name(output.name + suffix))
+        atomic_write(output.with_name(output.name + suffix), text)
 
 
 def study_markdown(study: Mapping[str, Any]) -> str:

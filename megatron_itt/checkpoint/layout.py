@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 
 from megatron_itt.errors import CheckpointError
-from megatron_itt.published import flush
+from megatron_itt.files import atomic_write, flush
 
 STATE_FILE = "run_state.json"
 LATEST_FILE = "latest"
@@ -98,10 +98,7 @@ def publish(staging: Path, step: int) -> Path:
 def point_latest_at(checkpoint: Path) -> None:
     """Write the `latest` marker in one step."""
     root = checkpoint.parent
-    marker = root / f".{LATEST_FILE}"
-    marker.write_text(checkpoint.name + "\n", encoding="utf-8")
-    flush(marker)
-    marker.replace(root / LATEST_FILE)
+    atomic_write(root / LATEST_FILE, checkpoint.name + "\n", durable=True)
     flush(root)
 
 

@@ -31,8 +31,8 @@ from megatron_itt.checkpoint.state import RunState, write_run_state
 from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.config.environment import end_with_parent
 from megatron_itt.errors import CheckpointError, StorageError
+from megatron_itt.files import flush
 from megatron_itt.log import get_logger
-from megatron_itt.published import flush
 
 _FULL_BYTES = 1 << 20  # a write that failed with less than this left failed for want of room
 _PARTIAL_HASHES = ".hashes_{rank}.json"

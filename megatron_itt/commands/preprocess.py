@@ -18,7 +18,7 @@ from typing import Annotated
 from tyro.conf import Suppress, arg
 
 from megatron_itt.commands.arguments import Flag
-from megatron_itt.data.shares import parse_share
+from megatron_itt.data.text.parts import parse_part
 from megatron_itt.data.text.preprocess import Outcome, PreprocessOptions, preprocess, preprocess_part
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import configure_logging
@@ -48,7 +48,7 @@ class Preprocess(PreprocessOptions):
         if self.part is None:
             print(describe(self.output_prefix, preprocess(options, merge_only=self.merge)))
             return 0
-        part = preprocess_part(options, parse_share(self.part))
+        part = preprocess_part(options, parse_part(self.part))
         print(f"{self.output_prefix}: part {self.part} is made, {part.num_shards} shards")
         if part.merged is not None:
             print(describe(self.output_prefix, part.merged))

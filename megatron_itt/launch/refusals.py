@@ -12,9 +12,9 @@ from pathlib import Path
 from megatron_itt.checkpoint.layout import resolve_checkpoint
 from megatron_itt.config import RunConfig
 from megatron_itt.errors import ConfigError, IttError
-from megatron_itt.launch.owners import LOCK_FILE, describe_use, is_alive
+from megatron_itt.launch.run_lock import LOCK_FILE, describe_use, is_alive
 from megatron_itt.launch.snapshot import check_snapshot
-from megatron_itt.locks import ClaimFile
+from megatron_itt.locks import read_owner
 from megatron_itt.log import get_logger
 
 FINISHED_FILE = "finished"
@@ -26,9 +26,9 @@ def find_folder_refusals(config: RunConfig, *, allow_changed: Iterable[str] = ()
 
     def check_owner() -> None:
         run_dir = Path(config.logging.run_dir)
-        claim = ClaimFile(run_dir / LOCK_FILE).read()
-        if claim is not None and is_alive(claim.text):
-            raise ConfigError(describe_use(run_dir, claim.text))
+        owner = read_owner(run_dir / LOCK_FILE)
+        if owner is not None and is_alive(owner):
+            raise ConfigError(describe_use(run_dir, owner))
 
     return _messages(lambda: check_snapshot(config, allow_changed=allow_changed), check_owner)
 

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_itt.config import RunConfig, dump_config, load_config
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError
-from megatron_itt.published import find_fault, write_atomically, write_contents
+from megatron_itt.files import atomic_write, find_fault, write_contents
 
 CODE_FOLDER = "code"
 RECIPE_FILE = "recipe.yaml"
@@ -94,7 +94,7 @@ def use_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> Pat
     previous.unlink(missing_ok=True)
     if changes:
         shutil.copyfile(recipe, previous)
-        write_atomically(recipe, config_to_yaml(config))
+        atomic_write(recipe, config_to_yaml(config))
     return snapshot
 
 

@@ -14,10 +14,10 @@ from megatron_itt import __version__
 from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError
+from megatron_itt.files import atomic_write
 from megatron_itt.launch.refusals import FINISHED_FILE, finished_step
+from megatron_itt.launch.run_lock import claimed
 from megatron_itt.launch.snapshot import source_commit
-from megatron_itt.published import write_atomically
-from megatron_itt.training.run_lock import claimed
 
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -69,7 +69,7 @@ def _describe_start(run_dir: Path) -> None:
 def _record_environment(run_dir: Path) -> None:
     """Write the versions of this start, and add them to those of all starts."""
     facts = describe_environment()
-    write_atomically(run_dir / ENVIRONMENT_FILE, json.dumps(facts, indent=2) + "\n")
+    atomic_write(run_dir / ENVIRONMENT_FILE, json.dumps(facts, indent=2) + "\n")
     start = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), **facts}
     with (run_dir / ENVIRONMENT_HISTORY_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")
@@ -90,7 +90,7 @@ def describe_environment() -> dict[str, str | None]:
 
 def mark_finished(run_dir: Path, step: int) -> None:
     """Write the marker that says so."""
-    write_atomically(run_dir / FINISHED_FILE, f"{step}\n")
+    atomic_write(run_dir / FINISHED_FILE, f"{step}\n")
 
 
 def begin_training(config: RunConfig, run_dir: Path) -> None:
@@ -98,10 +98,10 @@ def begin_training(config: RunConfig, run_dir: Path) -> None:
 
     Once nothing can refuse the start any more, so that a refused recipe never stands beside another one's results.
     """
-    write_atomically(run_dir / RECIPE_FILE, config_to_yaml(config))
+    atomic_write(run_dir / RECIPE_FILE, config_to_yaml(config))
     (run_dir / FINISHED_FILE).unlink(missing_ok=True)
 
 
 def mark_diverged(run_dir: Path, reason: str) -> None:
     """Write the marker that keeps launchers from starting the run again by themselves."""
-    write_atomically(run_dir / DIVERGED_FILE, f"{reason}\n")
+    atomic_write(run_dir / DIVERGED_FILE, f"{reason}\n")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from megatron_itt.config import RunConfig, dump_config
 from megatron_itt.config.run import WandbConfig
 from megatron_itt.errors import ConfigError
+from megatron_itt.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID_FILE = "wandb_id"
@@ -98,9 +99,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
             continue  # cut off by a kill
         if step < resume_step or (step == resume_step and resume_step > 0):
             kept.append(line + "\n")
-    staging = path.with_suffix(".tmp")
-    staging.write_text("".join(kept), encoding="utf-8")
-    staging.replace(path)
+    atomic_write(path, "".join(kept))
 
 
 class _TensorBoardSink:

@@ -17,10 +17,10 @@ import torch
 from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.commands.train import main
 from megatron_itt.data.batches.loader import TrainLoader
+from megatron_itt.launch.run_lock import claimed
 from megatron_itt.log import run_command
 from megatron_itt.training import validation
 from megatron_itt.training.checkpointing import Checkpointer
-from megatron_itt.training.run_lock import claimed
 from tests.helpers.launch import free_port, start_rank
 
 NUM_MICROBATCHES = 2

@@ -33,7 +33,7 @@ echo holds
 PYTHON = """
 import os, pathlib, sys, time
 from megatron_itt.errors import ConfigError
-from megatron_itt.training import run_lock
+from megatron_itt.launch import run_lock
 run_dir, place, count = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
 def meet(what):
     (place / f"{what}-{os.getpid()}").touch()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.published import find_fault
+from megatron_itt.files import find_fault
 from tests.architecture.sources import ROOT
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import TWO_BY_TWO, submit

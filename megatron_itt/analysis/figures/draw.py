@@ -26,6 +26,7 @@ from megatron_itt.analysis.measurement import (
     Measurement,
 )
 from megatron_itt.errors import DataError
+from megatron_itt.files import replacing
 
 DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
     ROUTING: draw_routing,
@@ -53,18 +54,13 @@ def draw_measurement(measurement: Measurement, path: Path, *, overwrite: bool = 
     if draw is None:
         raise DataError(f"a measurement of kind {measurement.kind!r} cannot be drawn; known: {', '.join(DRAW)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with matplotlib.rc_context(RC):
-            try:
-                figure = draw(measurement.values)
-            except (KeyError, IndexError, TypeError) as error:
-                raise DataError(
-                    f"the {measurement.kind} measurement lacks a value ({type(error).__name__}: {error}); measure again"
-                ) from error
-            add_notes(figure, measurement.notes)
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(partial, format=path.suffix[1:], metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as temporary, matplotlib.rc_context(RC):
+        try:
+            figure = draw(measurement.values)
+        except (KeyError, IndexError, TypeError) as error:
+            raise DataError(
+                f"the {measurement.kind} measurement lacks a value ({type(error).__name__}: {error}); measure again"
+            ) from error
+        add_notes(figure, measurement.notes)
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(temporary, format=path.suffix[1:], metadata=metadata)

@@ -26,6 +26,7 @@ from megatron_itt.data.text.frames import (
 )
 from megatron_itt.data.text.sources import GZIP, HUB, HUB_PREFIX, JSONL, PARQUET, ZSTD, Segment
 from megatron_itt.errors import DataError
+from megatron_itt.files import file_digest
 
 MAX_LINE_BYTES = 1 << 30
 _BUFFER_BYTES = 1 << 20
@@ -190,7 +191,7 @@ class DocumentReader:
                     raise self._damaged(f"it gives {self.lines} of {file.metadata.num_rows} rows")
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._damaged(str(error).splitlines()[0] if str(error) else "unreadable") from error
-        self.sha256 = file_sha256(path)
+        self.sha256 = file_digest(path)
 
     def _parquet_text(self, names: Sequence[str], values: Sequence[Any]) -> str | Rejection:
         try:
@@ -241,15 +242,6 @@ class DocumentReader:
     def _damaged(self, reason: str) -> DataError:
         kind = self.segment.kind
         return DataError(f"{self.segment.path} is a truncated or corrupt {kind} file ({reason}); download it again")
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a whole file."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while chunk := stream.read(_BUFFER_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _begins_line(segment: Segment) -> bool:

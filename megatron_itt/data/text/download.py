@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_itt.data.text.http_file import Patience, StoppedError, download, file_sha256, read_text, remote_size
+from megatron_itt.data.text.http_file import Patience, StoppedError, download, read_text, remote_size
 from megatron_itt.data.text.url_list import (
     DOMAINS,
     PUBLISHED_URLS,
@@ -29,6 +29,7 @@ from megatron_itt.data.text.url_list import (
     sample_by_tokens,
 )
 from megatron_itt.errors import DataError
+from megatron_itt.files import file_digest
 from megatron_itt.log import get_logger
 
 SPARE_BYTES = 1 << 30  # left free on the disk
@@ -238,7 +239,7 @@ def _is_here(file: RemoteFile, options: DownloadOptions) -> bool:
     if file.size is not None and size != file.size:
         get_logger().warning("%s has %s bytes instead of %s; fetching it again", path, f"{size:,}", f"{file.size:,}")
         return False
-    if options.verify and file.sha256 is not None and file_sha256(path) != file.sha256:
+    if options.verify and file.sha256 is not None and file_digest(path) != file.sha256:
         get_logger().warning("%s has another SHA-256 than its list says; fetching it again", path)
         return False
     return True

@@ -12,6 +12,7 @@ from megatron_itt.config import RunConfig
 from megatron_itt.data.batches.blend import Domain, resolve_blend
 from megatron_itt.data.indexed import read_index
 from megatron_itt.data.text.tokenizer import Tokenizer, recipe_tokenizer
+from megatron_itt.files import atomic_write
 
 
 def write_heldout_text(config: RunConfig, output_dir: Path) -> dict[str, Path]:
@@ -25,9 +26,7 @@ def write_heldout_text(config: RunConfig, output_dir: Path) -> dict[str, Path]:
     for domain in resolve_blend(config).domains:
         path = output_dir / f"{domain.name}.jsonl.zst"
         rows = b"".join(orjson.dumps({"text": text}) + b"\n" for text in _texts(domain, tokenizer))
-        staging = path.with_suffix(".tmp")
-        staging.write_bytes(zstandard.ZstdCompressor().compress(rows))
-        staging.replace(path)
+        atomic_write(path, zstandard.ZstdCompressor().compress(rows))
         files[domain.name] = path
     return files
 

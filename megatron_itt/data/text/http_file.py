@@ -5,7 +5,6 @@ Bytes go to `NAME.part`; `NAME.part.json` remembers which version of the remote 
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import random
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_itt.errors import DataError
+from megatron_itt.files import file_digest
 
 _CHUNK = 1 << 20
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses worth another try
@@ -107,7 +107,7 @@ def download(
     while True:
         try:
             _fetch_rest(url, part, patience.timeout_s, on_bytes, stop)
-            if sha256 is not None and file_sha256(part.path) != sha256:
+            if sha256 is not None and file_digest(part.path) != sha256:
                 mismatches += 1
                 on_bytes(-part.size())
                 part.discard()
@@ -165,15 +165,6 @@ def read_text(url: str, *, patience: Patience | None = None) -> str:
             if failures >= patience.attempts:
                 raise DataError(f"{url} failed {failures} times in a row, at last: {error}") from error
             _wait(error, failures, patience, threading.Event())
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _fetch_rest(

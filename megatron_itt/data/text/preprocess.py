@@ -7,8 +7,8 @@ tokenizer and the options, never on the number of workers, on parts made elsewhe
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,21 +16,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_itt.data.shares import (
-    FolderLock,
-    Share,
-    check_plan,
-    claim,
-    enter_as_done,
-    plan_content,
-    remove_folder,
-    remove_leftover,
-    shares_of_missing,
-    working_on,
-)
 from megatron_itt.data.text.engine import Engine, choose_engine
 from megatron_itt.data.text.manifest import Manifest
 from megatron_itt.data.text.merge import Shard
+from megatron_itt.data.text.parts import (
+    JOIN_TIMEOUT_S,
+    Part,
+    check_plan,
+    claim,
+    enter_as_done,
+    locked_folder,
+    locked_part,
+    parts_at_work,
+    parts_of_missing,
+    plan_content,
+    remove_finished,
+    remove_folder,
+)
 from megatron_itt.data.text.publish import Publication, existing_output, publish
 from megatron_itt.data.text.shards import (
     EncodingOptions,
@@ -85,7 +87,7 @@ class PartOutcome:
     """A part is made. `waiting_for`: the parts that are not; when there is none, `merged` is the whole."""
 
     num_shards: int
-    waiting_for: tuple[Share, ...] = ()
+    waiting_for: tuple[Part, ...] = ()
     merged: Outcome | None = None
 
 
@@ -101,22 +103,21 @@ def preprocess(options: PreprocessOptions, *, merge_only: bool = False) -> Outco
         existing = job.existing()
         if existing is None:
             return _preprocess_new(job, workers, merge_only=merge_only)
-        remove_leftover(job.folder)
+        remove_finished(job.folder)
         return existing
 
 
 def _preprocess_new(job: _Job, workers: Workers, *, merge_only: bool) -> Outcome:
-    with _lock_of(job.folder) as lock:
-        lock.take(shared=False)
+    with locked_folder(job.folder, alone=True):
         if merge_only:
             check_plan(job.folder, job.plan)
             return _publish(job, _finished_shards(job, workers))
-        claim(job.folder, job.plan, alone=True, resume=job.options.resume, strict=False)
+        claim(job.folder, job.plan, resume=job.options.resume, strict=False)
         _check_tokenizer(job.tokenizer)
         return _publish(job, _make_shards(job, job.tasks, workers))
 
 
-def preprocess_part(options: PreprocessOptions, share: Share) -> PartOutcome:
+def preprocess_part(options: PreprocessOptions, part: Part) -> PartOutcome:
     """Make one part of the shards; the process that finishes last also merges, so that `preprocess` is not needed.
 
     Any number of processes, on machines that see the same folders, may do this at the same time with the same options.
@@ -127,31 +128,30 @@ def preprocess_part(options: PreprocessOptions, share: Share) -> PartOutcome:
             "--no-resume would delete what other parts have made; delete the .partial folder instead, then start all"
         )
     with _start(options) as workers:
-        job = _plan_job(options, share)
+        job = _plan_job(options, part)
         existing = job.existing()
         if existing is not None:
-            remove_leftover(job.folder)
-            return PartOutcome(num_shards=len(share.of(job.tasks)), merged=existing)
-        return _make_part(job, share, workers)
+            remove_finished(job.folder)
+            return PartOutcome(num_shards=len(part.of(job.tasks)), merged=existing)
+        return _make_part(job, part, workers)
 
 
-def _make_part(job: _Job, share: Share, workers: Workers) -> PartOutcome:
-    mine = share.of(job.tasks)
+def _make_part(job: _Job, part: Part, workers: Workers) -> PartOutcome:
+    mine = part.of(job.tasks)
     _check_tokenizer(job.tokenizer)
-    with _lock_of(job.folder) as lock:
-        while lock.take(shared=True):
-            claim(job.folder, job.plan, alone=True, resume=True, strict=True)
-            if lock.share():
-                break
-        claim(job.folder, job.plan, alone=False, resume=True, strict=True)
-        with working_on(job.folder, share, mine):
-            _make_shards(job, mine, workers)
-        missing = enter_as_done(job.folder, share)
-        if missing:
-            return PartOutcome(num_shards=len(mine), waiting_for=tuple(missing))
-        lock.wait_until_alone()
-        merged = job.existing() or _publish(job, _finished_shards(job, workers))
-        return PartOutcome(num_shards=len(mine), merged=merged)
+    with ExitStack() as part_lock:
+        with locked_folder(job.folder, wait_s=JOIN_TIMEOUT_S):
+            claim(job.folder, job.plan, resume=True, strict=True)
+            part_lock.enter_context(locked_part(job.folder, part, mine))
+        _make_shards(job, mine, workers)
+        with locked_folder(job.folder, wait_s=-1):
+            missing = enter_as_done(job.folder, part)
+            part_lock.close()
+            missing = missing or list(parts_at_work(job.folder))  # a part that is made again: its process merges
+            if missing:
+                return PartOutcome(num_shards=len(mine), waiting_for=tuple(missing))
+            merged = job.existing() or _publish(job, _finished_shards(job, workers))
+            return PartOutcome(num_shards=len(mine), merged=merged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class _Job:
         return None if manifest is None else Outcome(manifest=manifest, reused=True)
 
 
-def _plan_job(options: PreprocessOptions, share: Share | None) -> _Job:
+def _plan_job(options: PreprocessOptions, part: Part | None) -> _Job:
     started = time.monotonic()
     tokenizer = load_tokenizer(options.tokenizer)
     _check_options(options, tokenizer)
@@ -188,7 +188,7 @@ def _plan_job(options: PreprocessOptions, share: Share | None) -> _Job:
         inputs=inputs,
         folder=folder,
         tasks=tasks,
-        plan=plan_content(encoding, tasks, share),
+        plan=plan_content(encoding, tasks, part),
         started=started,
     )
 
@@ -204,15 +204,6 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
     """Nothing is written that no export could read; it costs seconds, beside which the workers start."""
     check_exportable(tokenizer)
     warn_of_other_readings(tokenizer)
-
-
-@contextmanager
-def _lock_of(folder: Path) -> Iterator[FolderLock]:
-    lock = FolderLock(folder)
-    try:
-        yield lock
-    finally:
-        lock.close()
 
 
 def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
@@ -273,7 +264,7 @@ def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
     records = _run(_find_shard, job.tasks, workers, "check" if job.options.show_progress else None)
     missing = {idx for idx, record in records.items() if record is None}
     if missing:
-        parts = shares_of_missing(job.folder, missing.__contains__, len(job.tasks))
+        parts = parts_of_missing(job.folder, missing.__contains__, len(job.tasks))
         raise DataError(
             f"{job.folder}: {len(missing)} of {len(job.tasks)} shards are missing or damaged, of part "
             f"{', '.join(parts)}; run --part {parts[0]}{' and the others' if len(parts) > 1 else ''} again, or the "

@@ -5,6 +5,7 @@ Also tells whether an output that exists is already the one that is asked for.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,16 +14,16 @@ from typing import Any
 
 from megatron_itt import __version__
 from megatron_itt.data.indexed import bin_path, idx_path, token_dtype
-from megatron_itt.data.shares import DECISIVE_OPTIONS, MARKS
 from megatron_itt.data.text.dedup import without_duplicates
-from megatron_itt.data.text.documents import file_sha256
 from megatron_itt.data.text.folders import LeftOut
 from megatron_itt.data.text.manifest import Manifest, check_sizes, manifest_content, manifest_path, read_manifest
 from megatron_itt.data.text.merge import Part, Shard, merge_parts, rejected_path, write_rejected
-from megatron_itt.data.text.shards import EncodingOptions, ShardRecord, write_json_atomically
+from megatron_itt.data.text.parts import DECISIVE_OPTIONS, MARKS
+from megatron_itt.data.text.shards import EncodingOptions, ShardRecord
 from megatron_itt.data.text.sources import Segment
 from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import DataError
+from megatron_itt.files import atomic_write, file_digest
 
 _MAX_LEFT_OUT = 1000  # named in the manifest; Spark leaves a checksum file for each part
 
@@ -69,7 +70,7 @@ def _check_same_sources(prefix: str, manifest: Manifest, sources: Sequence[Segme
         known = recorded[source.path]
         same = known["size"] == source.size
         if same and known["modified_ns"] != source.modified_ns:
-            same = len(known["sha256"]) == 1 and known["sha256"][0] == file_sha256(source.path)
+            same = len(known["sha256"]) == 1 and known["sha256"][0] == file_digest(source.path)
         if not same:
             raise DataError(f"input {source.path} changed since {manifest_path(prefix)} was written; {way_out}")
 
@@ -102,7 +103,7 @@ def publish(publication: Publication, shards: Sequence[Shard]) -> Manifest:
         parts = [Part.of(*shard) for shard in shards]
     idx_sha256 = merge_parts(prefix, folder, parts, dtype, num_threads=publication.num_threads)
     manifest = _describe(publication, [record for _, record in shards], parts, idx_sha256)
-    write_json_atomically(manifest_path(prefix), manifest_content(manifest))
+    atomic_write(manifest_path(prefix), json.dumps(manifest_content(manifest), indent=1) + "\n", durable=True)
     return manifest
 
 

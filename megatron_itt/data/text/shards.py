@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from megatron_itt.data.text.long_texts import bound_memory
 from megatron_itt.data.text.sources import Segment
 from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.errors import DataError
+from megatron_itt.files import atomic_write, file_crc32
 
 _BATCH_CHARS = 1 << 20
 _BATCH_DOCUMENTS = 4096
@@ -115,7 +115,7 @@ def finished_shard(task: ShardTask) -> ShardRecord | None:
     """The record of a shard that is complete, undamaged and made from the same input and options; else None."""
     try:
         record = ShardRecord(**json.loads(task.file("json").read_text(encoding="utf-8")))
-        checksums = {suffix: _crc32_of(task.file(suffix)) for suffix in task.options.file_kinds}
+        checksums = {suffix: file_crc32(task.file(suffix)) for suffix in task.options.file_kinds}
     except (OSError, ValueError, TypeError):
         return None
     return record if record.fingerprint == task.fingerprint and checksums == record.crc32 else None
@@ -277,7 +277,7 @@ class _ShardWriter:
             with naming_file(self.task.file(suffix)):
                 stream.close()
             self._temporary(suffix).replace(self.task.file(suffix))
-        write_json_atomically(self.task.file("json"), asdict(self.record), durable=False)
+        atomic_write(self.task.file("json"), json.dumps(asdict(self.record), indent=1) + "\n")
         return self.record
 
     def close(self) -> None:
@@ -305,26 +305,3 @@ class naming_file:  # noqa: N801 - used like a function
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError) and error.filename is None:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
-
-
-def write_json_atomically(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
-    """Write a JSON file that is either whole or absent; `durable`: also after a power cut."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with naming_file(path), temporary.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1)
-            stream.write("\n")
-            stream.flush()
-            if durable:
-                os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _crc32_of(path: Path) -> int:
-    crc32 = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CRC_CHUNK):
-            crc32 = zlib.crc32(chunk, crc32)
-    return crc32

@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megatron_itt.config import RunConfig
 from megatron_itt.data.text.covering_texts import ODD_STRINGS
 from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.files import atomic_write
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -222,16 +223,10 @@ def train_tokenizer(
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,
     }
-    _write(output / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    _write(output / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
-    _write(output / "tokenizer.json", backend.to_str(pretty=True))  # last: its presence means complete
+    atomic_write(output / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    atomic_write(output / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
+    atomic_write(output / "tokenizer.json", backend.to_str(pretty=True))  # last: its presence means complete
     return load_tokenizer(output)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _json_path(path: Path) -> Path:

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_itt.config import RunConfig, load_config
 from megatron_itt.errors import ConfigError
+from megatron_itt.files import find_fault
 from megatron_itt.launch.folders import ClusterFolders, load_for_cluster
 from megatron_itt.launch.snapshot import check_snapshot, source_commit, take_snapshot, use_snapshot
-from megatron_itt.published import find_fault
 from tests.architecture.sources import ROOT
 
 RECIPE = str(ROOT / "recipes" / "162m" / "itt_x4.yaml")

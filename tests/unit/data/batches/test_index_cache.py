@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import fcntl
 import multiprocessing
 import os
-import socket
 import threading
 import time
 from pathlib import Path
@@ -15,7 +15,9 @@ import pytest
 from megatron_itt.data.batches import index_cache
 from megatron_itt.data.batches.index_cache import build_once
 from megatron_itt.errors import DataError
-from megatron_itt.published import CONTENTS, find_fault
+from megatron_itt.files import CONTENTS, find_fault
+from megatron_itt.locks import locked
+from megatron_itt.log import get_logger
 
 
 def fill(place: Path) -> None:
@@ -116,44 +118,31 @@ def test_what_a_killed_builder_left_is_taken_over(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.kill()
     process.join()
-    assert len(names(folder)) == 2  # the lock and the half-built folder
+    assert len(names(folder)) == 2  # the lock and the unfinished folder
     assert build_once(folder, fill)
     assert names(folder) == ["key"]
 
 
-def test_a_lock_of_another_machine_counts_while_it_beats(
+def test_a_process_that_waits_names_the_builder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(index_cache, "ABANDONED_S", 0.6)
-    folder, lock = tmp_path / "key", tmp_path / "key.lock"
-    lock.write_text(json.dumps({"host": f"not-{socket.gethostname()}", "pid": 1, "token": "x"}))
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(0.1):
-            os.utime(lock)
-
-    beating = threading.Thread(target=beat)
-    beating.start()
-    built: list[float] = []
-    waiting = threading.Thread(target=lambda: (build_once(folder, fill), built.append(time.monotonic())))
-    waiting.start()
-    time.sleep(1.5)
-    assert not folder.exists()  # far longer than a lock without a beat is honoured
-    stop.set()
-    beating.join()
-    stopped = time.monotonic()
+    folder = tmp_path / "key"
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    with caplog.at_level("INFO"), locked(tmp_path / "key.lock"):
+        waiting = threading.Thread(target=build_once, args=(folder, fill), daemon=True)
+        waiting.start()
+        time.sleep(1.5)
+        assert not folder.exists()
     waiting.join(timeout=30)
-    assert built and built[0] - stopped < 20
     assert find_fault(folder) is None
+    assert f"waiting for another process that builds {folder} (process {os.getpid()} on" in caplog.text
 
 
 class TwoBuilders:
-    """A builder that is taken for dead while it lives, and the one that takes over; each writes file after file."""
+    """A builder that loses its lock, and a second one that gets it; each writes file after file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.lock = folder.with_name(f"{folder.name}.lock")
         self.answers: dict[str, bool] = {}
         self.errors: list[Exception] = []
         self.go_on = {"first": threading.Event(), "second": threading.Event()}
@@ -176,7 +165,7 @@ class TwoBuilders:
             except Exception as error:
                 self.errors.append(error)
 
-        self.threads[name] = threading.Thread(target=run)
+        self.threads[name] = threading.Thread(target=run, daemon=True)
         self.threads[name].start()
         assert self.began[name].wait(30)
 
@@ -187,18 +176,23 @@ class TwoBuilders:
 
 @pytest.fixture
 def two_builders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TwoBuilders:
-    monkeypatch.setattr(index_cache, "HEARTBEAT_S", 1000.0)  # a process that is stopped, a disk that hangs
+    flock, calls = fcntl.flock, []
+
+    def lose_the_first(descriptor: int, kind: int) -> None:
+        calls.append(kind)
+        if len(calls) > 1:
+            flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", lose_the_first)  # as a node that was cut off loses its locks on NFS
     monkeypatch.setattr(index_cache, "ABANDONED_S", 0.5)
     return TwoBuilders(tmp_path / "key")
 
 
-def test_a_living_builder_that_writes_keeps_its_folder_and_the_other_its_lock(two_builders: TwoBuilders) -> None:
+def test_a_builder_that_lost_its_lock_keeps_the_folder_that_it_writes_to(two_builders: TwoBuilders) -> None:
     two_builders.start("first", writes=True)
-    two_builders.start("second", writes=True)  # waits, takes over, builds
-    seconds_lock = two_builders.lock.read_text()
+    two_builders.start("second", writes=True)
     two_builders.end("first")
     assert two_builders.answers == {"first": True}
-    assert two_builders.lock.read_text() == seconds_lock
     two_builders.end("second")
     assert two_builders.answers == {"first": True, "second": False}
     assert (two_builders.folder / "last").read_text() == "first"
@@ -206,7 +200,7 @@ def test_a_living_builder_that_writes_keeps_its_folder_and_the_other_its_lock(tw
     assert names(two_builders.folder) == ["key"]
 
 
-def test_a_living_builder_whose_folder_was_taken_away_accepts_the_index_of_the_other(
+def test_a_builder_whose_folder_was_removed_accepts_the_index_of_the_other(
     two_builders: TwoBuilders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two_builders.start("first", writes=False)
@@ -223,6 +217,24 @@ def test_a_living_builder_whose_folder_was_taken_away_accepts_the_index_of_the_o
     assert (two_builders.folder / "last").read_text() == "second"
     assert find_fault(two_builders.folder) is None
     assert names(two_builders.folder) == ["key"]
+
+
+def test_without_locks_several_build_and_one_publishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    builders = TwoBuilders(tmp_path / "key")
+    builders.start("first", writes=True)
+    builders.start("second", writes=True)
+    builders.end("second")
+    builders.end("first")
+    assert builders.answers == {"second": True, "first": False} and not builders.errors
+    assert "building without a lock" in caplog.text
+    assert names(builders.folder) == ["key"]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

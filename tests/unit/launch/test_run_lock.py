@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from megatron_itt.errors import ConfigError
-from megatron_itt.launch.owners import is_alive
-from megatron_itt.training import run_lock
-from megatron_itt.training.run_lock import LOCK_FILE, claimed
+from megatron_itt.launch import run_lock
+from megatron_itt.launch.run_lock import LOCK_FILE, claimed, is_alive
 
 HOST = socket.gethostname()
 
