@@ -55,7 +55,7 @@ class RotaryTable(NamedTuple):
 
 
 class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
-    """megatron-core's self-attention with the same parameters and our rotary kernel, and its form for routed steps.
+    """megatron-core's self-attention with the same parameters and our rotary kernel, and its projections for routed steps.
 
     A bias of `linear_qkv` and q/k layernorms apply to base passes and routed steps alike.
     """
@@ -93,7 +93,7 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
         groups = (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
         grouped = weight.view(*groups, weight.shape[-1])  # [g, r + 2, d, h]
         weights = [grouped[:, part].reshape(-1, weight.shape[-1]) for part in heads]
-        if bias is None or bias.numel() == 0:  # TransformerEngine stands an empty tensor in for no bias
+        if bias is None or bias.numel() == 0:  # TransformerEngine has an empty tensor instead of no bias
             return [(part, None) for part in weights]
         biases = [bias.view(groups)[:, part].reshape(-1) for part in heads]
         return list(zip(weights, biases, strict=True))

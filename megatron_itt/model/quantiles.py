@@ -72,8 +72,8 @@ def update_quantiles(
 def _summarise(logits: Tensor, num_points: int) -> Tensor:
     """The middles of `num_points` equal parts of the tokens of one sequence. [n] -> [m], ascending."""
     middles = (torch.arange(num_points, device=logits.device) + 0.5) / num_points
-    places = (middles * logits.shape[0] - 0.5).clamp(0, logits.shape[0] - 1)
-    return _values_at(torch.sort(logits).values.unsqueeze(-1), places).squeeze(-1)
+    indices = (middles * logits.shape[0] - 0.5).clamp(0, logits.shape[0] - 1)
+    return _values_at(torch.sort(logits).values.unsqueeze(-1), indices).squeeze(-1)
 
 
 def _summaries(recorder: RoutingRecorder, layer_idx: int, step: int) -> Tensor | None:
@@ -81,8 +81,8 @@ def _summaries(recorder: RoutingRecorder, layer_idx: int, step: int) -> Tensor |
     return torch.cat([summarise_sequences(entry.logits, entry.padding_mask) for entry in entries]) if entries else None
 
 
-def _values_at(ascending: Tensor, places: Tensor) -> Tensor:
-    """Linear interpolation between order statistics. ascending [s, b], places [m] in [0, s - 1] -> [m, b]."""
-    low = places.floor().long()
+def _values_at(ascending: Tensor, indices: Tensor) -> Tensor:
+    """Linear interpolation between order statistics. ascending [s, b], indices [m] in [0, s - 1] -> [m, b]."""
+    low = indices.floor().long()
     high = (low + 1).clamp(max=ascending.shape[0] - 1)
-    return torch.lerp(ascending[low], ascending[high], (places - low).unsqueeze(-1))
+    return torch.lerp(ascending[low], ascending[high], (indices - low).unsqueeze(-1))

@@ -72,7 +72,7 @@ class RoutingPlan:
 
 @dataclass(slots=True)
 class RoutingControl:
-    """Overrides for the next forward passes; None stands for the recipe's value.
+    """Overrides for the next forward passes; None selects the recipe's value.
 
     `padding_mask` describes the next micro-batch: bool [s, b], false on padding, or None without padding.
     """

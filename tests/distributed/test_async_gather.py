@@ -1,4 +1,4 @@
-"""A gather that others compute beside: megatron-core's values and gradients, and what runs while it is under way."""
+"""Asynchronous all-gather: megatron-core's values and gradients, and overlap with computation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.launch import run_ranks
 
 
 class Between(torch.autograd.Function):
-    """A computation that notes when it runs."""
+    """A computation that logs when it runs."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, events: list[str]) -> Tensor:
@@ -31,14 +31,14 @@ class Between(torch.autograd.Function):
         return 2 * grad, None
 
 
-class NotedExchange(async_gather._Collective):
-    """An exchange that notes when it begins and ends."""
+class LoggedCollective(async_gather._Collective):
+    """A collective that logs when it begins and ends."""
 
     events: ClassVar[list[str]] = []
 
-    def gather(self, part: Tensor) -> None:
+    def gather(self, shard: Tensor) -> None:
         self.events.append("gather")
-        super().gather(part)
+        super().gather(shard)
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
         self.events.append("reduce-scatter")
@@ -49,27 +49,27 @@ class NotedExchange(async_gather._Collective):
         return super().finish()
 
 
-def join(place: ProcessInfo) -> dist.ProcessGroup:
-    address = f"tcp://{place.master_address}:{place.master_port}"
-    dist.init_process_group("gloo", init_method=address, rank=place.rank, world_size=place.world_size)
+def join(process: ProcessInfo) -> dist.ProcessGroup:
+    address = f"tcp://{process.master_address}:{process.master_port}"
+    dist.init_process_group("gloo", init_method=address, rank=process.rank, world_size=process.world_size)
     assert dist.group.WORLD is not None
     return dist.group.WORLD
 
 
-def gather_both_ways(place: ProcessInfo, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """The whole and the gradient of the part, with megatron-core's gather and with ours, of strided rows."""
+def gather_both_ways(process: ProcessInfo, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """The whole and the gradient of the shard, with megatron-core's gather and with ours, of strided rows."""
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
     from megatron_itt.parallel.megatron_compat.host_device import install_host_device
 
     install_host_device()
-    group = join(place)
+    group = join(process)
     found = []
     for gather in (
-        lambda part: gather_from_sequence_parallel_region(part.contiguous(), group=group),
-        lambda part: SequenceShards(group).begin_gather(part).wait(),
+        lambda shard: gather_from_sequence_parallel_region(shard.contiguous(), group=group),
+        lambda shard: SequenceShards(group).begin_gather(shard).wait(),
     ):
-        generator = torch.Generator().manual_seed(place.rank)
+        generator = torch.Generator().manual_seed(process.rank)
         leaf = torch.randn(shape, generator=generator).requires_grad_(True)
         whole = gather(leaf.transpose(0, 1))
         weights = torch.randn(whole.shape, generator=generator)  # other ones on every rank
@@ -82,21 +82,21 @@ def gather_both_ways(place: ProcessInfo, shape: tuple[int, ...]) -> list[tuple[T
     return found
 
 
-def order_of_events(place: ProcessInfo) -> list[str]:
-    """What happens when, forward and backward, where something is computed between the two ends."""
-    group = join(place)
-    events = NotedExchange.events = []
-    weight, part = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-    with patch.object(async_gather, "_Collective", NotedExchange):
-        pending = SequenceShards(group).begin_gather(part)
+def order_of_events(process: ProcessInfo) -> list[str]:
+    """The order of events, forward and backward, with a computation between launch and wait."""
+    group = join(process)
+    events = LoggedCollective.events = []
+    weight, shard = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    with patch.object(async_gather, "_Collective", LoggedCollective):
+        pending = SequenceShards(group).begin_gather(shard)
     factor = Between.apply(weight, events)
     whole = pending.wait()
     loss = (whole * factor).sum()
     events.append("backward")
     loss.backward()
-    assert weight.grad is not None and part.grad is not None
+    assert weight.grad is not None and shard.grad is not None
     dist.destroy_process_group()
-    return [*events, f"{weight.grad.tolist()}", f"{part.grad.tolist()}"]
+    return [*events, f"{weight.grad.tolist()}", f"{shard.grad.tolist()}"]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 5)])
@@ -107,13 +107,13 @@ def test_values_and_gradients_are_those_of_megatron_cores_gather(shape: tuple[in
         assert torch.equal(own_grad, grad)
 
 
-def test_what_is_computed_meanwhile_has_its_gradients_computed_meanwhile() -> None:
+def test_computation_overlaps_forward_and_backward() -> None:
     (ranks,) = run_ranks(2, order_of_events, [()])
     forward, backward = ["gather", "between", "wait"], ["backward", "reduce-scatter", "between", "wait"]
     gradients = ["[8.0, 8.0, 8.0]", "[[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]"]
     assert ranks == [[*forward, *backward, *gradients]] * 2
 
 
-def test_without_other_ranks_the_part_is_the_whole() -> None:
-    part = torch.randn(4, 2)
-    assert SequenceShards(None).begin_gather(part).wait() is part
+def test_without_other_ranks_the_shard_is_the_whole() -> None:
+    shard = torch.randn(4, 2)
+    assert SequenceShards(None).begin_gather(shard).wait() is shard

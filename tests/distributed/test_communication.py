@@ -1,7 +1,7 @@
-"""What a routed step sends under sequence parallelism, counted at the collectives themselves; and that nobody waits.
+"""Collectives of a routed step under sequence parallelism, counted as they are called; and that no host waits.
 
-One full pass of a plain layer exchanges s rows four times forward (gather, scatter, gather, scatter). A routed step
-exchanges its k picked rows four times, and the first one gathers the logits and the s rows of the states before that.
+One base pass of a plain layer communicates s rows four times forward (gather, scatter, gather, scatter). A routed step
+communicates its k selected rows four times, and the first one gathers the logits and the s hidden states before that.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ PARALLEL = {"tensor": 2, "sequence": True}
 Counted = dict[str, tuple[list[int], list[int], list[str]]]
 
 
-def count_layer(place: ProcessInfo, config: RunConfig) -> tuple[list[int], list[int], list[str]]:
-    """Bytes of the collectives of layer 1, forward and backward; and its operations that let the host wait."""
+def count_layer(process: ProcessInfo, config: RunConfig) -> tuple[list[int], list[int], list[str]]:
+    """Bytes of the collectives of layer 1, forward and backward; and its operations for which the host waits."""
     from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
-    parallel_place = start_parallel(config, process=place)
+    context = start_parallel(config, process=process)
     try:
-        chunk = build_model(config, dtype=torch.float32, device=parallel_place.device).chunks[0]
+        chunk = build_model(config, dtype=torch.float32, device=context.device).chunks[0]
         model = config.model
         hidden = torch.randn(model.seq_length // config.parallel.tensor, config.batch.micro, model.hidden_size)
         rotary = chunk.rotary_pos_emb(model.seq_length)
@@ -72,7 +72,7 @@ def counted() -> Counted:
     return {name: ranks[0] for name, ranks in zip(jobs, results, strict=True)}
 
 
-def test_a_routed_step_sends_at_most_what_a_full_pass_sends(
+def test_a_routed_step_sends_at_most_what_a_base_pass_sends(
     counted: Counted,
 ) -> None:
     for direction in (0, 1):
@@ -82,21 +82,21 @@ def test_a_routed_step_sends_at_most_what_a_full_pass_sends(
         assert 0 < second < first <= plain
 
 
-def test_the_exchanges_of_a_routed_step_are_four_of_the_picked_rows(
+def test_a_routed_step_has_four_collectives_of_the_selected_rows(
     counted: Counted,
 ) -> None:
     config = recipe([0.5])
     row = config.batch.micro * config.model.hidden_size * 4
-    whole, picked = config.model.seq_length * row, config.model.seq_length // 2 * row
+    whole, selected = config.model.seq_length * row, config.model.seq_length // 2 * row
     logits = config.model.seq_length * config.batch.micro * 4
-    full_pass, entry = [whole] * 4, [logits, whole]  # logits first: behind the states they would wait for them
-    assert counted["plain"][0] == full_pass
-    assert counted["one"][0] == full_pass + entry + [picked] * 4
-    assert counted["two"][0] == full_pass + entry + [picked] * 8
+    base_pass, entry = [whole] * 4, [logits, whole]  # logits first: after the hidden states they would wait for them
+    assert counted["plain"][0] == base_pass
+    assert counted["one"][0] == base_pass + entry + [selected] * 4
+    assert counted["two"][0] == base_pass + entry + [selected] * 8
     assert counted["selected"][0] == counted["symmetric"][0] == counted["one"][0]
 
 
-def test_logits_are_exchanged_backward_only_where_skipped_tokens_need_them(counted: Counted) -> None:
+def test_logits_are_reduced_backward_only_if_skipped_tokens_need_them(counted: Counted) -> None:
     assert len(counted["symmetric"][1]) == len(counted["one"][1]) + 1
 
 

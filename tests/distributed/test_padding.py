@@ -18,10 +18,10 @@ LAYOUTS = [
     ("itt_selected", {}),
     ("itt_threshold", {"tensor": 2, "sequence": True}),
     ("itt_topp", {"tensor": 2, "sequence": True}),
-    ("everyone", {"tensor": 2, "sequence": True}),
+    ("every_token", {"tensor": 2, "sequence": True}),
 ]
-# Under sequence parallelism top-k is rounded to a multiple of two tokens; a share of 1 is not.
-KINDS = {**THINKING, "everyone": {"capacity": [1.0, 1.0]}}
+# Under sequence parallelism top-k is rounded to a multiple of two tokens; a capacity of 1 is not.
+KINDS = {**THINKING, "every_token": {"capacity": [1.0, 1.0]}}
 
 
 def recipe(kind: str, parallel: dict[str, Any]) -> Any:

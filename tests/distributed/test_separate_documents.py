@@ -1,4 +1,4 @@
-"""Documents kept apart: every layout computes what one rank computes, and not what it computes when they mix."""
+"""Separate documents: every layout computes what one rank computes, and not what it computes when they mix."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def recipe(kind: str, parallel: dict[str, Any], *, separate: bool = True) -> Any
     )
 
 
-def test_two_ranks_keep_documents_apart_as_one_does() -> None:
+def test_two_ranks_separate_documents_as_one_does() -> None:
     expected = {kind: observe_steps(ONE_PROCESS, recipe(kind, {})) for kind, _ in LAYOUTS}
     mixed = observe_steps(ONE_PROCESS, recipe("itt", {}, separate=False))
     assert mixed.losses != pytest.approx(expected["itt"].losses, rel=1e-4)

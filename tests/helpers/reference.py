@@ -1,17 +1,17 @@
-"""The method, token by token, in float64: the oracle that every implementation and export is compared with.
+"""Float64 reference of the method, token by token, with which every implementation and export is compared.
 
-Written from the equations, slow on purpose: Python loops over tokens, no batching, no code shared with the package. It
-reads weights by their megatron-core names and the plain fields of the recipe's `model` and `thinking` sections (any
-object with those attributes will do); everything derived from them is derived here again.
+It follows the equations and shares no code with the package: Python loops over tokens, no batching. It reads weights by
+their megatron-core names and the fields of the recipe's `model` and `thinking` sections (any object with those
+attributes); everything derived from them is derived here again.
 
     result = reference_forward(weights, config.model, config.thinking, tokens)
-    result["logits"]    # [s, V]
-    result["picks"]     # {(layer_idx, step): sorted positions}, step = 1 .. T-1
-    result["scores"]    # {(layer_idx, step): router logits [s]}, before any pick
-    result["hidden"]    # one [s, h] per layer, after all its steps
+    result["logits"]         # [s, V]
+    result["selected"]       # {(layer_idx, step): sorted positions}, step = 1 .. T-1
+    result["router_logits"]  # {(layer_idx, step): router logits [s]}, before any selection
+    result["hidden_states"]  # one [s, h] per layer, after all its steps
 
-Angles and norms are float64 throughout: an implementation that keeps its rotary frequencies in float32 differs by
-some 1e-7 from this, so give it float64 frequencies before comparing more closely.
+Rotary angles and norms are float64: an implementation with rotary frequencies in float32 differs by about 1e-7, so give
+it float64 frequencies before a closer comparison.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ def reference_forward(
     thinking: Any,
     tokens: Sequence[int],
     *,
-    budget: Sequence[float] | None = None,
+    capacity: Sequence[float] | None = None,
     routing: str | None = None,
     temperature: float = 1.0,
     starts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Run one sequence through the whole model.
 
-    `budget` replaces `thinking.capacity` (shares per routed step), `routing` replaces `thinking.routing`. The gate
-    divides router logits by `temperature`; picks and the scores that are returned do not. `starts` holds, per token,
-    the place where its document begins: it sees nothing before that, and counts positions from there.
+    `capacity` replaces `thinking.capacity`, `routing` replaces `thinking.routing`. The gate divides router logits by
+    `temperature`; the selection and the logits that are returned do not. `starts` holds, per token, the position where
+    its document begins: it attends to nothing before that, and counts positions from there.
     """
     matrices = {name: _as_array(value) for name, value in weights.items()}
-    shares = list(thinking.capacity if budget is None else budget)
+    capacity = list(thinking.capacity if capacity is None else capacity)
     rule = thinking.routing if routing is None else routing
     rows: Rows = {
         position: matrices["embedding.word_embeddings.weight"][int(token)] for position, token in enumerate(tokens)
     }
-    picks: dict[tuple[int, int], list[int]] = {}
-    scores: dict[tuple[int, int], Array] = {}
-    hidden: list[Array] = []
+    selected: dict[tuple[int, int], list[int]] = {}
+    router_logits: dict[tuple[int, int], Array] = {}
+    hidden_states: list[Array] = []
     for layer_idx in range(shape.num_layers):
         layer = BaseLayer(matrices, layer_idx, shape, starts)
         if not _thinks(layer_idx, thinking, shape.num_layers):
@@ -60,78 +60,82 @@ def reference_forward(
             for _ in range(len(thinking.capacity) + 1):
                 rows = layer.apply(rows, rows)
         else:
-            rows, layer_picks, layer_scores = _think(layer, rows, thinking, shares, rule, temperature=temperature)
-            picks |= {(layer_idx, step): picked for step, picked in layer_picks.items()}
-            scores |= {(layer_idx, step): values for step, values in layer_scores.items()}
-        hidden.append(np.stack([rows[position] for position in range(len(tokens))]))
+            rows, selected_by_step, logits_by_step = _think(
+                layer, rows, thinking, capacity, rule, temperature=temperature
+            )
+            selected |= {(layer_idx, step): positions for step, positions in selected_by_step.items()}
+            router_logits |= {(layer_idx, step): values for step, values in logits_by_step.items()}
+        hidden_states.append(np.stack([rows[position] for position in range(len(tokens))]))
     head = matrices.get("output_layer.weight", matrices["embedding.word_embeddings.weight"])
     final = matrices["decoder.final_layernorm.weight"]
-    logits = np.stack([head @ _rms_norm(row, final, shape.norm_eps) for row in hidden[-1]])
-    return {"logits": logits, "picks": picks, "scores": scores, "hidden": hidden}
+    logits = np.stack([head @ _rms_norm(row, final, shape.norm_eps) for row in hidden_states[-1]])
+    return {"logits": logits, "selected": selected, "router_logits": router_logits, "hidden_states": hidden_states}
 
 
-def pick(scores: Sequence[float], share: float, rule: str, quantiles: Sequence[float] | None = None) -> list[int]:
-    """Positions that think: `scores` are one sequence's router logits, `share` is rho of the step.
+def select_tokens(
+    logits: Sequence[float], capacity: float, rule: str, quantiles: Sequence[float] | None = None
+) -> list[int]:
+    """Positions of the selected tokens: `logits` are one sequence's router logits, `capacity` is rho of the step.
 
     topk: the k = max(1, floor(rho s + 1/2)) largest. topp: the largest ones until their softmax adds up to rho.
     threshold: all above the quantile 1 - rho of the table. none: all. Ties go to the earlier token. Under every rule
-    that picks a share of 0 is a step that nobody takes, and a share of 1 or more one that all take.
+    but none a capacity of 0 selects no token, and a capacity of 1 or more selects all.
     """
-    positions = list(range(len(scores)))
-    best_first = sorted(positions, key=lambda position: (-scores[position], position))
+    positions = list(range(len(logits)))
+    best_first = sorted(positions, key=lambda position: (-logits[position], position))
     if rule == "none":
         return positions
-    if share == 0:
+    if capacity == 0:
         return []
-    if share >= 1:
+    if capacity >= 1:
         return positions
     if rule == "topk":
-        return sorted(best_first[: max(1, math.floor(share * len(scores) + 0.5))])
+        return sorted(best_first[: max(1, math.floor(capacity * len(logits) + 0.5))])
     if rule == "threshold":
         assert quantiles is not None, "threshold routing needs the quantile table of the step"
-        threshold = _threshold(quantiles, share)
-        return [position for position in positions if scores[position] > threshold]
+        threshold = _threshold(quantiles, capacity)
+        return [position for position in positions if logits[position] > threshold]
     assert rule == "topp", f"unknown routing {rule}"
-    largest = scores[best_first[0]]
-    total = math.fsum(math.exp(score - largest) for score in scores)
-    chosen: list[int] = []
+    largest = logits[best_first[0]]
+    total = math.fsum(math.exp(logit - largest) for logit in logits)
+    selected: list[int] = []
     for position in best_first:
-        chosen.append(position)
-        if math.fsum(math.exp(scores[other] - largest) for other in chosen) / total >= share:
+        selected.append(position)
+        if math.fsum(math.exp(logits[other] - largest) for other in selected) / total >= capacity:
             break
-    return sorted(chosen)
+    return sorted(selected)
 
 
-def _threshold(quantiles: Sequence[float], share: float) -> float:
-    """tau(rho): the table, linearly interpolated at 1 - rho. At the ends everyone thinks, or nobody."""
-    if share >= 1:
+def _threshold(quantiles: Sequence[float], capacity: float) -> float:
+    """tau(rho): the table, linearly interpolated at 1 - rho; at the ends all tokens are selected, or none."""
+    if capacity >= 1:
         return -math.inf
-    if share <= 0:
+    if capacity <= 0:
         return math.inf
-    place = (1 - share) * (len(quantiles) - 1)
-    below = min(math.floor(place), len(quantiles) - 2)
-    fraction = place - below
+    index = (1 - capacity) * (len(quantiles) - 1)
+    below = min(math.floor(index), len(quantiles) - 2)
+    fraction = index - below
     return float(quantiles[below] * (1 - fraction) + quantiles[below + 1] * fraction)
 
 
 def _think(
-    layer: BaseLayer, rows: Rows, thinking: Any, shares: Sequence[float], rule: str, *, temperature: float
+    layer: BaseLayer, rows: Rows, thinking: Any, capacities: Sequence[float], rule: str, *, temperature: float
 ) -> tuple[Rows, dict[int, list[int]], dict[int, Array]]:
-    """All thinking steps of one layer: the full pass over every token, then one routed step per share."""
+    """All thinking steps of one layer: the base pass over every token, then one routed step per capacity."""
     num_tokens = len(rows)
     y = {position: layer.phi(0, thinking) * row for position, row in layer.apply(rows, rows).items()}
-    picks: dict[int, list[int]] = {}
-    scores: dict[int, Array] = {}
-    for step, share in enumerate(shares, start=1):
+    selected_by_step: dict[int, list[int]] = {}
+    logits_by_step: dict[int, Array] = {}
+    for step, capacity in enumerate(capacities, start=1):
         logits = np.array([float(layer.router[step - 1] @ y[position]) for position in range(num_tokens)])
-        if share == 0 and rule != "none":  # the step is left out: nobody thinks, nobody is skipped
-            picks[step], scores[step] = [], logits
+        if capacity == 0 and rule != "none":  # the step is omitted: no token is selected, none is skipped
+            selected_by_step[step], logits_by_step[step] = [], logits
             continue
         quantiles = layer.quantiles[step - 1] if rule == "threshold" else None
-        picked = pick(logits.tolist(), share, rule, quantiles)
+        selected = select_tokens(logits.tolist(), capacity, rule, quantiles)
         gates = [1.0 if rule == "none" else _gate(logit / temperature, thinking.gate) for logit in logits]
-        again = {position: y[position] for position in picked}
-        refined = layer.apply(again, y if thinking.attend == "all" else again)  # y as it stood before this step
+        again = {position: y[position] for position in selected}
+        refined = layer.apply(again, y if thinking.attend == "all" else again)  # y before this step
         updated = {}
         for position in range(num_tokens):
             phi = layer.phi(step, thinking)
@@ -141,14 +145,14 @@ def _think(
                 updated[position] = refined[position]
             else:
                 increment = refined[position] - (y[position] if thinking.update == "delta" else 0.0)
-                gain = _alpha(thinking.alpha, step) * gates[position] * phi
-                updated[position] = y[position] + gain * increment
-        y, picks[step], scores[step] = updated, picked, logits
-    return y, picks, scores
+                factor = _alpha(thinking.alpha, step) * gates[position] * phi
+                updated[position] = y[position] + factor * increment
+        y, selected_by_step[step], logits_by_step[step] = updated, selected, logits
+    return y, selected_by_step, logits_by_step
 
 
 def _skip(row: Array, gate: float, phi: Array, thinking: Any) -> Array:
-    """What becomes of a token that does not think at this step."""
+    """The update of a token that this step does not select."""
     if thinking.reweight == "symmetric":
         row = row * gate
     if thinking.skip == "literal":
@@ -175,7 +179,7 @@ def _thinks(layer_idx: int, thinking: Any, num_layers: int) -> bool:
 
 
 class BaseLayer:
-    """One base layer f(Q; C) with the extra weights of thinking, if it has any."""
+    """One base layer f(Q; C), with the weights of thinking if it has any."""
 
     def __init__(
         self, matrices: Mapping[str, Array], layer_idx: int, shape: Any, starts: Sequence[int] | None = None
@@ -189,24 +193,24 @@ class BaseLayer:
         self.eps, self.rope_base = shape.norm_eps, shape.rope_base
         self.input_norm, self.mlp_norm = own["input_layernorm.weight"], own["pre_mlp_layernorm.weight"]
         self.qkv, self.projection = own["self_attention.linear_qkv.weight"], own["self_attention.linear_proj.weight"]
-        missing = np.empty((0, shape.hidden_size))  # a layer that does not think has none of these
+        missing = np.empty((0, shape.hidden_size))  # a plain layer has none of these
         self.fc1, self.fc2 = own["mlp.linear_fc1.weight"], own["mlp.linear_fc2.weight"]
         self.router = own.get("thinking.router", missing)
         self.step_encoding = own.get("thinking.step_encoding", missing)
         self.quantiles = own.get("thinking.logit_quantiles", missing)
 
     def phi(self, step: int, thinking: Any) -> Array:
-        """Gain of a step, per channel; 1 without step encoding, and where steps replace."""
+        """Step encoding, per channel; 1 if it is off, and where steps replace."""
         if not thinking.step_encoding or thinking.residual == "replace":
             return np.ones_like(self.input_norm)
         return self.step_encoding[step]
 
     def apply(self, queries: Rows, context: Rows) -> Rows:
         """f(Q; C): attention of the rows Q over the rows C at or before them, MLP, both inner residuals."""
-        memory = {position: self._project(row, position) for position, row in context.items()}
+        cache = {position: self._project(row, position) for position, row in context.items()}
         outputs = {}
         for position, row in queries.items():
-            attended = row + self.projection @ self._attend(self._project(row, position)[0], position, memory)
+            attended = row + self.projection @ self._attend(self._project(row, position)[0], position, cache)
             gate, up = np.split(self.fc1 @ _rms_norm(attended, self.mlp_norm, self.eps), 2)
             outputs[position] = attended + self.fc2 @ (gate / (1 + np.exp(-gate)) * up)
         return outputs
@@ -226,16 +230,16 @@ class BaseLayer:
             values.append(heads[start + per_group + 1])
         return queries, keys, values
 
-    def _attend(self, queries: list[Array], position: int, memory: Mapping[int, Any]) -> Array:
-        visible = [other for other in sorted(memory) if position - self._count(position) <= other <= position]
+    def _attend(self, queries: list[Array], position: int, cache: Mapping[int, Any]) -> Array:
+        visible = [other for other in sorted(cache) if position - self._count(position) <= other <= position]
         outputs = []
         for head, query in enumerate(queries):
             group = head // (self.num_heads // self.num_groups)
-            logits = [float(query @ memory[other][1][group]) / math.sqrt(self.head_size) for other in visible]
+            logits = [float(query @ cache[other][1][group]) / math.sqrt(self.head_size) for other in visible]
             exponentials = [math.exp(logit - max(logits)) for logit in logits]
             total = math.fsum(exponentials)
             outputs.append(
-                sum(value / total * memory[other][2][group] for value, other in zip(exponentials, visible, strict=True))
+                sum(value / total * cache[other][2][group] for value, other in zip(exponentials, visible, strict=True))
             )
         return np.concatenate(outputs)
 
@@ -244,7 +248,7 @@ class BaseLayer:
         return position if self.starts is None else position - self.starts[position]
 
     def _rotate(self, head: Array, position: int) -> Array:
-        """RoPE by the token's position in the whole sequence; channel j pairs with j + d/2."""
+        """Rotary embedding by the token's position; channel j pairs with j + d/2."""
         half = self.head_size // 2
         rotated = np.empty_like(head)
         for channel in range(half):

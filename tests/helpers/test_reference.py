@@ -1,4 +1,4 @@
-"""The oracle itself: against transformers' LLaMA, against a case worked by hand, and switch by switch."""
+"""The float64 reference against transformers' LLaMA, against a case computed by hand, and switch by switch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from tests.helpers.random_weights import make_weights
-from tests.helpers.reference import BaseLayer, pick, reference_forward
+from tests.helpers.reference import BaseLayer, reference_forward, select_tokens
 
 SHAPE = ModelConfig(
     hidden_size=24,
@@ -111,10 +111,10 @@ def test_without_thinking_it_is_transformers_llama(exact: bool, tolerance: float
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-# Worked by hand: two tokens, one layer, one head. Queries are zero, so attention is the mean of what is visible; values
+# By hand: two tokens, one layer, one head. Queries are zero, so attention is the mean of the visible values; values
 # and projection are the identity; the MLP is zero; so f(x)_p = x_p + mean of norm(x_c) over c <= p. Embeddings [1, 1]
 # and [2, -2] have norms [1, 1] and [1, -1]: f(x) = [2, 2] and [2, -2] + [1, 0] = [3, -2]. The router reads channel 0:
-# logits 2 and 3, so with half of two tokens it picks token 1, whose gate is sigmoid(3).
+# logits 2 and 3, so with half of two tokens it selects token 1, whose gate is sigmoid(3).
 HAND_SHAPE = ModelConfig(
     hidden_size=2,
     ffn_hidden_size=1,
@@ -145,7 +145,7 @@ PHI = np.array([0.1, 0.2])
 
 
 @pytest.mark.parametrize(
-    ("switches", "skipped", "thought"),
+    ("switches", "skipped", "updated"),
     [
         ({}, [2, 2], [3, -2] + 0.5 * SIGMOID_3 * PHI * F_ALL),
         ({"attend": "selected"}, [2, 2], [3, -2] + 0.5 * SIGMOID_3 * PHI * F_SELECTED),
@@ -158,39 +158,39 @@ PHI = np.array([0.1, 0.2])
     ],
     ids=lambda value: "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else "",
 )
-def test_the_case_worked_by_hand(switches: dict[str, Any], skipped: Any, thought: Any) -> None:
+def test_a_case_computed_by_hand(switches: dict[str, Any], skipped: Any, updated: Any) -> None:
     result = reference_forward(HAND_WEIGHTS, HAND_SHAPE, replace(HAND, **switches), [0, 1])
-    assert result["picks"] == {(0, 1): [1]}
-    np.testing.assert_allclose(result["scores"][0, 1], [2, 3], rtol=1e-12)
-    np.testing.assert_allclose(result["hidden"][0], [skipped, thought], rtol=1e-12)
+    assert result["selected"] == {(0, 1): [1]}
+    np.testing.assert_allclose(result["router_logits"][0, 1], [2, 3], rtol=1e-12)
+    np.testing.assert_allclose(result["hidden_states"][0], [skipped, updated], rtol=1e-12)
 
 
 def test_a_temperature_divides_the_logits_of_the_gate() -> None:
     result = reference_forward(HAND_WEIGHTS, HAND_SHAPE, HAND, [0, 1], temperature=1.5)
-    thought = [3, -2] + 0.5 / (1 + math.exp(-3 / 1.5)) * PHI * F_ALL
-    assert result["picks"] == {(0, 1): [1]}
-    np.testing.assert_allclose(result["scores"][0, 1], [2, 3], rtol=1e-12)
-    np.testing.assert_allclose(result["hidden"][0], [[2, 2], thought], rtol=1e-12)
+    updated = [3, -2] + 0.5 / (1 + math.exp(-3 / 1.5)) * PHI * F_ALL
+    assert result["selected"] == {(0, 1): [1]}
+    np.testing.assert_allclose(result["router_logits"][0, 1], [2, 3], rtol=1e-12)
+    np.testing.assert_allclose(result["hidden_states"][0], [[2, 2], updated], rtol=1e-12)
 
 
-def test_routing_none_lets_everybody_think_with_gate_one() -> None:
+def test_routing_none_selects_every_token_with_weight_one() -> None:
     result = reference_forward(HAND_WEIGHTS, HAND_SHAPE, replace(HAND, routing="none"), [0, 1])
     first = np.array([2, 2]) + np.array([1, 1])
     np.testing.assert_allclose(
-        result["hidden"][0], [[2, 2] + 0.5 * PHI * first, [3, -2] + 0.5 * PHI * F_ALL], rtol=1e-12
+        result["hidden_states"][0], [[2, 2] + 0.5 * PHI * first, [3, -2] + 0.5 * PHI * F_ALL], rtol=1e-12
     )
 
 
-def test_the_first_step_encoding_scales_the_full_pass_unless_steps_replace() -> None:
-    gains = np.array([[2.0, 3.0], [0.1, 0.2]])
-    weights = {**HAND_WEIGHTS, "decoder.layers.0.thinking.step_encoding": gains}
+def test_the_first_step_encoding_scales_the_base_pass_unless_steps_replace() -> None:
+    encoding = np.array([[2.0, 3.0], [0.1, 0.2]])
+    weights = {**HAND_WEIGHTS, "decoder.layers.0.thinking.step_encoding": encoding}
     scaled = reference_forward(weights, HAND_SHAPE, HAND, [0, 1])
     replaced = reference_forward(weights, HAND_SHAPE, replace(HAND, residual="replace"), [0, 1])
-    np.testing.assert_allclose(scaled["hidden"][0][0], [4, 6], rtol=1e-12)
-    np.testing.assert_allclose(replaced["hidden"][0][0], [2, 2], rtol=1e-12)
+    np.testing.assert_allclose(scaled["hidden_states"][0][0], [4, 6], rtol=1e-12)
+    np.testing.assert_allclose(replaced["hidden_states"][0][0], [2, 2], rtol=1e-12)
 
 
-def test_a_loop_applies_each_chosen_layer_as_often_as_there_are_steps() -> None:
+def test_a_loop_applies_each_of_its_layers_once_per_step() -> None:
     weights = make_weights(SHAPE, NONE)
     loop = ThinkingConfig(kind="loop", layers=(1,), capacity=(1.0, 1.0))
     unrolled = {name: value for name, value in weights.items() if not name.startswith("decoder.layers.")}
@@ -206,15 +206,15 @@ def test_a_loop_applies_each_chosen_layer_as_often_as_there_are_steps() -> None:
     np.testing.assert_array_equal(looped, plain)
 
 
-def test_a_single_step_with_unit_gain_is_the_plain_layer() -> None:
+def test_one_step_with_unit_encoding_is_the_plain_layer() -> None:
     weights = make_weights(SHAPE, NONE)
     one_step = ThinkingConfig(kind="itt", capacity=(), step_encoding=False)
     thinking = reference_forward(weights, SHAPE, one_step, TOKENS)["logits"]
     np.testing.assert_array_equal(thinking, reference_forward(weights, SHAPE, NONE, TOKENS)["logits"])
 
 
-def test_picked_tokens_keep_their_original_positions() -> None:
-    """Only distances matter to RoPE: moving all rows alike changes nothing, closing the gaps between them does."""
+def test_selected_tokens_keep_their_original_positions() -> None:
+    """RoPE depends on distances only: a common shift changes nothing, closing the gaps between tokens does."""
     layer = BaseLayer(make_weights(SHAPE, NONE, scale=2), 0, SHAPE)
     vectors = np.random.default_rng(2).normal(size=(3, SHAPE.hidden_size))
 
@@ -227,13 +227,13 @@ def test_picked_tokens_keep_their_original_positions() -> None:
     assert np.abs(outputs([2, 5, 9]) - outputs([0, 1, 2])).max() > 0.01
 
 
-def test_a_budget_and_a_rule_replace_those_of_the_recipe() -> None:
+def test_arguments_replace_capacity_and_rule_of_the_recipe() -> None:
     weights = make_weights(SHAPE, ITT)
-    nobody = reference_forward(weights, SHAPE, ITT, TOKENS, budget=[0.0, 0.0], routing="threshold")
-    everybody = reference_forward(weights, SHAPE, ITT, TOKENS, budget=[1.0, 1.0], routing="threshold")
-    assert nobody["picks"][3, 2] == [] and everybody["picks"][3, 2] == list(range(len(TOKENS)))
-    assert np.isfinite(nobody["logits"]).all()
-    assert not np.allclose(nobody["logits"], everybody["logits"])
+    none = reference_forward(weights, SHAPE, ITT, TOKENS, capacity=[0.0, 0.0], routing="threshold")
+    every = reference_forward(weights, SHAPE, ITT, TOKENS, capacity=[1.0, 1.0], routing="threshold")
+    assert none["selected"][3, 2] == [] and every["selected"][3, 2] == list(range(len(TOKENS)))
+    assert np.isfinite(none["logits"]).all()
+    assert not np.allclose(none["logits"], every["logits"])
 
 
 def test_a_token_never_depends_on_later_tokens_under_threshold_routing() -> None:
@@ -244,12 +244,12 @@ def test_a_token_never_depends_on_later_tokens_under_threshold_routing() -> None
 
 
 @pytest.mark.parametrize(
-    ("scores", "share", "rule", "expected"),
+    ("logits", "capacity", "rule", "expected"),
     [
         ([1, 3, 2, 0], 0.5, "topk", [1, 2]),
         ([1, 1, 1, 1], 0.5, "topk", [0, 1]),  # ties: the earlier token
         ([0, 2, 2, 2], 0.5, "topk", [1, 2]),
-        ([5, 4, 3], 0.01, "topk", [0]),  # never nobody
+        ([5, 4, 3], 0.01, "topk", [0]),  # at least one
         ([5, 4, 3], 0.5, "topk", [0, 1]),  # 1.5 rounds up
         ([1, 2, 3, 4, 5], 0.5, "topk", [2, 3, 4]),  # 2.5 rounds up, not to even
         ([0, 0, 0, 0], 0.5, "topp", [0, 1]),  # reaches, need not exceed
@@ -261,13 +261,13 @@ def test_a_token_never_depends_on_later_tokens_under_threshold_routing() -> None
         ([1, 2, 3], 0.0, "topp", []),
     ],
 )
-def test_who_thinks(scores: list[float], share: float, rule: str, expected: list[int]) -> None:
-    assert pick(scores, share, rule) == expected
+def test_selected_positions(logits: list[float], capacity: float, rule: str, expected: list[int]) -> None:
+    assert select_tokens(logits, capacity, rule) == expected
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"), [(0.5, [3]), (0.75, [2, 3]), (1.0, [0, 1, 2, 3]), (0.0, []), (0.625, [2, 3])]
+    ("capacity", "expected"), [(0.5, [3]), (0.75, [2, 3]), (1.0, [0, 1, 2, 3]), (0.0, []), (0.625, [2, 3])]
 )
-def test_threshold_reads_the_quantile_table(share: float, expected: list[int]) -> None:
-    # Quantiles 0, 1/4, .. 1 of the table are 0, 1, 2, 3, 4: tau(rho) = 4 (1 - rho); a token on the threshold rests.
-    assert pick([0.0, 0.9, 2.0, 9.0], share, "threshold", [0, 1, 2, 3, 4]) == expected
+def test_threshold_reads_the_quantile_table(capacity: float, expected: list[int]) -> None:
+    # Quantiles 0, 1/4, .. 1 of the table are 0, 1, 2, 3, 4: tau(rho) = 4 (1 - rho); one on it is skipped.
+    assert select_tokens([0.0, 0.9, 2.0, 9.0], capacity, "threshold", [0, 1, 2, 3, 4]) == expected

@@ -1,4 +1,4 @@
-"""Self-attention with our rotation equals megatron-core's own, and leaves to it what it does not know."""
+"""Self-attention with our rotary kernel equals megatron-core's own, and routed steps use the same projection."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_outputs_and_gradients_are_megatron_cores_bit_for_bit(
         assert torch.equal(a, b)
 
 
-def test_every_kind_of_layer_has_it_and_no_other_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_layer_uses_our_rotary_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.transformer import attention as stock_attention
 
     def refuse(*_args: Any, **_kwargs: Any) -> Tensor:
-        raise AssertionError("megatron-core turned heads")
+        raise AssertionError("megatron-core rotated heads")
 
     monkeypatch.setattr(stock_attention, "apply_rotary_pos_emb", refuse)
     for thinking in ({}, {"kind": "loop", "capacity": [1.0]}, {"routing": "none", "capacity": [1.0]}):

@@ -1,4 +1,4 @@
-"""The tables of layer parts name classes that exist and that take what megatron-core hands to them."""
+"""The backend tables name classes that exist and accept megatron-core's arguments."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_itt.config.optional_packages import find_apex, find_transformer_en
 from megatron_itt.model.backends import BACKENDS, import_backend
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
-TABLE = [(name, place) for name, places in BACKENDS.items() for place in places]
-# What megatron-core hands to the class at each place, beside the first two arguments.
+TABLE = [(name, role) for name, roles in BACKENDS.items() for role in roles]
+# Arguments of megatron-core to the class of each role, beside the first two.
 KEYWORDS = {
     "norm": {"eps"},
     "column_linear": {"config", "init_method", "gather_output", "bias", "skip_bias_add", "is_expert", "tp_group"},
@@ -34,44 +34,44 @@ def classes_of(module: str) -> dict[str, ast.ClassDef]:
     return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
-@pytest.mark.parametrize(("name", "place"), TABLE)
-def test_every_named_class_exists_and_takes_what_it_is_given(name: str, place: str) -> None:
-    module, label = BACKENDS[name][place]
+@pytest.mark.parametrize(("name", "role"), TABLE)
+def test_every_named_class_exists_and_accepts_its_arguments(name: str, role: str) -> None:
+    module, label = BACKENDS[name][role]
     node = classes_of(module).get(label)
     assert node is not None, f"{module} has no {label}"
     makers = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name in ("__init__", "__new__")]
     if makers:  # else those of a base class that is in the table itself
         arguments = makers[0].args
         names = {argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)}
-        assert KEYWORDS[place] <= names
+        assert KEYWORDS[role] <= names
 
 
-def test_all_choices_fill_the_same_places() -> None:
-    assert {frozenset(places) for places in BACKENDS.values()} == {frozenset(KEYWORDS)}
+def test_all_backends_have_the_same_roles() -> None:
+    assert {frozenset(roles) for roles in BACKENDS.values()} == {frozenset(KEYWORDS)}
     assert set(BACKENDS) == {"native", "transformer_engine", "apex"}
 
 
-def test_native_parts_are_what_a_model_gets_here() -> None:
-    parts = import_backend("native")
+def test_a_model_here_has_native_modules() -> None:
+    backend = import_backend("native")
     with built_model(tiny_recipe(), dtype=torch.float32) as built:
         layer = built.chunks[0].decoder.layers[0]
-        assert type(layer.input_layernorm) is type(built.chunks[0].decoder.final_layernorm) is parts.norm
-        assert type(layer.self_attention.core_attention) is parts.attention
-        assert type(layer.mlp.linear_fc1) is parts.column_linear
-        assert type(layer.mlp.linear_fc2) is parts.row_linear
+        assert type(layer.input_layernorm) is type(built.chunks[0].decoder.final_layernorm) is backend.norm
+        assert type(layer.self_attention.core_attention) is backend.attention
+        assert type(layer.mlp.linear_fc1) is backend.column_linear
+        assert type(layer.mlp.linear_fc2) is backend.row_linear
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["transformer_engine", "apex"])
 @pytest.mark.parametrize("thinking", [{}, {"attend": "selected"}, {"routing": "topp", "attend": "selected"}], ids=str)
-def test_fused_parts_compute_what_native_parts_compute(name: str, thinking: dict[str, str]) -> None:
+def test_fused_backends_compute_what_the_native_one_computes(name: str, thinking: dict[str, str]) -> None:
     status = find_transformer_engine() if name == "transformer_engine" else find_apex()
     if not status.usable:
         pytest.skip(f"{status.name}: {status.reason}")
     shape = {"hidden_size": 256, "ffn_hidden_size": 512, "seq_length": 128, "num_layers": 2}
     found = []
-    for parts in ("native", name):
-        config = tiny_recipe(model=shape, thinking=thinking, precision={"parts": parts, "dtype": "bf16"})
+    for backend in ("native", name):
+        config = tiny_recipe(model=shape, thinking=thinking, precision={"parts": backend, "dtype": "bf16"})
         with built_model(config, dtype=torch.bfloat16) as built:
             from megatron_itt.model.builder import forward_logits
 
@@ -80,5 +80,5 @@ def test_fused_parts_compute_what_native_parts_compute(name: str, thinking: dict
             found.append((names, forward_logits(built, random_tokens(config).to(device)).float()))
     (native_names, native), (names, logits) = found
     assert names == native_names
-    # bfloat16 keeps 8 bits, and near-ties among router logits may change hands.
+    # bfloat16 has 8 bits, and near-ties among router logits may be decided otherwise.
     assert (logits - native).norm() <= 0.05 * native.norm()

@@ -1,4 +1,4 @@
-"""What megatron-core is told of a recipe: where the loss is fused, and that fused and unfused are the same loss."""
+"""megatron-core's configuration of a recipe: where the loss is fused, and that the fused loss is the same."""
 
 from __future__ import annotations
 

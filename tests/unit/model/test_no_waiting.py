@@ -32,7 +32,7 @@ SWITCHES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_training_a_thinking_layer_waits_for_nothing(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    # What a GPU without Triton runs: the form for CPUs reads where its blocks end. Triton's own test is beside it.
+    # As on a GPU without Triton: blocked attention reads its block limits from the data. Triton has a test of its own.
     monkeypatch.setattr(attention, "find_gathered_attention", lambda query: None)
     watch_training(switches)
 

@@ -1,4 +1,4 @@
-"""Where thinking ends: with one step a thinking layer is megatron-core's own layer, with two it is not."""
+"""With one step a thinking layer equals megatron-core's own layer, with two it does not."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_two_steps_for_every_token_are_finite_and_another_layer(switches: dict[s
         observed = run_layer(built, thinking, torch.float32)
     for tensor in (observed[0], observed[1], *observed[2].values()):
         assert torch.isfinite(tensor).all()
-    # Every token thinks, so no row may be the plain layer's; 1e-5 is ten times the rounding of states of size 1 to 3.
+    # Every token is selected, so no row may equal the plain layer's; 1e-5 is ten times the rounding of values up to 3.
     rows = (observed[0] - stock[0]).abs().amax(dim=-1)
     assert rows.min() > 1e-5
 

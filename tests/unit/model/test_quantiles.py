@@ -1,4 +1,4 @@
-"""The table of router-logit quantiles: what it is of, how exact it is, and how it moves."""
+"""The table of router-logit quantiles: its sample, its accuracy and its moving average."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DECAY = 0.75
 
 
 def quantiles_of_all(logits: torch.Tensor) -> torch.Tensor:
-    """The table as torch would take it, of all logits at once."""
+    """The table by torch.quantile of all logits at once."""
     levels = torch.linspace(0, 1, NUM_QUANTILES, dtype=torch.float64)
     return torch.quantile(logits.double().flatten(), levels).float()
 
@@ -29,16 +29,16 @@ def test_the_table_of_short_sequences_is_the_quantiles_of_all_tokens(seq_length:
 
 @pytest.mark.parametrize("seq_length", [64, 256, 300, 1024, 4096])
 @pytest.mark.parametrize("kind", ["alike", "shifted"])
-def test_as_many_tokens_lie_above_a_threshold_as_its_share_says(seq_length: int, kind: str) -> None:
-    """Extremes of a sequence must not count for more than their token: 0.0182 instead of 0.02 lay above."""
+def test_a_threshold_selects_its_capacity_of_tokens(seq_length: int, kind: str) -> None:
+    """Extremes of a sequence must not weigh more than their token; that selected 0.0182 instead of 0.02."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(seq_length, 64, generator=generator)
     if kind == "shifted":  # sequences differ
         logits = logits + torch.randn(64, generator=generator)
     table = pool_quantiles(summarise_sequences(logits))
-    for share in (0.02, 0.1, 0.5, 0.9, 0.98):
-        above = select_above(logits, threshold_for(share, table)).float().mean()
-        assert float(above) == pytest.approx(share, abs=1 / (NUM_QUANTILES - 1))  # what the table resolves
+    for capacity in (0.02, 0.1, 0.5, 0.9, 0.98):
+        above = select_above(logits, threshold_for(capacity, table)).float().mean()
+        assert float(above) == pytest.approx(capacity, abs=1 / (NUM_QUANTILES - 1))  # resolution of the table
 
 
 def test_the_first_batch_sets_the_table_and_later_ones_move_it() -> None:

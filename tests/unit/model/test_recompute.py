@@ -1,4 +1,4 @@
-"""Recomputation: the same picks, loss and gradients, with fewer tensors stored."""
+"""Recomputation: the same selection, loss and gradients, with fewer tensors stored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def loss_of(built: Any, tokens: torch.Tensor) -> torch.Tensor:
     "switches", [{}, {"attend": "selected"}, {"routing": "topp"}, {"reweight": "symmetric"}], ids=str
 )
 @pytest.mark.parametrize("recompute", ["routed", "layer"])
-def test_picks_loss_and_gradients_are_identical(switches: dict[str, Any], recompute: str) -> None:
+def test_selection_loss_and_gradients_are_identical(switches: dict[str, Any], recompute: str) -> None:
     found = []
     for mode in ("none", recompute):
         config = tiny_recipe(thinking={**switches, "recompute": mode})
@@ -44,7 +44,7 @@ def test_picks_loss_and_gradients_are_identical(switches: dict[str, Any], recomp
 
 
 def stored_bytes(thinking: dict[str, Any]) -> int:
-    """Bytes that autograd keeps for backward, parameters aside, each storage counted once."""
+    """Bytes that autograd saves for backward, parameters aside, each storage counted once."""
     config = tiny_recipe(model=WIDE, thinking=thinking)
     with built_model(config, dtype=torch.float32) as built:
         weights = {parameter.untyped_storage().data_ptr() for parameter in built.chunks[0].parameters()}

@@ -1,4 +1,4 @@
-"""Tokens with equal states tie whatever the layout rounds, and the earlier one is selected."""
+"""Tokens with equal hidden states tie in spite of rounding, and the earlier one is selected."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 from megatron_itt.hf.remote_code import routing_itt
 from megatron_itt.model.routing import positions_to_mask, select_topk, select_topp
 
-SEQ_LENGTH, NUM_SELECTED, SHARE = 256, 65, 0.4567
+SEQ_LENGTH, NUM_SELECTED, CAPACITY = 256, 65, 0.4567
 
 
 def _select_as_trained(rule: str, logits: torch.Tensor) -> torch.Tensor:
     if rule == "topk":
         return positions_to_mask(select_topk(logits, NUM_SELECTED), SEQ_LENGTH)
-    return select_topp(logits, SHARE)
+    return select_topp(logits, CAPACITY)
 
 
 def _select_as_exported(rule: str, logits: torch.Tensor) -> torch.Tensor:
     """Rows of the batch come first there; the last column is padding."""
     padded = torch.nn.functional.pad(logits.t(), (0, 1), value=1e9)
-    real = torch.arange(SEQ_LENGTH + 1).expand(padded.shape) < SEQ_LENGTH
-    share = torch.full((padded.shape[0],), NUM_SELECTED / SEQ_LENGTH if rule == "topk" else SHARE)
-    pick = routing_itt.select_topk if rule == "topk" else routing_itt.select_topp
-    return pick(padded, share, real)[:, :SEQ_LENGTH].t()
+    padding_mask = torch.arange(SEQ_LENGTH + 1).expand(padded.shape) < SEQ_LENGTH
+    capacity = torch.full((padded.shape[0],), NUM_SELECTED / SEQ_LENGTH if rule == "topk" else CAPACITY)
+    select = routing_itt.select_topk if rule == "topk" else routing_itt.select_topp
+    return select(padded, capacity, padding_mask)[:, :SEQ_LENGTH].t()
 
 
 SELECT = {"trained": _select_as_trained, "exported": _select_as_exported}

@@ -1,4 +1,4 @@
-"""Packed documents are computed as if each stood alone: plain layers, loop, and every way to think."""
+"""Packed documents are computed as if each were alone: plain layers, loop, and every switch of thinking."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.reference import reference_forward
 TOLERANCE = 1e-10  # float64: what remains is the order of summation
 LENGTHS = ([7, 1, 9, 7], [24])  # of the documents of two sequences of 24 tokens
 
-# Where nobody's choice depends on the other documents, packing must not change anything at all.
+# Where the selection does not depend on the other documents, packing must not change anything.
 INDEPENDENT: list[dict[str, Any]] = [
     {"kind": "none", "capacity": []},
     {"kind": "loop", "capacity": [1.0, 1.0]},
@@ -27,7 +27,7 @@ INDEPENDENT: list[dict[str, Any]] = [
     {"capacity": [1.0, 1.0]},
     {"capacity": [1.0, 1.0], "attend": "selected"},
 ]
-# Top-k and top-p choose over the whole sequence; the reference says what then follows.
+# Top-k and top-p select over the whole sequence; these are compared with the reference.
 CHOOSING: list[dict[str, Any]] = [
     {},
     {"attend": "selected"},
@@ -86,16 +86,16 @@ def test_packed_documents_equal_the_reference(switches: dict[str, Any]) -> None:
         expected = reference_forward(weights, config.model, config.thinking, sequence, starts=starts)
         difference = np.abs(logits[row].numpy() - expected["logits"]).max()
         assert difference <= TOLERANCE * np.abs(expected["logits"]).max()
-        for (layer_idx, step), places in expected["picks"].items():
+        for (layer_idx, step), own in expected["selected"].items():
             if config.thinking.routing != "none":
-                assert recorder.records[0, layer_idx, step].selected[:, row].nonzero().flatten().tolist() == places
+                assert recorder.records[0, layer_idx, step].selected[:, row].nonzero().flatten().tolist() == own
 
 
 @pytest.mark.parametrize("switches", [{"capacity": [1.0]}, {"routing": "threshold"}], ids=_name)
 def test_gradients_do_not_cross_a_document_end(switches: dict[str, Any]) -> None:
     config = packed_recipe(switches)
     weights = make_weights(config.model, config.thinking, seed=5)
-    tokens = torch.arange(24)[None]  # every token another embedding, so that its gradient says who saw it
+    tokens = torch.arange(24)[None]  # distinct embeddings: the gradient shows which are attended
     with built_model(config, weights=weights) as built:
         model = built.chunks[0]
         logits = model(tokens, positions_of([7, 1, 9, 7])[None], None)

@@ -15,7 +15,7 @@ from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 from tests.helpers.random_weights import make_weights
 from tests.helpers.reference import reference_forward
 
-# Float64 with exact angles: what remains is the order of summation.
+# Float64 with exact rotary frequencies: what remains is the order of summation.
 TOLERANCE = 1e-10
 SWITCHES: list[dict[str, Any]] = [
     {},
@@ -49,7 +49,7 @@ def _name(switches: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=_name)
-def test_logits_and_picks_equal_the_reference(switches: dict[str, Any]) -> None:
+def test_logits_and_selected_tokens_equal_the_reference(switches: dict[str, Any]) -> None:
     config = tiny_recipe(thinking=switches)
     weights = make_weights(config.model, config.thinking, seed=1)
     tokens = random_tokens(config)
@@ -63,35 +63,35 @@ def test_logits_and_picks_equal_the_reference(switches: dict[str, Any]) -> None:
         expected = reference_forward(weights, config.model, config.thinking, sequence)
         difference = np.abs(logits[row].numpy() - expected["logits"]).max() / np.abs(expected["logits"]).max()
         assert difference <= TOLERANCE
-        for (layer_idx, step), positions in expected["picks"].items():
+        for (layer_idx, step), positions in expected["selected"].items():
             if config.thinking.routing != "none":
-                picked = recorder.records[0, layer_idx, step].selected[:, row]
-                assert picked.nonzero().flatten().tolist() == positions
+                selected = recorder.records[0, layer_idx, step].selected[:, row]
+                assert selected.nonzero().flatten().tolist() == positions
 
 
-@pytest.mark.parametrize("form", ["dense mask", "triton"])
-def test_every_form_of_attention_gives_the_same_logits(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are what runs on CPUs, and what the reference is compared with."""
-    forms: dict[str, Any] = {"dense mask": None}
-    if form == "triton":
+@pytest.mark.parametrize("backend", ["dense mask", "triton"])
+def test_every_attention_backend_gives_the_same_logits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As blocked attention, which runs on CPUs and is compared with the reference."""
+    kernels: dict[str, Any] = {"dense mask": None}
+    if backend == "triton":
         pytest.importorskip("triton")
         from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
-        forms["triton"] = partial(triton_attention, tiles=Tiles(rows=16, keys=16, warps=4))
+        kernels["triton"] = partial(triton_attention, tiles=Tiles(rows=16, keys=16, warps=4))
     config = tiny_recipe(thinking={"layers": [1]})
     tokens = random_tokens(config)
     with built_model(config, dtype=torch.float32) as built:
         from megatron_itt.model.builder import forward_logits
 
         expected = forward_logits(built, tokens)
-        monkeypatch.setattr(attention, "find_gathered_attention", lambda query: forms[form])
+        monkeypatch.setattr(attention, "find_gathered_attention", lambda query: kernels[backend])
         logits = forward_logits(built, tokens)
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("budget", [(0.9, 0.1, 0.4), (0.5, 0.0, 0.5), (0.0, 0.0, 0.0)])
 @pytest.mark.parametrize("routing", ["topk", "threshold"])
-def test_a_budget_replaces_the_capacity(budget: tuple[float, ...], routing: str) -> None:
+def test_a_thinking_budget_replaces_the_capacity(budget: tuple[float, ...], routing: str) -> None:
     config = tiny_recipe()
     weights = make_weights(config.model, config.thinking, seed=2)
     tokens = random_tokens(config, batch=1)
@@ -100,15 +100,15 @@ def test_a_budget_replaces_the_capacity(budget: tuple[float, ...], routing: str)
 
         logits = forward_logits(built, tokens, thinking_budget=budget, routing=routing)
     expected = reference_forward(
-        weights, config.model, config.thinking, tokens[0].tolist(), budget=budget, routing=routing
+        weights, config.model, config.thinking, tokens[0].tolist(), capacity=budget, routing=routing
     )
     assert np.abs(logits[0].numpy() - expected["logits"]).max() <= TOLERANCE * np.abs(expected["logits"]).max()
 
 
 @pytest.mark.parametrize("routing", ["topk", "topp", "threshold"])
 @pytest.mark.parametrize("switches", [{}, {"gate": "tanh", "reweight": "symmetric"}], ids=_name)
-def test_a_temperature_softens_the_gate_and_leaves_picks_alone(switches: dict[str, Any], routing: str) -> None:
-    """What `capacity_schedule: ramp` sets at a step: smaller shares, and a gate whose logits are divided."""
+def test_a_temperature_softens_the_gate_and_keeps_the_selection(switches: dict[str, Any], routing: str) -> None:
+    """As under `capacity_schedule: ramp`: smaller capacities, and a gate whose logits are divided."""
     config = tiny_recipe(thinking={"routing": routing, **switches})
     weights = make_weights(config.model, config.thinking, seed=5)
     tokens = random_tokens(config, batch=1)
@@ -118,15 +118,17 @@ def test_a_temperature_softens_the_gate_and_leaves_picks_alone(switches: dict[st
         with torch.no_grad(), built.control.override(capacity=budget, temperature=1.75, recorder=recorder):
             logits = chunk(tokens, positions, None)
     sequence = tokens[0].tolist()
-    expected = reference_forward(weights, config.model, config.thinking, sequence, budget=budget, temperature=1.75)
-    plain = reference_forward(weights, config.model, config.thinking, sequence, budget=budget)
+    expected = reference_forward(weights, config.model, config.thinking, sequence, capacity=budget, temperature=1.75)
+    plain = reference_forward(weights, config.model, config.thinking, sequence, capacity=budget)
     scale = np.abs(expected["logits"]).max()
     assert np.abs(logits[0].numpy() - expected["logits"]).max() <= TOLERANCE * scale
     assert np.abs(plain["logits"] - expected["logits"]).max() > 1e-3 * scale
-    for (layer_idx, step), picked in expected["picks"].items():
+    for (layer_idx, step), selected in expected["selected"].items():
         record = recorder.records[0, layer_idx, step]
-        assert record.selected[:, 0].nonzero().flatten().tolist() == picked
-        np.testing.assert_allclose(record.logits[:, 0], expected["scores"][layer_idx, step], rtol=1e-5, atol=1e-5)
+        assert record.selected[:, 0].nonzero().flatten().tolist() == selected
+        np.testing.assert_allclose(
+            record.logits[:, 0], expected["router_logits"][layer_idx, step], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_one_thinking_step_equals_the_plain_model_bit_for_bit() -> None:
@@ -141,7 +143,7 @@ def test_one_thinking_step_equals_the_plain_model_bit_for_bit() -> None:
     assert torch.equal(outputs[0], outputs[1])
 
 
-def test_tokens_not_picked_leave_a_step_unchanged() -> None:
+def test_tokens_that_are_not_selected_stay_unchanged() -> None:
     config = tiny_recipe(thinking={"capacity": [0.25], "layers": [3]})
     tokens = random_tokens(config, batch=1)
     recorder = RoutingRecorder()
@@ -154,13 +156,13 @@ def test_tokens_not_picked_leave_a_step_unchanged() -> None:
         built.control.recorder = recorder
         forward_logits(built, tokens)
         forward_logits(built, tokens, thinking_budget=(0.0,))
-    picked = recorder.records[0, 3, 1].selected[:, 0]
-    assert torch.equal(hidden[0][~picked], hidden[1][~picked])
-    assert not torch.equal(hidden[0][picked], hidden[1][picked])
+    selected = recorder.records[0, 3, 1].selected[:, 0]
+    assert torch.equal(hidden[0][~selected], hidden[1][~selected])
+    assert not torch.equal(hidden[0][selected], hidden[1][selected])
 
 
 def test_gradients_match_finite_differences() -> None:
-    """Picks stay as they are under a perturbation this small, so the loss is smooth around the weights."""
+    """So small a perturbation does not change the selection, so the loss is smooth around the weights."""
     config = tiny_recipe(model={"num_layers": 2}, thinking={"capacity": [0.5, 0.5]})
     weights = make_weights(config.model, config.thinking, seed=3)
     tokens = random_tokens(config)

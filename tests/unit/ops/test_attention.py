@@ -1,4 +1,4 @@
-"""Attention of picked queries: every form gives what a dense mask gives, and works only on what is seen."""
+"""Gathered attention: every backend equals a dense mask, and computes only visible pairs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron_itt.ops import attention
 from megatron_itt.ops.attention import attention_blocks, blocked_attention, find_gathered_attention
 from tests.helpers.waiting import WatchOperations
 
-# picked, all tokens, batch, query heads, key/value heads, head size
+# selected, all tokens, batch, query heads, key/value heads, head size
 SHAPES = {
     "uneven": (37, 90, 2, 4, 2, 16),
-    "everybody": (48, 48, 1, 2, 2, 24),
+    "every token": (48, 48, 1, 2, 2, 24),
     "one query": (1, 50, 2, 4, 1, 16),
     "one key": (1, 1, 1, 2, 1, 32),
     "grouped": (20, 33, 1, 6, 2, 8),
@@ -28,29 +28,29 @@ CPU = torch.device("cpu")
 
 
 def made_up(shape: str, dtype: torch.dtype, device: torch.device = CPU) -> tuple[list[Tensor], Tensor]:
-    """Query, key, value, and positions of the picked."""
-    picked, tokens, batch, heads, groups, size = SHAPES[shape]
+    """Query, key, value, and positions of the selected tokens."""
+    selected, tokens, batch, heads, groups, size = SHAPES[shape]
     generator = torch.Generator().manual_seed(len(shape))
     parts = [
         torch.randn(rows, batch, count, size, generator=generator, dtype=torch.float64).to(device, dtype)
-        for rows, count in ((picked, heads), (tokens, groups), (tokens, groups))
+        for rows, count in ((selected, heads), (tokens, groups), (tokens, groups))
     ]
-    order = [torch.randperm(tokens, generator=generator)[:picked].sort().values for _ in range(batch)]
+    order = [torch.randperm(tokens, generator=generator)[:selected].sort().values for _ in range(batch)]
     return [part.requires_grad_(True) for part in parts], torch.stack(order, dim=1).to(device)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
-    """Every score and a mask, in plain operations."""
+    """Every logit and a mask, in plain operations."""
     group = query.shape[2] // key.shape[2]
     key, value = (part.repeat_interleave(group, dim=2) for part in (key, value))
-    scores = torch.einsum("kbad,sbad->baks", query, key) / query.shape[3] ** 0.5
+    logits = torch.einsum("kbad,sbad->baks", query, key) / query.shape[3] ** 0.5
     later = torch.arange(key.shape[0], device=key.device) > positions.t().unsqueeze(-1)
-    weights = scores.masked_fill(later.unsqueeze(1), -torch.inf).softmax(dim=-1)
+    weights = logits.masked_fill(later.unsqueeze(1), -torch.inf).softmax(dim=-1)
     return torch.einsum("baks,sbad->kbad", weights, value).flatten(2)
 
 
-def with_gradients(form: Callable[..., Tensor], inputs: list[Tensor], positions: Tensor) -> list[Tensor]:
-    context = form(*inputs, positions)
+def with_gradients(attend: Callable[..., Tensor], inputs: list[Tensor], positions: Tensor) -> list[Tensor]:
+    context = attend(*inputs, positions)
     direction = torch.linspace(-1, 1, context.numel(), dtype=torch.float64).view(context.shape).to(context)
     return [context.detach(), *torch.autograd.grad((context * direction).sum(), inputs)]
 
@@ -84,43 +84,43 @@ def test_blocks_in_bfloat16_are_as_exact_as_bfloat16(
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096, 8192])
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_work_follows_what_is_seen(tokens: int, share: float) -> None:
-    count = int(share * tokens)
+@pytest.mark.parametrize("capacity", [0.25, 0.5, 1.0])
+def test_work_is_proportional_to_the_visible_pairs(tokens: int, capacity: float) -> None:
+    count = int(capacity * tokens)
     positions = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))[:count].sort().values.unsqueeze(1)
     blocks = attention_blocks(positions, tokens)
     computed = sum((block.last - block.first) * (block.stop - block.start) for block in blocks)
     seen = int((positions + 1).sum())
-    # A block computes the triangle on its diagonal twice: as much more as one block is of all rows.
+    # A block on the diagonal computes its triangle twice.
     assert seen <= computed <= (1.05 + attention.SHORT_ROWS / count) * seen
 
 
-def test_blocks_meet_every_pair_once() -> None:
+def test_blocks_cover_every_visible_pair_once() -> None:
     _, positions = made_up("uneven", torch.float64)
     big = torch.stack([torch.randperm(3000)[:2100].sort().values for _ in range(3)], dim=1)
-    for places, tokens in ((positions, 90), (big, 3000)):
-        met = torch.zeros(places.shape[1], places.shape[0], tokens, dtype=torch.long)
-        for block in attention_blocks(places, tokens):
-            part = met[:, block.first : block.last, block.start : block.stop]
+    for rows, tokens in ((positions, 90), (big, 3000)):
+        covered = torch.zeros(rows.shape[1], rows.shape[0], tokens, dtype=torch.long)
+        for block in attention_blocks(rows, tokens):
+            part = covered[:, block.first : block.last, block.start : block.stop]
             part += 1
-        seen = torch.arange(tokens) <= places.t().unsqueeze(-1)
-        assert bool((met[seen] == 1).all()) and int(met.max()) == 1
+        seen = torch.arange(tokens) <= rows.t().unsqueeze(-1)
+        assert bool((covered[seen] == 1).all()) and int(covered.max()) == 1
 
 
-def test_blocks_keep_no_mask_for_backward() -> None:
-    picked, tokens = 1024, 4096
-    query, key = torch.randn(picked, 1, 1, 16, requires_grad=True), torch.randn(tokens, 1, 1, 16)
-    positions = torch.arange(tokens - picked, tokens).unsqueeze(1)
+def test_blocks_save_no_mask_for_backward() -> None:
+    selected, tokens = 1024, 4096
+    query, key = torch.randn(selected, 1, 1, 16, requires_grad=True), torch.randn(tokens, 1, 1, 16)
+    positions = torch.arange(tokens - selected, tokens).unsqueeze(1)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part.nbytes) or part, lambda part: part):
         blocked_attention(query, key, key, positions)
-    assert sum(kept) < picked * tokens  # bytes; a bool mask alone has as many
+    assert sum(kept) < selected * tokens  # bytes; a bool mask alone has as many
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_triton_equals_a_dense_mask(shape: str, dtype: torch.dtype) -> None:
-    """The interpreter does not know bfloat16; float16 takes the same way."""
+    """The interpreter lacks bfloat16; float16 takes the same path."""
     pytest.importorskip("triton")
     from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
@@ -145,7 +145,7 @@ def test_triton_equals_a_dense_mask_with_the_tiles_of_a_gpu(shape: str, dtype: t
     assert_close(found, with_gradients(dense, wide, positions), 1e-4 if dtype == torch.float32 else 2e-2)
 
 
-def test_triton_waits_for_nothing_and_no_shape_depends_on_the_picks() -> None:
+def test_triton_waits_for_nothing_and_no_shape_depends_on_the_selection() -> None:
     pytest.importorskip("triton")
     from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
@@ -163,7 +163,7 @@ def test_triton_waits_for_nothing_and_no_shape_depends_on_the_picks() -> None:
 
 
 def test_blocks_are_for_cpus_alone() -> None:
-    """They read where they end from the data, for which a GPU would have to be waited for."""
+    """Their limits are read from the data, for which the host would wait on a GPU."""
     query = torch.zeros(1, 1, 1, 8)
     assert find_gathered_attention(query) is blocked_attention
     assert find_gathered_attention(query.to("meta")) is None

@@ -1,4 +1,4 @@
-"""The stand-in for a missing GPU changes where megatron-core's tensors live, and nothing else."""
+"""Substitutes for CUDA calls place megatron-core's tensors on the host, and are undone by stop_parallel."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_cuda_requests_are_answered_on_the_host_and_other_devices_still_work() -
     assert done.returncode == 0, done.stderr
 
 
-# A process that has a GPU, or thinks so: everything in torch and megatron-core is what it was, after a run and after a
-# start that failed, and nobody has kept a stand-in.
+# In a process with a GPU (here: one that reports two) every attribute of torch and megatron-core is restored, after a
+# run and after a failed start, and no substitute is referenced any more.
 UNDONE = """
 import gc, sys, types
 import torch
@@ -87,13 +87,13 @@ assert torch.ones(1).type() == "torch.FloatTensor"
 try:
     moved = torch.ones(1).cuda()
 except (AssertionError, RuntimeError):
-    pass  # there is no GPU here after all
+    pass  # there is no GPU here
 else:
     assert moved.device.type == "cuda"
 """
 
 
-def test_stopping_puts_every_attribute_of_torch_and_megatron_core_back() -> None:
+def test_stop_parallel_restores_every_attribute_of_torch_and_megatron_core() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", UNDONE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

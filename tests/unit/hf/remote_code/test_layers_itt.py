@@ -62,7 +62,7 @@ def test_logits_equal_the_oracle(
         for index, layer_idx in enumerate(model.config.thinking["layers"] if routed else []):
             for step in range(1, len(thinking.capacity) + 1):
                 picked = output.routing[index][0, step - 1].nonzero().flatten().tolist()
-                assert picked == expected["picks"][layer_idx, step]
+                assert picked == expected["selected"][layer_idx, step]
 
 
 @pytest.mark.parametrize("budget", [[0.0, 0.7, 0.2], [1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
@@ -75,7 +75,7 @@ def test_a_budget_replaces_the_trained_shares(
     shape, thinking = describe(model)
     tokens = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(2))
     weights = hf_to_megatron(model.state_dict(), shape)
-    expected = reference_forward(weights, shape, thinking, tokens[0].tolist(), routing=routing, budget=budget)
+    expected = reference_forward(weights, shape, thinking, tokens[0].tolist(), routing=routing, capacity=budget)
     with torch.no_grad():
         logits = model(tokens, routing=routing, thinking_budget=budget).logits
     assert torch.allclose(logits[0], torch.from_numpy(expected["logits"]), rtol=0, atol=1e-10)
