@@ -55,7 +55,7 @@ class RotaryTable(NamedTuple):
 
 
 class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
-    """megatron-core's self-attention with the same parameters and our rotary kernel, and its projections for routed steps.
+    """megatron-core's self-attention with our rotary kernel, and its projections for routed steps.
 
     A bias of `linear_qkv` and q/k layernorms apply to base passes and routed steps alike.
     """
