@@ -66,8 +66,8 @@ find_python() { # CLUSTER_FILE
     if [ -n "${ITT_CONTAINER_IMAGE:-}" ] && ! in_slurm; then # outside jobs there is no container
         planner=python3
         [ ! -x "$checkout/.venv/bin/python" ] || planner=$checkout/.venv/bin/python
-        "$planner" -c 'import pydantic, yaml' 2>/dev/null || fail "$planner of this host cannot read recipes:" \
-            "pip install pydantic pyyaml, or run make install; or call sbatch itself, which needs neither"
+        "$planner" -c 'import filelock, pydantic, tyro, yaml' 2>/dev/null || fail "$planner of this host cannot read recipes:" \
+            "pip install filelock pydantic pyyaml tyro, or run make install; or call sbatch itself, which needs none"
     fi
 }
 

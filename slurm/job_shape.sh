@@ -3,7 +3,7 @@
 
 nodes=1 tasks_per_node=1
 
-asked_for() { # JOB_FILE OPTION: what its #SBATCH line says
+asked_for() { # FILE OPTION: the value in its #SBATCH line
     sed -nE "s/^#SBATCH[[:space:]]+--$2=([^[:space:]]+).*/\1/p" "$1" | head -1
 }
 
@@ -19,7 +19,12 @@ find_shape() { # JOB_FILE
             fail "the job has $tasks_per_node tasks but $gpus GPUs per node; a task drives one GPU, so ask for as many"
         return
     fi
-    nodes=${asked_nodes:-$(asked_for "$1" nodes)} nodes=${nodes:-1}
+    local file
+    nodes=$asked_nodes
+    for file in "$recipe" "$checkout/$recipe" "$checkout/recipes/$recipe.yaml" "$1"; do
+        [ -n "$nodes" ] || [ ! -f "$file" ] || nodes=$(asked_for "$file" nodes)
+    done
+    nodes=${nodes:-1}
     tasks_per_node=$(asked_for "$1" ntasks-per-node) tasks_per_node=${tasks_per_node:-1}
     if [ "$mode" = run ]; then
         local gpus=${ITT_LOCAL_PROCESSES:-$(count_gpus)}

@@ -38,7 +38,7 @@ options:
   --dry-run             print the job, what it costs and what would refuse it; start nothing
   --submit              read cluster.env (partition, account, ...), check recipe, run folder and data, then sbatch
   --chain=N             submit N jobs, one after the other, for clusters that do not requeue
-  --nodes=N             nodes, for --dry-run, --submit and --chain (default: what the file asks for)
+  --nodes=N             nodes, for --dry-run, --submit and --chain (default: what the recipe or the file asks for)
   --allow-changed=KEY   let a setting differ from what the run was started with; repeat for several
 example: bash slurm/itt_466m_x4.sbatch --dry-run --nodes=4 batch.micro=2
 TEXT
@@ -66,9 +66,9 @@ parse_arguments() { # JOB_FILE ARGUMENT...
     [[ ${asked_nodes:-1} =~ ^[1-9][0-9]*$ ]] || fail "--nodes is $asked_nodes; give a number of nodes, 1 or more"
 }
 
-plan() { # ACTION
-    run_python "$code/tools/launch_plan.py" "$1" "$recipe" "${overrides[@]}" --nodes "$nodes" \
-        --tasks-per-node "$tasks_per_node" "${plan_options[@]}" "${allowed[@]}"
+plan() { # ACTION OPTION...
+    run_python "$code/tools/launch.py" "$1" "$recipe" "${overrides[@]}" --nodes "$nodes" \
+        --tasks-per-node "$tasks_per_node" "${plan_options[@]}" "${allowed[@]}" "${@:2}"
 }
 
 # --- life cycle -------------------------------------------------------------------------------------------------------
@@ -161,8 +161,7 @@ train() { # JOB_FILE RECIPE ARGUMENT...
 
 dry_run() { # JOB_FILE
     local limit
-    plan_options+=("--gpu=${ITT_GPU:-a100-80gb}" "--mfu=${ITT_ASSUMED_MFU:-0.35}")
-    plan show || return
+    plan show "--gpu=${ITT_GPU:-a100-80gb}" "--mfu=${ITT_ASSUMED_MFU:-0.35}" || return
     limit=${SBATCH_TIMELIMIT:-$(asked_for "$1" time)} # sbatch prefers the variable, too
     echo "job          ${1##*/}, time limit ${limit:-of the partition}, partition ${SBATCH_PARTITION:-default}," \
         "account ${SBATCH_ACCOUNT:-default}"
@@ -172,13 +171,14 @@ dry_run() { # JOB_FILE
 submit() { # JOB_FILE
     local options=() given=() link folder job_file
     job_file=$(realpath "$1")
-    ! grep -q ' train "\$@"$' "$1" || given=("$recipe") # a job file for any recipe
     dry_run "$1" || return
     plan check || return
     folder=$(plan run-dir) || return
     [[ $folder != *$'\nfinished' ]] || { say "not submitted: ${folder%%$'\n'*} is finished already"; return; }
-    [ -z "$asked_nodes" ] || options+=("--nodes=$asked_nodes")
-    [ "$num_links" = 1 ] || options+=("--job-name=${folder##*/}" --dependency=singleton --no-requeue "--export=ALL,ITT_CHAIN=chain-$(date +%s)-$$")
+    ! grep -q ' train "\$@"$' "$1" || given=("$recipe") # a job file for any recipe
+    [ ${#given[@]} = 0 ] && [ "$num_links" = 1 ] || options+=("--job-name=${folder##*/}")
+    [ "$nodes" = "$(asked_for "$1" nodes)" ] || options+=("--nodes=$nodes")
+    [ "$num_links" = 1 ] || options+=(--dependency=singleton --no-requeue "--export=ALL,ITT_CHAIN=chain-$(date +%s)-$$")
     for ((link = 0; link < num_links; link++)); do
         (cd "$checkout" && sbatch "${options[@]}" "$job_file" "${given[@]}" "${allowed[@]}" "${overrides[@]}") || return
     done

@@ -17,7 +17,9 @@ from tests.architecture.sources import ROOT
 from tests.helpers.small_disk import small_disk
 
 JOB_FILES = sorted((ROOT / "slurm").rglob("*.sbatch"))
-TRAINING = [path for path in JOB_FILES if "recipes/" in path.read_text().split("exec", 1)[1]]
+SIZES = {"162m": 1, "230m": 1, "466m": 2}  # nodes
+NODES = {f"{size}/{kind}": SIZES[size] for size in SIZES for kind in ("llama", "loop_x4", "itt_x4")}
+NODES |= {f"scale/{size}_{kind}": nodes for size, nodes in (("1b3", 4), ("7b", 8)) for kind in ("llama", "itt_x4")}
 
 
 def launch(job_file: str, *arguments: str, settings: dict[str, str], cwd: Path = ROOT) -> tuple[int, str, str]:
@@ -38,21 +40,24 @@ def outside_a_job(settings: dict[str, str]) -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}, **settings}
 
 
-@pytest.mark.parametrize("job_file", TRAINING, ids=[path.stem for path in TRAINING])
-def test_every_training_job_shows_what_it_will_do(job_file: Path, settings: dict[str, str]) -> None:
-    code, text, error = launch(
-        job_file.name if job_file.parent.name == "slurm" else str(job_file), "--dry-run", settings=settings
-    )
+@pytest.mark.parametrize("name", [*NODES, None])
+def test_every_training_job_shows_what_it_will_do(name: str | None, settings: dict[str, str]) -> None:
+    job = ("itt_466m_x4.sbatch",) if name is None else ("train.sbatch", f"recipes/{name}.yaml")
+    code, text, error = launch(*job, "--dry-run", settings=settings)
     assert code == 0, error
-    for name in ("run folder", "nodes", "layout", "model", "training", "memory", "speed", "time", "job", "software"):
-        assert re.search(rf"^{name} +\S", text, flags=re.MULTILINE), f"{name} is missing from\n{text}"
+    for line in ("run folder", "nodes", "layout", "model", "training", "memory", "speed", "time", "job", "software"):
+        assert re.search(rf"^{line} +\S", text, flags=re.MULTILINE), f"{line} is missing from\n{text}"
+    nodes = NODES[name or "466m/itt_x4"]
+    assert f"{nodes} x 8 tasks = {8 * nodes} ranks" in text
     assert "days" in text
     assert "GPU-hours" in text
 
 
-def test_the_sizes_of_the_paper_each_have_their_three_jobs() -> None:
-    sizes, kinds = ("162m", "230m", "466m"), ("llama_{}", "loop_{}_x4", "itt_{}_x4")
-    assert {kind.format(size) for size in sizes for kind in kinds} <= {path.stem for path in TRAINING}
+def test_the_nodes_of_a_command_line_come_before_those_of_the_recipe(settings: dict[str, str]) -> None:
+    code, text, error = launch("train.sbatch", "466m/itt_x4", "--dry-run", settings=settings)
+    assert code == 0 and "2 x 8 tasks" in text, error
+    code, text, error = launch("train.sbatch", "466m/itt_x4", "--dry-run", "--nodes=4", settings=settings)
+    assert code == 0 and "4 x 8 tasks" in text, error
 
 
 @pytest.mark.parametrize("job_file", JOB_FILES, ids=[path.stem for path in JOB_FILES])

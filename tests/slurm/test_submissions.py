@@ -104,8 +104,36 @@ def test_only_what_another_start_would_meet_again_is_noted_as_refused(
 def test_a_job_file_is_submitted_from_any_folder(submitted: dict[str, str], recipe: Path, tmp_path: Path) -> None:
     done = run_shell(f"bash {ROOT}/slurm/train.sbatch {recipe} --submit {LAYOUT}", submitted, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"sbatch in {ROOT}: {ROOT}/slurm/train.sbatch {recipe}" in done.stdout
+    assert f"sbatch in {ROOT}: --job-name=tiny {ROOT}/slurm/train.sbatch {recipe}" in done.stdout
     assert not (tmp_path / "runs" / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "options"),
+    [
+        ("train.sbatch {} --nodes=2", "--job-name=tiny --nodes=2 "),
+        ("train.sbatch {nodes_of_recipe}", "--job-name=tiny --nodes=4 "),
+        ("itt_466m_x4.sbatch --nodes=4", "--nodes=4 "),
+        ("itt_466m_x4.sbatch", ""),
+    ],
+)
+def test_sbatch_is_given_the_nodes_that_the_job_file_does_not_ask_for(
+    submitted: dict[str, str], recipe: Path, tmp_path: Path, job: str, options: str
+) -> None:
+    large = tmp_path / "large.yaml"
+    large.write_text(f"#SBATCH --nodes=4\n{recipe.read_text()}")
+    layout = LAYOUT.replace("global=8", "global=32")
+    arguments = job.format(recipe, nodes_of_recipe=large)
+    if job.startswith("itt_466m"):
+        plan_only = f"source {ROOT}/slurm/launch.sh; plan() {{ echo /runs/x; }}; dry_run() {{ :; }}; train"
+        script = (
+            f"{plan_only} {ROOT}/slurm/itt_466m_x4.sbatch recipes/466m/itt_x4.yaml --submit {job.partition(' ')[2]}"
+        )
+        done = run_shell(script, submitted)
+    else:
+        done = run_shell(f"bash slurm/{arguments} --submit {layout}", submitted)
+    assert done.returncode == 0, done.stderr
+    assert f"sbatch in {ROOT}: {options}{ROOT}/slurm/" in done.stdout
 
 
 def test_the_links_of_a_chain_share_a_name_that_no_other_chain_has(submitted: dict[str, str], recipe: Path) -> None:

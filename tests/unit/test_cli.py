@@ -17,7 +17,7 @@ from megatron_itt.config import load_config
 from megatron_itt.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem != "launch_plan")
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
 def leaves() -> Iterator[list[str]]:
