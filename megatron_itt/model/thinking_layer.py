@@ -100,14 +100,14 @@ class ThinkingLayer(TransformerLayer):
 
     def _gathered_steps(self, hidden_states: Tensor, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
         """Routed steps with static numbers of tokens: only the selected rows are computed. [p, b, h] -> [p, b, h]."""
-        pending_logits = self.shards.begin_gather(self._router_logits(hidden_states, plan.steps[0]))
-        pending_states = self.shards.begin_gather(hidden_states)
+        wait_for_logits = self.shards.begin_gather(self._router_logits(hidden_states, plan.steps[0]))
+        wait_for_states = self.shards.begin_gather(hidden_states)
         # Before the hidden states arrive: everything that needs the weights and the logits alone.
         rotary = RotaryTable.of(kwargs["rotary_pos_emb"], hidden_states.dtype)
         attend = self.attend(self.self_attention, self.input_layernorm, rotary, kwargs.get("attention_mask"))
-        logits = pending_logits.wait()  # [s, b]
+        logits = wait_for_logits()  # [s, b]
         positions = self._select(logits, plan.steps[0], plan)
-        hidden_states = pending_states.wait()  # [s, b, h]
+        hidden_states = wait_for_states()  # [s, b, h]
         changed: Tensor | None = None
         for step in plan.steps:
             if step > plan.steps[0]:

@@ -10,23 +10,14 @@ Shapes: p rows of this rank, s = p times the world size of the group; any traili
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-class PendingGather:
-    """A gather that has been launched."""
-
-    def __init__(self, shard: Tensor, collective: _Collective | None) -> None:
-        self._shard, self._collective = shard, collective
-
-    def wait(self) -> Tensor:
-        """Return the whole, [s, ...]. Call it once; on GPUs the stream waits, not the host."""
-        return self._shard if self._collective is None else _Wait.apply(self._shard, self._collective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +35,19 @@ class SequenceShards:
         """This rank's shard along the first dimension."""
         return whole if self.num == 1 else whole.chunk(self.num, dim=0)[self.group.rank()]  # type: ignore[union-attr]
 
-    def begin_gather(self, shard: Tensor) -> PendingGather:
-        """Launch the all-gather of `shard` [p, ...]. The ranks' gradients of the whole are summed."""
+    def begin_gather(self, shard: Tensor) -> Callable[[], Tensor]:
+        """Launch the all-gather of `shard` [p, ...] and return the function that waits for the whole, [s, ...].
+
+        Call that once; on GPUs the stream waits, not the host. The ranks' gradients of the whole are summed.
+        """
         if self.group is None or self.num == 1:
-            return PendingGather(shard, None)
+            return lambda: shard
         collective = _Collective(self.group)
-        return PendingGather(_Begin.apply(shard, collective), collective)
+        return partial(_Wait.apply, _Begin.apply(shard, collective), collective)
 
     def gather(self, shard: Tensor) -> Tensor:
         """All-gather `shard` [p, ...] -> [s, ...] without overlap."""
-        return self.begin_gather(shard).wait()
+        return self.begin_gather(shard)()
 
 
 @dataclass(slots=True)
@@ -102,7 +96,7 @@ class _Wait(torch.autograd.Function):
     def forward(ctx: Any, shard: Tensor, collective: _Collective) -> Tensor:
         ctx.collective = collective
         whole = collective.finish()
-        assert whole is not None, "wait() was called twice"
+        assert whole is not None, "the whole was waited for twice"
         return whole
 
     @staticmethod

@@ -67,7 +67,7 @@ def gather_both_ways(process: ProcessInfo, shape: tuple[int, ...]) -> list[tuple
     found = []
     for gather in (
         lambda shard: gather_from_sequence_parallel_region(shard.contiguous(), group=group),
-        lambda shard: SequenceShards(group).begin_gather(shard).wait(),
+        lambda shard: SequenceShards(group).begin_gather(shard)(),
     ):
         generator = torch.Generator().manual_seed(process.rank)
         leaf = torch.randn(shape, generator=generator).requires_grad_(True)
@@ -77,7 +77,7 @@ def gather_both_ways(process: ProcessInfo, shape: tuple[int, ...]) -> list[tuple
         assert leaf.grad is not None
         found.append((whole.detach(), leaf.grad))
     with torch.no_grad():
-        assert torch.equal(SequenceShards(group).begin_gather(leaf.transpose(0, 1)).wait(), found[0][0])
+        assert torch.equal(SequenceShards(group).gather(leaf.transpose(0, 1)), found[0][0])
     dist.destroy_process_group()
     return found
 
@@ -88,9 +88,9 @@ def order_of_events(process: ProcessInfo) -> list[str]:
     events = LoggedCollective.events = []
     weight, shard = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
     with patch.object(async_gather, "_Collective", LoggedCollective):
-        pending = SequenceShards(group).begin_gather(shard)
+        wait = SequenceShards(group).begin_gather(shard)
     factor = Between.apply(weight, events)
-    whole = pending.wait()
+    whole = wait()
     loss = (whole * factor).sum()
     events.append("backward")
     loss.backward()
@@ -116,4 +116,4 @@ def test_computation_overlaps_forward_and_backward() -> None:
 
 def test_without_other_ranks_the_shard_is_the_whole() -> None:
     shard = torch.randn(4, 2)
-    assert SequenceShards(None).begin_gather(shard).wait() is shard
+    assert SequenceShards(None).begin_gather(shard)() is shard

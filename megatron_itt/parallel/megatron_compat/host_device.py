@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def _replace_cuda_module() -> None:
         Event=_Completed,
         current_stream=lambda *_args, **_kwargs: stream,
         default_stream=lambda *_args, **_kwargs: stream,
-        stream=_host_stream_context,
+        stream=contextlib.nullcontext,
         get_rng_state=lambda *_args, **_kwargs: torch.get_rng_state(),
         set_rng_state=lambda state, *_args, **_kwargs: torch.set_rng_state(state),
         manual_seed=lambda seed: torch.manual_seed(seed),
@@ -105,11 +105,6 @@ def _replace_cuda_module() -> None:
 
 def _host_current_device() -> torch.device:
     return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def _host_stream_context(_stream: object) -> Iterator[None]:
-    yield
 
 
 def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -89,7 +89,7 @@ def test_work_is_proportional_to_the_visible_pairs(tokens: int, capacity: float)
     count = int(capacity * tokens)
     positions = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))[:count].sort().values.unsqueeze(1)
     blocks = attention_blocks(positions, tokens)
-    computed = sum((block.last - block.first) * (block.stop - block.start) for block in blocks)
+    computed = sum(len(range(tokens)[block.queries]) * len(range(tokens)[block.keys]) for block in blocks)
     seen = int((positions + 1).sum())
     # A block on the diagonal computes its triangle twice.
     assert seen <= computed <= (1.05 + attention.SHORT_ROWS / count) * seen
@@ -101,7 +101,7 @@ def test_blocks_cover_every_visible_pair_once() -> None:
     for rows, tokens in ((positions, 90), (big, 3000)):
         covered = torch.zeros(rows.shape[1], rows.shape[0], tokens, dtype=torch.long)
         for block in attention_blocks(rows, tokens):
-            part = covered[:, block.first : block.last, block.start : block.stop]
+            part = covered[:, block.queries, block.keys]
             part += 1
         seen = torch.arange(tokens) <= rows.t().unsqueeze(-1)
         assert bool((covered[seen] == 1).all()) and int(covered.max()) == 1
