@@ -20,6 +20,7 @@ REQUIRED = [
     "megatron-core>=0.16,<0.17",
     "numpy>=2.1,<3",
     "pyyaml>=6",
+    "httpx2>=2.14,<3",
     "pydantic>=2",
     "tokenizers>=0.22",
     "transformers>=5.20,<6",

@@ -19,7 +19,7 @@ from megatron_itt.config.run import DataConfig, DomainConfig, RunConfig
 from megatron_itt.data.batches.datasets import build_datasets
 from megatron_itt.data.batches.loader import TrainLoader
 from megatron_itt.data.speed import measure_command, measure_engine, num_cores
-from megatron_itt.data.text.corpus_sample import sample_texts
+from megatron_itt.data.text.documents import sample_texts
 from megatron_itt.data.text.manifest import read_manifest
 from megatron_itt.data.text.sample_corpus import build_sample_corpus
 from megatron_itt.data.text.tokenizer import load_tokenizer, train_tokenizer

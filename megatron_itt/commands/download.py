@@ -9,10 +9,9 @@ from typing import Annotated
 from tyro.conf import Suppress, arg
 
 from megatron_itt.commands.arguments import Flag, Names
-from megatron_itt.data.text.download import DownloadOptions, plan_download, run_download
-from megatron_itt.data.text.http_file import Patience
+from megatron_itt.data.text.download import DownloadOptions, parse_tokens, plan_download, run_download
+from megatron_itt.data.text.http_file import RetryPolicy
 from megatron_itt.data.text.sample_corpus import build_sample_corpus
-from megatron_itt.data.text.url_list import parse_tokens
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import configure_logging
 
@@ -34,12 +33,12 @@ class RedPajama(DownloadOptions):
     domains: Names = ()  # some of the domains (default: all)
     sample: Annotated[str | None, arg(name="max-tokens", metavar="N")] = None
     """a sample of about that many tokens, such as 50B"""
-    attempts: int = Patience().attempts  # in a row without progress
+    attempts: int = RetryPolicy().attempts  # in a row without progress
     no_checksums: Flag = False  # do not look for checksums
     dry_run: Flag = False  # show what would be downloaded, then stop
     quiet: Flag = False  # no progress bar
     max_tokens: Suppress[int | None] = None
-    patience: Suppress[Patience] = field(default_factory=Patience)
+    retry_policy: Suppress[RetryPolicy] = field(default_factory=RetryPolicy)
     show_progress: Suppress[bool] = True
 
     def execute(self) -> int:
@@ -53,7 +52,7 @@ class RedPajama(DownloadOptions):
             self,
             max_tokens=None if self.sample is None else parse_tokens(self.sample),
             checksums=() if self.no_checksums else self.checksums,
-            patience=Patience(attempts=self.attempts),
+            retry_policy=RetryPolicy(attempts=self.attempts),
             show_progress=not self.quiet,
         )
         plan = plan_download(options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_itt.commands.arguments import Flag
-from megatron_itt.data.text.corpus_sample import sample_texts
+from megatron_itt.data.text.documents import sample_texts
 from megatron_itt.data.text.tokenizer import train_tokenizer
 from megatron_itt.log import configure_logging
 

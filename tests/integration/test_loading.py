@@ -15,7 +15,7 @@ import pytest
 
 from megatron_itt.commands.train import main
 from megatron_itt.config.optional_packages import find_dali
-from megatron_itt.data.text.corpus_sample import sample_texts
+from megatron_itt.data.text.documents import sample_texts
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.errors import EvaluationError, ExportError
 from megatron_itt.evaluation.exported_model import load_export

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_itt.config import dump_config
-from megatron_itt.data.text.corpus_sample import sample_texts
+from megatron_itt.data.text.documents import sample_texts
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.text.tokenizer import train_tokenizer
 from tests.helpers.one_rank import tiny_recipe

@@ -1,7 +1,6 @@
-"""Documents out of one segment of input: JSON Lines (plain, zstd, gzip), parquet, or a hub data set.
+"""Documents of one segment of input: JSON Lines (plain, zstd, gzip), parquet, or a data set of the hub.
 
-Memory is bounded by the longest line. A bad line becomes a `Rejection`, a damaged file a `DataError`. Which files
-there are, and of what kind, is decided in `sources.py`.
+Memory is bounded by the longest line. A bad line is a `Rejection`, a damaged file a `DataError`.
 """
 
 from __future__ import annotations
@@ -10,26 +9,28 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import orjson
 
-from megatron_itt.data.text.frames import (
+from megatron_itt.data.text.compression import (
+    BUFFER_BYTES,
     DECOMPRESSION_ERRORS,
+    GZIP,
+    JSONL,
     MAX_WINDOW_BYTES,
     HashedFile,
     TrailingDataError,
-    open_zstd,
+    open_text,
 )
-from megatron_itt.data.text.sources import GZIP, HUB, HUB_PREFIX, JSONL, PARQUET, ZSTD, Segment
+from megatron_itt.data.text.sources import HUB, HUB_PREFIX, PARQUET, Segment, find_sources
 from megatron_itt.errors import DataError
 from megatron_itt.files import file_digest
 
 MAX_LINE_BYTES = 1 << 30
-_BUFFER_BYTES = 1 << 20
 _PARQUET_ROWS = 64
 _ABSENT = object()
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -39,7 +40,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Rejection:
     """A line (1-based, within its segment) that gives no document, and why.
 
-    `is_record`: it has a text, which is null or empty; it is the line of a file of documents.
+    `is_record`: its text is null or empty, as in a file of documents.
     """
 
     line: int
@@ -50,8 +51,8 @@ class Rejection:
 class DocumentReader:
     """Iterate over one segment once: texts as `str`, bad lines as `Rejection`.
 
-    `lines` and `position` (bytes of input taken) are current while iterating; `sha256` (of the segment's bytes, or of
-    the texts of a hub data set) is final when the iteration has ended.
+    `lines` and `position` (bytes read) are current while iterating; `sha256` (of the segment's bytes, or of the texts
+    of a hub data set) is final at the end.
     """
 
     def __init__(self, segment: Segment, *, text_key: str = "text", max_line_bytes: int = MAX_LINE_BYTES) -> None:
@@ -61,45 +62,27 @@ class DocumentReader:
         self.lines = 0
         self.sha256 = ""
         self._raw: HashedFile | None = None
-        self._taken = 0
+        self._position = 0
 
     @property
     def position(self) -> int:
-        """Bytes of the segment taken so far (of text, for a hub data set)."""
-        return self._raw.position if self._raw is not None else self._taken
+        """Bytes of the segment read so far (of text, for a hub data set)."""
+        return self._raw.position if self._raw is not None else self._position
 
     def __iter__(self) -> Iterator[str | Rejection]:
-        readers: dict[str, Callable[[], Iterator[str | Rejection]]] = {
-            JSONL: self._json_lines,
-            ZSTD: self._json_lines,
-            GZIP: self._json_lines,
-            PARQUET: self._parquet_rows,
-            HUB: self._hub_rows,
-        }
-        return readers[self.segment.kind]()
+        readers = {PARQUET: self._parquet_rows, HUB: self._hub_rows}
+        return readers.get(self.segment.kind, self._json_lines)()
 
     def _json_lines(self) -> Iterator[str | Rejection]:
         segment = self.segment
-        end = segment.offset + segment.length
-        with HashedFile(segment.path, start=segment.offset, end=end, track_zstd=segment.kind == ZSTD) as raw:
+        with HashedFile(segment.path, start=segment.offset, end=segment.offset + segment.length) as raw:
             self._raw = raw
-            stream = self._open(raw)
             try:
-                # No name holds a line while its document is out: it may be very long.
-                yield from map(self._document_of, self._lines_of(stream))
+                # No variable holds a line while its document is processed: it may be very long.
+                yield from map(self._document_of, self._lines_of(open_text(raw, segment.kind)))
             except DECOMPRESSION_ERRORS as error:
-                raise self._undecompressed(error, raw) from error
-            if raw.tracker is not None and not raw.tracker.complete:
-                raise self._damaged("it ends inside a zstd frame")
+                raise self._undecompressed(error) from error
             self.sha256 = raw.sha256
-
-    def _open(self, raw: HashedFile) -> io.BufferedReader[Any]:
-        if self.segment.kind == ZSTD:
-            return io.BufferedReader(open_zstd(raw), _BUFFER_BYTES)
-        buffered: io.BufferedReader[Any] = io.BufferedReader(raw, _BUFFER_BYTES)
-        if self.segment.kind == GZIP:
-            return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=buffered)), _BUFFER_BYTES)
-        return buffered
 
     def _lines_of(self, stream: io.BufferedReader[Any]) -> Iterator[bytes | None]:
         """Lines that begin inside the segment; None for a line beyond the size limit."""
@@ -183,7 +166,7 @@ class DocumentReader:
                     for values in zip(*batch.columns, strict=True):  # more than one: `a.b`, and `b` in a struct `a`
                         self.lines += 1
                         document = self._parquet_text(batch.schema.names, values)
-                        self._taken = self.segment.length * self.lines // max(1, file.metadata.num_rows)
+                        self._position = self.segment.length * self.lines // max(1, file.metadata.num_rows)
                         yield document
                 # The counts in the footer and in the headers of pages have no checksum; they must agree.
                 groups = (file.metadata.row_group(idx) for idx in range(file.metadata.num_row_groups))
@@ -212,7 +195,7 @@ class DocumentReader:
                 text = self._text_of(row)
                 if isinstance(text, str):
                     data = text.encode(errors="surrogatepass")
-                    self._taken += len(data)
+                    self._position += len(data)
                     digest.update(len(data).to_bytes(8, "little") + data)
                 yield text
         except (OSError, ValueError, RuntimeError) as error:
@@ -220,28 +203,48 @@ class DocumentReader:
             raise DataError(f"{self.segment.path} cannot be read through datasets: {reason}") from error
         self.sha256 = digest.hexdigest()
 
-    def _undecompressed(self, error: Exception, raw: HashedFile) -> DataError:
-        """What to do about a compressed file, by what is wrong with it."""
-        path, kind = self.segment.path, self.segment.kind
-        reason = str(error)
-        if raw.tracker is not None and raw.tracker.window_bytes > MAX_WINDOW_BYTES:
+    def _undecompressed(self, error: Exception) -> DataError:
+        """The error of a compressed file, with the way out that fits it."""
+        path, kind, reason = self.segment.path, self.segment.kind, str(error)
+        if "requires too much memory" in reason:
             return DataError(
-                f"{path} needs a zstd window of {raw.tracker.window_bytes >> 20} MiB and at most "
-                f"{MAX_WINDOW_BYTES >> 20} can be read: compress it again with --long=31 or less, or, if it was not "
-                "made so, download it again"
+                f"{path} needs a zstd window beyond the {MAX_WINDOW_BYTES >> 20} MiB that can be read: compress it "
+                "again with --long=31 or less, or, if it was not made so, download it again"
             )
         if "memory" in reason.lower():
-            return DataError(f"{path} needs more memory than there is to decompress ({reason}); use fewer --workers")
+            return DataError(f"{path} needs more memory to decompress than is free ({reason}); use fewer --workers")
         if isinstance(error, TrailingDataError) or (isinstance(error, gzip.BadGzipFile) and "Not a gzipped" in reason):
             return DataError(
                 f"{path} is a truncated or corrupt {kind} file, or holds other bytes behind its data ({reason}); "
-                f"download it again, or leave them out with {'zstd' if kind == ZSTD else 'gzip'} -dc FILE > NEW.jsonl"
+                f"download it again, or leave them out with {'gzip' if kind == GZIP else 'zstd'} -dc FILE > NEW.jsonl"
             )
         return self._damaged(reason)
 
     def _damaged(self, reason: str) -> DataError:
         kind = self.segment.kind
         return DataError(f"{self.segment.path} is a truncated or corrupt {kind} file ({reason}); download it again")
+
+
+def sample_texts(inputs: Sequence[str], *, text_key: str = "text", max_bytes: int = 200_000_000) -> Iterator[str]:
+    """Yield texts from the beginning of every input file, an equal share of `max_bytes` from each.
+
+    Raises `DataError` if the inputs give no text at all.
+    """
+    sources = find_sources(inputs)
+    limit = max(1, max_bytes // len(sources))
+    found = False
+    for source in sources:
+        num_bytes = 0
+        for item in DocumentReader(source, text_key=text_key):
+            if isinstance(item, Rejection):
+                continue
+            found = True
+            yield item
+            num_bytes += len(item.encode())
+            if num_bytes >= limit:
+                break
+    if not found:
+        raise DataError(f"the inputs contain no text under the key {text_key!r}; check --input and --text-key")
 
 
 def _begins_line(segment: Segment) -> bool:
@@ -253,7 +256,7 @@ def _begins_line(segment: Segment) -> bool:
 def _skip_line(stream: io.BufferedReader[Any]) -> int:
     """Read past the end of the current line without holding it; return the bytes skipped."""
     skipped = 0
-    while part := stream.readline(_BUFFER_BYTES):
+    while part := stream.readline(BUFFER_BYTES):
         skipped += len(part)
         if part.endswith(b"\n"):
             break

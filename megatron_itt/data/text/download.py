@@ -1,59 +1,81 @@
-"""Download RedPajama-Data-1T, or a sample of it: plan, check the disk, fetch in parallel, continue after interruptions.
-
-The lists and the sampling are in `url_list.py`, one file's journey is in `http_file.py`.
-"""
+"""Download of RedPajama-Data-1T or a sample: URL lists, sampling by tokens, a plan, a parallel resumable fetch."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from megatron_itt.data.text.http_file import Patience, StoppedError, download, read_text, remote_size
-from megatron_itt.data.text.url_list import (
-    DOMAINS,
-    PUBLISHED_URLS,
-    RemoteFile,
-    add_checksums,
-    checksum_url,
-    choose_domains,
-    estimate_tokens,
-    parse_url_list,
-    sample_by_tokens,
-)
-from megatron_itt.errors import DataError
+from megatron_itt.data.text.http_file import HttpClient, RetryPolicy
+from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.files import file_digest
 from megatron_itt.log import get_logger
 
+PUBLISHED_URLS = "https://data.together.xyz/redpajama-data-1T/v1.0.0/urls.txt"
 SPARE_BYTES = 1 << 30  # left free on the disk
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedDomain:
+    """Facts of a domain's data card; `weight` is its share in LLaMA's mixture, which the recipes use."""
+
+    tokens: int
+    files: int
+    weight: float
+
+
+# Source: the data card of togethercomputer/RedPajama-Data-1T (tokens, 2084 files); weights as in recipes/base.
+DOMAINS = {
+    "common_crawl": PublishedDomain(tokens=878 * 10**9, files=859, weight=0.67),
+    "c4": PublishedDomain(tokens=175 * 10**9, files=1024, weight=0.15),
+    "github": PublishedDomain(tokens=59 * 10**9, files=98, weight=0.045),
+    "book": PublishedDomain(tokens=26 * 10**9, files=1, weight=0.045),
+    "wikipedia": PublishedDomain(tokens=24 * 10**9, files=1, weight=0.045),
+    "arxiv": PublishedDomain(tokens=28 * 10**9, files=100, weight=0.025),
+    "stackexchange": PublishedDomain(tokens=20 * 10**9, files=1, weight=0.02),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoteFile:
+    """A file of a URL list. `path` begins with the domain; `size` in bytes and `sha256` are None if unknown."""
+
+    url: str
+    path: str
+    domain: str
+    size: int | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadOptions:
     """What to download, and how. `checksums`: lists, or None for those published beside the files; () for none."""
 
-    output: Path  # files come to OUTPUT/DOMAIN/...
+    output: Path  # files are written to OUTPUT/DOMAIN/...
     urls: tuple[str, ...] = (PUBLISHED_URLS,)  # lists of URLs: files or URLs
     domains: tuple[str, ...] = ()
     max_tokens: int | None = None
     seed: int = 0  # of the sample
     workers: int = 8  # files at a time
     checksums: tuple[str, ...] | None = None  # SHA256SUMS lists: files or URLs (default: those published)
-    verify: bool = False  # read files that are here already and compare their checksums
-    patience: Patience = field(default_factory=Patience)
+    verify: bool = False  # also compare the checksums of files that are complete already
+    retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
     show_progress: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadPlan:
-    """The files of a download; `missing` are not here yet, and need `bytes_to_fetch` (files of known size)."""
+    """The files of a download, those that are missing, and the bytes these need (of known sizes)."""
 
     files: list[RemoteFile]
     missing: list[RemoteFile]
@@ -62,35 +84,23 @@ class DownloadPlan:
 
     def table(self) -> str:
         """Files, bytes and estimated tokens per domain."""
-        rows = [("domain", "files", "GB", "tokens (estimate)", "here already", "checksums")]
         missing = {file.path for file in self.missing}
+        lines = [f"{'domain':<14}{'files':>6}{'GB':>12}{'tokens (estimate)':>19}{'complete':>10}{'checksums':>11}"]
         for domain in DOMAINS:
             own = [file for file in self.files if file.domain == domain]
+            size = f"{sum(file.size or 0 for file in own) / 1e9:,.2f}"
+            size += "" if all(file.size is not None for file in own) else " +?"
+            tokens = f"{sum(self.tokens[file.path] for file in own) / 1e9:,.1f} B"
+            complete = sum(file.path not in missing for file in own)
+            checksums = sum(file.sha256 is not None for file in own)
             if own:
-                rows.append(
-                    (
-                        domain,
-                        f"{len(own):,}",
-                        f"{sum(file.size or 0 for file in own) / 1e9:,.2f}"
-                        + ("" if all(file.size is not None for file in own) else " +?"),
-                        f"{sum(self.tokens[file.path] for file in own) / 1e9:,.1f} B",
-                        f"{sum(file.path not in missing for file in own):,}",
-                        f"{sum(file.sha256 is not None for file in own):,}",
-                    )
-                )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = (
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(row)
-            )
-            for row in (list(zip(row, widths, strict=True)) for row in rows)
-        )
-        return "\n".join(line.rstrip() for line in lines)
+                lines.append(f"{domain:<14}{len(own):>6,}{size:>12}{tokens:>19}{complete:>10,}{checksums:>11,}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadReport:
-    """What a download did."""
+    """Counts of a finished download."""
 
     fetched_files: int
     present_files: int
@@ -99,34 +109,35 @@ class DownloadReport:
 
 
 def plan_download(options: DownloadOptions) -> DownloadPlan:
-    """Read the lists, ask for sizes, draw the sample, look at what is here, and check that the rest fits on the disk.
+    """Read the lists, draw the sample, look up sizes, compare with the output folder and the free space.
 
-    Raises `ConfigError` and `DataError` for lists, domains, servers or disks that will not do.
+    Raises `ConfigError` and `DataError` for unusable lists, domains, servers or disks.
     """
-    files: list[RemoteFile] = []
-    for source in options.urls:
-        listed = {file.path for file in files}
-        files += [file for file in parse_url_list(_read(source, options), source=source) if file.path not in listed]
-    files = choose_domains(files, options.domains)
-    files = _with_checksums(files, options)
-    if options.max_tokens is not None:
-        # Drawn from names alone, so that the sample is the same whatever a server says about sizes that day.
-        files = sample_by_tokens(files, options.max_tokens, seed=options.seed)
-    files = _with_sizes(files, options)
-    missing = [file for file in files if not _is_here(file, options)]
-    to_fetch = sum(max(0, (file.size or 0) - _part_size(options.output / file.path)) for file in missing)
+    with HttpClient(options.retry_policy) as client:
+        files: dict[str, RemoteFile] = {}
+        for source in options.urls:
+            for file in parse_url_list(_read(client, source), source=source):
+                files.setdefault(file.path, file)
+        chosen = choose_domains(list(files.values()), options.domains)
+        chosen = _with_checksums(client, chosen, options.checksums)
+        if options.max_tokens is not None:
+            # Drawn from names alone: the sample does not depend on the sizes that a server states.
+            chosen = sample_by_tokens(chosen, options.max_tokens, seed=options.seed)
+        chosen = _with_sizes(client, chosen, options)
+    missing = [file for file in chosen if not _is_complete(file, options)]
+    to_fetch = sum(max(0, (file.size or 0) - _partial_size(options.output / file.path)) for file in missing)
     _check_disk(options.output, to_fetch)
-    return DownloadPlan(files=files, missing=missing, bytes_to_fetch=to_fetch, tokens=estimate_tokens(files))
+    return DownloadPlan(files=chosen, missing=missing, bytes_to_fetch=to_fetch, tokens=estimate_tokens(chosen))
 
 
 def run_download(plan: DownloadPlan, options: DownloadOptions) -> DownloadReport:
-    """Fetch the missing files of a plan. The same plan again continues after any interruption.
+    """Fetch the missing files of a plan; the same plan again resumes after an interruption.
 
-    Every file is tried; `DataError` at the end names those that could not be had. A full disk or an interrupt from the
-    keyboard ends it at once, and what has come of each file stays for the next time.
+    Every file is tried; `DataError` at the end names those that are not available. A full disk or Ctrl-C ends the
+    download at once and keeps the partial files.
     """
-    started, stop, failures = time.monotonic(), threading.Event(), []
-    bar = tqdm(
+    started, failures, fetched, lock = time.monotonic(), [], 0, threading.Lock()
+    progress = tqdm(
         total=plan.bytes_to_fetch or None,
         unit="B",
         unit_scale=True,
@@ -134,22 +145,29 @@ def run_download(plan: DownloadPlan, options: DownloadOptions) -> DownloadReport
         disable=not options.show_progress,
         smoothing=0.05,
     )
-    counter = _Counter(bar)
-    with ThreadPoolExecutor(options.workers, thread_name_prefix="download") as pool:
+
+    def add(count: int) -> None:
+        nonlocal fetched
+        with lock:
+            fetched += count
+            progress.update(count)
+
+    with progress, HttpClient(options.retry_policy) as client, ThreadPoolExecutor(options.workers) as pool:
+        futures = [
+            pool.submit(client.download, file.url, options.output / file.path, sha256=file.sha256, on_bytes=add)
+            for file in plan.missing
+        ]
         try:
-            futures = {pool.submit(_fetch, file, options, counter.add, stop): file for file in plan.missing}
             for future in as_completed(futures):
                 try:
                     future.result()
                 except DataError as error:
                     failures.append(str(error))
                     get_logger().warning("%s", error)
-        except BaseException:  # a full disk, an interrupt: the others need not go on
-            stop.set()
+        except BaseException:  # a full disk, Ctrl-C
+            client.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-        finally:
-            bar.close()
     if failures:
         raise DataError(
             f"{len(failures)} of {len(plan.missing)} files could not be downloaded, first: {failures[0]}; the same "
@@ -158,80 +176,159 @@ def run_download(plan: DownloadPlan, options: DownloadOptions) -> DownloadReport
     return DownloadReport(
         fetched_files=len(plan.missing),
         present_files=len(plan.files) - len(plan.missing),
-        fetched_bytes=counter.total,
+        fetched_bytes=fetched,
         seconds=time.monotonic() - started,
     )
 
 
-class _Counter:
-    """Adds up the bytes of all threads."""
+def parse_url_list(text: str, *, source: str) -> list[RemoteFile]:
+    """Parse a list with one URL per line; blank lines, comments (#) and repetitions are skipped.
 
-    def __init__(self, bar: Any) -> None:
-        self._bar, self._lock, self.total = bar, threading.Lock(), 0
+    Raises `DataError` naming the line that is not the URL of a RedPajama file.
+    """
+    found: dict[str, RemoteFile] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        url = line.strip()
+        if not url or url.startswith("#"):
+            continue
+        split = urlsplit(url)
+        parts = PurePosixPath(unquote(split.path)).parts
+        begin = next((idx for idx, part in enumerate(parts[:-1]) if part in DOMAINS), None)
+        if split.scheme not in ("http", "https") or not split.netloc or begin is None or ".." in parts:
+            raise DataError(
+                f"{source}, line {number}: {url[:120]!r} is not the http(s) URL of a RedPajama file (its path must "
+                f"hold one of {', '.join(DOMAINS)}); remove the line, or give another --urls"
+            )
+        path = "/".join(parts[begin:])
+        if path in found and found[path].url != url:
+            raise DataError(f"{source}, line {number}: {url} and {found[path].url} would both be stored as {path}")
+        found[path] = RemoteFile(url=url, path=path, domain=parts[begin])
+    if not found:
+        raise DataError(f"{source} holds no URL; give the published urls.txt or urls/DOMAIN.txt with --urls")
+    return list(found.values())
 
-    def add(self, count: int) -> None:
-        with self._lock:
-            self.total += count
-            self._bar.update(count)
+
+def choose_domains(files: Sequence[RemoteFile], wanted: Sequence[str]) -> list[RemoteFile]:
+    """Return the files of the wanted domains, or all. Raises `ConfigError` for a domain that is not listed."""
+    listed = {file.domain for file in files}
+    missing = [name for name in wanted if name not in listed]
+    if missing:
+        raise ConfigError(
+            f"--domains names {', '.join(missing)}, which the URL list does not hold; it has "
+            f"{', '.join(name for name in DOMAINS if name in listed)}"
+        )
+    return [file for file in files if not wanted or file.domain in wanted]
 
 
-def _fetch(file: RemoteFile, options: DownloadOptions, on_bytes: Callable[[int], None], stop: threading.Event) -> None:
-    if stop.is_set():
-        raise StoppedError(file.url)
-    download(
-        file.url,
-        options.output / file.path,
-        sha256=file.sha256,
-        patience=options.patience,
-        on_bytes=on_bytes,
-        stop=stop,
-    )
+def add_checksums(files: Sequence[RemoteFile], text: str, *, source: str) -> list[RemoteFile]:
+    """Add the SHA-256 of a list in the format of `sha256sum`, whose names are paths or ends of paths."""
+    sums: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"([0-9a-fA-F]{64})[ \t]+\*?(?:\./)?(\S.*?)\s*", line)
+        if match is None:
+            raise DataError(f"{source}, line {number}: {line[:120]!r} is not `SHA256  FILE`; give another --checksums")
+        sums[match.group(2)] = match.group(1).lower()
+    return [replace(file, sha256=_checksum_of(file.path, sums) or file.sha256) for file in files]
 
 
-def _read(source: str, options: DownloadOptions) -> str:
+def _checksum_of(path: str, sums: Mapping[str, str]) -> str | None:
+    parts = path.split("/")
+    ends = ("/".join(parts[begin:]) for begin in range(len(parts)))
+    return next((sums[end] for end in ends if end in sums), None)
+
+
+def parse_tokens(text: str) -> int:
+    """50B -> 50,000,000,000. Raises `ConfigError` for anything but a positive number with K, M, B, T or nothing."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", text.strip().lower())
+    tokens = round(float(match.group(1)) * _SUFFIXES[match.group(2)]) if match else 0
+    if tokens <= 0:
+        raise ConfigError(f"--max-tokens is {text!r}; give a positive number of tokens, such as 50B or 500M")
+    return tokens
+
+
+def estimate_tokens(files: Sequence[RemoteFile]) -> dict[str, float]:
+    """Estimate the tokens of each file, by path: the domain's tokens per file, in proportion to size if known."""
+    estimates = {}
+    for domain, published in DOMAINS.items():
+        own = [file for file in files if file.domain == domain]
+        known = [file.size for file in own if file.size]
+        mean = sum(known) / len(known) if known else 1.0
+        for file in own:
+            estimates[file.path] = published.tokens / published.files * (file.size / mean if file.size else 1.0)
+    return estimates
+
+
+def sample_by_tokens(files: Sequence[RemoteFile], max_tokens: int, *, seed: int = 0) -> list[RemoteFile]:
+    """Draw whole files with about `max_tokens` in LLaMA's proportions, at least one per domain; in the order given.
+
+    The order of drawing depends on the seed and the paths alone, so a smaller sample is a subset of a larger one. A
+    domain that has too little is taken whole.
+    """
+    estimates = estimate_tokens(files)
+    present = [domain for domain in DOMAINS if any(file.domain == domain for file in files)]
+    total_weight = sum(DOMAINS[domain].weight for domain in present)
+    chosen: set[str] = set()
+    for domain in present:
+        wanted = max_tokens * DOMAINS[domain].weight / total_weight
+        own = [file.path for file in files if file.domain == domain]
+        drawn = 0.0
+        for path in sorted(own, key=lambda path: hashlib.sha256(f"{seed} {path}".encode()).digest()):
+            if drawn >= wanted:
+                break
+            chosen.add(path)
+            drawn += estimates[path]
+    return [file for file in files if file.path in chosen]
+
+
+def _read(client: HttpClient, source: str) -> str:
     """The text of a list, from a URL or a file."""
     if source.startswith(("http://", "https://")):
-        return read_text(source, patience=options.patience)
+        return client.text(source)
     try:
         return Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source} cannot be read: {error}; give a file or an http(s) URL") from error
 
 
-def _with_checksums(files: list[RemoteFile], options: DownloadOptions) -> list[RemoteFile]:
-    if options.checksums is not None:
-        for source in options.checksums:
-            files = add_checksums(files, _read(source, options), source=source)
+def _with_checksums(client: HttpClient, files: list[RemoteFile], lists: Sequence[str] | None) -> list[RemoteFile]:
+    """Add the checksums of the given lists, by default those published as `sha256/DOMAIN_SHA256SUMS.txt`."""
+    if lists is not None:
+        for source in lists:
+            files = add_checksums(files, _read(client, source), source=source)
         return files
-    for domain in dict.fromkeys(file.domain for file in files):
-        published = checksum_url(files, domain)
+    for file in {file.domain: file for file in reversed(files)}.values():
+        if not file.url.endswith(file.path):
+            continue
+        source = f"{file.url.removesuffix(file.path)}sha256/{file.domain}_SHA256SUMS.txt"
         try:
-            if published is not None:
-                files = add_checksums(files, read_text(published, patience=options.patience), source=published)
+            files = add_checksums(files, client.text(source), source=source)
         except DataError as error:
-            get_logger().warning("no checksums for %s: %s", domain, error)
+            get_logger().warning("no checksums for %s: %s", file.domain, error)
     return files
 
 
-def _with_sizes(files: Sequence[RemoteFile], options: DownloadOptions) -> list[RemoteFile]:
-    """The files with the sizes that their servers state; one that is not to be had keeps None and fails later."""
+def _with_sizes(client: HttpClient, files: Sequence[RemoteFile], options: DownloadOptions) -> list[RemoteFile]:
+    """Add the sizes that the servers state; a file that is not available keeps None and fails later."""
 
     def sized(file: RemoteFile) -> RemoteFile:
         try:
-            return replace(file, size=remote_size(file.url, patience=options.patience))
+            return replace(file, size=client.size(file.url))
         except DataError as error:
             get_logger().warning("%s", error)
             return file
 
-    with ThreadPoolExecutor(options.workers, thread_name_prefix="sizes") as pool:
-        progress = tqdm(
-            pool.map(sized, files), total=len(files), desc="sizes", unit="files", disable=not options.show_progress
-        )
-        return list(progress)
+    with ThreadPoolExecutor(options.workers) as pool:
+        sizes = pool.map(sized, files)
+        try:
+            return list(tqdm(sizes, total=len(files), desc="sizes", unit="files", disable=not options.show_progress))
+        except BaseException:  # Ctrl-C
+            client.stop.set()
+            raise
 
 
-def _is_here(file: RemoteFile, options: DownloadOptions) -> bool:
-    """Whether the file is complete already; one of another size (or content, if that is looked at) is not."""
+def _is_complete(file: RemoteFile, options: DownloadOptions) -> bool:
     path = options.output / file.path
     if not path.is_file():
         return False
@@ -245,16 +342,14 @@ def _is_here(file: RemoteFile, options: DownloadOptions) -> bool:
     return True
 
 
-def _part_size(target: Path) -> int:
+def _partial_size(target: Path) -> int:
     part = target.with_name(target.name + ".part")
     return part.stat().st_size if part.is_file() else 0
 
 
 def _check_disk(output: Path, wanted: int) -> None:
-    place = output
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    folder = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
     if wanted and wanted + SPARE_BYTES > free:
         raise DataError(
             f"{output} has {free / 1e9:,.1f} GB free, but {wanted / 1e9:,.1f} GB are to be downloaded (and "

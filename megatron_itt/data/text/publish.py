@@ -15,12 +15,11 @@ from typing import Any
 from megatron_itt import __version__
 from megatron_itt.data.indexed import bin_path, idx_path, token_dtype
 from megatron_itt.data.text.dedup import without_duplicates
-from megatron_itt.data.text.folders import LeftOut
 from megatron_itt.data.text.manifest import Manifest, check_sizes, manifest_content, manifest_path, read_manifest
 from megatron_itt.data.text.merge import Part, Shard, merge_parts, rejected_path, write_rejected
 from megatron_itt.data.text.parts import DECISIVE_OPTIONS, MARKS
 from megatron_itt.data.text.shards import EncodingOptions, ShardRecord
-from megatron_itt.data.text.sources import Segment
+from megatron_itt.data.text.sources import LeftOut, Segment
 from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import DataError
 from megatron_itt.files import atomic_write, file_digest

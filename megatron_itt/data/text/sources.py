@@ -1,34 +1,38 @@
-"""What to read: inputs from the command line resolved to files, recognised by content, cut into segments.
+"""Inputs of the command line resolved to files, recognised by content, and cut into segments.
 
 A plain JSON Lines file may be cut into byte ranges; compressed files, parquet and hub data sets are read whole.
-Reading itself is in `documents.py`.
+Folders are traversed recursively, through links, each folder once.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
+import fnmatch
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_itt.data.text.folders import (
-    MARKER,
-    LeftOut,
-    Traversal,
-    describe_left_out,
-    describe_unreadable,
-    expand_pattern,
-    is_marker,
+from megatron_itt.data.text.compression import (
+    DECOMPRESSION_ERRORS,
+    GZIP,
+    JSONL,
+    ZSTD,
+    ZSTD_MAGIC,
+    HashedFile,
+    open_text,
 )
-from megatron_itt.data.text.frames import DECOMPRESSION_ERRORS, ZSTD_MAGIC, HashedFile, open_zstd
 from megatron_itt.errors import DataError
 from megatron_itt.log import get_logger
 
 HUB_PREFIX = "hf://"
-JSONL, ZSTD, GZIP, PARQUET, HUB = "jsonl", "zstd", "gzip", "parquet", "hub"
+PARQUET, HUB = "parquet", "hub"
+HIDDEN = "hidden"
+MARKER = "marker or checksum of another program"
+LINKED_TWICE = "link to a folder that is read already"
+NOT_DATA = "neither JSON Lines nor parquet, and not named so"
 _SKIPPABLE_ZSTD = b"\x2a\x4d\x18"
 _FOREIGN = {
     b"BZh": "bzip2",
@@ -46,15 +50,19 @@ _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _DATA_SUFFIXES = frozenset(
     (".jsonl", ".json", ".ndjson", ".jl", ".zst", ".zstd", ".gz", ".gzip", ".parquet", ".pq", ".parq")
 )
-NOT_DATA = "neither JSON Lines nor parquet, and not named so"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HEAD_BYTES = 1 << 16
 _OBJECT_LINE = re.compile(rb"^[ \t]*\{", re.MULTILINE)
+# Files and folders that Spark, Hadoop and Delta Lake write beside the data, and checksums of files.
+_MARKERS = re.compile(
+    r"_(SUCCESS|FAILURE|metadata|common_metadata|temporary|delta_log|spark_metadata|started_.*|committed_.*)"
+    r"|lost\+found|.+\.(crc|md5|sha1|sha256|sha512)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A part of one input: bytes [`offset`, `offset` + `length`) of `path`, or a whole hub data set."""
+    """A range of one input: bytes [`offset`, `offset` + `length`) of `path`, or a whole hub data set."""
 
     path: str
     kind: str
@@ -63,27 +71,30 @@ class Segment:
     offset: int = 0
     length: int = 0
 
-    @property
-    def whole(self) -> bool:
-        """Whether this is all of its file."""
-        return self.length == self.size
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or folder that is not read, and the rule that excludes it."""
+
+    path: str
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the inputs hold: files to read, in order, and what below folders and globs is not read."""
+    """Files to read, in order, and what below folders and globs is not read."""
 
     sources: list[Segment]
     left_out: list[LeftOut]
 
 
 def find_sources(inputs: Iterable[str]) -> list[Segment]:
-    """The sources of `find_inputs`; what is left out is logged."""
+    """Return the sources of `find_inputs`; what is left out is logged."""
     return find_inputs(inputs).sources
 
 
 def find_inputs(inputs: Iterable[str]) -> Inputs:
-    """Files, folders (recursive), globs and `hf://name[:config]`, in the order given; folders and globs sorted.
+    """Resolve files, folders (recursive), globs and `hf://name[:config]`, in the order given; folders and globs sorted.
 
     Raises `DataError` for an input that does not exist, is empty, is given twice, or holds no documents though it is
     given by name or named like data. Below folders and globs, hidden entries, marker files and files that are neither
@@ -92,7 +103,7 @@ def find_inputs(inputs: Iterable[str]) -> Inputs:
     found = Inputs(sources=[], left_out=[])
     seen: set[str] = set()
     for name in inputs:
-        sources, left_out = _expand(name)
+        sources, left_out = _resolve(name)
         for source in sources:
             identity = source.path if source.kind == HUB else str(Path(source.path).resolve())
             if identity in seen:
@@ -101,7 +112,7 @@ def find_inputs(inputs: Iterable[str]) -> Inputs:
         found.sources.extend(sources)
         found.left_out.extend(left_out)
         if left_out:
-            get_logger().warning("input %s: left out %s", name, describe_left_out(left_out))
+            get_logger().warning("input %s: left out %s", name, _list_left_out(left_out))
     if not found.sources:
         raise DataError("the inputs contain no readable file; give .jsonl, .jsonl.zst, .jsonl.gz or .parquet files")
     return found
@@ -116,101 +127,66 @@ def split_source(source: Segment, max_bytes: int) -> Iterator[Segment]:
         yield replace(source, offset=offset, length=min(max_bytes, source.size - offset))
 
 
-def _expand(name: str) -> tuple[list[Segment], list[LeftOut]]:
+def _resolve(name: str) -> tuple[list[Segment], list[LeftOut]]:
     if name.startswith(HUB_PREFIX):
         return [Segment(path=name, kind=HUB, size=0, modified_ns=0)], []
     path = Path(name)
     try:
-        if path.is_dir():
-            return _files_of_folder(path)
         if path.is_file():
-            return [_checked_source(path)], []
-        matches = [] if os.path.lexists(path) else expand_pattern(name)
-        if matches:
-            return _files_of_glob(name, sorted(set(matches), key=str))
+            sources, _ = _sort_out([path], frozenset([path]), may_leave_out=False)
+            return sources, []
+        if path.is_dir():
+            files, left_out = _traverse([path])
+            sources, others = _sort_out(sorted(files), frozenset())
+        elif not os.path.lexists(path) and (matches := sorted(set(expand_pattern(name)), key=str)):
+            files, left_out = _traverse(matches)
+            sources, others = _sort_out(sorted(set(files), key=str), frozenset(matches))  # as a shell sorts them
+        else:
+            reason = _why_unreadable(path) if os.path.lexists(path) else "does not exist and matches no file"
+            raise DataError(f"input {name} {reason}; give a file, folder, glob or hf://NAME")
     except OSError as error:
         raise DataError(f"input {error.filename or name} cannot be read: {error.strerror}") from error
-    if os.path.lexists(path):
-        raise DataError(f"input {name} {describe_unreadable(path)}; give a file, folder, glob or hf://NAME")
-    raise DataError(f"input {name} does not exist and matches no file; give a file, folder, glob or hf://NAME")
-
-
-def _files_of_folder(folder: Path) -> tuple[list[Segment], list[LeftOut]]:
-    traversal = Traversal()
-    traversal.visit(folder)
-    sources, left_out = _sort_out(sorted(traversal.files), frozenset())
     if not sources:
-        raise DataError(f"input folder {folder} contains no .jsonl, .jsonl.zst, .jsonl.gz or .parquet file")
-    return sources, [*traversal.left_out, *left_out]
+        raise DataError(f"input {name} contains no .jsonl, .jsonl.zst, .jsonl.gz or .parquet file")
+    return sources, list(dict.fromkeys([*left_out, *others]))
 
 
-def _files_of_glob(pattern: str, matches: Sequence[Path]) -> tuple[list[Segment], list[LeftOut]]:
-    """Matched files, and all files below matched folders; sorted as text, as a shell sorts them."""
-    traversal = Traversal()
-    matched = frozenset(path for path in matches if not path.is_dir())
-    for path in matches:
-        if path.is_dir():
-            traversal.visit(path)
-        elif is_marker(path):
-            traversal.left_out.append(LeftOut(str(path), MARKER))
-        elif not path.is_file():
-            raise DataError(f"input {path} {describe_unreadable(path)}; remove it or give a narrower pattern")
-        else:
-            traversal.files.append(path)
-    sources, left_out = _sort_out(sorted(set(traversal.files), key=str), matched)
-    if not sources:
-        raise DataError(f"input {pattern} matches no .jsonl, .jsonl.zst, .jsonl.gz or .parquet file")
-    return sources, list(dict.fromkeys([*traversal.left_out, *left_out]))
+def _sort_out(
+    paths: Sequence[Path], matched: frozenset[Path], *, may_leave_out: bool = True
+) -> tuple[list[Segment], list[LeftOut]]:
+    """Separate files that hold documents from files that neither hold data nor are named like data.
 
-
-def _sort_out(paths: Sequence[Path], matched: frozenset[Path]) -> tuple[list[Segment], list[LeftOut]]:
-    """Files that hold documents, and files that may be left out because neither content nor name is that of data.
-
-    Raises `DataError` for a file without documents whose name says that it is data: its suffix is one of data, or that
-    of another file that holds documents (names in capitals, such as README.txt, excepted).
+    `matched` files need not begin with a document. Raises `DataError` for a file without documents whose suffix is that
+    of data, or that of another file that holds documents (names in capitals, such as README.txt, excepted).
     """
     sources: list[Segment] = []
     others: list[Path] = []
     for path in paths:
-        kind = recognise(path)
-        if holds_documents(path, kind, strict=path not in matched and not _named_like_data(path)):
-            sources.append(_source(path, kind))
+        kind = _recognise(path)
+        if _holds_documents(path, kind, strict=path not in matched and not _named_like_data(path)):
+            stat = path.stat()
+            sources.append(
+                Segment(path=str(path), kind=kind, size=stat.st_size, length=stat.st_size, modified_ns=stat.st_mtime_ns)
+            )
         else:
             others.append(path)
     suffixes = {Path(source.path).suffix for source in sources}
     for path in others:
-        if _named_like_data(path) or (path.suffix in suffixes and not path.stem.isupper()):
-            raise _no_documents(path)
+        named_like_data = _named_like_data(path) or (path.suffix in suffixes and not path.stem.isupper())
+        if named_like_data or not may_leave_out:
+            head = _head(path, _recognise(path)) or b""
+            raise DataError(
+                f"input {path} is not JSON Lines or parquet: its text begins with {head[:24]!r}; download it again, "
+                "convert it to one JSON object a line, or leave it out"
+            )
     return sources, [LeftOut(str(path), NOT_DATA) for path in others]
-
-
-def _checked_source(path: Path) -> Segment:
-    kind = recognise(path)
-    if not holds_documents(path, kind, strict=False):
-        raise _no_documents(path)
-    return _source(path, kind)
 
 
 def _named_like_data(path: Path) -> bool:
     return not _DATA_SUFFIXES.isdisjoint(suffix.lower() for suffix in path.suffixes)
 
 
-def _no_documents(path: Path) -> DataError:
-    head = _head(path, recognise(path)) or b""
-    return DataError(
-        f"input {path} is not JSON Lines or parquet: its text begins with {head[:24]!r}; download it again, convert it "
-        "to one JSON object a line, or leave it out"
-    )
-
-
-def _source(path: Path, kind: str) -> Segment:
-    status = path.stat()
-    return Segment(
-        path=str(path), kind=kind, size=status.st_size, length=status.st_size, modified_ns=status.st_mtime_ns
-    )
-
-
-def recognise(path: Path) -> str:
+def _recognise(path: Path) -> str:
     """The kind of a file by its first bytes; whatever is of no known binary kind is taken for JSON Lines."""
     try:
         with path.open("rb") as stream:
@@ -233,7 +209,7 @@ def recognise(path: Path) -> str:
     return JSONL
 
 
-def holds_documents(path: Path, kind: str, *, strict: bool) -> bool:
+def _holds_documents(path: Path, kind: str, *, strict: bool) -> bool:
     """Whether a file begins like documents: parquet, or text with a JSON object among its first lines.
 
     `strict`: the text begins with an object. Damaged compression counts as documents: reading reports it.
@@ -248,15 +224,132 @@ def holds_documents(path: Path, kind: str, *, strict: bool) -> bool:
 
 
 def _head(path: Path, kind: str) -> bytes | None:
-    """The beginning of a file's text; None where it cannot be decompressed."""
+    """The beginning of a file's text; None if it cannot be decompressed."""
     try:
-        if kind == GZIP:
-            with gzip.open(path) as stream:
-                return stream.read(_HEAD_BYTES)
-        if kind == ZSTD:
-            with HashedFile(str(path)) as raw, io.BufferedReader(open_zstd(raw)) as text:
-                return text.read(_HEAD_BYTES)
-        with path.open("rb") as stream:
-            return stream.read(_HEAD_BYTES)
+        with HashedFile(str(path)) as raw:
+            return open_text(raw, kind).read(_HEAD_BYTES)
     except DECOMPRESSION_ERRORS:
         return None
+
+
+def _traverse(paths: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:
+    """Return all files among and below `paths`, and what is left out by rule; each folder is read once.
+
+    Raises `DataError` for an entry that cannot be read: a link to nowhere, a folder without permission, a device.
+    """
+    files: list[Path] = []
+    left_out: list[LeftOut] = []
+    visited: set[str] = set()
+
+    def add(path: Path, rule: str | None) -> None:
+        if rule is not None:
+            left_out.append(LeftOut(str(path), rule))
+        elif path.is_file():
+            files.append(path)
+        elif not path.is_dir():
+            raise DataError(f"input {path} {_why_unreadable(path)}; remove it or give a narrower input")
+
+    for path in paths:
+        if not path.is_dir():
+            add(path, MARKER if _is_marker(path) else None)
+            continue
+        for folder, entries in _walk(path, visited):
+            for entry in entries if entries is not None else ():
+                add(entry, _rule_against(entry))
+            if entries is None:
+                left_out.append(LeftOut(str(folder), LINKED_TWICE))
+    return files, left_out
+
+
+def _why_unreadable(path: Path) -> str:
+    """Why a path is neither a file nor a folder."""
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which leads nowhere"  # noqa: PTH115 - as it is written
+    return "is neither a file nor a folder but a pipe, socket or device"
+
+
+def expand_pattern(pattern: str) -> list[Path]:
+    """What a pattern matches, as `glob` does, but `**` follows links and visits each folder once.
+
+    Raises `DataError` or OSError for a folder that the pattern leads through and that cannot be read.
+    """
+    *folders, last = Path(pattern).parts or ("",)
+    paths = [Path()]
+    for part in folders:
+        paths = [path for found in paths for path in _matches(found, part) if path.is_dir() and not _is_marker(path)]
+    paths = [path for found in paths for path in _matches(found, last)]
+    return [path for path in paths if path.is_dir()] if pattern.endswith("/") else paths
+
+
+def _matches(folder: Path, part: str) -> Iterator[Path]:
+    """The entries of a folder that one part of a pattern names; for `**` all folders from this one on."""
+    if part == "**":
+        yield from (found for found, entries in _walk(folder, set()) if entries is not None)
+    elif any(char in part for char in "*?["):
+        hidden = part.startswith(".")
+        yield from (
+            path
+            for path in _entries(folder)
+            if fnmatch.fnmatchcase(path.name, part) and hidden >= path.name.startswith(".")
+        )
+    else:
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
+            (folder / part).lstat()
+            yield folder / part
+
+
+def _walk(start: Path, visited: set[str]) -> Iterator[tuple[Path, list[Path] | None]]:
+    """Every folder from `start` on with its entries, each once: first those of its own, then those behind links.
+
+    `visited` collects real paths. A folder below `start` that is met again comes with None instead of entries.
+    """
+    linked = deque([start])
+    while linked:
+        own = [linked.popleft()]
+        while own:
+            folder = own.pop()
+            real = os.path.realpath(folder)
+            if real in visited:
+                if folder != start:
+                    yield folder, None
+                continue
+            visited.add(real)
+            entries = _entries(folder)
+            yield folder, entries
+            for path in entries:
+                if path.is_dir() and _rule_against(path) is None:
+                    (linked if path.is_symlink() else own).append(path)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"input folder {folder} cannot be read: {error.strerror}; give access or leave it out"
+        ) from error
+
+
+def _is_marker(path: Path) -> bool:
+    """Whether another program left this file: by its name, or empty with a name that begins with `_`."""
+    if _MARKERS.fullmatch(path.name):
+        return True
+    return path.name.startswith("_") and path.is_file() and path.stat().st_size == 0
+
+
+def _rule_against(path: Path) -> str | None:
+    """The rule that excludes an entry whatever its content."""
+    if path.name.startswith("."):
+        return HIDDEN
+    return MARKER if _is_marker(path) else None
+
+
+def _list_left_out(left_out: list[LeftOut], limit: int = 5) -> str:
+    """One line that names what was left out, by rule; at most `limit` names for each."""
+    rules: dict[str, list[str]] = {}
+    for item in left_out:
+        rules.setdefault(item.why, []).append(item.path)
+    return "; ".join(
+        f"{', '.join(paths[:limit])}{f' and {len(paths) - limit} more' if len(paths) > limit else ''} ({why})"
+        for why, paths in rules.items()
+    )

@@ -16,15 +16,23 @@ from typing import Any
 import pytest
 
 from megatron_itt.data.text import download as download_module
-from megatron_itt.data.text.download import DownloadOptions, plan_download, run_download
-from megatron_itt.data.text.http_file import Patience
-from megatron_itt.data.text.url_list import DOMAINS, PUBLISHED_URLS, parse_tokens, parse_url_list, sample_by_tokens
+from megatron_itt.data.text.download import (
+    DOMAINS,
+    PUBLISHED_URLS,
+    DownloadOptions,
+    parse_tokens,
+    parse_url_list,
+    plan_download,
+    run_download,
+    sample_by_tokens,
+)
+from megatron_itt.data.text.http_file import RetryPolicy
 from megatron_itt.errors import ConfigError, DataError
 from tests.unit.data.text.http_server import FaultyServer, serving
 
 ROOT = Path(__file__).parents[4]
 DOWNLOAD = [sys.executable, "-m", "megatron_itt.cli", "download", "redpajama", "--output"]
-QUICK = Patience(attempts=3, first_wait_s=0.01, longest_wait_s=0.05, timeout_s=5.0)
+QUICK = RetryPolicy(attempts=3, first_wait_s=0.01, max_wait_s=0.05, timeout_s=5.0)
 FILES = {
     **{f"arxiv/arxiv_{idx}.jsonl": 30_000 + idx for idx in range(6)},
     "common_crawl/2023-06/en_head_0000.json.gz.dedup.classifier.jsonl.zst": 50_000,
@@ -52,7 +60,7 @@ def server() -> Iterator[FaultyServer]:
 
 def options(server: FaultyServer, output: Path, **changes: Any) -> DownloadOptions:
     urls = (f"{server.base}/v1.0.0/urls.txt",)
-    return DownloadOptions(**{"output": output, "urls": urls, "patience": QUICK, "show_progress": False, **changes})
+    return DownloadOptions(**{"output": output, "urls": urls, "retry_policy": QUICK, "show_progress": False, **changes})
 
 
 def fetch(chosen: DownloadOptions) -> Any:
@@ -203,7 +211,7 @@ def test_lists_that_are_none_are_refused(text: str, part: str) -> None:
 def test_wrong_lists_checksums_and_numbers_are_named(server: FaultyServer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.txt cannot be read"):
         plan_download(options(server, tmp_path, urls=("absent.txt",)))
-    with pytest.raises(DataError, match=r"urls\.txt is not to be had: HTTP 404"):
+    with pytest.raises(DataError, match=r"urls\.txt is not available: HTTP 404"):
         plan_download(options(server, tmp_path, urls=(f"{server.base}/urls.txt",)))
     (tmp_path / "sums").write_text("12345  x.jsonl")
     with pytest.raises(DataError, match=r"sums, line 1: .* is not `SHA256  FILE`"):

@@ -12,10 +12,9 @@ import pytest
 import zstandard
 
 from megatron_itt.data.text.documents import DocumentReader
-from megatron_itt.data.text.folders import expand_pattern
 from megatron_itt.data.text.manifest import read_manifest
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
-from megatron_itt.data.text.sources import Inputs, find_inputs, find_sources
+from megatron_itt.data.text.sources import Inputs, expand_pattern, find_inputs, find_sources
 from megatron_itt.errors import DataError
 from tests.unit.data.conftest import write_jsonl
 
