@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import zstandard
 
 from megatron_itt.data.text.documents import DocumentReader, Rejection
-from megatron_itt.data.text.sources import Segment, find_sources, split_source
+from megatron_itt.data.text.sources import find_sources, split_source
 from megatron_itt.errors import DataError
 from tests.unit.data.conftest import make_texts, write_jsonl
 
