@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,3 +68,26 @@ def test_the_death_of_a_worker_is_reported() -> None:
 
 def test_nothing_to_do_is_fine() -> None:
     assert list(run_tasks(square, [], 2)) == []
+
+
+def sleep(task: str, report: Callable[[tuple[int, ...]], None]) -> None:
+    Path(task).touch()
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_survives_its_parent(tmp_path: Path, sent: signal.Signals) -> None:
+    tasks = [str(tmp_path / "a"), str(tmp_path / "b")]
+    code = f"from {__name__} import *; list(run_tasks(sleep, {tasks}, 2))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"if __name__ == '__main__': {code}"],
+        env=environment,
+        stderr=subprocess.PIPE,  # which the workers hold open, too
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not all(Path(task).exists() for task in tasks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(parent.pid, sent) if sent == signal.SIGINT else parent.send_signal(sent)
+    assert b"KeyboardInterrupt" in parent.communicate(timeout=30)[1] or sent != signal.SIGINT
