@@ -22,8 +22,13 @@ import numpy as np
 from megatron_itt.config.environment import disable_tokenizer_threads
 from megatron_itt.data.indexed import token_dtype
 from megatron_itt.data.text.documents import DocumentReader, Rejection
-from megatron_itt.data.text.engine import Engine, HuggingFaceEngine, choose_engine, find_difference
-from megatron_itt.data.text.long_texts import bound_memory
+from megatron_itt.data.text.engine import (
+    Engine,
+    HuggingFaceEngine,
+    bound_memory,
+    choose_engine,
+    find_difference,
+)
 from megatron_itt.data.text.sources import Segment
 from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.errors import DataError

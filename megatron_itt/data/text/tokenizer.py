@@ -1,4 +1,4 @@
-"""Tokenizers: training one, loading one, its identity. Encoding engines are in `engine.py`.
+"""Tokenizers: training, loading, identity, and the comparison of two implementations of one tokenizer.
 
 A tokenizer is a Hugging Face folder (`tokenizer.json` + `tokenizer_config.json`) or a SentencePiece `.model`
 (`sentencepiece_model.py`). Folders are read with the `tokenizers` library alone: `transformers` takes seconds to
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_itt.config import RunConfig
-from megatron_itt.data.text.covering_texts import ODD_STRINGS
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.files import atomic_write
 
@@ -29,13 +29,28 @@ PADDING = "<|pad|>"
 MIN_VOCAB_SIZE = 258  # 256 bytes and the two special tokens
 NO_TOKEN = -1
 _EOD_CANDIDATES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<eod>")
+ODD_STRINGS = (
+    "",
+    " ",
+    "\x00",
+    "a  b\t\n\n c\r\n",
+    "\u00e9e\u0301 \U0001f600\U0001f468\u200d\U0001f469 \u4f60\u597d \u05d0\u05d1",
+    "don't I'LL we've 12345 3.14e-10 __init__ -->",
+    "<|endoftext|> <s></s> [INST] <|pad|>",
+    "x" * 300 + " " * 300 + "\n" * 30,
+    "def f(x):\n        return x ** 2  # comment\n\n\nclass A:\n\tpass\n",
+)
+_NAMES_PER_TEXT = 16
+_SEPARATORS = ("", "", "", "", " ", "  ", "\n", ", ", "1", "7")
+
+Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer with the attributes that megatron-core's datasets ask of one.
+    """A loaded tokenizer with the attributes that megatron-core's datasets use.
 
-    `eod` ends documents; `bos` and `pad` are `NO_TOKEN` where the tokenizer has none.
+    `eod` ends documents; `bos` and `pad` are `NO_TOKEN` if the tokenizer has none.
     """
 
     path: str
@@ -47,36 +62,37 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Highest token id + 1: what an embedding needs, even where ids have gaps."""
+        """Highest token id + 1, the rows of an embedding, even if ids have gaps."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def eos(self) -> int:
-        """End of document, under the name that generation uses."""
+        """End of document, by the name that generation uses."""
         return self.eod
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
-        """What identifies this tokenizer in megatron-core's index cache: its content, not its path."""
+        """The identity of this tokenizer in megatron-core's index cache: its content, not its path."""
         return OrderedDict(**{"class": type(self).__name__, "sha256": self.sha256})
 
     @property
     def library(self) -> tuple[str, str]:
-        """Which library encodes, and its version."""
+        """Name and version of the library that encodes."""
         return "hf", tokenizers.__version__
 
     @property
     def json_path(self) -> Path:
         """The `tokenizer.json` that was read."""
-        return _json_path(Path(self.path))
+        path = Path(self.path)
+        return path / "tokenizer.json" if path.is_dir() else path
 
     def name_of(self, token: int) -> str:
-        """The entry of the vocabulary with this id."""
+        """Return the vocabulary entry of an id."""
         return str(self.backend.id_to_token(token))
 
     @property
     def source_folder(self) -> Path | None:
-        """The folder whose other files describe the tokenizer too; None where `path` is all there is."""
+        """The folder whose other files describe the tokenizer too; None if `path` is all."""
         return self.json_path.parent
 
     @property
@@ -96,15 +112,15 @@ class Tokenizer:
         return ODD_STRINGS
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text, without special tokens added."""
+        """Return the token ids of one text, without special tokens added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens added."""
+        """Return the token ids of each text, without special tokens added."""
         return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids."""
+        """Return the text of token ids."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
 
@@ -119,7 +135,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         from megatron_itt.data.text.sentencepiece_model import load_sentencepiece
 
         return load_sentencepiece(path)
-    json_path = _json_path(path)
+    json_path = path / "tokenizer.json" if path.is_dir() else path
     try:
         content = json.loads(json_path.read_text(encoding="utf-8"))
         backend = tokenizers.Tokenizer.from_file(str(json_path))
@@ -147,6 +163,44 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     )
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A text that two implementations encode differently, with the ids of both."""
+
+    text: str
+    expected: list[int]
+    found: list[int]
+
+    def __str__(self) -> str:
+        pairs = zip(self.expected, self.found, strict=False)
+        begin = next((idx for idx, (one, other) in enumerate(pairs) if one != other), 0)
+        expected, found = self.expected[begin : begin + 6], self.found[begin : begin + 6]
+        return f"{self.text[:80]!r} gives {found} instead of {expected} from token {begin} on"
+
+
+def covering_texts(names: Sequence[str], special: Sequence[str]) -> list[str]:
+    """Return odd strings, each special token in several contexts, and all `names` in a fixed random order.
+
+    names: the text of each token. special: tokens that an implementation may treat differently.
+    """
+    texts = list(ODD_STRINGS)
+    for name in special:
+        texts += [name, name * 2, f"{name} {name}", f"a{name}b", f" {name} ", f"x  {name}  y", f"{name}\n"]
+    chooser = random.Random(0)
+    shuffled = chooser.sample(list(names), len(names))
+    for begin in range(0, len(shuffled), _NAMES_PER_TEXT):
+        group = shuffled[begin : begin + _NAMES_PER_TEXT]
+        texts.append("".join(name + chooser.choice(_SEPARATORS) for name in group))
+    return texts
+
+
+def first_difference(reference: Encode, other: Encode, texts: Sequence[str]) -> Difference | None:
+    """Return the shortest of `texts` that `other` encodes unlike `reference`, None if they agree."""
+    pairs = zip(texts, reference(texts), other(texts), strict=True)
+    different = [Difference(text, list(one), list(two)) for text, one, two in pairs if list(one) != list(two)]
+    return min(different, key=lambda item: len(item.text)) if different else None
+
+
 def recipe_tokenizer(config: RunConfig) -> Tokenizer:
     """Load the tokenizer that a recipe names. Raises `ConfigError` when it names none, else as `load_tokenizer`."""
     if config.data.tokenizer is None:
@@ -155,7 +209,7 @@ def recipe_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def special_token_names(folder: Path) -> dict[str, str]:
-    """Names of the special tokens from the files beside `tokenizer.json`, where they exist."""
+    """Return the names of the special tokens from the files beside `tokenizer.json`."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         content = read_settings(folder / name)
@@ -169,7 +223,7 @@ def special_token_names(folder: Path) -> dict[str, str]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON file beside `tokenizer.json`, empty where there is none. Raises `DataError` unless it is an object."""
+    """Read a JSON file beside `tokenizer.json`, {} if there is none. Raises `DataError` unless it is an object."""
     if not path.is_file():
         return {}
     try:
@@ -182,7 +236,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raise `ConfigError` when the tokenizer can produce an id that the model has no embedding for."""
+    """Raise `ConfigError` if the tokenizer has ids without an embedding in the model."""
     if tokenizer.vocab_size > model_vocab_size:
         raise ConfigError(
             f"model.vocab_size is {model_vocab_size} but the tokenizer {tokenizer.path} has ids up to "
@@ -227,10 +281,6 @@ def train_tokenizer(
     atomic_write(output / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
     atomic_write(output / "tokenizer.json", backend.to_str(pretty=True))  # last: its presence means complete
     return load_tokenizer(output)
-
-
-def _json_path(path: Path) -> Path:
-    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def _resolve(name_or_path: str) -> Path:

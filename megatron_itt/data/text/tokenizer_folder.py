@@ -1,7 +1,7 @@
-"""Hugging Face tokenizer folders: one that encodes as the data does, and the comparison with what AutoTokenizer reads.
+"""Hugging Face tokenizer folders: written to encode as the data was encoded, and checked with AutoTokenizer.
 
-Data is encoded as `tokenizer.json` says, by the `tokenizers` library. transformers reads more than that file: a class
-that rebuilds parts of the tokenizer, tokens that only `tokenizer_config.json` names. An export must not inherit these.
+Data is encoded by `tokenizer.json` and the `tokenizers` library. transformers reads more: a class that rebuilds parts
+of the tokenizer, tokens that only `tokenizer_config.json` names. An export must not inherit these.
 """
 
 from __future__ import annotations
@@ -16,14 +16,27 @@ from typing import Any
 
 import tokenizers
 
-from megatron_itt.data.text.covering_texts import Difference, covering_texts, first_difference
-from megatron_itt.data.text.tokenizer import NO_TOKEN, Tokenizer, read_settings, special_token_names
+from megatron_itt.data.text.tokenizer import (
+    NO_TOKEN,
+    Difference,
+    Tokenizer,
+    covering_texts,
+    first_difference,
+    read_settings,
+    special_token_names,
+)
 from megatron_itt.errors import DataError
 from megatron_itt.log import get_logger
 
-# What of a tokenizer_config.json is taken over: nothing that decides ids.
-_TAKEN_OVER = ("chat_template", "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
-_COPIED = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+# Kept of a tokenizer_config.json: nothing that decides ids.
+_KEPT = (
+    "chat_template",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "clean_up_tokenization_spaces",
+)
+_COPIED_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 _CLASSES_OF_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _MAX_LENGTH = 1_000_000
 
@@ -31,8 +44,7 @@ _MAX_LENGTH = 1_000_000
 def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a folder that AutoTokenizer reads as the data was encoded, with the data's special tokens.
 
-    `tokenizer.json` is copied byte for byte, unless it asks for padding or truncation, which data is written without;
-    the class is the one that adds nothing to it.
+    `tokenizer.json` is copied byte for byte, except for padding and truncation, which data is written without.
     """
     source = tokenizer.source_folder
     settings = _read_config(source)
@@ -42,7 +54,7 @@ def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
         **special,
         "clean_up_tokenization_spaces": False,
         "model_max_length": _MAX_LENGTH,
-        **{key: settings[key] for key in _TAKEN_OVER if key in settings},
+        **{key: settings[key] for key in _KEPT if key in settings},
         "model_input_names": ["input_ids", "attention_mask"],
         "split_special_tokens": not tokenizer.finds_special_tokens,
         "added_tokens_decoder": _added_tokens(tokenizer.backend),
@@ -50,7 +62,7 @@ def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if Path(tokenizer.path).suffix == ".model":
         (folder / "tokenizer.model").write_bytes(Path(tokenizer.path).read_bytes())
-    for name in _COPIED:
+    for name in _COPIED_FILES:
         if source is not None and (source / name).is_file():
             (folder / name).write_bytes((source / name).read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -59,10 +71,7 @@ def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def check_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> Any:
-    """AutoTokenizer of a folder, after comparing it with the tokenizer of the data.
-
-    Raises `DataError` when it encodes a text otherwise or names another end-of-document token.
-    """
+    """Load a folder with AutoTokenizer; raise `DataError` unless it agrees with the tokenizer of the data."""
     loaded = load_with_transformers(folder)
     difference = _difference(tokenizer, loaded)
     if difference is not None:
@@ -78,7 +87,7 @@ def check_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> Any:
 
 
 def check_exportable(tokenizer: Tokenizer) -> None:
-    """Raise `DataError` for a tokenizer that no export could carry; done before data is written and before training."""
+    """Raise `DataError` for a tokenizer that cannot be exported; called before data is written and before training."""
     if adds_nothing(tokenizer):
         return
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
@@ -87,7 +96,7 @@ def check_exportable(tokenizer: Tokenizer) -> None:
 
 
 def warn_of_other_readings(tokenizer: Tokenizer) -> None:
-    """Log how AutoTokenizer reads the tokenizer's own folder, where that is not how the data is encoded."""
+    """Warn if AutoTokenizer reads the tokenizer's own folder unlike the data is encoded."""
     source = tokenizer.source_folder
     if source is None or not (source / "tokenizer_config.json").is_file() or adds_nothing(tokenizer):
         return
@@ -113,9 +122,9 @@ def warn_of_other_readings(tokenizer: Tokenizer) -> None:
 
 
 def adds_nothing(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer's folder, by what its config says, gives AutoTokenizer nothing but `tokenizer.json`.
+    """Whether AutoTokenizer uses nothing of the folder but `tokenizer.json`, as after `train_tokenizer`.
 
-    So it is with what `train_tokenizer` writes. Nothing need be compared then, which saves the import of transformers.
+    Then no comparison is needed, which saves the import of transformers.
     """
     source = tokenizer.source_folder
     settings = _read_config(source)
@@ -125,12 +134,12 @@ def adds_nothing(tokenizer: Tokenizer) -> bool:
     added = tokenizer.backend.get_added_tokens_decoder()
     special = {token.content for token in added.values() if token.special}
     of_data = {tokenizer.name_of(token) for token in (tokenizer.eod, tokenizer.bos, tokenizer.pad) if token != NO_TOKEN}
-    plain = settings.keys() <= {"tokenizer_class", *_TAKEN_OVER, *named, "model_input_names"}
+    plain = settings.keys() <= {"tokenizer_class", *_KEPT, *named, "model_input_names"}
     return plain and "eos_token" in named and {*named.values(), *of_data} <= special
 
 
 def with_end_of_document(tokenizer: Tokenizer, eod: int | None) -> Tokenizer:
-    """The tokenizer with the end-of-document id that the data was written with; None: unknown, its own."""
+    """Return the tokenizer with the end-of-document id of the data; its own if that is None (unknown)."""
     if eod is None or eod == tokenizer.eod:
         return tokenizer
     if tokenizer.backend.id_to_token(eod) is None:
@@ -139,7 +148,7 @@ def with_end_of_document(tokenizer: Tokenizer, eod: int | None) -> Tokenizer:
 
 
 def load_with_transformers(folder: Path) -> Any:
-    """AutoTokenizer of a folder, without running code from it. Raises `DataError` when it cannot be loaded."""
+    """Load a folder with AutoTokenizer, without running code from it. Raises `DataError` if that fails."""
     from transformers import AutoTokenizer
 
     try:
@@ -165,7 +174,7 @@ def _difference(tokenizer: Tokenizer, loaded: Any) -> Difference | None:
 
 
 def _check_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts of every token, and each special token (whoever names it) in several surroundings."""
+    """Texts of every token, and each special token, whichever file names it, in several contexts."""
     backend = tokenizer.backend
     names = [backend.decode([token], skip_special_tokens=False) for token in range(tokenizer.vocab_size)]
     added = [token.content for token in backend.get_added_tokens_decoder().values()]
@@ -177,7 +186,7 @@ def _check_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _without_lengths(content: bytes) -> bytes:
-    """A `tokenizer.json` that neither pads nor truncates; transformers would take its padding token over."""
+    """A `tokenizer.json` without padding and truncation; transformers would inherit its padding token."""
     tokenizer = json.loads(content)
     lengths = ("padding", "truncation")
     if not any(tokenizer.get(key) for key in lengths):
@@ -186,7 +195,7 @@ def _without_lengths(content: bytes) -> bytes:
 
 
 def _special_names(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name: the data's, and others of the source that exist."""
+    """Special tokens by name: those of the data, and others of the source that exist."""
     ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod, "pad_token": tokenizer.pad}
     names = {name: tokenizer.name_of(token) for name, token in ids.items() if token != NO_TOKEN}
     unknown = getattr(tokenizer.backend.model, "unk_token", None)
@@ -199,7 +208,7 @@ def _special_names(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[st
 
 
 def _added_tokens(backend: tokenizers.Tokenizer) -> dict[str, dict[str, Any]]:
-    """Added tokens with all that decides where they are found in a text."""
+    """Added tokens with all flags that decide where they match in a text."""
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {
         str(token): {flag: getattr(added, flag) for flag in flags}

@@ -11,9 +11,8 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken
 
-from megatron_itt.data.text import long_texts
-from megatron_itt.data.text.engine import HuggingFaceEngine
-from megatron_itt.data.text.long_texts import PiecewiseEngine, cut, may_be_cut
+from megatron_itt.data.text import engine
+from megatron_itt.data.text.engine import HuggingFaceEngine, PiecewiseEngine, cut, may_be_cut
 from megatron_itt.data.text.tokenizer import Tokenizer
 from tests.unit.data.conftest import make_texts
 
@@ -46,8 +45,8 @@ HARD = [
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_texts, "LONG_CHARS", 40)
-    monkeypatch.setattr(long_texts, "PIECE_CHARS", 10)
+    monkeypatch.setattr(engine, "LONG_CHARS", 40)
+    monkeypatch.setattr(engine, "PIECE_CHARS", 10)
 
 
 def test_ids_of_the_pieces_are_those_of_the_whole(tokenizer: Tokenizer, small_pieces: None) -> None:
