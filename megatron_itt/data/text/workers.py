@@ -22,7 +22,7 @@ from megatron_itt.errors import DataError
 Report = Callable[[tuple[int, ...]], None]  # called with progress counts
 TaskFunction = Callable[[Any, Report], Any]  # called with a task and a report function
 _POLL_S = 0.1
-_progress: Any = None  # in a worker, the queue to the parent
+_PROGRESS: list[Any] = []  # in a worker, the queue to the parent
 
 
 class Finished(NamedTuple):
@@ -104,8 +104,7 @@ def run_tasks(
 
 def _start(lifeline: Any, progress: Any, prepare: Callable[[], Any] | None) -> None:
     """Set a worker up."""
-    global _progress
-    _progress = progress
+    _PROGRESS.append(progress)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
     if prepare is not None:
@@ -120,4 +119,4 @@ def _exit_with_parent(lifeline: Any) -> None:
 
 
 def _run(function: TaskFunction, task: Any) -> Any:
-    return function(task, _progress.put)
+    return function(task, _PROGRESS[0].put)
