@@ -1,13 +1,13 @@
-"""The manifest `PREFIX.json` of an indexed dataset: what it was made from, with which tokenizer and options.
+"""The manifest `PREFIX.json` of an indexed dataset: its sources, tokenizer, options and checksums.
 
-Its presence says that `PREFIX.bin` and `PREFIX.idx` are complete: it is written last.
+It is written last, when `PREFIX.bin` and `PREFIX.idx` are complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,12 @@ class Manifest:
 
     @property
     def num_left_out(self) -> int:
-        """How many files and folders below the inputs were left out by rule."""
+        """Number of files and folders below the inputs that were left out by rule."""
         return int(self.extra.get("left_out", {}).get("count", 0))
 
     @property
     def identity(self) -> str:
-        """Hash of the dataset's content, the same wherever it lies and whenever it was made."""
+        """Hash of the dataset's content, independent of paths and times."""
         sources = [[source["size"], source["sha256"]] for source in self.sources]
         options = {key: value for key, value in self.options.items() if not key.startswith("engine")}
         content = [self.tokenizer["sha256"], options, sources, self.documents, self.tokens, self.idx_sha256]
@@ -55,12 +55,12 @@ class Manifest:
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """Where the manifest of a dataset lies."""
+    """Return the path of a dataset's manifest."""
     return Path(f"{prefix}.json")
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
-    """The manifest of a dataset, or None where there is none. Raises `DataError` for an unreadable one."""
+    """Read the manifest of a dataset, None if there is none. Raises `DataError` for an unreadable one."""
     path = manifest_path(prefix)
     if not path.is_file():
         return None
@@ -78,44 +78,36 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Raise `ValueError` for a value that the rest of the package could not use."""
+    """Raise `ValueError` for a value of another type."""
     for name in ("documents", "tokens", "rejected", "bin_bytes", "idx_bytes"):
         value = getattr(manifest, name)
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} is {value!r}")
     _check_keys("tokenizer", manifest.tokenizer, {"sha256": str, "vocab_size": int, "eod": int})
     _check_keys("options", manifest.options, {})
-    for source in _checked_list("sources", manifest.sources):
+    for name in ("sources", "bin_parts"):
+        if not isinstance(getattr(manifest, name), list):
+            raise ValueError(f"{name} is not a list")
+    for source in manifest.sources:
         types = {"path": str, "size": int, "modified_ns": int, "lines": int, "sha256": list}
         _check_keys("a source", source, types)
-    for part in _checked_list("bin_parts", manifest.bin_parts):
+    for part in manifest.bin_parts:
         if not isinstance(part, list) or len(part) != 2 or not all(isinstance(number, int) for number in part):
             raise ValueError("bin_parts are not pairs of numbers")
     if sum(size for size, _ in manifest.bin_parts) != manifest.bin_bytes:
         raise ValueError("bin_parts do not add up to bin_bytes")
 
 
-def _checked_list(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name} is no list")
-    return value
-
-
 def _check_keys(name: str, value: Any, types: dict[str, type]) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is no object")
+        raise ValueError(f"{name} is not an object")
     for key, kind in types.items():
         if not isinstance(value.get(key), kind):
             raise ValueError(f"{name} has no {key} of type {kind.__name__}")
 
 
-def manifest_content(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as it is written to disk."""
-    return asdict(manifest)
-
-
 def check_sizes(prefix: str | Path, manifest: Manifest) -> None:
-    """Raise `DataError` when `.bin` or `.idx` is missing or has another size than the manifest says."""
+    """Raise `DataError` if `.bin` or `.idx` is missing or has another size than in the manifest."""
     for path, expected in ((bin_path(prefix), manifest.bin_bytes), (idx_path(prefix), manifest.idx_bytes)):
         if not path.is_file():
             raise DataError(f"{path} does not exist although {manifest_path(prefix)} describes it; write it again")

@@ -1,7 +1,7 @@
-"""Raw text to one indexed dataset: plan shards, have workers make them, then have them merged and published.
+"""Preprocessing of raw text to one indexed dataset: plan shards, make them in workers, merge and publish them.
 
-What a worker does is in `shards.py`; nothing here touches a document. The bytes written depend on the inputs, the
-tokenizer and the options, never on the number of workers, on parts made elsewhere, or on interruptions.
+The bytes written depend on the inputs, the tokenizer and the options, never on the number of workers, on parts made
+elsewhere, or on interruptions.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _MIN_COPY_THREADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """What `itt preprocess` is asked to do."""
+    """Options of `itt preprocess`."""
 
     inputs: tuple[str, ...]
     tokenizer: str  # tokenizer folder, tokenizer.json, or name on the hub
@@ -76,7 +76,7 @@ class PreprocessOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What is on disk afterwards; `reused` says that it already was."""
+    """The dataset on disk; `reused`: it was complete already."""
 
     manifest: Manifest
     reused: bool
@@ -84,7 +84,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class PartOutcome:
-    """A part is made. `waiting_for`: the parts that are not; when there is none, `merged` is the whole."""
+    """A finished part; `waiting_for`: the parts that are not finished; without any, `merged` is the dataset."""
 
     num_shards: int
     waiting_for: tuple[Part, ...] = ()
@@ -94,9 +94,8 @@ class PartOutcome:
 def preprocess(options: PreprocessOptions, *, merge_only: bool = False) -> Outcome:
     """Write `PREFIX.bin`, `PREFIX.idx` and `PREFIX.json`; with rejected lines also `PREFIX.rejected.jsonl`.
 
-    Continues from finished shards in `PREFIX.partial/` after an interruption; with `merge_only` all of them must be
-    there. Raises `DataError` for damaged input, too many bad lines, or an output that was made otherwise; nothing is
-    published then.
+    Resumes from finished shards in `PREFIX.partial/` after an interruption; with `merge_only` all of them must exist.
+    Raises `DataError`, and publishes nothing, for damaged input, too many bad lines, or an output of other options.
     """
     with _start(options) as workers:
         job = _plan_job(options, None)
@@ -118,10 +117,10 @@ def _preprocess_new(job: _Job, workers: Workers, *, merge_only: bool) -> Outcome
 
 
 def preprocess_part(options: PreprocessOptions, part: Part) -> PartOutcome:
-    """Make one part of the shards; the process that finishes last also merges, so that `preprocess` is not needed.
+    """Make one part of the shards; the process that finishes last also merges.
 
-    Any number of processes, on machines that see the same folders, may do this at the same time with the same options.
-    Raises as `preprocess` does, and when another process works with other options or on the same part.
+    Any number of processes, on machines that share the folders, may do this at the same time with the same options.
+    Raises as `preprocess` does, and while another process works with other options or on the same part.
     """
     if not options.resume:
         raise ConfigError(
@@ -156,7 +155,7 @@ def _make_part(job: _Job, part: Part, workers: Workers) -> PartOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What is to be done, the same in every process that takes part."""
+    """The plan, the same in every process that takes part."""
 
     options: PreprocessOptions
     tokenizer: Tokenizer
@@ -168,7 +167,7 @@ class _Job:
     started: float
 
     def existing(self) -> Outcome | None:
-        """The output, where it is there already and what is asked for."""
+        """The output if it is complete already."""
         manifest = existing_output(self.options.output_prefix, self.encoding, self.inputs.sources)
         return None if manifest is None else Outcome(manifest=manifest, reused=True)
 
@@ -201,7 +200,7 @@ def _start(options: PreprocessOptions) -> Workers:
 
 
 def _check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Nothing is written that no export could read; it costs seconds, beside which the workers start."""
+    """Refuse data that no export could read; takes seconds, while the workers start."""
     check_exportable(tokenizer)
     warn_of_other_readings(tokenizer)
 
@@ -254,13 +253,13 @@ def plan_shards(
 
 
 def _make_shards(job: _Job, tasks: Sequence[ShardTask], workers: Workers) -> list[Shard]:
-    """Have every shard made; return them in order."""
+    """Make shards in the workers; return them in order."""
     records = _run(make_shard, tasks, workers, "tokenize" if job.options.show_progress else None)
     return [(task, records[idx]) for idx, task in enumerate(tasks)]
 
 
 def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
-    """Every shard, made by whomever and checked here. Raises `DataError` naming the parts that miss some."""
+    """Validate all shards, made by any process. Raises `DataError` naming the parts that lack some."""
     records = _run(_find_shard, job.tasks, workers, "check" if job.options.show_progress else None)
     missing = {idx for idx, record in records.items() if record is None}
     if missing:
@@ -274,24 +273,22 @@ def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
 
 
 def _find_shard(task: ShardTask, report: Report) -> ShardRecord | None:
-    """A task for the pool: the record of a finished shard, or None."""
     record = finished_shard(task)
-    report((sum(segment.length for segment in task.segments), 0, 0))
+    report((task.num_bytes, 0))
     return record
 
 
 def _run(
     function: TaskFunction, tasks: Sequence[ShardTask], workers: Workers, description: str | None
 ) -> dict[int, Any]:
-    """Have the tasks done; results by number. With a description shows input MB/s, tokens/s and ETA."""
-    total = sum(segment.length for task in tasks for segment in task.segments)
-    tokens = 0
+    """Run the tasks; return their results by number. A description shows input MB/s, tokens/s and ETA."""
+    total, tokens = sum(task.num_bytes for task in tasks), 0
     started = time.monotonic()
     with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=description is None) as bar:
 
         def advance(counts: tuple[int, ...]) -> None:
             nonlocal tokens
-            input_bytes, _, new_tokens = counts
+            input_bytes, new_tokens = counts
             tokens += new_tokens
             rate = tokens / max(time.monotonic() - started, 1e-9)
             bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)

@@ -1,7 +1,4 @@
-"""Finished shards to the published dataset: what was rejected, duplicates left out, merged, described.
-
-Also tells whether an output that exists is already the one that is asked for.
-"""
+"""Publication of finished shards as a dataset with a manifest, and the comparison with an existing output."""
 
 from __future__ import annotations
 
@@ -14,9 +11,15 @@ from typing import Any
 
 from megatron_itt import __version__
 from megatron_itt.data.indexed import bin_path, idx_path, token_dtype
-from megatron_itt.data.text.dedup import without_duplicates
-from megatron_itt.data.text.manifest import Manifest, check_sizes, manifest_content, manifest_path, read_manifest
-from megatron_itt.data.text.merge import Part, Shard, merge_parts, rejected_path, write_rejected
+from megatron_itt.data.text.manifest import Manifest, check_sizes, manifest_path, read_manifest
+from megatron_itt.data.text.merge import (
+    Shard,
+    ShardTokens,
+    merge_shards,
+    rejected_path,
+    without_duplicates,
+    write_rejected,
+)
 from megatron_itt.data.text.parts import DECISIVE_OPTIONS, MARKS
 from megatron_itt.data.text.shards import EncodingOptions, ShardRecord
 from megatron_itt.data.text.sources import LeftOut, Segment
@@ -28,9 +31,9 @@ _MAX_LEFT_OUT = 1000  # named in the manifest; Spark leaves a checksum file for 
 
 
 def existing_output(prefix: str, encoding: EncodingOptions, sources: Sequence[Segment]) -> Manifest | None:
-    """The manifest of an output that is already what is asked for; None where there is no output.
+    """Return the manifest of an output that was made from these sources with these options; None without an output.
 
-    Raises `DataError` when an output exists that is not, or that cannot be told.
+    Raises `DataError` for any other output.
     """
     manifest = read_manifest(prefix)
     if manifest is None:
@@ -76,14 +79,14 @@ def _check_same_sources(prefix: str, manifest: Manifest, sources: Sequence[Segme
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """What is to be published, from where and under which name."""
+    """Where finished shards are, and how they are published."""
 
     prefix: str
     folder: Path  # of the shards, on the same file system
     tokenizer: Tokenizer
     encoding: EncodingOptions
     max_bad_fraction: float
-    num_threads: int  # that copy
+    num_threads: int  # of copying
     started: float  # time.monotonic()
     left_out: Sequence[LeftOut] = ()
 
@@ -91,23 +94,23 @@ class Publication:
 def publish(publication: Publication, shards: Sequence[Shard]) -> Manifest:
     """Merge finished shards into `PREFIX.bin`, `.idx` and, last, the manifest.
 
-    Raises `DataError` when too many lines were rejected, or nothing is left.
+    Raises `DataError` if too many lines were rejected, or no document is left.
     """
     _check_rejections(publication, shards)
     prefix, folder = publication.prefix, publication.folder
     dtype = token_dtype(publication.tokenizer.vocab_size)
     if publication.encoding.deduplicate:
-        parts = without_duplicates(shards, folder, dtype)
+        merged = without_duplicates(shards, folder, dtype)
     else:
-        parts = [Part.of(*shard) for shard in shards]
-    idx_sha256 = merge_parts(prefix, folder, parts, dtype, num_threads=publication.num_threads)
-    manifest = _describe(publication, [record for _, record in shards], parts, idx_sha256)
-    atomic_write(manifest_path(prefix), json.dumps(manifest_content(manifest), indent=1) + "\n", durable=True)
+        merged = [ShardTokens.of(*shard) for shard in shards]
+    idx_sha256 = merge_shards(prefix, folder, merged, dtype, num_threads=publication.num_threads)
+    manifest = _describe(publication, [record for _, record in shards], merged, idx_sha256)
+    atomic_write(manifest_path(prefix), json.dumps(asdict(manifest), indent=1) + "\n", durable=True)
     return manifest
 
 
 def _check_rejections(publication: Publication, shards: Sequence[Shard]) -> None:
-    """List what was rejected; refuse the whole when it is too much, leaves nothing, or is all that a file holds."""
+    """List rejected lines; refuse the output if they are too many, leave no document, or are all lines of a file."""
     prefix, limit = publication.prefix, publication.max_bad_fraction
     documents = sum(record.documents for _, record in shards)
     rejected = sum(record.rejected for _, record in shards)
@@ -134,17 +137,18 @@ def _count_by_file(shards: Sequence[Shard]) -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = {}
     for segment in (segment for _, record in shards for segment in record.segments):
         lines, records = counts.get(segment["path"], (0, 0))
-        # Shards that an earlier version has made do not count records.
+        # Shards of earlier versions have no count of records.
         found = segment.get("records", segment["lines"])
         counts[segment["path"]] = (lines + segment["lines"], records + found)
     return counts
 
 
 def _describe(
-    publication: Publication, records: Sequence[ShardRecord], parts: Sequence[Part], idx_sha256: str
+    publication: Publication, records: Sequence[ShardRecord], merged: Sequence[ShardTokens], idx_sha256: str
 ) -> Manifest:
     tokenizer, encoding, prefix = publication.tokenizer, publication.encoding, publication.prefix
-    documents = sum(part.documents for part in parts)
+    documents, left_out = sum(shard.documents for shard in merged), publication.left_out
+    first = [asdict(item) for item in left_out[:_MAX_LEFT_OUT]]
     dtype = token_dtype(tokenizer.vocab_size)
     return Manifest(
         version=__version__,
@@ -161,7 +165,7 @@ def _describe(
         options={key: value for key, value in asdict(encoding).items() if key not in ("tokenizer", *MARKS)},
         sources=_merge_segments(records),
         documents=documents,
-        tokens=sum(part.tokens for part in parts),
+        tokens=sum(shard.tokens for shard in merged),
         rejected=sum(record.rejected for record in records),
         too_short=sum(record.too_short for record in records),
         duplicates=sum(record.documents for record in records) - documents,
@@ -170,34 +174,18 @@ def _describe(
         bin_bytes=bin_path(prefix).stat().st_size,
         idx_bytes=idx_path(prefix).stat().st_size,
         idx_sha256=idx_sha256,
-        bin_parts=[[part.tokens * dtype.itemsize, part.crc32] for part in parts],
-        extra=_left_out_entry(publication.left_out),
+        bin_parts=[[shard.tokens * dtype.itemsize, shard.crc32] for shard in merged],
+        extra={"left_out": {"count": len(left_out), "first": first}} if left_out else {},
         wall_seconds=round(time.monotonic() - publication.started, 3),
     )
 
 
-def _left_out_entry(left_out: Sequence[LeftOut]) -> dict[str, Any]:
-    """What the manifest says about entries below the inputs that were not read; nothing where there are none."""
-    if not left_out:
-        return {}
-    return {"left_out": {"count": len(left_out), "first": [asdict(item) for item in left_out[:_MAX_LEFT_OUT]]}}
-
-
 def _merge_segments(records: Sequence[ShardRecord]) -> list[dict[str, Any]]:
-    """Per input file: size, lines, and the hash of each part that was read on its own."""
+    """Per input file: size, lines, and the hash of each segment."""
     sources: dict[str, dict[str, Any]] = {}
     for segment in (segment for record in records for segment in record.segments):
-        source = sources.setdefault(
-            segment["path"],
-            {
-                "path": segment["path"],
-                "kind": segment["kind"],
-                "size": segment["size"],
-                "modified_ns": segment["modified_ns"],
-                "lines": 0,
-                "sha256": [],
-            },
-        )
+        facts = {key: segment[key] for key in ("path", "kind", "size", "modified_ns")}
+        source = sources.setdefault(segment["path"], {**facts, "lines": 0, "sha256": []})
         source["lines"] += segment["lines"]
         source["sha256"].append(segment["sha256"])
     return list(sources.values())

@@ -1,7 +1,7 @@
-"""One shard of tokenised text: made in a worker from some segments of the input, and trusted again after a restart.
+"""Shards of tokenised text: made in a worker from segments of the input, and validated before they are reused.
 
 A shard is `NAME.tokens` (ids), `NAME.lengths` (int32 per document), `NAME.rejected.jsonl` and, written last, its record
-`NAME.json`. Only counts travel between processes. Planning and merging shards is done in `preprocess.py`, `merge.py`.
+`NAME.json`. Only counts travel between processes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import hashlib
 import json
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from megatron_itt.data.text.engine import (
 )
 from megatron_itt.data.text.sources import Segment
 from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_itt.data.text.workers import Report
 from megatron_itt.errors import DataError
 from megatron_itt.files import atomic_write, file_crc32
 
@@ -43,7 +45,7 @@ _CHECK_MAX_CHARS = 1 << 14
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions:
-    """Everything besides the input that decides the bytes of a dataset."""
+    """All options that decide the bytes of a dataset."""
 
     tokenizer: str
     tokenizer_sha256: str
@@ -54,18 +56,18 @@ class EncodingOptions:
     append_bos: bool = False
     min_length: int = 1  # characters; shorter documents are dropped
     deduplicate: bool = False  # keep a hash of every document, to drop exact copies when merging
-    eod: int | None = None  # ids of the marks, where they are appended: named beside tokenizer.json, not by its hash
+    eod: int | None = None  # None: not appended; the ids are not part of the tokenizer's hash
     bos: int | None = None
 
     @property
     def file_kinds(self) -> tuple[str, ...]:
-        """Suffixes of a shard's files besides its record."""
+        """Suffixes of a shard's files, without its record."""
         return ("tokens", "lengths", "rejected.jsonl", *(("hashes",) if self.deduplicate else ()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """A shard to be made: its files' common path without suffix, and its segments in order."""
+    """A shard to make: the path of its files without suffix, and its segments in order."""
 
     path: str
     segments: tuple[Segment, ...]
@@ -73,19 +75,24 @@ class ShardTask:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the shard's content depends on; a shard with another one is not reused."""
+        """Hash of options and segments; a shard with another fingerprint is not reused."""
         options = {key: value for key, value in asdict(self.options).items() if key != "tokenizer"}
         content = {"format": 1, "options": options, "segments": [asdict(segment) for segment in self.segments]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of input."""
+        return sum(segment.length for segment in self.segments)
+
     def file(self, suffix: str) -> Path:
-        """One of the shard's files."""
+        """Return the path of one of the shard's files."""
         return Path(f"{self.path}.{suffix}")
 
 
 @dataclass(kw_only=True)
 class ShardRecord:
-    """What a finished shard holds."""
+    """Counts and checksums of a finished shard."""
 
     fingerprint: str
     documents: int = 0
@@ -97,14 +104,14 @@ class ShardRecord:
     segments: list[dict[str, Any]] = field(default_factory=list)  # path, offset, length, lines, records, sha256
 
 
-def make_shard(task: ShardTask, report: Callable[[tuple[int, ...]], None]) -> ShardRecord:
-    """Make a shard, or recognise that it is there; `report` gets (input bytes, text bytes, tokens) as they advance.
+def make_shard(task: ShardTask, report: Report) -> ShardRecord:
+    """Make a shard, or reuse a finished one; `report` is called with (input bytes, tokens).
 
-    Raises `DataError` for damaged input; the shard's files then do not appear.
+    Raises `DataError` for damaged input, and leaves no file then.
     """
     record = finished_shard(task)
     if record is not None:
-        report((sum(segment.length for segment in task.segments), 0, 0))
+        report((task.num_bytes, 0))
         return record
     tokenizer, engine = _tools(task.options)
     writer = _ShardWriter(task, tokenizer, engine)
@@ -117,7 +124,7 @@ def make_shard(task: ShardTask, report: Callable[[tuple[int, ...]], None]) -> Sh
 
 
 def finished_shard(task: ShardTask) -> ShardRecord | None:
-    """The record of a shard that is complete, undamaged and made from the same input and options; else None."""
+    """Return the record of a shard that is intact and made from the same input and options, else None."""
     try:
         record = ShardRecord(**json.loads(task.file("json").read_text(encoding="utf-8")))
         checksums = {suffix: file_crc32(task.file(suffix)) for suffix in task.options.file_kinds}
@@ -127,7 +134,7 @@ def finished_shard(task: ShardTask) -> ShardRecord | None:
 
 
 def prepare_tools(path: str, engine: str) -> None:
-    """Load a tokenizer and its engine before they are needed; names on the hub are left to the first task."""
+    """Load a tokenizer and its engine in advance; names on the hub are left to the first task."""
     if not Path(path).exists():
         return
     for name in ("gigatoken", "hf") if engine == "auto" else (engine,):
@@ -138,17 +145,17 @@ def prepare_tools(path: str, engine: str) -> None:
 
 @lru_cache(maxsize=1)
 def _load_tools(path: str, engine: str) -> tuple[Tokenizer, Engine]:
-    """The tokenizer and engine of this process, loaded once."""
+    """Tokenizer and engine of this process, loaded once."""
     disable_tokenizer_threads()
     tokenizer = load_tokenizer(path)
     return tokenizer, bound_memory(choose_engine(tokenizer, engine), tokenizer)
 
 
 def _tools(options: EncodingOptions) -> tuple[Tokenizer, Engine]:
-    """What encodes, checked to be what the options say."""
+    """Tokenizer and engine, compared with the options."""
     tokenizer, engine = _load_tools(options.tokenizer, options.engine)
-    marks = ((options.eod, tokenizer.eod), (options.bos, tokenizer.bos))
-    if tokenizer.sha256 != options.tokenizer_sha256 or any(mark not in (None, now) for mark, now in marks):
+    special = ((options.eod, tokenizer.eod), (options.bos, tokenizer.bos))
+    if tokenizer.sha256 != options.tokenizer_sha256 or any(wanted not in (None, found) for wanted, found in special):
         raise DataError(
             f"tokenizer {options.tokenizer} changed while its data was being written; run the command again"
         )
@@ -156,7 +163,7 @@ def _tools(options: EncodingOptions) -> tuple[Tokenizer, Engine]:
 
 
 class _ShardWriter:
-    """Temporary files of one shard while it is being made."""
+    """Temporary files of a shard that is being made."""
 
     def __init__(self, task: ShardTask, tokenizer: Tokenizer, engine: Engine) -> None:
         self.task = task
@@ -164,30 +171,28 @@ class _ShardWriter:
         self.engine = engine
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.record = ShardRecord(fingerprint=task.fingerprint, crc32=dict.fromkeys(task.options.file_kinds, 0))
-        self._tag = uuid.uuid4().hex[:12]  # processes on other machines may have this one's number
+        self._tag = uuid.uuid4().hex[:12]  # process ids are not unique across machines
         self._num_batches = 0
-        self._num_records = 0  # lines of the current segment that have a text, be it null or empty
-        self._files: dict[str, BinaryIO] = {}
-        for suffix in task.options.file_kinds:
-            self._files[suffix] = self._temporary(suffix).open("wb")
+        self._num_records = 0  # lines of the current segment with a text, null and empty ones included
+        self._files = {suffix: self._temporary(suffix).open("wb") for suffix in task.options.file_kinds}
 
     def _temporary(self, suffix: str) -> Path:
         return self.task.file(f"{suffix}.{self._tag}.tmp")
 
-    def read_segment(self, segment: Segment, report: Callable[[tuple[int, ...]], None]) -> None:
+    def read_segment(self, segment: Segment, report: Report) -> None:
         reader = DocumentReader(segment, text_key=self.task.options.text_key)
         reported = self._num_records = 0
         for texts, lines in self._batches(reader):
-            text_bytes, tokens = self._write(texts, lines, segment)
+            tokens = self._write(texts, lines, segment)
             position = min(reader.position, segment.length or reader.position)
-            report((position - reported, text_bytes, tokens))
+            report((position - reported, tokens))
             reported = position
-        report((max(0, segment.length - reported), 0, 0))
+        report((max(0, segment.length - reported), 0))
         entry = {**asdict(segment), "lines": reader.lines, "records": self._num_records, "sha256": reader.sha256}
         self.record.segments.append(entry)
 
     def _batches(self, reader: DocumentReader) -> Iterator[tuple[list[str], list[int]]]:
-        """Texts and their lines, in batches of bounded size; rejected lines are written as they come."""
+        """Texts and their lines, in batches of bounded size; rejected lines are written at once."""
         texts: list[str] = []
         lines: list[int] = []
         chars = 0
@@ -211,8 +216,8 @@ class _ShardWriter:
         if texts:
             yield texts, lines
 
-    def _write(self, texts: list[str], lines: list[int], segment: Segment) -> tuple[int, int]:
-        """Encode a batch and append it; return its bytes of text and its tokens."""
+    def _write(self, texts: list[str], lines: list[int], segment: Segment) -> int:
+        """Encode and append a batch; return the number of tokens."""
         flat, lengths = self.engine.encode(texts)
         self._check_engine(texts)
         if not lengths.all():
@@ -221,19 +226,18 @@ class _ShardWriter:
                     self._reject(segment, line, "its text encodes to no token")
             texts = [text for text, length in zip(texts, lengths, strict=True) if length > 0]
             lengths = lengths[lengths > 0]
-        flat, lengths = self._add_marks(flat, lengths)
+        flat, lengths = self._add_special_tokens(flat, lengths)
         self._append("tokens", flat.astype(self.dtype, copy=False).data)
         self._append("lengths", lengths.astype(np.int32).data)
         if self.task.options.deduplicate:
             self._append("hashes", b"".join(map(text_hash, texts)))
-        text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         self.record.documents += len(lengths)
         self.record.tokens += len(flat)
-        self.record.text_bytes += text_bytes
-        return text_bytes, len(flat)
+        self.record.text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        return len(flat)
 
     def _check_engine(self, texts: list[str]) -> None:
-        """Re-encode a document with the reference tokenizer now and then; a difference stops the run."""
+        """Compare the encoding of a sampled document with the reference; a difference stops the run."""
         self._num_batches += 1
         if self.engine.name == self.tokenizer.library[0] or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
             return
@@ -247,24 +251,13 @@ class _ShardWriter:
                 "the reference; run again with --tokenizer-engine hf"
             )
 
-    def _add_marks(self, flat: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Put the begin and end marks around each document."""
-        options = self.task.options
-        longer = lengths + int(options.append_bos) + int(options.append_eod)
-        if len(longer) == 0 or not (options.append_bos or options.append_eod):
-            return flat, longer
-        ends = np.cumsum(longer)
-        marked = np.empty(int(ends[-1]), dtype=self.dtype)
-        is_text = np.ones(len(marked), dtype=bool)
-        if options.append_eod:
-            is_text[ends - 1] = False
-            marked[ends - 1] = self.tokenizer.eod
-        if options.append_bos:
-            starts = ends - longer
-            is_text[starts] = False
-            marked[starts] = self.tokenizer.bos
-        marked[is_text] = flat
-        return marked, longer
+    def _add_special_tokens(self, flat: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Add bos and end-of-document tokens to each document."""
+        if self.task.options.append_bos:
+            flat, lengths = np.insert(flat, np.cumsum(lengths) - lengths, self.tokenizer.bos), lengths + 1
+        if self.task.options.append_eod:
+            flat, lengths = np.insert(flat, np.cumsum(lengths), self.tokenizer.eod), lengths + 1
+        return flat, lengths
 
     def _reject(self, segment: Segment, line: int, reason: str) -> None:
         row = {"file": segment.path, "segment": len(self.record.segments), "line": line, "reason": reason}
@@ -277,7 +270,7 @@ class _ShardWriter:
         self.record.crc32[suffix] = zlib.crc32(data, self.record.crc32[suffix])
 
     def publish(self) -> ShardRecord:
-        """Give the files their names, the record last. After a power cut its checksums tell whether they survived."""
+        """Rename the files, the record last. Its checksums reveal files that a power cut has damaged."""
         for suffix, stream in self._files.items():
             with naming_file(self.task.file(suffix)):
                 stream.close()
@@ -286,7 +279,7 @@ class _ShardWriter:
         return self.record
 
     def close(self) -> None:
-        """Drop what was not published."""
+        """Delete what was not published."""
         for suffix, stream in self._files.items():
             with contextlib.suppress(OSError):  # a full disk, already reported, again at the flush
                 stream.close()
@@ -294,19 +287,15 @@ class _ShardWriter:
 
 
 def text_hash(text: str) -> bytes:
-    """The 16 bytes by which the text of a document is recognised again."""
+    """Return the 16-byte hash by which duplicates are found."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-class naming_file:  # noqa: N801 - used like a function
-    """Give an OSError from a write the name of the file, which the system leaves out."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Add the name of the file to an OSError of a write, which the system leaves out."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
