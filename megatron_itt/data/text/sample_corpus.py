@@ -1,8 +1,8 @@
-"""A corpus of real text that every machine with Python already has: no download, no licence question.
+"""A corpus of real text that every Python installation contains: no download, no licence question.
 
 Domain `code`: sources of the standard library. Domain `docs`: the language reference (`pydoc_data/topics.py`) and
 docstrings, of installed packages and of those standard modules whose source is NOT in `code`, so that no held-out
-docstring is also read as part of a training source. Docstrings are found by parsing; nothing is imported or run.
+docstring is also part of a training source. Docstrings are parsed; nothing is imported or executed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import zstandard
 
 from megatron_itt.errors import DataError
 
-SUMMARY_NAME = ".summary.json"  # hidden: folders are read file by file, and this is no document
+SUMMARY_NAME = ".summary.json"  # hidden: folders are read file by file
 _FORMAT_VERSION = 1
 _MIN_DOMAIN_BYTES = 2_000_000
 _MIN_DOCUMENT_BYTES = 200
 _MAX_DOCUMENT_BYTES = 400_000
-_DOCS_SHARE_OF_MODULES = 4  # one standard module in 4 gives its docstrings to `docs` instead of its source to `code`
+_DOCS_MODULE_INTERVAL = 4  # one standard module in 4 gives its docstrings to `docs` instead of its source to `code`
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "ensurepip"}
 _TEST_FOLDERS = {"test", "tests", "idle_test", "_testing", "testing"}
 _PACKAGES = ("numpy", "tokenizers", "transformers", "torch", "megatron", "yaml", "pydantic")  # in this order, then rest
@@ -62,7 +62,7 @@ class _Domain:
             self.num_bytes += size
 
     def in_reading_order(self) -> list[Document]:
-        """Ordered by a hash of the text: deterministic, and the held-out end is a fair sample of the domain."""
+        """Ordered by a hash of the text: deterministic, and the held-out end is a random sample of the domain."""
         return sorted(self.documents, key=lambda document: hashlib.sha256(document[1].encode()).digest())
 
 
@@ -78,8 +78,7 @@ def build_sample_corpus(
 
     Each row is `{"text": ..., "meta": {"source": ...}}`, with paths relative to the library. `library` and `packages`
     are this interpreter's standard library and site-packages unless given. An existing corpus made with the same
-    settings is reused. The folder appears at once, when it is complete.
-    Raises `DataError` when the machine has too little text or `output_dir` holds something else.
+    settings is reused. Raises `DataError` if the machine has too little text or `output_dir` holds other files.
     """
     output = Path(output_dir)
     settings = {"version": _FORMAT_VERSION, "min_bytes": min_bytes, "documents_per_shard": documents_per_shard}
@@ -129,7 +128,7 @@ def _collect(min_bytes: int, library: Path, packages: Path) -> dict[str, _Domain
     _add_topics(docs, library)
     for path in _python_files(library, tests=False):
         source = f"stdlib/{path.relative_to(library).as_posix()}"
-        if zlib.crc32(source.encode()) % _DOCS_SHARE_OF_MODULES == 0:
+        if zlib.crc32(source.encode()) % _DOCS_MODULE_INTERVAL == 0:
             _add_docstrings(docs, source, path)
         else:
             _add_source(code, source, path)
@@ -173,7 +172,7 @@ def _package_files(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _read(path: Path) -> str | None:
-    """The source text with its declared encoding and plain newlines; None where it cannot be read as text."""
+    """The source text by its declared encoding, with plain newlines; None if it is not text."""
     try:
         with tokenize.open(path) as stream:
             text = stream.read()
@@ -196,7 +195,7 @@ def _add_docstrings(domain: _Domain, source: str, path: Path) -> None:
         return
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes in strings
             module = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return

@@ -1,14 +1,13 @@
 """Checks of an indexed dataset against its own structure, its manifest and its tokenizer.
 
-`cheap` looks at headers, sizes and counts and costs the same for any size: training does it at every start, in
-`blend.py`. `full` reads every entry and every token, in pieces, with bounded memory.
+`cheap` reads headers, sizes and counts, independent of the size: training does it at every start. `full` reads every
+entry and every token, in chunks, with bounded memory.
 """
 
 from __future__ import annotations
 
-import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +18,7 @@ from megatron_itt.data.indexed import Index, bin_path, idx_path, read_index
 from megatron_itt.data.text.manifest import Manifest, check_sizes, manifest_path, read_manifest
 from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import DataError
+from megatron_itt.files import file_digest
 
 _ENTRIES = 1 << 20
 _TOKENS = 1 << 23
@@ -26,7 +26,7 @@ _TOKENS = 1 << 23
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What a dataset that passed holds."""
+    """Contents of a dataset that passed."""
 
     documents: int
     tokens: int
@@ -42,12 +42,11 @@ def verify_indexed_dataset(
     *,
     eod: int | None = None,
 ) -> Verified:
-    """Check `PREFIX.bin` and `PREFIX.idx`, and `PREFIX.json` where there is one.
+    """Check `PREFIX.bin` and `PREFIX.idx`, and `PREFIX.json` if it exists.
 
-    Cheap: files present, sizes agree with header, manifest and each other, ids are whole numbers, the manifest's
-    vocabulary fits. Full: also lengths positive and below the file, pointers contiguous, documents in order, every id
-    below `vocab_size`, every document ending in `eod` (default: as the manifest says), checksums. Raises `DataError`
-    naming the file.
+    Cheap: files exist, sizes agree with header, manifest and each other, ids are integers, the manifest's vocabulary
+    fits. Full: also lengths not negative, pointers contiguous, documents in order, every id below `vocab_size`, every
+    document ends in `eod` (default: by the manifest), checksums. Raises `DataError` naming the file.
     """
     index, manifest = open_checked(prefix, vocab_size)
     max_token = None
@@ -69,7 +68,7 @@ def verify_indexed_dataset(
 
 
 def open_checked(prefix: str | Path, vocab_size: int) -> tuple[Index, Manifest | None]:
-    """Index and manifest (None where there is none) after the cheap checks; raises as `verify_indexed_dataset` does."""
+    """Return index and manifest (None if there is none) after the cheap checks."""
     manifest = read_manifest(prefix)
     if manifest is not None:
         check_sizes(prefix, manifest)
@@ -80,17 +79,24 @@ def open_checked(prefix: str | Path, vocab_size: int) -> tuple[Index, Manifest |
     return index, manifest
 
 
-def decode_samples(prefix: str | Path, tokenizer: Tokenizer, count: int) -> Iterator[tuple[int, str]]:
-    """Text of `count` documents spread over the dataset, with their numbers."""
+def decode_documents(
+    prefix: str | Path, tokenizer: Tokenizer, documents: Iterable[int], *, skip_special_tokens: bool = False
+) -> Iterator[tuple[int, str]]:
+    """Yield numbers and texts of documents, empty ones excepted."""
     index = read_index(prefix)
     tokens = index.tokens()
-    for document_idx in sorted({int(idx) for idx in np.linspace(0, index.num_documents - 1, max(0, count))}):
+    for document_idx in documents:
         first, last = int(index.documents[document_idx]), int(index.documents[document_idx + 1])
-        if first == last:
-            continue
-        begin = int(index.pointers[first]) // index.dtype.itemsize
-        end = int(index.pointers[last - 1]) // index.dtype.itemsize + int(index.lengths[last - 1])
-        yield document_idx, tokenizer.decode(tokens[begin:end])
+        if first < last:
+            begin = int(index.pointers[first]) // index.dtype.itemsize
+            end = begin + int(index.lengths[first:last].sum())
+            yield document_idx, tokenizer.decode(tokens[begin:end], skip_special_tokens=skip_special_tokens)
+
+
+def decode_samples(prefix: str | Path, tokenizer: Tokenizer, count: int) -> Iterator[tuple[int, str]]:
+    """Yield numbers and texts of `count` documents spread over the dataset."""
+    last = read_index(prefix).num_documents - 1
+    return decode_documents(prefix, tokenizer, sorted(set(np.linspace(0, last, max(0, count), dtype=int).tolist())))
 
 
 def _check_manifest(index: Index, manifest: Manifest | None, vocab_size: int) -> None:
@@ -111,7 +117,7 @@ def _check_manifest(index: Index, manifest: Manifest | None, vocab_size: int) ->
 
 
 def _check_entries(index: Index) -> None:
-    """Lengths, pointers and documents, in pieces."""
+    """Check lengths, pointers and documents, in chunks."""
     path = idx_path(index.prefix)
     pointer = 0
     for start in range(0, len(index.lengths), _ENTRIES):
@@ -164,14 +170,10 @@ def _check_document_ends(index: Index, eod: int) -> None:
 
 
 def _check_hashes(prefix: str | Path, manifest: Manifest | None) -> None:
-    """The checksums of the manifest, over every byte of both files."""
+    """Compare every byte of both files with the checksums of the manifest."""
     if manifest is None:
         return
-    digest = hashlib.sha256()
-    with idx_path(prefix).open("rb") as stream:
-        while chunk := stream.read(_TOKENS):
-            digest.update(chunk)
-    if digest.hexdigest() != manifest.idx_sha256:
+    if file_digest(idx_path(prefix)) != manifest.idx_sha256:
         raise DataError(f"{idx_path(prefix)} is not the file that {manifest_path(prefix)} describes; write it again")
     with bin_path(prefix).open("rb") as stream:
         for size, expected in manifest.bin_parts:
