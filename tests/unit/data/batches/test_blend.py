@@ -15,8 +15,8 @@ from megatron_itt.config import load_config
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.data.batches.blend import resolve_blend
 from megatron_itt.data.indexed import read_index
+from megatron_itt.data.text.download import DOMAINS
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
-from megatron_itt.data.text.url_list import DOMAINS
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import run_command
 from tests.unit.data.conftest import write_jsonl
