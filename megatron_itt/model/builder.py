@@ -136,28 +136,23 @@ def _build_chunk(
 ) -> GPTModel:
     stage = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
     specs = decoder_specs(transformer, config.thinking, control, backend=backend, virtual_stage=virtual_stage)
+    is_first, is_last = parallel_state.is_pipeline_first_stage(**stage), parallel_state.is_pipeline_last_stage(**stage)
+    return _gpt_model(config, transformer, specs, pre_process=is_first, post_process=is_last, vp_stage=virtual_stage)
+
+
+def _gpt_model(config: RunConfig, transformer: TransformerConfig, specs: Any, **stage: Any) -> GPTModel:
+    model = config.model
     model_class = DocumentMaskedModel if config.data.reset_at_document_end else GPTModel
     return model_class(
         config=transformer,
         transformer_layer_spec=specs,
-        pre_process=parallel_state.is_pipeline_first_stage(**stage),
-        post_process=parallel_state.is_pipeline_last_stage(**stage),
-        parallel_output=True,
-        vp_stage=virtual_stage,
-        **_embedding_arguments(config),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.seq_length,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rope_base,
+        **stage,
     )
-
-
-def _embedding_arguments(config: RunConfig) -> dict[str, Any]:
-    """Arguments of `GPTModel` on embeddings and positions."""
-    model = config.model
-    return {
-        "vocab_size": model.vocab_size,
-        "max_sequence_length": model.seq_length,
-        "share_embeddings_and_output_weights": model.tie_embeddings,
-        "position_embedding_type": "rope",
-        "rotary_base": model.rope_base,
-    }
 
 
 class DocumentMaskedModel(GPTModel):  # type: ignore[misc]
@@ -185,7 +180,8 @@ def build_stock_model(
 
     Its layers follow megatron-core's local specs, or, with `same_backend`, use the backend of the recipe.
     """
-    plain = replace(config, thinking=ThinkingConfig(), parallel=ParallelConfig())
+    data = replace(config.data, reset_at_document_end=False)
+    plain = replace(config, thinking=ThinkingConfig(), parallel=ParallelConfig(), data=data)
     transformer = transformer_config(plain, dtype=dtype, device=device)
     transformer.use_te_activation_func = same_backend  # its own specs name no activation
     control = RoutingControl()
@@ -193,7 +189,7 @@ def build_stock_model(
     if same_backend:
         backend = import_backend(choose_backend(plain.precision.parts, device=device.type).name)
         spec = layer_spec(0, transformer, plain.thinking, control, backend)
-    chunk = GPTModel(config=transformer, transformer_layer_spec=spec, **_embedding_arguments(plain))
+    chunk = _gpt_model(plain, transformer, spec)
     initialise_weights(chunk, plain.model, plain.thinking, seed=config.runtime.seed)
     return BuiltModel(chunks=[chunk.to(device)], control=control, config=transformer)
 

@@ -30,20 +30,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_itt.config.model import ThinkingConfig
+from megatron_itt.model import step_update
 from megatron_itt.model.attention import ATTEND, RotaryTable, selected_keys_mask
 from megatron_itt.model.router import ThinkingParameters
 from megatron_itt.model.routing import positions_to_mask
 from megatron_itt.model.routing_control import RoutingControl, RoutingPlan
-from megatron_itt.model.step_update import (
-    GATES,
-    GatheredTokens,
-    MaskedTokens,
-    SelectedTokens,
-    choose,
-    gather_tokens,
-    rescale_skipped,
-    step_increment,
-)
+from megatron_itt.model.step_update import GatheredTokens, MaskedTokens, SelectedTokens, choose
 from megatron_itt.parallel.async_gather import SequenceShards
 
 
@@ -67,7 +59,7 @@ class ThinkingLayer(TransformerLayer):
         self.switches, self.layer_idx, self.control = thinking, layer_idx, control
         self.thinking = ThinkingParameters(config, thinking)
         self.shards = SequenceShards(self.tp_group if config.sequence_parallel else None)
-        self.gate = choose("gate", thinking.gate, GATES)
+        self.gate = choose("gate", thinking.gate, step_update.GATES)
         self.update = choose("residual", thinking.residual, RESIDUALS)
         self.attend = choose("attend", thinking.attend, ATTEND)
 
@@ -113,7 +105,7 @@ class ThinkingLayer(TransformerLayer):
             if step > plan.steps[0]:
                 logits = self._router_logits(hidden_states, step)
                 positions = self._select(logits, step, plan)
-            selected = gather_tokens(hidden_states, positions)  # [k, b, h]
+            selected = step_update.gather_tokens(hidden_states, positions)  # [k, b, h]
             attended = attend(selected, positions, hidden_states, changed)
             rows = self.shards.own(selected)  # [q, b, h]
             tokens, result = GatheredTokens(positions, self.shards), self._after_attention(attended, rows)
@@ -199,13 +191,13 @@ class ThinkingLayer(TransformerLayer):
             result = result - rows
         alpha, phi = self.switches.alpha_per_step[step - 1], self.thinking.step_encoding_of(step)
         if logits is None:
-            return tokens.add(hidden_states, step_increment(result, None, alpha, phi))
+            return tokens.add(hidden_states, step_update.step_increment(result, None, alpha, phi))
         own_logits = tokens.own(logits)
         if not logits.requires_grad:
             own_logits = self.thinking.selected_logits(own_logits, rows, step)
-        increment = step_increment(result, self.gate(own_logits / temperature), alpha, phi)
+        increment = step_update.step_increment(result, self.gate(own_logits / temperature), alpha, phi)
         if self._changes_skipped:
-            hidden_states = rescale_skipped(
+            hidden_states = step_update.rescale_skipped(
                 hidden_states,
                 tokens.skipped(logits),
                 reweight=self.switches.reweight,
