@@ -27,29 +27,24 @@ _PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "schedule": {"steps": 1},
     "logging": {"run_dir": ""},
 }
-_NO_EXPERTS = (
-    "mixture-of-experts layers are not supported: their router needs losses of its own, and its interplay with the "
-    "thinking router is undefined; remove it, layers are dense"
-)
-_NO_FP8 = (
-    "fp8 is not supported: routed steps multiply with slices of the QKV weight, which TransformerEngine's fp8 matrices "
-    "do not offer, and coarser router logits would tie and change the selected tokens; use precision.dtype: bf16"
-)
-# Megatron options that recipes do not have. Pattern of the key -> reason and way out.
-_UNSUPPORTED_KEYS = {
-    r"parallel\.(context|ulysses|ring)\w*": (
+# Options of Megatron that recipes do not have: pattern of `key=value`, reason and way out.
+_UNSUPPORTED = {
+    r"parallel\.(context|ulysses|ring)\w*=.*": (
         "context parallelism is not supported: it splits the sequence over ranks, but tokens are selected over the "
         "whole sequence; use parallel.tensor with parallel.sequence: true, which shards the sequence too"
     ),
-    r"(parallel|model)\.(expert|moe|num_moe_experts|num_experts)\w*": _NO_EXPERTS,
-    r"precision\.(fp8|fp4)\w*": _NO_FP8,
-}
-# Key -> unsupported value -> reason and way out.
-_UNSUPPORTED_VALUES = {
-    "precision.dtype": {
-        "fp8": _NO_FP8,
-        "fp16": "fp16 is not supported: it needs loss scaling, whose skipped steps differ between layouts; use bf16",
-    },
+    r"(parallel|model)\.(expert|moe|num_moe_experts|num_experts)\w*=.*": (
+        "mixture-of-experts layers are not supported: their router needs losses of its own, and its interplay with the "
+        "thinking router is undefined; remove it, layers are dense"
+    ),
+    r"precision\.((fp8|fp4)\w*=.*|dtype=fp8)": (
+        "fp8 is not supported: routed steps multiply with slices of the QKV weight, which TransformerEngine's fp8 "
+        "matrices do not offer, and coarser router logits would tie and change the selected tokens; use "
+        "precision.dtype: bf16"
+    ),
+    r"precision\.dtype=fp16": (
+        "fp16 is not supported: it needs loss scaling, whose skipped steps differ between layouts; use bf16"
+    ),
 }
 _UNION_BRANCHES = ("int", "float", "str", "none", "RunConfig", "fixed", "sampled")
 
@@ -226,14 +221,16 @@ def _describe(item: Any) -> str:
     """Format a pydantic error as key, value, rule, way out."""
     location = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part)) or "recipe"
     value = json.dumps(item["input"], default=str)[:60]
+    option = f"{location}={item['input']}"
+    reason = next((why for pattern, why in _UNSUPPORTED.items() if re.fullmatch(pattern, option, re.DOTALL)), None)
+    if reason is not None:
+        return f"{location} is {value}: {reason}"
     if item["type"] in _UNKNOWN:
         parent, _, key = location.rpartition(".")
-        reason = next((why for pattern, why in _UNSUPPORTED_KEYS.items() if re.fullmatch(pattern, location)), None)
-        return f"{location} is {value}: {reason}" if reason else f"unknown key {location}{_near_miss(parent, key)}"
+        return f"unknown key {location}{_near_miss(parent, key)}"
     if item["type"] in ("missing", "missing_argument"):
         return f"{location} is missing; set it in the recipe or on the command line"
-    rule = _UNSUPPORTED_VALUES.get(location, {}).get(str(item["input"])) or item["msg"][0].lower() + item["msg"][1:]
-    return f"{location} is {value}: {rule}"
+    return f"{location} is {value}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def _is_union_branch(part: int | str) -> bool:

@@ -152,18 +152,18 @@ def _calibrate(itt: ITTForCausalLM, case: DecodeCase) -> None:
         thinking.router.normal_(std=1.0)
         thinking.logit_quantiles.copy_(torch.linspace(-1, 1, thinking.logit_quantiles.shape[1], device=case.device))
     for thinking in parts:
-        choose = thinking.choose
+        select = thinking.select
 
-        def fit(hidden: Tensor, step: int, *rest: Any, thinking: Any = thinking, choose: Any = choose) -> Any:
-            logits = choose(hidden, step, *rest)[1].flatten().float()
+        def fit(hidden: Tensor, step: int, *rest: Any, thinking: Any = thinking, select: Any = select) -> Any:
+            logits = select(hidden, step, *rest)[1].flatten().float()
             table = thinking.logit_quantiles[step - 1]
             table.copy_(torch.quantile(logits, torch.linspace(0, 1, table.shape[0], device=logits.device)))
             call = rest[0]
-            return choose(hidden, step, call, thinking.bars(call))
+            return select(hidden, step, call, thinking.limits(call))
 
-        thinking.choose = fit
+        thinking.select = fit
         itt(tokens, routing="threshold", use_cache=False)
-        del thinking.choose
+        del thinking.select
 
 
 def _decode(model: Any, prompt: Tensor, num_new_tokens: int) -> tuple[float, float]:

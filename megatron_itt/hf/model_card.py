@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what the model is, how it was trained, how to use it."""
+"""Model card (README.md) of an exported folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ from typing import Any
 
 from megatron_itt import __version__
 
-USE = """\
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {title}
+
+{description}
+
+| | |
+|---|---|
+{table}
+
 ## Use
 
 ```python
@@ -19,21 +32,24 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=40{budget})
 print(tokenizer.decode(output[0]))
 ```
+{budgets}
+Exported by megatron_itt {version}.
 """
 BUDGETS = """
-`thinking_budget` is the share of tokens that think again at each routed step, from 0 (skip the step) to 1 (all).
-It can be given to `forward` and `generate`, as one list or one per row of the batch, or set as
-`model.config.thinking_budget`. A token thinks when its router logit exceeds a threshold read from a table of quantiles
-(`logit_quantiles`): the rule looks at one token only, so decoding with the cache gives the logits of the full pass, up
-to rounding. In bf16 a logit near its threshold may fall on the other side; use float32 where that matters.
-`routing="topk"` picks as in training, over the whole sequence; it looks at later tokens and cannot be cached.
-`output_routing=True` returns who thought, for each thinking layer [batch, routed step, token].
+`thinking_budget` is the fraction of tokens that each routed step processes, from 0 (skip the step) to 1 (all). Pass it
+to `forward` and `generate`, as one list or one per row of the batch, or set `model.config.thinking_budget`.
+A token is selected if its router logit exceeds a threshold, a quantile of the training logits (`logit_quantiles`). The
+rule looks at one token only, so decoding with the KV cache gives the logits of the full forward pass, up to rounding.
+In bf16 a logit near its threshold may fall on the other side; use float32 where that matters.
+`routing="topk"` selects as in training, over the whole sequence; it depends on later tokens and has no cache.
+`output_routing=True` returns the selected tokens of each thinking layer, [batch, routed step, token];
+`output_router_logits=True` returns their router logits.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card states beyond config.json."""
+    """Facts of the card beyond config.json."""
 
     recipe: str
     step: int
@@ -45,7 +61,7 @@ class CardFacts:
 
 
 def render_card(settings: dict[str, Any], facts: CardFacts) -> str:
-    """The card as Markdown with the front matter that the hub reads."""
+    """Return the card as Markdown with the front matter that the hub reads."""
     thinking = settings.get("thinking")
     title, description = _describe(thinking)
     rows = {
@@ -60,17 +76,19 @@ def render_card(settings: dict[str, Any], facts: CardFacts) -> str:
         "weights": f"{facts.dtype}, safetensors",
         "parity with the training model": facts.parity,
     }
+    routed = False
     if thinking is not None:
+        routed = thinking["kind"] == "itt" and thinking["routing"] != "none"
         rows["thinking layers"] = ", ".join(str(layer_idx) for layer_idx in thinking["layers"])
-        rows["trained shares per routed step"] = ", ".join(f"{share:g}" for share in thinking["capacity"])
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    routed = thinking is not None and thinking["kind"] == "itt" and thinking["routing"] != "none"
-    budget = f", thinking_budget={thinking['capacity']}" if routed and thinking else ""
-    use = USE.format(trust=", trust_remote_code=True" if thinking is not None else "", budget=budget)
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        f"# {title}\n\n{description}\n\n| | |\n|---|---|\n{table}\n\n{use}{BUDGETS if routed else ''}\n"
-        f"Exported by megatron_itt {__version__}.\n"
+        rows["training capacity per routed step"] = ", ".join(f"{capacity:g}" for capacity in thinking["capacity"])
+    return CARD.format(
+        title=title,
+        description=description,
+        table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        trust="" if thinking is None else ", trust_remote_code=True",
+        budget=f", thinking_budget={thinking['capacity']}" if routed and thinking else "",
+        budgets=BUDGETS if routed else "",
+        version=__version__,
     )
 
 
@@ -79,9 +97,8 @@ def _describe(thinking: dict[str, Any] | None) -> tuple[str, str]:
         return "LLaMA baseline", "A LLaMA-shaped language model, baseline of an Inner Thinking Transformer."
     steps = len(thinking["capacity"]) + 1
     if thinking["kind"] == "loop":
-        return f"Looped transformer x{steps}", f"Its thinking layers pass every token {steps} times."
-    description = (
-        f"A LLaMA-shaped language model whose thinking layers pass chosen tokens up to {steps} times "
+        return f"Looped transformer x{steps}", f"A LLaMA-shaped language model that applies some layers {steps} times."
+    return f"Inner Thinking Transformer x{steps}", (
+        f"A LLaMA-shaped language model whose thinking layers process selected tokens up to {steps} times "
         "(Chen et al., Inner Thinking Transformer, arXiv 2502.13842)."
     )
-    return f"Inner Thinking Transformer x{steps}", description

@@ -1,4 +1,4 @@
-"""The public API: lazy, complete, and as the README shows it."""
+"""Public API: lazy, complete, and as in the README."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front door: help with examples, one line for mistakes, tools and `itt` alike, completion, and quick starts."""
+"""Command line: help with examples, one-line errors, tools and `itt` alike, completion, and short start-up."""
 
 from __future__ import annotations
 

@@ -109,16 +109,6 @@ class KVStore:
         unmasked = newest and self.is_even and self.num_read_steps == 1
         return KeyValues(k, v, None if unmasked else self.positions[step - 1, :, used])
 
-    def nbytes(self) -> int:
-        """Bytes allocated, spare room included."""
-        return 0 if self.key_values is None else self.key_values.nbytes + self.positions.nbytes
-
-    def entry_nbytes(self) -> int:
-        """Bytes of the keys and values of the entries."""
-        if self.key_values is None:
-            return 0
-        return sum(self.lengths) * self.key_values[:, 0, :, 0].nbytes
-
     def select_rows(self, rows: Tensor) -> None:
         """Make row r the former row rows[r]."""
         if self.key_values is not None:
@@ -295,14 +285,6 @@ class ITTCache(Cache):
 
     def _stores(self) -> list[KVStore]:
         return [store for layer in self.layers for store in layer.stores.values()]
-
-    def nbytes(self) -> int:
-        """Bytes allocated for the whole batch, bookkeeping and spare room included."""
-        return sum(store.nbytes() for store in self._stores())
-
-    def entry_nbytes(self) -> int:
-        """Bytes of the keys and values of all entries, the figure to compare with LLaMA's cache."""
-        return sum(store.entry_nbytes() for store in self._stores())
 
     def num_entries(self) -> dict[str, int]:
         """Entries by layer and store, for instance {"1.base": 12, "1.states": 17}."""

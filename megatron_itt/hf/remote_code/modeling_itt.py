@@ -233,12 +233,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         return ITTCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            routing=outputs.routing,
-            router_logits=outputs.router_logits,
+            loss=loss, logits=logits, **{key: value for key, value in outputs.items() if key != "last_hidden_state"}
         )
 
     def generate(self, *args: Any, thinking_budget: Any = None, **kwargs: Any) -> Any:

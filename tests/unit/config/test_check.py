@@ -1,4 +1,4 @@
-"""Rules that need the number of processes, and models that would not think."""
+"""Layout rules, and models without a thinking layer."""
 
 from __future__ import annotations
 

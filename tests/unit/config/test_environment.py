@@ -1,4 +1,4 @@
-"""What ties a process to the one that started it, and where it stands in its job."""
+"""Environment variables: rank and world size of a process, and its lifetime."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def job(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ],
     ids=["alone", "empty port", "torchrun", "empty", "Slurm", "in a job, but in no step"],
 )
-def test_a_process_finds_its_place(
+def test_a_process_finds_its_rank(
     job: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[int, int, int, int, str]
 ) -> None:
     for name, value in variables.items():
         job.setenv(name, value)
-    place = process_info()
-    assert (place.rank, place.world_size, place.local_rank, place.master_port) == expected[:4]
-    assert place.world_size_from.startswith(expected[4])
+    process = process_info()
+    assert (process.rank, process.world_size, process.local_rank, process.master_port) == expected[:4]
+    assert process.world_size_from.startswith(expected[4])
 
 
 @pytest.mark.parametrize(
@@ -116,5 +116,5 @@ def test_a_world_size_without_a_rank_is_not_ignored(job: pytest.MonkeyPatch, var
 def test_variables_of_white_space_count_as_not_set(job: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         job.setenv(name, " ")
-    place = process_info()
-    assert (place.rank, place.world_size, place.master_address, place.master_port) == (0, 1, "127.0.0.1", 0)
+    process = process_info()
+    assert (process.rank, process.world_size, process.master_address, process.master_port) == (0, 1, "127.0.0.1", 0)

@@ -1,4 +1,4 @@
-"""Recipes: merging, overrides, and one clear message for everything that is wrong."""
+"""Recipe loading: merging, overrides, and one clear message for all problems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Switches that exclude each other, and settings that do nothing beside others."""
+"""Switches that exclude each other, and settings without effect beside others."""
 
 from __future__ import annotations
 

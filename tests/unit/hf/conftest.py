@@ -1,4 +1,4 @@
-"""Small models with everything awake: strong routers, uneven gains, plausible quantiles; and what they are made of."""
+"""Small random models with large router weights and step encodings, and their recipe sections."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPE = {
 }
 
 
-def _awaken(model: ITTForCausalLM) -> None:
+def _randomise(model: ITTForCausalLM) -> None:
     """Scale weights up, so that mistakes in attention or positions show."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -52,7 +52,7 @@ def build() -> Callable[..., ITTForCausalLM]:
         thinking = {"kind": "none"} if pattern["kind"] == "none" else pattern
         torch.manual_seed(seed)
         model = ITTForCausalLM(ITTConfig(**shape, tie_word_embeddings=tied, thinking=thinking)).eval()
-        _awaken(model)
+        _randomise(model)
         return model.to(dtype)
 
     return make

@@ -1,4 +1,4 @@
-"""Weights come back from a Hugging Face folder bit for bit, and a LLaMA warm-starts a thinking model."""
+"""Import of Hugging Face folders: exports come back bit for bit, and a LLaMA is a warm start."""
 
 from __future__ import annotations
 

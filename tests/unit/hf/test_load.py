@@ -1,4 +1,4 @@
-"""Folders that cannot work are refused with the reason."""
+"""Loading of exported folders, and one-line errors for unusable ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensor table works both ways, bit for bit, and never drops a tensor in silence."""
+"""Weight map: both directions, bit for bit, without losing a tensor."""
 
 from __future__ import annotations
 

@@ -61,13 +61,13 @@ def test_logits_equal_the_oracle(
         assert torch.allclose(output.logits[0], torch.from_numpy(expected["logits"]), rtol=0, atol=1e-10)
         for index, layer_idx in enumerate(model.config.thinking["layers"] if routed else []):
             for step in range(1, len(thinking.capacity) + 1):
-                picked = output.routing[index][0, step - 1].nonzero().flatten().tolist()
-                assert picked == expected["selected"][layer_idx, step]
+                selected = output.routing[index][0, step - 1].nonzero().flatten().tolist()
+                assert selected == expected["selected"][layer_idx, step]
 
 
 @pytest.mark.parametrize("budget", [[0.0, 0.7, 0.2], [1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
 @pytest.mark.parametrize("routing", ["topk", "threshold"])
-def test_a_budget_replaces_the_trained_shares(
+def test_a_budget_replaces_the_training_capacity(
     budget: list[float], routing: str, build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(modeling_itt, "rotary_cos_sin", float64_tables)
@@ -111,7 +111,7 @@ def test_gains_of_zero_leave_llama_logits(build: Callable, llama_like: Callable)
         assert torch.equal(model(tokens).logits, llama_like(model)(tokens).logits)
 
 
-def test_tokens_not_picked_leave_the_layer_as_if_it_had_no_such_step(build: Callable) -> None:
+def test_tokens_not_selected_leave_the_layer_as_if_it_had_no_such_step(build: Callable) -> None:
     model = build(layers=[1])
     layer_outputs: list[torch.Tensor] = []
     hook = model.model.layers[1].register_forward_hook(lambda _m, _a, out: layer_outputs.append(out[0]))
@@ -131,12 +131,12 @@ def test_later_tokens_never_move_earlier_logits_in_threshold_mode(switches: dict
     generator = torch.Generator().manual_seed(3)
     for _ in range(8):
         length = int(torch.randint(2, 90, (1,), generator=generator))
-        place = int(torch.randint(1, length, (1,), generator=generator))
+        position = int(torch.randint(1, length, (1,), generator=generator))
         tokens = torch.randint(0, 61, (2, length), generator=generator)
         changed = tokens.clone()
-        changed[:, place:] = torch.randint(0, 61, (2, length - place), generator=generator)
+        changed[:, position:] = torch.randint(0, 61, (2, length - position), generator=generator)
         with torch.no_grad():
-            assert torch.equal(model(tokens).logits[:, :place], model(changed).logits[:, :place])
+            assert torch.equal(model(tokens).logits[:, :position], model(changed).logits[:, :position])
 
 
 @pytest.mark.parametrize("routing", ["topk", "topp"])

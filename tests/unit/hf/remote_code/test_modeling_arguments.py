@@ -1,4 +1,4 @@
-"""What a call leaves out and what it cannot have: transformers' own LLaMA is the measure of every default."""
+"""Arguments of a call: defaults as in transformers' LLaMA, and errors for what the model cannot follow."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("keys", "message"), BAD_CALLS, ids=lambda value: str(value)[:30])
 @pytest.mark.parametrize("kind", ["itt", "none"])
-def test_what_a_call_cannot_have_is_refused_by_name(kind: str, keys: dict, message: str, build: Callable) -> None:
+def test_unsupported_arguments_are_refused_by_name(kind: str, keys: dict, message: str, build: Callable) -> None:
     model = build(kind=kind)
     for module in (model, model.model):
         with pytest.raises(ValueError, match=message):
@@ -214,10 +214,10 @@ def test_the_cache_of_another_model_is_refused(keys: dict, message: str, build: 
         model(TOKENS[:, 5:], past_key_values=past)
     past.reset()
     with pytest.raises(ValueError, match="layers") if "num_hidden_layers" in keys else nullcontext():
-        model(TOKENS, past_key_values=past)  # an empty one belongs to nobody
+        model(TOKENS, past_key_values=past)  # an empty cache belongs to no model
 
 
-def test_what_transformers_would_cache_by_itself_is_refused_before_it_starts(build: Callable) -> None:
+def test_cache_implementations_of_transformers_are_refused_before_generation(build: Callable) -> None:
     model = build()
     for name in ("static", "quantized", "paged"):
         with pytest.raises(ValueError, match=f"cache_implementation is '{name}'"):
@@ -247,7 +247,7 @@ BAD_INPUTS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("keys", "message"), BAD_INPUTS, ids=lambda value: str(value)[:30])
-def test_inputs_of_another_form_are_refused_by_name(keys: dict, message: str, build: Callable) -> None:
+def test_inputs_of_a_wrong_shape_are_refused_by_name(keys: dict, message: str, build: Callable) -> None:
     with pytest.raises(ValueError, match=message):
         build()(**{"input_ids": TOKENS, **keys})
 

@@ -39,7 +39,7 @@ GREEDY = [(pattern, budget) for pattern in ({}, {"attend": "selected"}) for budg
 
 
 @pytest.mark.parametrize(("pattern", "budget"), [*GREEDY, ({"kind": "loop"}, None)], ids=str)
-def test_greedy_decoding_with_the_cache_gives_the_tokens_of_the_full_pass(
+def test_greedy_decoding_with_the_cache_gives_the_tokens_of_the_full_forward_pass(
     pattern: dict, budget: Any, build: Callable, tokens: torch.Tensor, mask: torch.Tensor
 ) -> None:
     model = build(dtype=torch.float32, **pattern)
@@ -92,15 +92,15 @@ def test_rows_of_a_batch_do_not_touch_each_other(build: Callable, tokens: torch.
             assert torch.allclose(together[row, start:], alone[0], rtol=0, atol=1e-10)
 
 
-def test_the_budget_decides_how_many_tokens_think(build: Callable) -> None:
+def test_the_budget_decides_how_many_tokens_are_selected(build: Callable) -> None:
     model = build()
     tokens = torch.randint(0, 61, (4, 100))
     with torch.no_grad():
-        shares = model(tokens, thinking_budget=[0.0, 1.0, 0.3], routing="topk", output_routing=True).routing[0]
+        selected = model(tokens, thinking_budget=[0.0, 1.0, 0.3], routing="topk", output_routing=True).routing[0]
         model.config.thinking_budget = [0.0, 0.0, 0.0]
         default = model(tokens, output_routing=True).routing
-    assert shares.float().mean(dim=(0, 2)).tolist() == pytest.approx([0.0, 1.0, 0.3])
-    assert not any(bool(picked.any()) for picked in default)
+    assert selected.float().mean(dim=(0, 2)).tolist() == pytest.approx([0.0, 1.0, 0.3])
+    assert not any(bool(selected.any()) for selected in default)
 
 
 def test_router_logits_are_those_that_select(build: Callable, tokens: torch.Tensor) -> None:
@@ -165,15 +165,15 @@ def test_gradients_are_right_with_padding_in_the_batch(build: Callable) -> None:
 
     measure().backward()
     parameter = model.model.layers[0].self_attn.k_proj.weight
-    step, place = 1e-6, (3, 5)
+    step, index = 1e-6, (3, 5)
     values = []
     for sign in (1, -1):
         with torch.no_grad():
-            parameter[place] += sign * step
+            parameter[index] += sign * step
             values.append(float(measure()))
-            parameter[place] -= sign * step
+            parameter[index] -= sign * step
     # Central difference in float64: its own error is of the order of step squared.
-    assert float(parameter.grad[place]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+    assert float(parameter.grad[index]) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
 
 
 def test_a_few_steps_of_training_lower_the_loss(build: Callable) -> None:
@@ -204,8 +204,8 @@ def test_a_new_model_starts_as_the_method_says() -> None:
     thinking = {"kind": "itt", "layers": [0], "capacity": [0.5, 0.5]}
     keys = {"vocab_size": 11, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = ITTForCausalLM(modeling_itt.ITTConfig(intermediate_size=16, thinking=thinking, **keys))
-    gains = model.model.layers[0].thinking.step_encoding
-    assert torch.equal(gains, torch.ones(3, 64))
+    step_encoding = model.model.layers[0].thinking.step_encoding
+    assert torch.equal(step_encoding, torch.ones(3, 64))
     assert model.model.layers[0].thinking.router.std().item() == pytest.approx(0.02, rel=0.3)
 
 

@@ -1,4 +1,4 @@
-"""Documents packed into one row: none sees another, with and without a cache, as in training and as in LLaMA."""
+"""Packed documents do not attend to each other, with and without a cache, as in training and in LLaMA."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_packed_documents_are_decoded_apart(pattern: dict[str, Any], sizes: list
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
-def test_the_last_document_goes_on_after_cropping_and_reordering(pattern: dict[str, Any], build: Callable) -> None:
+def test_the_last_document_continues_after_cropping_and_reordering(pattern: dict[str, Any], build: Callable) -> None:
     model = build(**pattern)
     order, kept = torch.tensor([1, 0]), 15  # the third document of row 0, the second of row 1
     with torch.no_grad():
@@ -73,19 +73,19 @@ def test_the_last_document_goes_on_after_cropping_and_reordering(pattern: dict[s
         past.crop(kept)
         past.reorder_cache(order)
         more = model(TOKENS[:, :4], past_key_values=past).logits
-        for place, row in enumerate(order.tolist()):
+        for index, row in enumerate(order.tolist()):
             begin = kept - int(POSITIONS[row, kept - 1]) - 1
-            alone = model(torch.cat((TOKENS[row, begin:kept], TOKENS[place, :4]))[None]).logits[0, -4:]
-            assert float((more[place] - alone).abs().max()) <= ATOL
+            alone = model(torch.cat((TOKENS[row, begin:kept], TOKENS[index, :4]))[None]).logits[0, -4:]
+            assert float((more[index] - alone).abs().max()) <= ATOL
 
 
 def test_padding_between_and_around_documents_is_passed_over(build: Callable) -> None:
     model = build()
-    real = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0]])
     positions = torch.tensor([[0, 0, 0, 1, 2, 0, 0, 1, 2, 3, 0]])
     tokens = TOKENS[:1, :11]
     with torch.no_grad():
-        packed = model(tokens, attention_mask=real, position_ids=positions).logits[0]
+        packed = model(tokens, attention_mask=mask, position_ids=positions).logits[0]
         for span in (slice(2, 5), slice(6, 10)):
             assert float((packed[span] - model(tokens[:, span]).logits[0]).abs().max()) <= ATOL
 

@@ -1,4 +1,4 @@
-"""The model in the hands of transformers' own tools: Trainer, streamers, assisted decoding, attention back ends."""
+"""The model in transformers' own tools: Trainer, streamers, assisted decoding, attention backends."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_assistant_with_a_smaller_budget_changes_no_token(build: Callable) ->
     assert torch.equal(model.generate(prompt, assistant_model=assistant, **keys), model.generate(prompt, **keys))
 
 
-def test_whole_numbers_are_budgets_too_one_row_per_sequence(build: Callable) -> None:
+def test_integers_are_budgets_too_one_row_per_sequence(build: Callable) -> None:
     model = build()
     tokens = torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(2))
     keys = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
@@ -119,8 +119,8 @@ def test_sampling_with_the_cache_draws_what_it_draws_without(sampling: dict[str,
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-def test_passes_over_all_tokens_use_the_chosen_attention_back_end(groups: int, build: Callable) -> None:
-    """The way that flash_attention_2 takes, with a back end that any machine has."""
+def test_passes_over_all_tokens_use_the_chosen_attention_backend(groups: int, build: Callable) -> None:
+    """The way that flash_attention_2 takes, with a backend that any machine has."""
     calls = []
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **keys: Any) -> Any:
