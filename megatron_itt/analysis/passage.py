@@ -7,8 +7,7 @@ Shape legend: s tokens of the passage, T thinking steps (T-1 of them routed).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,18 +157,19 @@ def routing_in(export: ExportedModel, window: Window, budget: Budget | None) -> 
     layers = [int(layer_idx) for layer_idx in export.model.config.thinking["layers"]]
     tokens = torch.tensor([window.tokens], device=next(export.model.parameters()).device)
     extra = {} if budget is None else {"thinking_budget": list(budget)}
-    with torch.inference_mode(), _recorded_logits(export.model, layers) as logits:
-        outputs = export.model(input_ids=tokens, output_routing=True, use_cache=False, return_dict=True, **extra)
-    routing = getattr(outputs, "routing", None)
-    if routing is None or len(routing) != len(layers):
+    keys = {"output_routing": True, "output_router_logits": True, "use_cache": False, "return_dict": True}
+    with torch.inference_mode():
+        outputs = export.model(input_ids=tokens, **keys, **extra)
+    routing, logits = getattr(outputs, "routing", None), getattr(outputs, "router_logits", None)
+    if routing is None or logits is None or not len(routing) == len(logits) == len(layers):
         raise EvaluationError(
             f"the model code in {export.folder} does not report routing for its {len(layers)} thinking layers; export "
             "the checkpoint again with the present version"
         )
     first = len(window.tokens) - window.num_scored
     return {
-        layer_idx: (picked[0, :, first:].cpu(), torch.cat(logits[layer_idx])[:, first:].cpu())
-        for layer_idx, picked in zip(layers, routing, strict=True)
+        layer_idx: (picked[0, :, first:].cpu(), scores[0, :, first:].cpu())
+        for layer_idx, picked, scores in zip(layers, routing, logits, strict=True)
     }
 
 
@@ -191,31 +191,6 @@ def _trace(export: ExportedModel, windows: Sequence[Window], budget: Budget) -> 
 def router_gate(export: ExportedModel) -> Callable[[Tensor], Tensor]:
     """What turns router logits into router weights in this model."""
     return torch.tanh if export.model.config.thinking["gate"] == "tanh" else torch.sigmoid
-
-
-@contextmanager
-def _recorded_logits(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
-    """Within the block the router logits [1, s] of every step are noted, by layer: the output holds picks only."""
-    recorded: dict[int, list[Tensor]] = {layer_idx: [] for layer_idx in layers}
-
-    def watch(module: Any, layer_idx: int) -> None:
-        choose = module.choose
-
-        def choose_and_note(*args: Any, **kwargs: Any) -> Any:
-            selection, logits = choose(*args, **kwargs)
-            recorded[layer_idx].append(logits.detach())
-            return selection, logits
-
-        module.choose = choose_and_note
-
-    modules = {layer_idx: _thinking(model, layer_idx) for layer_idx in layers}
-    for layer_idx, module in modules.items():
-        watch(module, layer_idx)
-    try:
-        yield recorded
-    finally:
-        for module in modules.values():
-            del module.choose
 
 
 def _thinking(model: Any, layer_idx: int) -> Any:
