@@ -1,22 +1,19 @@
-"""The loader back end `dali`: NVIDIA DALI brings the torch loader's batches to the training device ahead of time.
+"""The loader backend `dali`: NVIDIA DALI copies the torch loader's batches to the training device ahead of time.
 
-Which samples make a batch is decided in `sampler.py`, and the thread of `loader.py` gathers them: both back ends give
-the same batches, and a resume needs nothing but the number of samples consumed. DALI adds the way to a GPU: copies from
-pinned memory on a stream of its own, `_PREFETCHED_BATCHES` ahead. On the CPU it only passes batches on.
-
-nvidia-dali is optional (extra: dali) and takes seconds to import: it is imported when a loader is made.
+Both backends give the same batches, and a resume needs only the number of samples consumed. DALI adds copies from
+pinned memory on a stream of its own, `_PREFETCHED_BATCHES` ahead; on the CPU it only passes batches on. nvidia-dali is
+optional (extra: dali) and takes seconds to import: it is imported when a loader is made.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_itt.config.optional_packages import find_dali
-from megatron_itt.data.batches.loader import BATCH_KEYS, Batch, TrainLoader
+from megatron_itt.data.batches.loader import BATCH_KEYS, Batch, Loader, TrainLoader
 from megatron_itt.errors import ConfigError
 
 _PREFETCHED_BATCHES = 2
@@ -32,11 +29,11 @@ def check_dali() -> None:
         )
 
 
-class DaliLoader:
-    """Iterator over the batches of a `TrainLoader`, delivered on `device` (a GPU, or the CPU) by a DALI pipeline.
+class DaliLoader(Loader):
+    """The batches of a `TrainLoader`, delivered on `device` (a GPU, or the CPU) by a DALI pipeline.
 
-    An error while gathering is raised by `next` after the batches before it, as the torch loader does. Takes the
-    gathering loader over: `close` (or `with`) ends both. Raises `ConfigError` where nvidia-dali cannot be used.
+    An error while gathering is raised by `next` after the batches before it. Closing ends both loaders. Raises
+    `ConfigError` where nvidia-dali cannot be used.
     """
 
     def __init__(self, gathered: TrainLoader, *, device: torch.device | None = None) -> None:
@@ -50,9 +47,6 @@ class DaliLoader:
             gathered.close()
             raise
 
-    def __iter__(self) -> DaliLoader:
-        return self
-
     def __next__(self) -> Batch:
         if self._closed:
             raise StopIteration
@@ -65,21 +59,13 @@ class DaliLoader:
             raise
         return dict(batch)
 
-    def __enter__(self) -> DaliLoader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the gathering thread; further `next` calls raise StopIteration."""
         self._closed = True
         self._gathered.close()
 
     def _next_arrays(self) -> list[np.ndarray]:
-        """What DALI asks for, one batch at a time; an error is kept until the batches before it are consumed."""
+        """Return the next batch to DALI; an error is kept until the batches before it are consumed."""
         try:
             batch = next(self._gathered)
         except StopIteration:

@@ -1,4 +1,4 @@
-"""The loader: exact resume, any layout, clean end, errors passed on."""
+"""Sampler and loader: one order of samples for every layout, exact resume, clean end, errors passed on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_itt.data.batches.loader import TrainLoader, num_validation_batches, validation_batches
+from megatron_itt.data.batches.loader import (
+    BatchLayout,
+    TrainLoader,
+    step_samples,
+    validation_batches,
+    validation_samples,
+)
 
 SEQUENCE = 4
 
@@ -83,6 +89,8 @@ def test_an_error_while_gathering_reaches_the_consumer() -> None:
         next(loader)
         with pytest.raises(OSError, match="disk gone"):
             next(loader)
+        with pytest.raises(StopIteration):
+            next(loader)
 
 
 def test_validation_weighs_every_sample_once_over_the_ranks() -> None:
@@ -91,9 +99,34 @@ def test_validation_weighs_every_sample_once_over_the_ranks() -> None:
     seen: list[int] = []
     for rank in range(2):
         batches = list(validation_batches(dataset, micro_batch_size=2, data_parallel_rank=rank, data_parallel_size=2))
-        assert len(batches) == num_validation_batches(dataset, micro_batch_size=2, data_parallel_size=2) == 2
+        assert len(batches) == 2
         for batch in batches:
             total += float(batch["loss_mask"].sum())
             seen += [int(row[0]) for row, mask in zip(batch["tokens"], batch["loss_mask"], strict=True) if mask.any()]
     assert total == 7 * SEQUENCE
     assert sorted(seen) == list(range(7))
+
+
+@pytest.mark.parametrize(("micro", "num", "ranks"), [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2), (8, 1, 1)])
+def test_every_layout_reads_the_same_global_batch_in_the_same_order(micro: int, num: int, ranks: int) -> None:
+    per_rank = [
+        step_samples(
+            24,
+            BatchLayout(
+                micro_batch_size=micro, num_microbatches=num, data_parallel_rank=rank, data_parallel_size=ranks
+            ),
+        )
+        for rank in range(ranks)
+    ]
+    order = [idx for step in range(num) for rank in range(ranks) for idx in per_rank[rank][step]]
+    assert order == list(range(24, 32))
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 5, 8, 9])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_covers_each_sample_once_with_equal_batch_counts(num_samples: int, ranks: int) -> None:
+    per_rank = [validation_samples(num_samples, 2, rank, ranks) for rank in range(ranks)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    found = [idx for batches in per_rank for batch in batches for idx in batch if idx is not None]
+    assert sorted(found) == list(range(num_samples))
+    assert all(len(batch) == 2 for batches in per_rank for batch in batches)
