@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset format on disk: `PREFIX.bin` (token ids) and `PREFIX.idx` (where each sequence lies).
+"""Megatron's indexed dataset format on disk: `PREFIX.bin` (token ids) and `PREFIX.idx` (lengths, offsets, documents).
 
 `.idx`: magic, version, dtype code, counts, then sequence lengths (int32), byte pointers (int64), and the sequence index
 at which each document begins plus a last entry (int64). Read and written here with numpy alone, chunk by chunk, so that
@@ -20,16 +20,8 @@ from megatron_itt.errors import DataError
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER_BYTES = 34
-_DTYPE_CODES = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    6: np.float64,
-    7: np.float32,
-    8: np.uint16,
-}
+_DTYPES = (np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16)
+_DTYPE_CODES = dict(enumerate(_DTYPES, start=1))
 _TOKEN_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _CHUNK = 1 << 20
 
@@ -50,7 +42,7 @@ class Index:
 
     @property
     def num_tokens(self) -> int:
-        """From the size of `.bin`, which `read_index` has compared with the index: no pass over the lengths."""
+        """Tokens by the size of `.bin`, which `read_index` has compared with the index."""
         return bin_path(self.prefix).stat().st_size // self.dtype.itemsize
 
     def tokens(self) -> np.ndarray:
@@ -61,12 +53,12 @@ class Index:
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """Where the token ids lie."""
+    """The file of the token ids."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """Where the index lies."""
+    """The file of the index."""
     return Path(f"{prefix}.idx")
 
 
@@ -109,7 +101,7 @@ def read_index(prefix: str | Path) -> Index:
 
 
 def _check_ends(index: Index, path: Path) -> None:
-    """Agreement of the first and last entries with each other and with the size of `.bin`."""
+    """Check the first and last entries against each other and the size of `.bin`."""
     num_sequences = len(index.lengths)
     if index.documents[0] != 0 or index.documents[-1] != num_sequences:
         raise DataError(f"{path} is damaged: its documents do not span its {num_sequences} sequences; write it again")
@@ -126,7 +118,7 @@ def write_index(
 ) -> str:
     """Write an `.idx` with one sequence per document and return its SHA-256.
 
-    `length_chunks` is called twice and yields the int32 sequence lengths in order, in pieces; nothing is held whole.
+    `length_chunks` is called twice and yields the int32 sequence lengths in order, in pieces; nothing is held in memory as a whole.
     Source: the layout, and the bytes, of megatron-core's IndexedDatasetBuilder with one add_document per document.
     """
     digest = hashlib.sha256()

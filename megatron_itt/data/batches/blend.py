@@ -1,7 +1,7 @@
-"""The blend before a run: how much each domain has, how much the run needs, where validation is split off.
+"""The blend of a run: tokens that each domain has and needs, and the split into training and validation documents.
 
-Plans only, from indices and manifests: no torch, so a blend can be checked on a login node. The datasets themselves are
-built in `datasets.py`.
+Planned from indices and manifests, without torch, so a blend can be checked on a login node. `datasets.py` builds the
+datasets.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,19 +21,19 @@ from megatron_itt.data.text.verify import open_checked
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import get_logger
 
-MAX_VALIDATION_SHARE = 0.5  # of a domain; more would leave too little to train on
+MAX_VALIDATION_FRACTION = 0.5  # of a domain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """One domain that takes part: documents [0, `first_validation_document`) train, the rest validate."""
+    """A domain of a run: documents [0, `first_validation_document`) are for training, the rest for validation."""
 
     name: str
     prefix: str
-    weight: float  # share of the training samples; all shares add to 1
+    weight: float  # fraction of the training samples
     identity: str  # hash of the content
-    tokenizer_sha256: str | None  # None where the data has no manifest
-    eod: int | None  # the id that ends its documents; None where there is none, or no manifest
+    tokenizer_sha256: str | None  # None for data without a manifest
+    eod: int | None  # the id that ends its documents; None if there is none, or no manifest
     num_documents: int
     first_validation_document: int
     training_tokens: int
@@ -41,13 +42,13 @@ class Domain:
 
     @property
     def epochs(self) -> float:
-        """How often the run reads the domain's training documents."""
+        """Epochs of the domain's training documents in the run."""
         return self.tokens_needed / self.training_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """The domains of a run; `absent` names those in the recipe that have no data here."""
+    """The domains of a run; `absent` names those of the recipe that have no data here."""
 
     domains: tuple[Domain, ...]
     absent: tuple[str, ...]
@@ -57,7 +58,7 @@ class Blend:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides which tokens a run sees, and in which order; paths do not count."""
+        """Hash of everything that decides the tokens of a run and their order; paths do not count."""
         return self.fingerprint_at(self.num_training_samples)
 
     def fingerprint_at(self, num_training_samples: int) -> str:
@@ -69,32 +70,28 @@ class Blend:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def table(self) -> str:
-        """Tokens available, needed and epochs per domain, to be printed before a run."""
-        rows = [("domain", "weight", "documents", "train tokens", "needed", "epochs", "validation tokens")]
-        for domain in self.domains:
-            rows.append(
-                (
-                    domain.name,
-                    f"{domain.weight:.4f}",
-                    f"{domain.first_validation_document:,}",
-                    f"{domain.training_tokens:,}",
-                    f"{domain.tokens_needed:,}",
-                    f"{domain.epochs:.2f}",
-                    f"{domain.validation_tokens:,}",
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) if idx == 0 else cell.rjust(width) for idx, (cell, width) in enumerate(pairs))
-            for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-        ]
+        """Format the available and the needed tokens and the epochs of each domain."""
+        columns: dict[str, Callable[[Domain], str]] = {
+            "weight": lambda domain: f"{domain.weight:.4f}",
+            "documents": lambda domain: f"{domain.first_validation_document:,}",
+            "train tokens": lambda domain: f"{domain.training_tokens:,}",
+            "needed": lambda domain: f"{domain.tokens_needed:,}",
+            "epochs": lambda domain: f"{domain.epochs:.2f}",
+            "validation tokens": lambda domain: f"{domain.validation_tokens:,}",
+        }
+        names = ["domain", *(domain.name for domain in self.domains)]
+        lines = [name.ljust(max(map(len, names))) for name in names]
+        for title, read in columns.items():
+            cells = [title, *map(read, self.domains)]
+            width = max(map(len, cells))
+            lines = [f"{line}  {cell.rjust(width)}" for line, cell in zip(lines, cells, strict=True)]
         if self.absent:
             lines.append(f"absent, weights renormalised over the others: {', '.join(self.absent)}")
         return "\n".join(line.rstrip() for line in lines)
 
 
 def resolve_blend(config: RunConfig) -> Blend:
-    """Plan the data of a run; the same for every model with the same data, sequence length and number of samples.
+    """Plan the data of a run, the same for every model with the same data, sequence length and number of samples.
 
     Domains whose `path` is null keep their line in the recipe and are left out here, with the other weights scaled to
     add to 1. Raises `ConfigError` for a blend that cannot work or that exceeds `data.max_epochs`, `DataError` for
@@ -145,24 +142,24 @@ def _resolve_domain(config: RunConfig, name: str, prefix: str, weight: float) ->
 
 
 def _split_validation(config: RunConfig, name: str, index: Index, weight: float) -> tuple[int, int]:
-    """The first document of validation and its tokens: the fewest documents from the end that hold the share."""
+    """Return the first validation document and the tokens from there on: the fewest documents that are enough."""
     sequence = config.model.seq_length + 1  # one sample needs its last label as well
     wanted = max(math.ceil(config.validation.tokens * weight), sequence)
     total = index.num_tokens
     num_held_out, held_out = _documents_from_end(index.lengths, wanted)
-    if num_held_out >= index.num_documents or held_out > MAX_VALIDATION_SHARE * total or total - held_out < sequence:
+    if num_held_out >= index.num_documents or held_out > MAX_VALIDATION_FRACTION * total or total - held_out < sequence:
         raise ConfigError(_why_no_validation(config, name, index, wanted=wanted, held_out=held_out))
     return index.num_documents - num_held_out, held_out
 
 
 def _why_no_validation(config: RunConfig, name: str, index: Index, *, wanted: int, held_out: int) -> str:
-    """What stands in the way of splitting validation off a domain, and what would help."""
+    """Return why validation cannot be split off a domain, and what would help."""
     total, sample = index.num_tokens, config.model.seq_length + 1
     subject = f"validation.tokens is {config.validation.tokens:,}, taken in whole documents from the end: domain {name}"
     if index.num_documents < 2:
         return f"{subject} is one document of {total:,} tokens; cut its text into documents or add data"
     last = int(index.lengths[-1])
-    if held_out == last and last > MAX_VALIDATION_SHARE * total:
+    if held_out == last and last > MAX_VALIDATION_FRACTION * total:
         return f"{subject} ends with a document of {last:,} of its {total:,} tokens, too many; cut it or add data"
     if wanted == sample:
         return f"{subject} has {total:,} tokens, too few to split off one sample of {sample:,}; add data"
@@ -172,16 +169,16 @@ def _why_no_validation(config: RunConfig, name: str, index: Index, *, wanted: in
 
 
 def _documents_from_end(lengths: np.ndarray, wanted: int) -> tuple[int, int]:
-    """How many documents from the end hold `wanted` tokens, and their tokens; all of them where it takes more."""
-    looked_at = 1024  # a billion documents are not summed to find the last few
+    """Return how many documents from the end hold `wanted` tokens, at most all of them, and their tokens."""
+    summed = 1024  # not all of a billion documents to find the last few
     while True:
-        tokens_after = np.cumsum(lengths[::-1][:looked_at], dtype=np.int64)
+        tokens_after = np.cumsum(lengths[::-1][:summed], dtype=np.int64)
         found = int(np.searchsorted(tokens_after, wanted))
         if found < len(tokens_after):
             return found + 1, int(tokens_after[found])
-        if looked_at >= len(lengths):
+        if summed >= len(lengths):
             return len(lengths), int(tokens_after[-1]) if len(tokens_after) else 0
-        looked_at *= 8
+        summed *= 8
 
 
 def _identity_of_index(index: Index) -> str:

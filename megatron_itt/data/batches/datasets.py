@@ -1,9 +1,9 @@
 """Training and validation datasets through megatron-core: a weighted blend, and each domain's held-out documents.
 
 megatron-core splits a dataset by ratios; here every domain has a range of documents, as `blend.py` planned it. The
-sample indices lie on disk, in a folder of their own per data, recipe and tokenizer (`index_cache.py`): built by the
-first process that needs them or beforehand by `itt recipe index`. megatron-core takes any file with the right name
-for finished; so it never sees a folder that is not complete.
+sample indices are in a folder per data, recipe and tokenizer (`index_cache.py`), built by the first process that needs
+them or beforehand by `itt recipe index`. megatron-core accepts any file with the right name as complete, so it never
+sees a folder that is not.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from megatron_itt.data.text.tokenizer import NO_TOKEN, Tokenizer, check_vocabula
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import get_logger
 
-VALIDATION_SEED = 1234  # never runtime.seed: every run is validated on the same samples
+VALIDATION_SEED = 1234  # not runtime.seed: every run is validated on the same samples
 _CACHE_FORMAT = 2
 _LONGEST_BUILD = timedelta(days=2)
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run reads: training samples in order, validation samples per domain, and where they come from.
+    """The datasets of a run: training samples in order, validation samples per domain, and their blend.
 
     A sample is a dict of CPU tensors [s]: tokens, labels, position_ids (int64) and loss_mask (float32).
     """
@@ -52,7 +52,6 @@ class Datasets:
     train: Dataset[dict[str, Any]]
     validation: dict[str, Dataset[dict[str, Any]]]
     blend: Blend
-    fingerprint: str
 
 
 @dataclass
@@ -64,15 +63,19 @@ class _RangedConfig(GPTDatasetConfig):
 
 
 class _RangedDataset(GPTDataset):
-    """GPTDataset whose cached indices are also tied to the document ranges and to the content of the files."""
+    """GPTDataset over a range of documents, whose cached indices also depend on the range and the files' content."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        # A padding id that is another special token, or occurs in the text, would be masked and replaced wherever it
-        # stands; so what fills a last sample up has an id that no token has.
+    def __init__(self, prefix: str, num_samples: int | None, split: Split, config: _RangedConfig) -> None:
+        assert config.document_ranges is not None
+        low_level = GPTDataset.build_low_level_dataset(prefix, config)
+        _expect_random_reads(low_level)
+        documents = np.arange(*config.document_ranges[prefix], dtype=np.int32)
+        super().__init__(low_level, prefix, documents, num_samples, split, config)
+        # megatron-core masks and replaces every token that has the padding id, so the id that fills the last sample is
+        # one that no token has.
         self._pad_token_id = NO_TOKEN
-        # megatron-core keeps the first sample's loss mask for all samples and only then masks that sample's padding: a
-        # padded sample read first would mask the others too. So the plain masks are put there beforehand.
+        # megatron-core caches the first sample's loss mask for all samples, and only then masks that sample's padding:
+        # if a padded sample were read first, the others would be masked too. So the plain masks are cached beforehand.
         self.cached_loss_mask = torch.ones(self.config.sequence_length)
         self.cached_position_ids = torch.arange(self.config.sequence_length)
         self.masks_and_position_ids_are_cached = self.masks_and_position_ids_are_cacheable
@@ -84,7 +87,7 @@ class _RangedDataset(GPTDataset):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """Where the sample indices of a run lie, and what it took to have them there."""
+    """The folder of a run's sample indices, and what building them took."""
 
     folder: Path
     was_built: bool
@@ -100,13 +103,13 @@ def build_datasets(config: RunConfig, *, tokenizer: Tokenizer) -> Datasets:
     """
     blend = check_blend(config, tokenizer)
     with _process_group():
-        return _open(config, blend, tokenizer, _build_index_on_main(config, blend, tokenizer))
+        return _open(config, blend, tokenizer, _build_index_on_rank_0(config, blend, tokenizer))
 
 
 def prebuild_index(config: RunConfig, *, tokenizer: Tokenizer) -> IndexReport:
-    """Build the sample indices of a run beforehand, in one process; nothing to do where they are there and undamaged.
+    """Build the sample indices of a run in one process, unless they are available and undamaged.
 
-    Safe to call from many processes at once. Raises as `build_datasets` does.
+    Many processes may call this at once. Raises as `build_datasets` does.
     """
     blend = check_blend(config, tokenizer)
     started = time.monotonic()
@@ -117,27 +120,8 @@ def prebuild_index(config: RunConfig, *, tokenizer: Tokenizer) -> IndexReport:
     return IndexReport(folder=folder, was_built=was_built, seconds=time.monotonic() - started, size_bytes=size)
 
 
-def data_fingerprint(config: RunConfig) -> str:
-    """Hash of the data a run reads and of its order; stored in checkpoints, compared on resume."""
-    return resolve_blend(config).fingerprint
-
-
-def _check_document_ends(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> None:
-    """Raise `ConfigError` when documents are to be kept apart but do not end with an end-of-document token."""
-    if not config.data.reset_at_document_end:
-        return
-    for domain in blend.domains:
-        index = read_index(domain.prefix)
-        if int(index.tokens()[int(index.lengths[0]) - 1]) != tokenizer.eod:
-            raise ConfigError(
-                f"data.reset_at_document_end is true but the first document of {domain.prefix} does not end with the "
-                f"end-of-document token {tokenizer.eod}, so ends cannot be found; write the data again with "
-                "--append-eod, or set it to false"
-            )
-
-
 def check_blend(config: RunConfig, tokenizer: Tokenizer) -> Blend:
-    """The blend of a run, after checks that its data was written with this tokenizer and end-of-document token.
+    """Return the blend of a run, after checking that its data was written with this tokenizer and its eod token.
 
     Raises `ConfigError` and `DataError` as `build_datasets` does.
     """
@@ -155,17 +139,28 @@ def check_blend(config: RunConfig, tokenizer: Tokenizer) -> Blend:
                 f"{tokenizer.path} is {tokenizer.eod}; set eos_token in its tokenizer_config.json to the former, or "
                 "write the data again"
             )
-    _check_document_ends(config, blend, tokenizer)
+        if config.data.reset_at_document_end:
+            _check_document_end(domain, tokenizer)
     return blend
 
 
+def _check_document_end(domain: Domain, tokenizer: Tokenizer) -> None:
+    index = read_index(domain.prefix)
+    if int(index.tokens()[int(index.lengths[0]) - 1]) != tokenizer.eod:
+        raise ConfigError(
+            f"data.reset_at_document_end is true but the first document of {domain.prefix} does not end with the "
+            f"end-of-document token {tokenizer.eod}, so ends cannot be found; write the data again with --append-eod, "
+            "or set it to false"
+        )
+
+
 def _open(config: RunConfig, blend: Blend, tokenizer: Tokenizer, folder: Path) -> Datasets:
-    """Datasets over the indices in `folder`; those that are missing there are built (by rank 0 alone)."""
+    """Open datasets over the indices in `folder`; rank 0 builds those that are missing there."""
     settings = {
         "sequence_length": blend.sequence_length,
         "tokenizer": tokenizer,
         "path_to_cache": str(folder),
-        "reset_position_ids": config.data.reset_at_document_end,  # attention follows the positions, in the model
+        "reset_position_ids": config.data.reset_at_document_end,  # the model derives the attention mask from them
         "reset_attention_mask": False,
         "eod_mask_loss": False,
         "create_attention_mask": False,
@@ -174,63 +169,52 @@ def _open(config: RunConfig, blend: Blend, tokenizer: Tokenizer, folder: Path) -
         train=_open_training(blend, settings),
         validation={domain.name: _open_validation(domain, settings) for domain in blend.domains},
         blend=blend,
-        fingerprint=blend.fingerprint,
     )
 
 
 def _open_training(blend: Blend, settings: dict[str, Any]) -> BlendedDataset:
-    weights = [domain.weight for domain in blend.domains]
+    prefixes, weights = [domain.prefix for domain in blend.domains], [domain.weight for domain in blend.domains]
     config = _RangedConfig(
         random_seed=blend.seed,
-        blend_per_split=[([domain.prefix for domain in blend.domains], weights), None, None],
+        blend_per_split=[(prefixes, weights), None, None],
         document_ranges={domain.prefix: (0, domain.first_validation_document) for domain in blend.domains},
-        content=_content_of(blend),
+        content=_sha256([domain.identity for domain in blend.domains]),
         **settings,
     )
     sizes = [math.ceil(blend.num_training_samples * weight) for weight in weights]
-    parts = []
-    for domain, size in zip(blend.domains, sizes, strict=True):
-        # A few more than needed, as megatron-core has it: its blending rounds in its own way.
-        wanted = math.ceil(size * (1 + config.mid_level_dataset_surplus))
-        parts.append(_ranged(domain.prefix, (0, domain.first_validation_document), wanted, Split.train, config))
-    return BlendedDataset(parts, weights, sum(sizes), config)
+    datasets = []
+    for prefix, size in zip(prefixes, sizes, strict=True):
+        wanted = math.ceil(size * (1 + config.mid_level_dataset_surplus))  # megatron-core's blending rounds differently
+        datasets.append(_RangedDataset(prefix, wanted, Split.train, config))
+    return BlendedDataset(datasets, weights, sum(sizes), config)
 
 
 def _open_validation(domain: Domain, settings: dict[str, Any]) -> Dataset[dict[str, Any]]:
-    documents = (domain.first_validation_document, domain.num_documents)
     config = _RangedConfig(
         random_seed=VALIDATION_SEED,
         blend_per_split=[None, ([domain.prefix], None), None],
-        document_ranges={domain.prefix: documents},
+        document_ranges={domain.prefix: (domain.first_validation_document, domain.num_documents)},
         content=domain.identity,
         drop_last_partial_validation_sequence=False,
         **settings,
     )
-    return _ranged(domain.prefix, documents, None, Split.valid, config)  # None: every sample once
-
-
-def _ranged(
-    prefix: str, documents: tuple[int, int], num_samples: int | None, split: Split, config: _RangedConfig
-) -> _RangedDataset:
-    low_level = _RangedDataset.build_low_level_dataset(prefix, config)
-    _expect_random_reads(low_level)
-    return _RangedDataset(low_level, prefix, np.arange(*documents, dtype=np.int32), num_samples, split, config)
+    return _RangedDataset(domain.prefix, None, Split.valid, config)  # None: every sample once
 
 
 def _expect_random_reads(low_level: Any) -> None:
-    """Tell the system that samples lie anywhere in `.bin`: by itself it reads ahead, megabytes for a few kilobytes."""
+    """Advise the kernel of random reads in `.bin`: by default it reads megabytes ahead for a few kilobytes."""
     mapped = getattr(getattr(low_level.bin_reader, "_bin_buffer_mmap", None), "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
 
 
-def _content_of(blend: Blend) -> str:
-    return hashlib.sha256(json.dumps([domain.identity for domain in blend.domains]).encode()).hexdigest()
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @contextmanager
 def _process_group() -> Iterator[None]:
-    """A process group of one where there is none: megatron-core's cache asks for the rank without checking."""
+    """Provide a process group of one rank where there is none: megatron-core's cache asks for the rank unguarded."""
     if dist.is_initialized():
         yield
         return
@@ -241,7 +225,7 @@ def _process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _build_index_on_main(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> Path:
+def _build_index_on_rank_0(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> Path:
     """Rank 0 builds, or waits for another job that does; the others wait for it, however long that takes.
 
     They wait on a group of their own: a collective of the job would give up after `runtime.timeout_minutes`.
@@ -262,16 +246,13 @@ def _build_index_on_main(config: RunConfig, blend: Blend, tokenizer: Tokenizer) 
 
 
 def _build_index(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> tuple[Path, bool]:
-    """The folder of the run's indices, and whether it was built here."""
-    root = (
-        Path(config.data.cache_dir) if config.data.cache_dir else Path(blend.domains[0].prefix).parent / "index_cache"
-    )
+    """Return the folder of the run's indices, and whether it was built here."""
+    root = Path(config.data.cache_dir or Path(blend.domains[0].prefix).parent / "index_cache")
     paths = [domain.prefix for domain in blend.domains]
-    key = json.dumps([_CACHE_FORMAT, megatron_version, blend.fingerprint, tokenizer.sha256, paths])
-    folder = root / hashlib.sha256(key.encode()).hexdigest()[:24]
+    folder = root / _sha256([_CACHE_FORMAT, megatron_version, blend.fingerprint, tokenizer.sha256, paths])[:24]
 
-    def build(place: Path) -> None:
+    def build(unfinished: Path) -> None:
         get_logger().info("building the sample indices of this run in %s", folder)
-        _open(config, blend, tokenizer, place)
+        _open(config, blend, tokenizer, unfinished)
 
     return folder, build_once(folder, build)

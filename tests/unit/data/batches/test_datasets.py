@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_itt.data.batches.datasets import build_datasets, data_fingerprint, prebuild_index
+from megatron_itt.data.batches.datasets import build_datasets, prebuild_index
 from megatron_itt.data.batches.loader import gather
 from megatron_itt.data.indexed import read_index
 from megatron_itt.data.text.tokenizer import Tokenizer, train_tokenizer
@@ -110,7 +110,7 @@ def test_a_rebuild_and_a_cached_build_give_the_same_samples(
     second = build_datasets(config, tokenizer=tokenizer)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
     assert torch.equal(all_tokens(first.train), all_tokens(second.train))
-    assert first.fingerprint == second.fingerprint == data_fingerprint(config)
+    assert first.blend.fingerprint == second.blend.fingerprint
 
 
 def test_a_killed_cache_build_is_not_read(domains: Any, make_config: Any, tokenizer: Tokenizer) -> None:
@@ -203,7 +203,7 @@ def test_changed_data_under_the_same_path_does_not_reuse_the_cache(
         Path(f"{domains['code'][0]}.{suffix}").unlink()
     write_dataset("code", seed=3)
     after = build_datasets(config, tokenizer=tokenizer)
-    assert before.fingerprint != after.fingerprint
+    assert before.blend.fingerprint != after.blend.fingerprint
     assert len(list((Path(domains["code"][0]).parent / "index_cache").iterdir())) == 2
 
 
