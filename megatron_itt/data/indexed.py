@@ -118,7 +118,7 @@ def write_index(
 ) -> str:
     """Write an `.idx` with one sequence per document and return its SHA-256.
 
-    `length_chunks` is called twice and yields the int32 sequence lengths in order, in pieces; nothing is held in memory as a whole.
+    `length_chunks` is called twice and yields the int32 sequence lengths in order, in pieces, never all in memory.
     Source: the layout, and the bytes, of megatron-core's IndexedDatasetBuilder with one add_document per document.
     """
     digest = hashlib.sha256()
