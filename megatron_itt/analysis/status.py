@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_itt.analysis.collect import ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE, is_finite
-from megatron_itt.checkpoint.layout import checkpoint_root, find_latest
+from megatron_itt.checkpoint.store import checkpoint_root, find_latest
 from megatron_itt.errors import DataError
 from megatron_itt.launch.run_lock import LOCK_FILE, is_alive
 from megatron_itt.training.run_folder import DIVERGED_FILE, FINISHED_FILE, LOG_FILE

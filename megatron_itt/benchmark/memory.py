@@ -58,8 +58,8 @@ def memory_section(shape: Shape) -> Section:
 
 def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
     """Build the model, keep count of what one pass holds, then of the most that a step takes."""
-    from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import train_step
+    from megatron_itt.training.trainer import build_trainer
 
     place = start_parallel(config)
     try:

@@ -79,12 +79,12 @@ class Overhead:
 
 def measure_overhead(config: RunConfig, *, num_turns: int) -> Overhead:
     """Time `num_turns` bare steps each with what the loop adds to a plain step and to one that it logs."""
-    from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.guards import StepGuard
-    from megatron_itt.training.reporter import Reporter
+    from megatron_itt.training.metrics import Reporter
     from megatron_itt.training.run_folder import opened_run_folder
     from megatron_itt.training.signals import StopRequest
     from megatron_itt.training.step import Watch
+    from megatron_itt.training.trainer import build_trainer
 
     place = start_parallel(config)
     stop = StopRequest()
@@ -140,8 +140,7 @@ def _clock(device: torch.device) -> float:
 
 def _add_what_the_loop_does(trainer: Any, watch: Any, report: Any, step: int, *, recorder: Any) -> None:
     """All of `training.loop` and `training.step.train_step` that is not in a bare step; `recorder`: of a logged one."""
-    from megatron_itt.training.agreement import agree
-    from megatron_itt.training.metrics import peak_memory_bytes
+    from megatron_itt.training.metrics import agree, peak_memory_bytes
     from megatron_itt.training.step import StepResult
 
     device = trainer.place.device

@@ -69,8 +69,8 @@ def compare_layouts(base: RunConfig, *, num_ranks: int, timeout_s: float) -> lis
 def _train(place: ProcessInfo, config: RunConfig) -> list[float]:
     """On every rank: a few optimizer steps on a batch that depends on the step alone."""
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import train_step
+    from megatron_itt.training.trainer import build_trainer
 
     parallel_place = start_parallel(config, process=place)
     try:

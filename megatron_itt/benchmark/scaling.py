@@ -144,8 +144,8 @@ def measure_layouts(
 def _measure(place: ProcessInfo, config: RunConfig, num_repeats: int) -> _Measured:
     """On every rank of a job: time some steps, then count what one more exchanges."""
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import train_step
+    from megatron_itt.training.trainer import build_trainer
 
     parallel_place = start_parallel(config, process=place)
     try:

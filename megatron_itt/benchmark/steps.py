@@ -143,7 +143,7 @@ def _time_group(
 ) -> _Timed:
     """Turns of the models of one group; what runs out of memory is left out from then on."""
     from megatron_itt.model.builder import build_model, build_stock_model
-    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.trainer import build_trainer
 
     builders: dict[str, Callable[..., Any]] = {
         STOCK: build_stock_model,

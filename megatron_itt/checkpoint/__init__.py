@@ -1,1 +1,1 @@
-"""Checkpoints: where they lie (`layout.py`), what is in them (`state.py`), saving, loading, who may load them."""
+"""Checkpoints: `store.py` keeps them, `state.py` says what is in them, `save.py` and `load.py` move them."""

@@ -1,10 +1,16 @@
-"""Reading a checkpoint: into a training run under any layout, or as a whole model on one CPU."""
+"""Checkpoint loading under any layout: the search for an intact one, and reads that run no code from the files.
+
+Three kinds of file hold pickles: `common.pt` and the tensors in `*.distcp`, which torch reads with `weights_only`, and
+`.metadata`, which needs an unpickler of its own. Objects other than tensors are refused.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,17 +19,195 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_itt.checkpoint.layout import resolve_checkpoint
-from megatron_itt.checkpoint.safe_read import SafeCommonStrategy, SafeShardedStrategy
+from megatron_itt.checkpoint.integrity import SMALL_FILE_BYTES, FileRecord, find_changes, find_misfits
 from megatron_itt.checkpoint.state import RunState, load_model_state, read_run_state, sharded_model_state
-from megatron_itt.checkpoint.verify import check_together
+from megatron_itt.checkpoint.store import (
+    list_candidates,
+    point_latest_at,
+    remove_leftovers,
+    resolve_checkpoint,
+    set_aside,
+)
 from megatron_itt.config.environment import single_process
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.errors import CheckpointError, StorageError
+from megatron_itt.log import get_logger
 from megatron_itt.model.builder import BuiltModel, build_model
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
+from megatron_itt.parallel.megatron_compat.checkpoint_reader import checkpoint_reader
+
+_PLAIN_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
+        *("BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes that describe tensors, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class or dtype of that name; UnpicklingError for all that a description of tensors does not need."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _PLAIN_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours contains")
+
+
+class _SafeReader(CachedMetadataFileSystemReader):
+    """torch's reader of a checkpoint folder, with the metadata read by the unpickler above."""
+
+    _cached_metadata: Metadata | None
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        if self._cached_metadata is None:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                self._cached_metadata = MetadataUnpickler(file).load()
+        assert self._cached_metadata is not None, "an unpickler returns what it read"
+        return self._cached_metadata
+
+
+class _TensorPlanner(megatron_torch.MCoreLoadPlanner):
+    """megatron-core's load planner, for tensors alone."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is an object, not a tensor")
+
+
+class SafeShardedStrategy(megatron_torch.TorchDistLoadShardedStrategy):
+    """megatron-core's loading of sharded tensors, through the reader and the planner above."""
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+        """Fill the sharded tensors; errors for anything else."""
+        with checkpoint_reader(_SafeReader, _TensorPlanner):
+            return super().load(sharded_state_dict, checkpoint_dir)
+
+    def load_tensors_metadata(self, checkpoint_dir: Any, metadata: Any = None) -> Any:
+        """Names, shapes and types of the stored tensors."""
+        with checkpoint_reader(_SafeReader, _TensorPlanner):
+            return super().load_tensors_metadata(checkpoint_dir, metadata)
+
+
+class SafeCommonStrategy(TorchCommonLoadStrategy):
+    """megatron-core's loading of what is the same on all ranks, as data."""
+
+    def load_common(self, checkpoint_dir: Any) -> Any:
+        """Read `common.pt`; UnpicklingError when it holds more than tensors and plain values."""
+        return torch.load(os.path.join(checkpoint_dir, COMMON_STATE_FNAME), map_location="cpu", weights_only=True)  # noqa: PTH118
+
+    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
+        """Our checkpoints have none."""
+        raise pickle.UnpicklingError("objects other than tensors are not read")
+
+
+def find_intact(root: Path, *, contents: bool = True) -> Path | None:
+    """The newest intact checkpoint under `root`; None if none was ever saved. All ranks call this; none may be saving.
+
+    Damaged newer ones are logged with the reason and set aside. CheckpointError, and nothing changes, when all are
+    damaged. Without `contents` large files are compared by size alone.
+    """
+    candidates = _from_main(lambda: _prepare(root))
+    damaged: dict[Path, list[str]] = {}
+    for checkpoint in candidates:
+        problems = find_damage_together(checkpoint, contents=contents)
+        if not problems:
+            _from_main(lambda chosen=checkpoint: _give_up_on(damaged, chosen))
+            return checkpoint
+        damaged[checkpoint] = problems
+        get_logger().info("checkpoint %s is damaged: %s", checkpoint, _summary(problems))
+    if not damaged:
+        return None
+    listed = "; ".join(f"{path.name}: {_summary(problems)}" for path, problems in damaged.items())
+    raise CheckpointError(
+        f"every checkpoint in {root} is damaged ({listed}); restore one of them from a copy, or choose another "
+        "logging.run_dir to start anew"
+    )
+
+
+def check_together(checkpoint: Path, *, contents: bool = True) -> None:
+    """Raise CheckpointError on all ranks when a checkpoint is damaged."""
+    problems = find_damage_together(checkpoint, contents=contents)
+    if problems:
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged: {_summary(problems)}; use an earlier checkpoint")
+
+
+def find_damage_together(checkpoint: Path, *, contents: bool = True) -> list[str]:
+    """`hashes.find_damage` with the reading shared among all ranks; the same answer on each."""
+    started = time.perf_counter()
+    problems, records = _from_main(lambda: find_misfits(checkpoint))
+    if problems:
+        return problems
+    read = {name: record for name, record in records.items() if contents or record.size <= SMALL_FILE_BYTES}
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found: list[list[str]] = [find_changes(checkpoint, share_of(read, rank, size))]
+    if size > 1:
+        mine, found = found[0], [[] for _ in range(size)]
+        dist.all_gather_object(found, mine)
+    num_bytes = sum(record.size for record in read.values())
+    get_logger().info(
+        "verified %s: %d files, %.1f MB in %.1f s",
+        checkpoint,
+        len(read),
+        num_bytes / 1e6,
+        time.perf_counter() - started,
+    )
+    return [problem for problems in found for problem in problems]
+
+
+def share_of(records: Mapping[str, FileRecord], rank: int, size: int) -> dict[str, FileRecord]:
+    """The files that one of `size` ranks reads: each file once, with about the same number of bytes for every rank."""
+    loads, shares = [0] * size, [dict[str, FileRecord]() for _ in range(size)]
+    for name in sorted(records, key=lambda name: (-records[name].size, name)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += records[name].size + SMALL_FILE_BYTES  # opening a file costs as well
+        shares[lightest][name] = records[name]
+    return shares[rank]
+
+
+def _prepare(root: Path) -> list[Path]:
+    for path in remove_leftovers(root):
+        get_logger().info("removed %s, which an interrupted save left", path)
+    return list_candidates(root)
+
+
+def _give_up_on(damaged: Mapping[Path, list[str]], chosen: Path) -> None:
+    for path in damaged:
+        get_logger().info("set %s aside as %s; continuing from %s", path.name, set_aside(path).name, chosen.name)
+    if damaged:
+        point_latest_at(chosen)
+
+
+def _summary(problems: list[str]) -> str:
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return ", ".join(problems[:3]) + more
+
+
+def _from_main(act: Any) -> Any:
+    """What the main process gets from `act`, on all ranks; its errors are raised on all."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return act()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [act(), None]
+        except (OSError, CheckpointError) as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
 
 _UNREADABLE = (
     *(OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError),

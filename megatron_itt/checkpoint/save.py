@@ -1,7 +1,7 @@
-"""Writing a checkpoint: megatron-core's distributed format, all ranks at once, published when complete.
+"""Checkpoint saving in megatron-core's distributed format, published when complete.
 
-Saving has three parts: plan and stage (training waits), write and hash (by processes of their own, in the background on
-request), publish (all ranks agree that everything is written; then hashes, name, `latest`, retention).
+A save has three parts: plan and stage (training waits); write and hash (in other processes, in the background on
+request); publish (all ranks agree that everything is written; then hashes, name, `latest`, retention).
 """
 
 from __future__ import annotations
@@ -19,20 +19,62 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_itt.checkpoint.hashes import HASHES_FILE, FileRecord, hash_files, list_files, write_hashes
-from megatron_itt.checkpoint.layout import checkpoint_name, new_staging_path, publish
-from megatron_itt.checkpoint.retention import Retention, prune
-from megatron_itt.checkpoint.space import check_space
+from megatron_itt.checkpoint.integrity import (
+    HASHES_FILE,
+    FileRecord,
+    Retention,
+    hash_files,
+    list_files,
+    prune,
+    write_hashes,
+)
 from megatron_itt.checkpoint.state import RunState, write_run_state
+from megatron_itt.checkpoint.store import checkpoint_name, new_staging_path, publish
 from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.config.environment import end_with_parent
 from megatron_itt.errors import CheckpointError, StorageError
 from megatron_itt.files import flush
 from megatron_itt.log import get_logger
+
+_BYTES_PER_TENSOR = 2048  # names, shapes and places in the files' own tables
+_BYTES_PER_RANK = 1 << 16
+
+
+def count_bytes(sharded_state: dict[str, Any]) -> int:
+    """Bytes that this rank would write: the tensors of which it holds the first copy."""
+    total = _BYTES_PER_RANK
+    for value in nested_values(sharded_state):
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and is_main_replica(value.replica_id):
+            total += value.data.numel() * value.data.element_size() + _BYTES_PER_TENSOR
+    return total
+
+
+def check_space(sharded_state: dict[str, Any], root: Path, step: int) -> None:
+    """Raise CheckpointError on all ranks when the save of all ranks together does not fit. A collective call.
+
+    A quota does not show here; running into one while writing is reported by the save itself.
+    """
+    device = torch.cuda.current_device()
+    room = torch.tensor([count_bytes(sharded_state), 0], dtype=torch.int64, device=device)
+    if dist.get_rank() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        room[1] = shutil.disk_usage(root).free
+    dist.all_reduce(room)
+    needed, free = room.tolist()
+    if free < needed:
+        raise CheckpointError(
+            f"no space left to save step {step} in {root}: it needs {needed} bytes and {free} are free; the earlier "
+            "checkpoints are intact; free space and run the same command again"
+        )
+
 
 _FULL_BYTES = 1 << 20  # a write that failed with less than this left failed for want of room
 _PARTIAL_HASHES = ".hashes_{rank}.json"

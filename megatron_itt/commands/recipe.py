@@ -72,7 +72,7 @@ class Check(_OfLayout):
         silence_known_warnings()
         hide_unusable_packages()
         try:
-            from megatron_itt.training.dry_build import built_check_report
+            from megatron_itt.training.trainer import built_check_report
         except ImportError as error:
             if self.build:
                 raise ConfigError(

@@ -48,8 +48,8 @@ class Checkpoint:
 
     def execute(self) -> int:
         """Read the files, print which checkpoints are intact."""
-        from megatron_itt.checkpoint.hashes import find_damage, read_hashes
-        from megatron_itt.checkpoint.layout import resolve_checkpoint
+        from megatron_itt.checkpoint.integrity import find_damage, read_hashes
+        from megatron_itt.checkpoint.store import resolve_checkpoint
 
         for given in self.checkpoint:
             checkpoint = resolve_checkpoint(given)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_itt.checkpoint.layout import checkpoint_root, resolve_checkpoint
 from megatron_itt.checkpoint.load import single_process_config
 from megatron_itt.checkpoint.save import save_checkpoint
 from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
+from megatron_itt.checkpoint.store import checkpoint_root, resolve_checkpoint
 from megatron_itt.config import RunConfig, ThinkingConfig
 from megatron_itt.config.environment import single_process
 from megatron_itt.config.switches import field_names

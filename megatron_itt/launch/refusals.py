@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from megatron_itt.checkpoint.layout import resolve_checkpoint
+from megatron_itt.checkpoint.store import resolve_checkpoint
 from megatron_itt.config import RunConfig
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.launch.run_lock import LOCK_FILE, describe_use, is_alive

@@ -1,1 +1,1 @@
-"""Training: `assemble.py` puts the parts together, `loop.py` runs them, `step.py` is one optimizer step."""
+"""Training: `trainer.py` assembles, `loop.py` runs, `step.py` is one optimizer step."""

@@ -21,19 +21,17 @@ from megatron_itt.data.text.tokenizer_folder import check_exportable
 from megatron_itt.errors import ConfigError, DataError, IttError
 from megatron_itt.log import configure_logging, get_logger
 from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel
-from megatron_itt.training.assemble import Trainer, build_trainer
 from megatron_itt.training.capacity import describe_rounding
-from megatron_itt.training.checkpointing import Checkpointer
-from megatron_itt.training.guards import StepGuard, TrainingDivergedError, Verdict
-from megatron_itt.training.reporter import Reporter
+from megatron_itt.training.checkpointing import Checkpointer, find_initial_weights, load_initial_weights
+from megatron_itt.training.guards import StepGuard, TrainingDivergedError, Verdict, are_weights_finite, check_replicas
+from megatron_itt.training.metrics import Reporter
 from megatron_itt.training.run_folder import LOG_FILE, begin_training, mark_diverged, mark_finished, opened_run_folder
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import check_sinks
 from megatron_itt.training.step import Batch, StepResult, Watch, train_step
+from megatron_itt.training.trainer import Trainer, build_trainer
 from megatron_itt.training.validation import headline_loss, run_validation
-from megatron_itt.training.warm_start import find_initial_weights, load_initial_weights
 from megatron_itt.training.watchdog import start_watchdog
-from megatron_itt.training.weight_checks import are_weights_finite, check_replicas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

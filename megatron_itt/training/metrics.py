@@ -1,23 +1,83 @@
-"""What a run says about itself: one training record per step, one validation record per pass. No writing here."""
+"""Step statistics, their records, and the reporter that writes them."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megatron_itt.accounting.flops import forward_flops
-from megatron_itt.accounting.gpus import peak_of
+from megatron_itt.accounting.gpus import GIBI, peak_of
+from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.config.run import RunConfig
+from megatron_itt.log import get_logger
 from megatron_itt.parallel.groups import peak_resident_bytes
+from megatron_itt.training.routing_metrics import CollapseWarnings, routing_entries
+from megatron_itt.training.sinks import Profiler, Record, Sinks
+from megatron_itt.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from megatron_itt.training.step import StepResult
 
-Record = dict[str, Any]
+# Columns of a rank's row.
+_LOSS, _HAS_LOSS, _GRAD_NORM, _STOP, _MEMORY = range(5)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobReport:
+    """One step of the whole job: mean loss per token (nats), global gradient norm, and what ranks had to say.
+
+    `broken_ranks` computed a loss that is not finite. `memory_bytes` is the most that any rank has used, 0 if nobody
+    looked.
+    """
+
+    loss: float
+    grad_norm: float
+    stopping: bool
+    memory_bytes: int
+    broken_ranks: tuple[int, ...]
+
+
+def agree(*, loss: Tensor | None, grad_norm: float, stop: bool, memory_bytes: int, device: torch.device) -> JobReport:
+    """Exchange this rank's row for the report. `loss`: mean over its micro-batches; None before the last stage."""
+    row = torch.zeros(5, dtype=torch.float64)
+    row[_GRAD_NORM], row[_STOP], row[_MEMORY], row[_HAS_LOSS] = grad_norm, stop, memory_bytes, loss is not None
+    row = row.to(device)
+    if loss is not None:
+        row[_LOSS] = loss
+    return _read(_gather(row))
+
+
+def _gather(row: Tensor) -> Tensor:
+    """[columns] -> [ranks, columns], on the host."""
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return row.reshape(1, -1).cpu()
+    table = row.new_empty(world_size * row.numel())
+    dist.all_gather_into_tensor(table, row)
+    return table.view(world_size, -1).cpu()
+
+
+def _read(table: Tensor) -> JobReport:
+    losses = table[table[:, _HAS_LOSS] > 0, _LOSS]
+    norms = table[:, _GRAD_NORM].tolist()
+    broken = (~torch.isfinite(table[:, _LOSS])).nonzero().flatten().tolist()
+    return JobReport(
+        loss=float(losses.mean()),
+        grad_norm=next((norm for norm in norms if not math.isfinite(norm)), norms[0]),
+        stopping=bool(table[:, _STOP].any()),
+        memory_bytes=int(table[:, _MEMORY].max()),
+        broken_ranks=tuple(broken),
+    )
 
 
 def peak_flops_per_s(device: torch.device) -> float | None:
@@ -118,3 +178,99 @@ def format_duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+class Reporter:
+    """All that a run says between `begin` and `close`. Every rank calls every method; the main one writes."""
+
+    def __init__(self, trainer: Trainer, *, resume_step: int) -> None:
+        config, place = trainer.config, trainer.place
+        self._trainer, self._resume_step = trainer, resume_step
+        self._sinks = Sinks(config, enabled=place.is_main, resume_step=resume_step)
+        self._clock = StepClock(config, place.world_size, peak_flops_per_s(place.device))
+        self._profiler = Profiler(
+            config.logging.profile, Path(config.logging.run_dir), rank=place.rank, device=place.device
+        )
+        self._collapse = CollapseWarnings()
+        on_cpu = place.device.type == "cpu"
+        stages = rank_memory(config, place.world_size, on_cpu=on_cpu)
+        self._memory_estimate = max(stage.resident(place.program_bytes) if on_cpu else stage.total for stage in stages)
+        self._memory_bytes = 0
+
+    def looks_closely(self, step: int) -> bool:
+        """Whether a step is one of those that the console shows and that routing is measured in."""
+        config = self._trainer.config
+        return step in (self._resume_step + 1, config.schedule.steps) or step % config.logging.interval_steps == 0
+
+    def begin(self, step: int) -> None:
+        """A step begins: what happened since the last one is not charged to it."""
+        self._profiler.before_step(step)
+        self._clock.restart()
+
+    def waited(self, seconds: float) -> None:
+        """Time that the step has waited for data."""
+        self._clock.waited(seconds)
+
+    @contextmanager
+    def pause(self, kind: str) -> Iterator[None]:
+        """Measure a validation or a save: the time left counts those that are still due."""
+        started = time.perf_counter()
+        yield
+        self._clock.paused(kind, time.perf_counter() - started)
+
+    def end(self, step: int, result: StepResult) -> None:
+        """A step has ended. A collective call after a step that was looked at closely."""
+        record = self._clock.record(step, result)
+        entries = []
+        if result.recorder is not None:
+            self._memory_bytes = max(self._memory_bytes, result.memory_bytes)
+            record.update(memory_bytes=result.memory_bytes, memory_estimate_bytes=self._memory_estimate)
+            accepted = result.verdict.action == "accept"
+            entries = routing_entries(self._trainer, result.recorder, step) if accepted else []
+            if entries:
+                record["routing"] = entries
+        self._profiler.after_step(step)
+        self._sinks.write(record)
+        if result.recorder is not None:
+            num_steps = self._trainer.config.schedule.steps
+            get_logger().info(console_line(record, num_steps, self._clock.time_left_s(step)))
+        for event in self._collapse.events(entries, step):
+            self._write_event(event)
+
+    def event(self, step: int, name: str, reason: str, **facts: Any) -> None:
+        """Something that is not a number happened at a step."""
+        self._write_event({"step": step, "event": name, "reason": reason, **facts})
+
+    def validation(self, record: Record) -> None:
+        """A validation pass has ended."""
+        self._sinks.write(record)
+        for line in validation_lines(record):
+            get_logger().info(line)
+
+    def close(self) -> None:
+        """Say how much memory it took, and flush everything."""
+        if self._memory_bytes:
+            peak = max(self._memory_bytes, peak_memory_bytes(self._trainer.place.device))  # updates and saves as well
+            used, estimate = peak / GIBI, self._memory_estimate / GIBI
+            get_logger().info("memory: %.2f GiB at most on a rank, %.2f GiB estimated", used, estimate)
+        self._profiler.close()
+        self._sinks.close()
+
+    def _write_event(self, event: Record) -> None:
+        self._sinks.write(event)
+        if self._trainer.place.is_main:
+            get_logger().warning("step %d | %s: %s", event["step"], event["event"], event["reason"])
+
+
+def validation_lines(record: dict[str, Any]) -> list[str]:
+    """A validation record for people: one line per budget, the mean over domains last."""
+    by_budget: dict[str, list[tuple[str, float]]] = {}
+    for entry in record["validation"]:
+        budget = "" if entry["budget"] is None else " at " + "/".join(f"{share:g}" for share in entry["budget"])
+        by_budget.setdefault(budget, []).append((entry["domain"], entry["loss"]))
+    lines = []
+    for budget, losses in by_budget.items():
+        mean = sum(loss for _, loss in losses) / len(losses)
+        domains = " | ".join(f"{domain} {loss:.4f}" for domain, loss in [*losses, ("mean", mean)])
+        lines.append(f"step {record['step']} | validation loss{budget} | {domains}")
+    return lines

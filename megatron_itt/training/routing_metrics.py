@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_itt.model.routing import threshold_for
 from megatron_itt.model.routing_control import RoutingRecorder
 from megatron_itt.model.thinking_layer import ThinkingLayer
-from megatron_itt.training.assemble import Trainer
 from megatron_itt.training.capacity import training_capacity
+from megatron_itt.training.trainer import Trainer
 
 # Router logits that spread less than this over all tokens say nothing about them.
 MIN_SCORE_STD = 1e-4

@@ -1,4 +1,4 @@
-"""Where records go: metrics.jsonl, TensorBoard and W&B, on the main process only. The console is the logger's."""
+"""Outputs of a run on rank 0: metrics.jsonl, TensorBoard and W&B; and profiles of a window of steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from megatron_itt.config import RunConfig, dump_config
-from megatron_itt.config.run import WandbConfig
+from megatron_itt.config.run import ProfileConfig, WandbConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.files import atomic_write
+from megatron_itt.log import get_logger
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID_FILE = "wandb_id"
@@ -153,3 +156,64 @@ def _wandb_id(run_dir: Path, *, is_new: bool) -> str:
     if is_new or not path.exists():
         path.write_text(uuid.uuid4().hex[:16] + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
+
+
+REQUEST_FILE = "profile_now"
+FOLDER = "profile"
+_REQUESTED_STEPS = 2
+
+
+class Profiler:
+    """Starts and ends windows between steps. On ranks that nobody asked for it does nothing."""
+
+    def __init__(self, settings: ProfileConfig | None, run_dir: Path, *, rank: int, device: torch.device) -> None:
+        self._settings = settings if settings is not None and rank in settings.ranks else None
+        self._run_dir, self._rank, self._device = run_dir, rank, device
+        self._profile: Any = None
+        self._first = self._end = 0
+
+    def before_step(self, step: int) -> None:
+        """Start a window if one begins with this step. A file is looked for by rank 0 alone."""
+        if self._profile is not None:
+            return
+        settings = self._settings
+        if settings is not None and step == settings.start:
+            self._start(step, settings.steps)
+        elif self._rank == 0 and self._is_requested():
+            self._start(step, _REQUESTED_STEPS)
+
+    def after_step(self, step: int) -> None:
+        """Write the window out if it ends with this step."""
+        if self._profile is not None and step + 1 >= self._end:
+            self.close()
+
+    def close(self) -> None:
+        """End a window that is open."""
+        if self._profile is None:
+            return
+        profile, self._profile = self._profile, None
+        profile.stop()
+        folder = self._run_dir / FOLDER
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step_{self._first}_rank_{self._rank}.json"
+        profile.export_chrome_trace(str(path))
+        if self._device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(path.with_name(f"{path.stem}_memory.pickle")))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        get_logger().info("wrote %s", path)
+
+    def _start(self, step: int, num_steps: int) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=100_000)
+        self._first, self._end = step, step + num_steps
+        self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
+        self._profile.start()
+
+    def _is_requested(self) -> bool:
+        request = self._run_dir / REQUEST_FILE
+        if not request.exists():
+            return False
+        request.unlink(missing_ok=True)
+        return True

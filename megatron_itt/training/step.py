@@ -14,13 +14,12 @@ from torch import Tensor
 
 from megatron_itt.model.quantiles import update_quantiles
 from megatron_itt.model.routing_control import RoutingRecorder
-from megatron_itt.training.agreement import agree
-from megatron_itt.training.assemble import Trainer
 from megatron_itt.training.capacity import training_capacity, training_rule, training_temperature
 from megatron_itt.training.guards import ACCEPTED, StepGuard, Verdict
-from megatron_itt.training.metrics import peak_memory_bytes
+from megatron_itt.training.metrics import agree, peak_memory_bytes
 from megatron_itt.training.optimizer import gradient_norm, update_weights
 from megatron_itt.training.signals import StopRequest
+from megatron_itt.training.trainer import Trainer
 from megatron_itt.training.watchdog import Pulse
 
 Batch = dict[str, Tensor]

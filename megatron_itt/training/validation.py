@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.batches.loader import validation_batches
-from megatron_itt.training.assemble import Trainer
 from megatron_itt.training.step import Batch, Watch, validation_loss
+from megatron_itt.training.trainer import Trainer
 
 
 def run_validation(
@@ -56,20 +56,6 @@ def headline_loss(record: dict[str, Any]) -> float:
     entries = record["validation"]
     losses = [entry["loss"] for entry in entries if entry["budget"] == entries[0]["budget"]]
     return sum(losses) / len(losses)
-
-
-def validation_lines(record: dict[str, Any]) -> list[str]:
-    """A validation record for people: one line per budget, the mean over domains last."""
-    by_budget: dict[str, list[tuple[str, float]]] = {}
-    for entry in record["validation"]:
-        budget = "" if entry["budget"] is None else " at " + "/".join(f"{share:g}" for share in entry["budget"])
-        by_budget.setdefault(budget, []).append((entry["domain"], entry["loss"]))
-    lines = []
-    for budget, losses in by_budget.items():
-        mean = sum(loss for _, loss in losses) / len(losses)
-        domains = " | ".join(f"{domain} {loss:.4f}" for domain, loss in [*losses, ("mean", mean)])
-        lines.append(f"step {record['step']} | validation loss{budget} | {domains}")
-    return lines
 
 
 def _batches(trainer: Trainer, dataset: Dataset[Any]) -> list[Batch]:

@@ -46,10 +46,10 @@ def recipe(*, tied: bool = False, **parallel: Any) -> RunConfig:
 def step_with_one_broken_rank(place: ProcessInfo, config: RunConfig) -> tuple[str, str, bool, bool]:
     """Rank 1's data is broken in the second step: verdict and reason there, and whether weights and tables stayed."""
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.guards import StepGuard
     from megatron_itt.training.signals import StopRequest
     from megatron_itt.training.step import Watch, train_step
+    from megatron_itt.training.trainer import build_trainer
 
     parallel_place = start_parallel(config, process=place)
     stop = StopRequest()
@@ -81,8 +81,8 @@ def differing_replica(place: ProcessInfo, config: RunConfig, name: str) -> tuple
     """The complaint before and after rank 1's copy of a weight changes by one bit."""
     from megatron_itt.model.initialisation import global_name
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
-    from megatron_itt.training.weight_checks import ReplicaMismatchError, check_replicas
+    from megatron_itt.training.guards import ReplicaMismatchError, check_replicas
+    from megatron_itt.training.trainer import build_trainer
 
     parallel_place = start_parallel(config, process=place)
     try:

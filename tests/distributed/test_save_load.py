@@ -173,9 +173,9 @@ def draw_before_and_after(place: ProcessInfo, config: RunConfig, root: str) -> t
     from megatron_itt.checkpoint.save import save_checkpoint
     from megatron_itt.checkpoint.state import new_run_state
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.checkpointing import load_trainer, trainer_state
     from megatron_itt.training.step import train_step
+    from megatron_itt.training.trainer import build_trainer
 
     parallel_place = start_parallel(config, process=place)
     try:
@@ -211,7 +211,7 @@ def test_random_states_of_every_rank_continue(tmp_path: Path) -> None:
 
 def choose(place: ProcessInfo, config: RunConfig, root: str) -> str:
     """The checkpoint that all ranks agree on, or why there is none."""
-    from megatron_itt.checkpoint.verify import find_intact
+    from megatron_itt.checkpoint.load import find_intact
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
     start_parallel(config, process=place)

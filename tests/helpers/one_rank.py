@@ -79,7 +79,7 @@ def random_tokens(config: RunConfig, batch: int = 2, seed: int = 0) -> torch.Ten
 def opened(config: RunConfig) -> Iterator[Any]:
     """A trainer of this process alone, for a block."""
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.trainer import build_trainer
 
     place = start_parallel(config, process=ONE_PROCESS)
     try:

@@ -49,10 +49,9 @@ def observe_steps(
     from megatron_itt.checkpoint.state import new_run_state
     from megatron_itt.model.builder import build_model
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
-    from megatron_itt.training.checkpointing import load_trainer, trainer_state
+    from megatron_itt.training.checkpointing import load_initial_weights, load_trainer, trainer_state
     from megatron_itt.training.step import train_step, validation_loss
-    from megatron_itt.training.warm_start import load_initial_weights
+    from megatron_itt.training.trainer import build_trainer
 
     exact = config.precision.dtype == "fp32" and not as_trained
     parallel_place = start_parallel(config, process=place)
@@ -83,8 +82,8 @@ def observe_steps(
 def observe_padded_validation(place: ProcessInfo, config: RunConfig) -> float:
     """Validation loss of fresh weights over a global batch whose rows end in padding, each at another place."""
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import validation_loss
+    from megatron_itt.training.trainer import build_trainer
 
     parallel_place = start_parallel(config, process=place)
     try:
@@ -158,7 +157,7 @@ def observe_gradients(place: ProcessInfo, config: RunConfig) -> dict[str, torch.
     """
     from megatron_itt.model.initialisation import global_name
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.trainer import build_trainer
 
     parallel_place = start_parallel(config, process=place)
     try:

@@ -125,7 +125,7 @@ def test_activations_are_those_that_autograd_keeps(shape: str, kind: str, dtype:
 def test_weights_gradients_and_optimizer_state_are_those_of_a_trainer(
     shape: str, dtype: str, one_rank: ParallelContext
 ) -> None:
-    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.trainer import build_trainer
 
     config = make_config(shape, "all", dtype=dtype)
     trainer = build_trainer(config, one_rank)
@@ -162,7 +162,7 @@ from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.benchmark.models import random_batches
 from megatron_itt.config import parse_config
 from megatron_itt.parallel.groups import peak_resident_bytes, start_parallel
-from megatron_itt.training.assemble import build_trainer
+from megatron_itt.training.trainer import build_trainer
 from megatron_itt.training.step import train_step
 model = {"hidden_size": 192, "ffn_hidden_size": 512, "num_layers": 30, "num_attention_heads": 3, "vocab_size": 49152,
          "seq_length": 256, "tie_embeddings": True}

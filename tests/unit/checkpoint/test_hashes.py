@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.checkpoint.hashes import (
+from megatron_itt.checkpoint.integrity import (
     HASHES_FILE,
     FileRecord,
     find_damage,
@@ -17,7 +17,7 @@ from megatron_itt.checkpoint.hashes import (
     read_hashes,
     write_hashes,
 )
-from megatron_itt.checkpoint.verify import share_of
+from megatron_itt.checkpoint.load import share_of
 from megatron_itt.errors import CheckpointError
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.checkpoint.layout import (
+from megatron_itt.checkpoint.state import new_run_state, read_run_state, write_run_state
+from megatron_itt.checkpoint.store import (
     LATEST_FILE,
     STATE_FILE,
     checkpoint_name,
@@ -18,7 +19,6 @@ from megatron_itt.checkpoint.layout import (
     resolve_checkpoint,
     set_aside,
 )
-from megatron_itt.checkpoint.state import new_run_state, read_run_state, write_run_state
 from megatron_itt.errors import CheckpointError
 from tests.helpers.one_rank import tiny_recipe
 

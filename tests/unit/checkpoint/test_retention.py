@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.checkpoint.hashes import hash_files, list_files, write_hashes
-from megatron_itt.checkpoint.layout import checkpoint_name, new_staging_path, publish
-from megatron_itt.checkpoint.retention import Retention, prune
+from megatron_itt.checkpoint.integrity import Retention, hash_files, list_files, prune, write_hashes
 from megatron_itt.checkpoint.state import new_run_state, write_run_state
+from megatron_itt.checkpoint.store import checkpoint_name, new_staging_path, publish
 from tests.helpers.one_rank import tiny_recipe
 
 LOSSES = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: 2.5}

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_itt.checkpoint.load import load_sharded_state
-from megatron_itt.checkpoint.safe_read import SafeShardedStrategy
+from megatron_itt.checkpoint.load import SafeShardedStrategy, load_sharded_state
 from megatron_itt.checkpoint.save import save_checkpoint
 from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
 from megatron_itt.errors import CheckpointError

@@ -15,15 +15,12 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_itt.checkpoint.hashes import find_damage, list_files
-from megatron_itt.checkpoint.layout import LATEST_FILE, checkpoint_name, list_checkpoints
-from megatron_itt.checkpoint.load import load_sharded_state
-from megatron_itt.checkpoint.retention import Retention
-from megatron_itt.checkpoint.save import CheckpointWriter
-from megatron_itt.checkpoint.space import check_space, count_bytes
+from megatron_itt.checkpoint.integrity import Retention, find_damage, list_files
+from megatron_itt.checkpoint.load import find_intact, load_sharded_state
+from megatron_itt.checkpoint.save import CheckpointWriter, check_space, count_bytes
 from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
+from megatron_itt.checkpoint.store import LATEST_FILE, checkpoint_name, list_checkpoints
 from megatron_itt.checkpoint.tensor_files import SavePlans
-from megatron_itt.checkpoint.verify import find_intact
 from megatron_itt.errors import CheckpointError, StorageError
 from tests.helpers.one_rank import built_model, tiny_recipe
 

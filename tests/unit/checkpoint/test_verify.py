@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.checkpoint.hashes import hash_files, list_files, write_hashes
-from megatron_itt.checkpoint.layout import LATEST_FILE, checkpoint_name, find_latest, new_staging_path, publish
+from megatron_itt.checkpoint.integrity import hash_files, list_files, write_hashes
+from megatron_itt.checkpoint.load import find_intact
 from megatron_itt.checkpoint.state import new_run_state, write_run_state
-from megatron_itt.checkpoint.verify import find_intact
+from megatron_itt.checkpoint.store import LATEST_FILE, checkpoint_name, find_latest, new_staging_path, publish
 from megatron_itt.errors import CheckpointError
 from megatron_itt.log import get_logger
 from tests.helpers.one_rank import tiny_recipe

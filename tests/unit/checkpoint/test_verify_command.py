@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.checkpoint.hashes import hash_files, list_files, write_hashes
+from megatron_itt.checkpoint.integrity import hash_files, list_files, write_hashes
 
 ROOT = Path(__file__).parents[3]
 

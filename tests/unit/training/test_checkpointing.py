@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_itt.checkpoint.layout import list_checkpoints
+from megatron_itt.checkpoint.store import list_checkpoints
 from megatron_itt.training.checkpointing import Checkpointer
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import _microbatches as microbatches
@@ -27,8 +27,8 @@ LARGE = {
 @pytest.fixture
 def trainer() -> Iterator[Any]:
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
     from megatron_itt.training.step import train_step
+    from megatron_itt.training.trainer import build_trainer
 
     config = tiny_recipe(model=LARGE)
     place = start_parallel(config, process=ONE_PROCESS)

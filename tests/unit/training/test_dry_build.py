@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.accounting.report import format_check
 from megatron_itt.errors import ConfigError
-from megatron_itt.training import dry_build as module
-from megatron_itt.training.dry_build import MiscountedRankError, built_check_report, dry_build
+from megatron_itt.training import trainer as module
+from megatron_itt.training.trainer import MiscountedRankError, built_check_report, dry_build
 from tests.helpers.one_rank import tiny_recipe
 
 WORLD_SIZE = 8

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_itt.config.run import RuntimeConfig
-from megatron_itt.training.agreement import JobReport
 from megatron_itt.training.guards import MIN_HISTORY, StepGuard
+from megatron_itt.training.metrics import JobReport
 
 
 def report(loss: float, grad_norm: float = 1.0, *, broken: tuple[int, ...] = ()) -> JobReport:

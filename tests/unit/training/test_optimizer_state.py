@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_itt.config import RunConfig
-from megatron_itt.training.optimizer_state import from_common_form, to_common_form
+from megatron_itt.training.optimizer import from_common_form, to_common_form
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import observe_steps
 

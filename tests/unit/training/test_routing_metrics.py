@@ -46,7 +46,7 @@ def test_warnings_are_limited_in_rate() -> None:
 
 def test_entries_say_what_a_plain_computation_says() -> None:
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.assemble import build_trainer
+    from megatron_itt.training.trainer import build_trainer
 
     config = tiny_recipe(thinking={"step_init": [0.1, 0.2, 0.3]})
     place = start_parallel(config, process=ONE_PROCESS)

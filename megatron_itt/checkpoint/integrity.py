@@ -1,18 +1,20 @@
-"""`hashes.json`: size and SHA-256 of every other file of a checkpoint, and the search for damage. No torch.
+"""Checkpoint integrity (size and SHA-256 of every file, in `hashes.json`) and retention. No torch.
 
-The file contains the hash of its own list and has one spelling for one content, so that a change of any byte of it is
-found too.
+`hashes.json` contains the hash of its own list and has one encoding, so that a change of any of its bytes is found too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_itt.checkpoint.store import STATE_FILE, list_checkpoints, step_of
 from megatron_itt.errors import CheckpointError
 
 HASHES_FILE = "hashes.json"
@@ -114,3 +116,41 @@ def _encode(records: Mapping[str, FileRecord]) -> bytes:
     files = {name: [records[name].size, records[name].sha256] for name in sorted(records)}
     own = hashlib.new(_ALGORITHM, json.dumps(files).encode()).hexdigest()  # of the list itself
     return (json.dumps({"algorithm": _ALGORITHM, "list": own, "files": files}, indent=1) + "\n").encode()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retention:
+    """The newest `keep_last`, every one whose step is a multiple of `keep_every_steps`, the best by validation loss."""
+
+    keep_last: int
+    keep_every_steps: int | None = None
+    keep_best: bool = False
+
+    def choose(self, validation_losses: Mapping[int, float | None]) -> set[int]:
+        """The steps to keep, of checkpoints given as step -> validation loss (None: not measured at that step)."""
+        steps = sorted(validation_losses)
+        kept = set(steps[-self.keep_last :])
+        if self.keep_every_steps is not None:
+            kept |= {step for step in steps if step % self.keep_every_steps == 0}
+        measured = [(loss, -step) for step, loss in validation_losses.items() if loss is not None]
+        if self.keep_best and measured:
+            kept.add(-min(measured)[1])
+        return kept
+
+
+def prune(root: Path, retention: Retention) -> list[Path]:
+    """Remove the intact checkpoints that need not stay; returns what went."""
+    intact = {step_of(path): path for path in list_checkpoints(root) if not find_misfits(path)[0]}
+    kept = retention.choose({step: _validation_loss(path) for step, path in intact.items()})
+    removed = [path for step, path in intact.items() if step not in kept]
+    for path in removed:
+        shutil.rmtree(path)
+    return removed
+
+
+def _validation_loss(checkpoint: Path) -> float | None:
+    try:
+        loss = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["validation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None

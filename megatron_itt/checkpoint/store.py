@@ -1,8 +1,8 @@
-"""Names and places of checkpoints in a run folder, atomic publishing, and the `latest` marker. No torch.
+"""Checkpoint stores: where checkpoints are kept, atomic publishing, the `latest` marker. No torch.
 
 runs/NAME/checkpoints/step_0001000/           one checkpoint: megatron-core's files, run_state.json, hashes.json
 runs/NAME/checkpoints/latest                  name of the newest one, written last
-runs/NAME/checkpoints/.writing_step_.../      one that is being written, or that a crash left half-written
+runs/NAME/checkpoints/.writing_step_.../      one that is being written, or that a crash left incomplete
 runs/NAME/checkpoints/damaged_step_.../       one whose files changed after it was saved, set aside by a run
 """
 
