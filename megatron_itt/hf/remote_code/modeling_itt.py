@@ -279,7 +279,7 @@ def refuse_arguments(config: ITTConfig, output_attentions: bool | None, others: 
     if unknown:
         raise ValueError(
             f"forward takes no {', '.join(unknown)}; budgets are given as thinking_budget=, and documents of a packed "
-            "sequence by position_ids that start anew."
+            "sequence by position_ids that restart."
         )
 
 
@@ -349,7 +349,7 @@ def bool_attention_mask(attention_mask: Tensor | None, batch: int, width: int, c
         cached = cache.tokens[0] >= 0
         if not torch.equal(mask[:, :past].to(cached.device), cached):
             raise ValueError(
-                "attention_mask calls other tokens padding than it did when past_key_values was made; begin anew with "
+                "attention_mask calls other tokens padding than it did when past_key_values was made; start again with "
                 "the whole sequence."
             )
     mask = mask[:, -width:]
