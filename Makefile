@@ -51,10 +51,8 @@ format: $(STAMP)  ## rewrite the sources in the house format
 bench: $(STAMP)  ## measure throughput on this machine
 	@$(PY) tools/benchmark.py --threads $$(nproc)
 
-gpu-check:  ## check the GPU parts on a machine that has a GPU; takes $(PYTHON) as it is if that has the packages
-	@if PYTHONPATH=. $(PYTHON) -c 'from megatron_itt.benchmark.needed import require_packages; require_packages()' \
-		2>/dev/null; then PYTHONPATH=. $(PYTHON) -m megatron_itt.benchmark; \
-	else $(MAKE) --no-print-directory install && $(PY) -m megatron_itt.benchmark; fi
+gpu-check:  ## check the GPU parts on a machine that has a GPU; with .venv or, without it, $(PYTHON) as it is
+	@if [ -x $(PY) ]; then $(PY) -m megatron_itt.benchmark; else PYTHONPATH=. $(PYTHON) -m megatron_itt.benchmark; fi
 
 clean:  ## remove caches and build products; .venv and runs/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,31 +1,42 @@
-"""Text to tokens to batches: the encoding engine alone, preprocessing as a whole, and the loader.
+"""Data throughput: the tokenizer engine alone, preprocessing with its peak memory, and the loader.
 
-Without inputs the text is what the sample corpus takes from the Python installation, with a tokenizer trained on it.
+Without inputs the text is a sample of the Python installation, with a tokenizer trained on it.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from megatron_itt.benchmark.models import Shape, with_batch
-from megatron_itt.benchmark.sections import Section, markdown_table
+import psutil
+
+from megatron_itt.benchmark.results import Section, markdown_table
+from megatron_itt.benchmark.shapes import Shape, with_batch
+from megatron_itt.config.environment import disable_tokenizer_threads
 from megatron_itt.config.run import DataConfig, DomainConfig, RunConfig
 from megatron_itt.data.batches.datasets import build_datasets
 from megatron_itt.data.batches.loader import TrainLoader
-from megatron_itt.data.speed import measure_command, measure_engine, num_cores
-from megatron_itt.data.text.documents import sample_texts
+from megatron_itt.data.text.documents import DocumentReader, sample_texts
+from megatron_itt.data.text.engine import choose_engine
 from megatron_itt.data.text.manifest import read_manifest
 from megatron_itt.data.text.sample_corpus import build_sample_corpus
+from megatron_itt.data.text.sources import Segment, find_sources
 from megatron_itt.data.text.tokenizer import load_tokenizer, train_tokenizer
-from megatron_itt.errors import ConfigError
+from megatron_itt.errors import ConfigError, DataError
 
 _VOCAB_SIZE = 4096
+_BATCH_CHARS = 1 << 20
+_ENGINE_BYTES = 2 * 10**8  # of text that all workers encode together
+_SAMPLE_INTERVAL_S = 0.1
 
 
 def data_section(
@@ -37,57 +48,140 @@ def data_section(
     min_bytes: int = 4_000_000,
     num_batches: int = 200,
 ) -> Section:
-    """MB/s of text and tokens/s of each stage; preprocessing includes starting its processes."""
+    """Measure MB/s of text and tokens/s of each stage; preprocessing includes the start of its processes."""
     if bool(inputs) != (tokenizer is not None):
         raise ConfigError("--input and --tokenizer belong together; give both, or neither for the sample corpus")
-    workers = num_workers or num_cores()
+    workers = num_workers or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if tokenizer is None:
             inputs, tokenizer = _sample(folder, min_bytes)
-        alone = measure_engine(inputs, tokenizer, "auto", num_workers=workers, max_text_bytes=2 * 10**8)
+        engine, *engine_rates = measure_engine(inputs, tokenizer, num_workers=workers)
         prefix = str(folder / "text")
         command = [sys.executable, "-m", "megatron_itt.cli", "preprocess", "--quiet", "--input", *inputs]
-        cost = measure_command(
-            [*command, "--tokenizer", tokenizer, "--output-prefix", prefix, "--workers", f"{workers}"]
-        )
+        command += ["--tokenizer", tokenizer, "--output-prefix", prefix, "--workers", f"{workers}"]
+        seconds, peak_bytes = measure_command(command)
         manifest = read_manifest(prefix)
-        assert manifest is not None, "the command has written its manifest"
-        loading = _loaded_tokens_per_second(shape.config, folder, tokenizer, num_batches)
-    rows: list[dict[str, Any]] = [
-        {
-            "stage": f"engine alone ({alone.engine}, {workers} workers)",
-            "text_bytes_per_second": alone.text_bytes_per_second,
-            "tokens_per_second": alone.tokens_per_second,
-        },
-        {
-            "stage": f"preprocessing as a whole ({manifest.text_bytes / 1e6:.1f} MB of text)",
-            "text_bytes_per_second": manifest.text_bytes / cost.seconds,
-            "tokens_per_second": manifest.tokens / cost.seconds,
-        },
-        {"stage": "loader, torch", "text_bytes_per_second": None, "tokens_per_second": loading},
-    ]
-    lines = [
-        [
-            row["stage"],
-            "-" if row["text_bytes_per_second"] is None else f"{row['text_bytes_per_second'] / 1e6:.1f}",
-            f"{row['tokens_per_second']:,.0f}",
-        ]
-        for row in rows
-    ]
+        assert manifest is not None, "preprocessing has written its manifest"
+        loader_rate = _loaded_tokens_per_second(shape.config, folder, tokenizer, num_batches)
+    stages: dict[str, tuple[float | None, float]] = {
+        f"engine alone ({engine}, {workers} workers)": (engine_rates[0], engine_rates[1]),
+        f"preprocessing ({manifest.text_bytes / 1e6:.1f} MB of text)": (
+            manifest.text_bytes / seconds,
+            manifest.tokens / seconds,
+        ),
+        "loader, torch": (None, loader_rate),
+    }
     return Section(
         title="Preprocessing and loading",
-        rows=rows,
-        table=markdown_table(("stage", "MB/s of text", "tokens/s"), lines),
+        rows=[
+            {"stage": stage, "text_bytes_per_second": text, "tokens_per_second": tokens}
+            for stage, (text, tokens) in stages.items()
+        ],
+        table=markdown_table(
+            ("stage", "MB/s of text", "tokens/s"),
+            [
+                (stage, "-" if text is None else f"{text / 1e6:.1f}", f"{tokens:,.0f}")
+                for stage, (text, tokens) in stages.items()
+            ],
+        ),
         notes=(
-            f"Peak memory of all processes of preprocessing: {cost.peak_bytes / 1e6:,.0f} MB.",
-            "On so little text starting the processes is most of the time: see docs/results/preprocessing.md.",
+            f"Peak memory of all processes of preprocessing: {peak_bytes / 1e6:,.0f} MB.",
+            "With so little text the start of the processes dominates: see docs/results/preprocessing.md.",
         ),
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _EngineTask:
+    sources: tuple[Segment, ...]
+    tokenizer: str
+    max_text_bytes: int
+
+
+def measure_engine(
+    inputs: Sequence[str], tokenizer: str, *, num_workers: int, max_text_bytes: int = _ENGINE_BYTES
+) -> tuple[str, float, float]:
+    """Return the engine's name, text bytes/s and tokens/s of `num_workers` processes with cold caches."""
+    sources = find_sources(inputs)
+    tasks = [
+        _EngineTask(
+            sources=tuple(sources[idx % len(sources) :: num_workers]),
+            tokenizer=tokenizer,
+            max_text_bytes=max_text_bytes // num_workers,
+        )
+        for idx in range(num_workers)
+    ]
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(_encode_texts, tasks))
+    return (
+        results[0][0],
+        sum(size / seconds for _, size, _, seconds in results),
+        sum(tokens / seconds for _, _, tokens, seconds in results),
+    )
+
+
+def _encode_texts(task: _EngineTask) -> tuple[str, int, int, float]:
+    """Return the engine's name, bytes of text, tokens, seconds."""
+    disable_tokenizer_threads()
+    engine = choose_engine(load_tokenizer(task.tokenizer), "auto")
+    batches = list(_batches(task))
+    if not batches:
+        raise DataError("the inputs contain no text to measure with; check --input")
+    size = sum(len(text.encode()) for batch in batches for text in batch)
+    started = time.perf_counter()
+    tokens = sum(len(engine.encode(batch)[0]) for batch in batches)
+    return engine.name, size, tokens, time.perf_counter() - started
+
+
+def _batches(task: _EngineTask) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars, total = 0, 0
+    for text in (item for source in task.sources for item in DocumentReader(source, text_key="text")):
+        if not isinstance(text, str):
+            continue
+        batch.append(text)
+        chars, total = chars + len(text), total + len(text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+        if total >= task.max_text_bytes:
+            break
+    if batch:
+        yield batch
+
+
+def measure_command(command: Sequence[str]) -> tuple[float, int]:
+    """Run a command; return its seconds and the peak memory of all its processes, shared pages counted once.
+
+    DataError with the last line of its errors if it fails.
+    """
+    started, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as errors:
+        process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        while process.poll() is None:
+            peak = max(peak, _tree_bytes(process))
+            time.sleep(_SAMPLE_INTERVAL_S)
+        seconds = time.perf_counter() - started
+        errors.seek(0)
+        lines = errors.read().strip().splitlines()
+    if process.returncode != 0:
+        raise DataError(f"{' '.join(command[1:4])} failed: {lines[-1] if lines else f'exit code {process.returncode}'}")
+    return seconds, peak
+
+
+def _tree_bytes(process: psutil.Process) -> int:
+    total = 0
+    try:
+        for member in (process, *process.children(recursive=True)):
+            total += member.memory_full_info().pss
+    except psutil.Error:  # a process has just ended
+        pass
+    return total
+
+
 def _sample(folder: Path, min_bytes: int) -> tuple[list[str], str]:
-    """The sample corpus and a tokenizer of it."""
+    """Write the sample corpus and a tokenizer trained on it."""
     build_sample_corpus(folder / "corpus", min_bytes=min_bytes)
     inputs = [str(path) for path in sorted((folder / "corpus").rglob("*.jsonl.zst"))]
     texts = sample_texts(inputs, text_key="text", max_bytes=min_bytes)
@@ -96,7 +190,7 @@ def _sample(folder: Path, min_bytes: int) -> tuple[list[str], str]:
 
 
 def _loaded_tokens_per_second(config: RunConfig, folder: Path, tokenizer: str, num_batches: int) -> float:
-    """Of the loader's thread alone, nobody computing."""
+    """Measure the loader's thread without any computation beside it."""
     loaded = load_tokenizer(tokenizer)
     blend = {"text": DomainConfig(path=str(folder / "text"), weight=1.0)}
     micro = config.batch.micro
@@ -109,14 +203,8 @@ def _loaded_tokens_per_second(config: RunConfig, folder: Path, tokenizer: str, n
         logging=replace(config.logging, run_dir=str(folder / "run")),
     )
     datasets = build_datasets(config, tokenizer=loaded)
-    with TrainLoader(
-        datasets.train,
-        consumed_samples=0,
-        micro_batch_size=micro,
-        num_microbatches=1,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-    ) as loader:
+    arguments: dict[str, Any] = {"consumed_samples": 0, "micro_batch_size": micro, "num_microbatches": 1}
+    with TrainLoader(datasets.train, **arguments, data_parallel_rank=0, data_parallel_size=1) as loader:
         next(loader)
         started, count = time.perf_counter(), 0
         for _ in zip(range(num_batches), loader, strict=False):

@@ -1,187 +1,224 @@
-"""What `make gpu-check` does, section by section, each in a process with a limit of time; at most eight minutes in all.
+"""Check of a GPU: numerics first, then times at the paper's shapes, within a limit of minutes.
 
-First whether the numbers are right, then how fast they come, the paper's shapes first. Everything also runs on the CPU
-with tiny shapes, which is how it is tested where there is no GPU.
+Every row is appended to FOLDER/gpu-NAME-DATE.jsonl as soon as it is measured, so that an interrupted check keeps what
+it has; the Markdown beside it is written again after every check. It needs few packages: a leased machine is bare.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_itt.benchmark.decode import decode_section
-from megatron_itt.benchmark.graphs import graphs_section
-from megatron_itt.benchmark.isolated import Action, run_isolated
-from megatron_itt.benchmark.kernel_checks import kernels_section
-from megatron_itt.benchmark.lengths import lengths_section
-from megatron_itt.benchmark.machine import machine_facts
-from megatron_itt.benchmark.memory import memory_section
-from megatron_itt.benchmark.models import BASE, STOCK, STOCK_SAME_PARTS, Shape, load_shape
-from megatron_itt.benchmark.needed import CheckRequest
-from megatron_itt.benchmark.parts import failed, heading
-from megatron_itt.benchmark.precision import precision_section
-from megatron_itt.benchmark.rank_checks import ranks_section
-from megatron_itt.benchmark.routed import routed_section
-from megatron_itt.benchmark.scaling import scaling_section
-from megatron_itt.benchmark.sections import Outcome, Section, write_results
-from megatron_itt.benchmark.steps import steps_section
-from megatron_itt.config.backends import choose_backend, use_backend
 from megatron_itt.errors import ConfigError
-from megatron_itt.log import silence_known_warnings
 
-_TIMED = ("ITT x4", "ITT x4, selected", "Loop x4", "ITT x2", "ITT x3")
-_PLAIN = (BASE, STOCK, STOCK_SAME_PARTS)
-# Small enough for the stock attention, which keeps every score.
-_STOCK_CUT = ("model.num_layers=2", "model.vocab_size=8000", "batch.global=1", "batch.micro=1")
+# Import name -> name for pip. pydantic and pyyaml read the recipes, psutil is needed by megatron-core.
+PACKAGES = {
+    **{name: name for name in ("torch", "numpy", "transformers", "pydantic", "psutil")},
+    **{"megatron.core": "megatron-core", "yaml": "pyyaml"},
+}
+SHAPES = ("162m", "466m")
+_MODELS = ("ITT x4", "ITT x4, selected", "Loop x4")
 _TINY = (
     *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
     *("model.num_query_groups=2", "model.vocab_size=256", "model.seq_length=64", "batch.global=4", "batch.micro=2"),
 )
 
 
-def run_check(request: CheckRequest) -> int:
-    """Run the check, print each section as it ends and where the files are; 1 if a section failed."""
-    outcomes = check_gpu(
-        request, folder=request.output, report=lambda outcome: print(outcome.as_markdown(), end="\n\n", flush=True)
-    )
-    lost = failed(outcomes)
-    print(f"written to {request.output}" + (f"; FAILED: {', '.join(lost)}" if lost else ""))
-    return 1 if lost else 0
+@dataclass(frozen=True, kw_only=True)
+class CheckRequest:
+    """What to check, and how."""
+
+    output: Path = Path("docs/results")  # folder of the results
+    minutes: float = 9.5  # limit of the whole check
+    repeats: int = 5  # timed steps per model
+    device: str = "cuda"  # cuda or cpu
+    tiny: bool = False  # tiny shapes, to try the check itself
+    command: str = ""  # as the results name it
 
 
-def check_gpu(request: CheckRequest, *, folder: Path, report: Callable[[Outcome], None]) -> list[Outcome]:
-    """Run the check and write FOLDER/gpu-NAME-DATE.json and .md, also where sections fail.
+def require_packages() -> None:
+    """Import what the check needs; ConfigError that names every package that cannot be imported, and why."""
+    problems = {}
+    for name, label in PACKAGES.items():
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a broken package is as bad as a missing one
+            problems[label] = f"{label} ({type(error).__name__}: {error})"
+    if problems:
+        raise ConfigError(f"not usable here: {'; '.join(problems.values())}; pip install {' '.join(problems)}")
 
-    Raises ConfigError where there is no GPU to check.
-    """
+
+def run_check(request: CheckRequest, *, show: Callable[[str], None] = print) -> int:
+    """Run the check and show each row; return 1 if a row failed. ConfigError if there is no GPU."""
+    import torch
+
+    from megatron_itt.benchmark.isolated import run_isolated
+    from megatron_itt.log import silence_known_warnings
+
+    silence_known_warnings()
+
     if request.repeats < 1:
         raise ConfigError(f"--repeats is {request.repeats}; at least one step must be timed")
     if request.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("torch sees no NVIDIA GPU here; run this on a GPU machine, or make bench for the CPU")
+    name = torch.cuda.get_device_name(0) if request.device == "cuda" else "cpu"
     num_gpus = torch.cuda.device_count() if request.device == "cuda" else 2
-    began = time.monotonic()
-    outcomes = run_isolated(plan_check(request, num_gpus=num_gpus), total_s=60 * request.minutes, report=report)
-    machine = outcomes[0].section
-    facts = machine.rows[0] if machine is not None else _facts_without_machine(request)
-    notes = [] if num_gpus > 1 else ["One GPU: NCCL between GPUs and scaling were not run."]
-    lines = [heading(facts, command=request.command), *notes, f"{time.monotonic() - began:.0f} s in all."]
-    write_results(
-        outcomes,
-        facts={**facts, "command": request.command, "seconds": time.monotonic() - began},
-        heading="\n\n".join(lines),
-        folder=folder,
-        name=f"gpu-{slug(facts['machine'])}-{time.strftime('%Y-%m-%d', time.gmtime())}",
-    )
-    return outcomes
+    request.output.mkdir(parents=True, exist_ok=True)
+    path = request.output / f"gpu-{slug(name)}-{time.strftime('%Y-%m-%d-%H%M', time.gmtime())}.jsonl"
+    origin = {"check": "request", "command": request.command, "device": name, "torch": torch.__version__}
+    rows: list[dict[str, Any]] = [origin]
+    _append(path, rows[0])
+    began, last = time.monotonic(), ""
+    for check, row in run_isolated(plan_check(request, num_gpus=num_gpus), total_s=60 * request.minutes):
+        rows.append({"check": check.name, "at_s": round(time.monotonic() - began, 1), **row})
+        _append(path, rows[-1])
+        show(json.dumps(rows[-1]))
+        if check.name != last:
+            render(path)
+            last = check.name
+    page = render(path)
+    failed = failed_checks(rows)
+    show(f"written to {path} and {page}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
 
 
-def plan_check(request: CheckRequest, *, num_gpus: int) -> list[Action]:
-    """All sections in order, with their limits of time."""
+def plan_check(request: CheckRequest, *, num_gpus: int) -> list[Any]:
+    """Return all checks in order, with their time limits.
+
+    bfloat16 kernels at the paper's sizes and the steps of its models come first; graphs, which may break a process,
+    come last.
+    """
+    import torch
+
+    from megatron_itt.benchmark import gpu_kernels, gpu_rows
+    from megatron_itt.benchmark.isolated import Check
+
     device = torch.device("cpu") if request.device == "cpu" else torch.device("cuda", 0)
-    best = usable_parts(request.device)[-1]
-    repeats, small = request.repeats, _shape(request, "tiny")
-    shapes = {"tiny": small} if request.tiny else {name: _shape(request, name) for name in ("162m", "466m")}
-    first = next(iter(shapes))
-    stock = small if request.tiny else _shape(request, "162m", *_STOCK_CUT)
-    precise = {"tiny": small.config}
-    if not request.tiny:
-        precise["162m, 2 layers"] = _shape(request, "162m", *_STOCK_CUT, "model.seq_length=1024").config
-    add = partial(_action, request)
-    actions = [add("machine", best, 90, machine_section, device), add("kernels", best, 90, kernels_section, device)]
-    for parts in usable_parts(request.device):
-        for name, section in (("precision", precision_section), ("graphs", graphs_section)):
-            actions.append(add(f"{name}, {parts}", parts, 60, partial(section, parts=parts), precise, device))
+    backends = usable_backends(request.device)
+    small = _shape(request, "tiny", *(() if request.tiny else _TINY))
+    shapes = {"tiny": small} if request.tiny else {name: _shape(request, name) for name in SHAPES}
+    attention_models = (
+        {"tiny": small} if request.tiny else {name: _shape(request, name) for name in ("162m", "230m", "466m")}
+    )
+    cases = [
+        gpu_kernels.AttentionCase.of(f"{name}, {capacity:.0%}", shape.config.model, capacity, shape.config.batch.micro)
+        for name, shape in attention_models.items()
+        for capacity in (0.5, 0.7)
+    ]
+    rows_of = {name: (shape.config.model, shape.config.model.seq_length) for name, shape in shapes.items()}
+    new_tokens, prompt_tokens, dtype = (3, 8, "fp32") if request.tiny else (64, 512, "bf16")
+    decoding = {
+        **{"num_new_tokens": new_tokens, "num_prompt_tokens": prompt_tokens, "num_repeats": 3},
+        **{"device": request.device, "dtype": dtype},
+    }
+    first = next(iter(shapes.values()))
+
+    def check(name: str, backend: str, limit_s: float, function: Callable[..., Iterator[Any]], *given: Any) -> Check:
+        setup = (prepare, (backend, request.device))
+        return Check(name=name, function=function, arguments=given, limit_s=limit_s, setup=setup)
+
+    native = "native"
+    checks = [
+        check("machine", native, 20, gpu_rows.machine_rows, device),
+        check("attention, bf16", native, 90, gpu_kernels.attention_rows, cases, torch.bfloat16, device),
+        check("row operations, bf16", native, 30, gpu_kernels.row_kernel_rows, rows_of, torch.bfloat16, device),
+        *[
+            check(f"steps {name}", native, 90, gpu_rows.step_rows, shape, _MODELS, request.repeats, 15.0)
+            for name, shape in shapes.items()
+        ],
+        check("decode", native, 45, gpu_rows.decode_rows, first, (1, 2) if request.tiny else (1, 8, 64), decoding),
+    ]
+    for backend in backends:
+        config = replace(small.config, precision=replace(small.config.precision, parts=backend))
+        checks.append(check(f"precision, {backend}", backend, 25, gpu_rows.precision_rows, config, device))
+    if "transformer_engine" in backends:
+        checks.append(
+            check("steps, TE", "transformer_engine", 60, gpu_rows.step_rows, first, _MODELS[:1], request.repeats, 15.0)
+        )
     if num_gpus > 1:
-        actions.append(add("ranks", best, 90, partial(ranks_section, num_ranks=2), small))
-    for name, shape in shapes.items():
-        timed = partial(steps_section, models=_TIMED, num_repeats=repeats, stop_after_s=40.0)
-        actions.append(add(f"steps {name}", best, 120, timed, shape))
-    actions += [
-        add("stock", "native", 60, partial(steps_section, models=_PLAIN, num_repeats=repeats), stock),
-        *[add(f"routed {name}", best, 40, partial(routed_section, num_repeats=repeats), shape)
-          for name, shape in shapes.items()],
-        add("decode", best, 90, _decoding(request), shapes[first]),
-        add("memory", best, 60, memory_section, shapes[first]),
-        add("lengths", best, 80, _lengths(request), shapes[first]),
-    ]  # fmt: skip
-    if num_gpus > 1 and not request.tiny:
-        timed = partial(scaling_section, num_ranks=num_gpus, num_repeats=repeats, num_turns=1, timeout_s=80.0)
-        actions.append(add("scaling", best, 90, timed, shapes[first]))
-    return actions
+        checks.append(check("layouts", native, 120, gpu_rows.layout_rows, 2, request.device))
+    if request.device == "cuda":
+        checks.append(check("graphs", native, 30, gpu_rows.graph_rows, small.config, device))
+    return checks
 
 
-def machine_section(device: torch.device) -> Section:
-    """What the machine is; its facts are the only row."""
-    return Section(title="Machine", rows=[machine_facts(device)], table="")
+def usable_backends(device: str) -> list[str]:
+    """Return the choices of `precision.parts` that work here, native first."""
+    from megatron_itt.config.backends import choose_backend
 
-
-def usable_parts(device: str) -> list[str]:
-    """Choices of `precision.parts` that work here: native first, the one that auto takes last."""
-    found = []
+    found = ["native"]
     for name in ("apex", "transformer_engine"):
         try:
             found.append(choose_backend(name, device=device).name)
         except ConfigError:
             continue
-    return ["native", *found]
+    return found
 
 
-def prepare(parts: str, device: str) -> None:
-    """In a fresh process, before megatron-core is imported."""
+def prepare(backend: str, device: str) -> None:
+    """Select the backend in a fresh process, before megatron-core is imported."""
+    from megatron_itt.config.backends import use_backend
+    from megatron_itt.log import silence_known_warnings
+
     silence_known_warnings()
-    use_backend(parts, device=device)
+    use_backend(backend, device=device)
+
+
+def render(path: Path) -> Path:
+    """Write the rows of a .jsonl file as Markdown beside it, one table per check; return the page's path."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        sections.setdefault(row["check"], []).append({key: row[key] for key in row if key not in ("check", "at_s")})
+    failed = failed_checks(rows)
+    heading = f"# {rows[0]['device']}\n\n{'FAILED: ' + ', '.join(failed) if failed else 'All rows agree.'}"
+    parts = [heading, *(f"## {name}\n\n{_table(entries)}" for name, entries in sections.items())]
+    page = path.with_suffix(".md")
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def failed_checks(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the names of the checks with an error or a difference beyond its tolerance."""
+    return list(dict.fromkeys(row["check"] for row in rows if "error" in row or row.get("agrees") is False))
 
 
 def slug(text: str) -> str:
-    """A name as part of a file's name."""
+    """Return text as part of a file name."""
     return re.sub(r"\W+", "-", text).strip("-").lower()
 
 
-def _action(
-    request: CheckRequest, name: str, parts: str, limit_s: float, function: Callable[..., Section], *arguments: Any
-) -> Action:
-    setup = (prepare, (parts, request.device))
-    return Action(name=name, function=function, arguments=arguments, limit_s=limit_s, setup=setup)
+def options() -> list[Any]:
+    """Return the fields of a request that are options of the command line."""
+    return [field for field in fields(CheckRequest) if field.name != "command"]
 
 
-def _shape(request: CheckRequest, name: str, *overrides: str) -> Shape:
+def _shape(request: CheckRequest, name: str, *overrides: str) -> Any:
+    from megatron_itt.benchmark.shapes import load_shape
+
     settings = [f"runtime.device={request.device}", *(_TINY if request.tiny else ()), *overrides]
     return load_shape(name, settings, device=request.device)
 
 
-def _decoding(request: CheckRequest) -> Callable[..., Section]:
-    sizes, tokens, prompt = ((1, 2), 3, 8) if request.tiny else ((1, 8, 64), 64, 512)
-    return partial(
-        decode_section,
-        batch_sizes=sizes,
-        num_new_tokens=tokens,
-        num_prompt_tokens=prompt,
-        num_repeats=min(3, request.repeats),
-        device=request.device,
-        dtype="fp32" if request.tiny else "bf16",
-    )
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-def _lengths(request: CheckRequest) -> Callable[..., Section]:
-    lengths = (32, 64) if request.tiny else (1024, 2048, 4096, 8192)
-    return partial(lengths_section, lengths=lengths, num_repeats=min(5, request.repeats), stop_after_s=50.0)
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    from megatron_itt.benchmark.results import markdown_table
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return markdown_table(columns, [[_cell(row.get(key, "")) for key in columns] for row in rows])
 
 
-def _facts_without_machine(request: CheckRequest) -> dict[str, Any]:
-    """What a result says when even the first section failed."""
-    name = torch.cuda.get_device_name(0) if request.device == "cuda" else "cpu"
-    return {
-        "machine": name,
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "cores": 0,
-        "threads": 0,
-        "torch": torch.__version__,
-        "python": "",
-        "rates": {"fp32": 0.0, "bf16": 0.0},
-    }
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(entry)}" for key, entry in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,93 +1,103 @@
-"""Sections in a process of their own, each with a limit of time: a crash, a hang or a broken GPU costs one of them.
+"""Checks in a process of their own that report row by row, so that a crash, a hang or a lost GPU costs one check only.
 
-The process is kept for the next section if its sections so far have ended well and it is for the same setup.
+Rows are plain dictionaries. A row with `error` or with `agrees: false` marks itself as failed, and the check goes on.
+The process is reused by the next check with the same setup, unless a check ended badly.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_itt.benchmark.sections import Outcome, Section, describe_exception
-from megatron_itt.errors import IttError
+from megatron_itt.benchmark.results import describe_exception
 
-_LEAVING_S = 2.0
+Row = dict[str, Any]
+SETUP_LIMIT_S = 90.0  # imports of torch, transformers and megatron-core on a cold disk
+_JOIN_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Action:
-    """A section to be made: a function that can be pickled, its arguments, and the seconds it may take.
+class Check:
+    """A picklable function that yields rows, its arguments, and its time limit in seconds.
 
-    `setup` is run once, with its own arguments, in a fresh process; sections of the same setup share one.
+    `setup` runs once, with its own arguments, in a fresh process.
     """
 
     name: str
-    function: Callable[..., Section]
+    function: Callable[..., Iterator[Row]]
     arguments: tuple[Any, ...]
     limit_s: float
     setup: tuple[Callable[..., object], tuple[Any, ...]] | None = None
 
 
-def run_isolated(
-    actions: Sequence[Action], *, total_s: float, report: Callable[[Outcome], None] | None = None
-) -> list[Outcome]:
-    """Run the sections in order. What would begin after `total_s` is not begun, and its outcome says so."""
-    began = time.monotonic()
-    outcomes: list[Outcome] = []
+def run_isolated(checks: Sequence[Check], *, total_s: float) -> Iterator[tuple[Check, Row]]:
+    """Run the checks in order and yield every row as soon as it is there.
+
+    A check that would begin after `total_s` yields one row with an error, and so does one that fails or is stopped.
+    """
+    deadline = time.monotonic() + total_s
     worker: _Worker | None = None
     try:
-        for action in actions:
-            left = total_s - (time.monotonic() - began)
-            if left <= 0:
-                outcome = Outcome(name=action.name, seconds=0.0, error=f"not begun: the {total_s:.0f} s are over")
-            else:
-                if worker is None or worker.setup != action.setup:
-                    _close(worker)
-                    worker = _Worker(action.setup)
-                outcome = worker.run(action, min(left, action.limit_s))
-                if outcome.section is None:
-                    _close(worker)
-                    worker = None
-            outcomes.append(outcome)
-            if report is not None:
-                report(outcome)
+        for check in checks:
+            if time.monotonic() >= deadline:
+                yield check, {"error": f"not begun: the {total_s:.0f} s are over"}
+                continue
+            if worker is None or worker.setup != check.setup:
+                _close(worker)
+                worker = _Worker(check.setup)
+            is_healthy = True
+            for row in worker.run(check, deadline):
+                is_healthy = is_healthy and "error" not in row
+                yield check, row
+            if not is_healthy:
+                _close(worker)
+                worker = None
     finally:
         _close(worker)
-    return outcomes
 
 
 class _Worker:
-    """One process that makes sections, and this end of the pipe to it."""
+    """One process, and this end of the pipe to it."""
 
     def __init__(self, setup: tuple[Callable[..., object], tuple[Any, ...]] | None) -> None:
         self.setup = setup
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=_work, args=(other, setup))
+        self._process = context.Process(target=_serve, args=(other, setup))
         self._process.start()
         other.close()
+        self._is_ready = False
 
-    def run(self, action: Action, limit_s: float) -> Outcome:
-        started = time.monotonic()
-        section: Section | None = None
+    def run(self, check: Check, deadline: float) -> Iterator[Row]:
         try:
-            self._connection.send((action.function, action.arguments))
-            if self._connection.poll(limit_s):
-                section, error = self._connection.recv()
-            else:
-                error = f"had not ended after {limit_s:.0f} s, and was stopped"
+            if not self._is_ready:
+                yield from self._rows(min(deadline, time.monotonic() + SETUP_LIMIT_S), "starting")
+                self._is_ready = True
+            self._connection.send((check.function, check.arguments))
+            yield from self._rows(min(deadline, time.monotonic() + check.limit_s), "running")
+        except TimeoutError as error:
+            yield {"error": str(error)}
         except (EOFError, OSError):
-            self._process.join(_LEAVING_S)
-            error = f"the process ended with code {self._process.exitcode}"
-        return Outcome(name=action.name, seconds=time.monotonic() - started, section=section, error=error)
+            self._process.join(_JOIN_S)
+            yield {"error": f"the process ended with code {self._process.exitcode}"}
+
+    def _rows(self, until: float, activity: str) -> Iterator[Row]:
+        """Yield rows up to the end mark; TimeoutError when the time is over."""
+        started = time.monotonic()
+        while self._connection.poll(max(0.0, until - time.monotonic())):
+            row = self._connection.recv()
+            if row is None:
+                return
+            yield row
+        raise TimeoutError(f"stopped after {time.monotonic() - started:.0f} s of {activity}")
 
     def close(self) -> None:
         self._connection.close()  # an idle process ends by that
-        self._process.join(_LEAVING_S)
+        self._process.join(_JOIN_S)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -98,28 +108,23 @@ def _close(worker: _Worker | None) -> None:
         worker.close()
 
 
-def _work(connection: Connection, setup: tuple[Callable[..., object], tuple[Any, ...]] | None) -> None:
-    """In the process: make what is asked for until nobody asks."""
-    problem: str | None = None
+def _serve(connection: Connection, setup: tuple[Callable[..., object], tuple[Any, ...]] | None) -> None:
+    """Run in the process: answer each request with its rows and an end mark."""
     try:
         if setup is not None:
             setup[0](*setup[1])
     except Exception as error:
-        problem = f"could not be prepared: {_describe(error)}"
+        connection.send({"error": f"setup failed: {describe_exception(error)}"})
+        return
+    connection.send(None)
     while True:
         try:
             function, arguments = connection.recv()
         except EOFError:
             return
-        section: Section | None = None
-        failure = problem
-        if failure is None:
-            try:
-                section = function(*arguments)
-            except Exception as error:  # whatever it is, it is this section's outcome
-                failure = _describe(error)
-        connection.send((section, failure))
-
-
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, IttError) else describe_exception(error)
+        try:
+            for row in function(*arguments):
+                connection.send(row)
+        except Exception as error:  # becomes the last row of this check
+            connection.send({"error": describe_exception(error)})
+        connection.send(None)

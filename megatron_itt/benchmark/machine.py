@@ -1,4 +1,4 @@
-"""What the machine is, and what it can do at most: matrix products of both types, with the threads that are used."""
+"""Facts about the machine, and its fastest matrix products, which MFU is relative to."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from megatron_itt.benchmark.timing import now
+from megatron_itt.benchmark.timing import synchronized_time
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# (rows, inner, columns): squares, and the long and flat products of a layer. The best of all is the ceiling.
+# (rows, inner, columns): squares, and the long and flat products of a layer. The fastest one counts.
 _PRODUCTS = {
     "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 2560), (4096, 2048, 4096)),
     "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 8192)),
 }
-_WARM_UP_S, _MEASURED_S = 0.2, 0.4  # of each size
-_LEAST_REPEATS = 4
+_WARM_UP_S, _MEASURED_S = 0.2, 0.4  # per product
+_MIN_REPEATS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,51 +33,42 @@ class MatrixRates:
     bf16: float
 
     def of(self, dtype: str) -> float:
-        """The rate of `precision.dtype`."""
+        """Return the rate of `precision.dtype`."""
         return self.bf16 if dtype == "bf16" else self.fp32
-
-    def __str__(self) -> str:
-        return f"matrix products {self.fp32 / 1e9:,.0f} GFLOP/s in fp32, {self.bf16 / 1e9:,.0f} in bf16"
 
 
 def matrix_rates(device: torch.device) -> MatrixRates:
-    """The ceiling that MFU is measured against: both types, several shapes, warm, the threads of this process.
-
-    Measured once per process and number of threads, so that all sections have the same.
-    """
+    """Measure both types, once per process and number of threads, so that all sections use the same rates."""
     return _measure_rates(device, torch.get_num_threads())
 
 
 @cache
 def _measure_rates(device: torch.device, _num_threads: int) -> MatrixRates:
-    return MatrixRates(**{name: max(_rates(device, dtype)) for name, dtype in DTYPES.items()})
+    rates = {
+        name: max(product_rate(sizes, device, dtype) for sizes in _PRODUCTS[device.type])
+        for name, dtype in DTYPES.items()
+    }
+    return MatrixRates(**rates)
 
 
-def _rates(device: torch.device, dtype: torch.dtype) -> list[float]:
-    return [_product_rate(sizes, device, dtype) for sizes in _PRODUCTS[device.type]]
-
-
-def _product_rate(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product, from the fastest quarter of its repetitions: a single one may be a fault of the clock.
-
-    Random numbers: zeros are faster on some hardware.
-    """
+def product_rate(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
+    """Return FLOP/s of a product by the fastest quarter of repetitions; random numbers, because zeros are faster on some GPUs."""
     rows, inner, columns = sizes
     left = torch.randn(rows, inner, device=device, dtype=dtype)
     right = torch.randn(columns, inner, device=device, dtype=dtype)
     out = torch.empty(rows, columns, device=device, dtype=dtype)
     seconds: list[float] = []
-    began = now(device)
-    while (elapsed := now(device) - began) < _WARM_UP_S + _MEASURED_S or len(seconds) < _LEAST_REPEATS:
-        started = now(device)
+    began = synchronized_time(device)
+    while (elapsed := synchronized_time(device) - began) < _WARM_UP_S + _MEASURED_S or len(seconds) < _MIN_REPEATS:
+        started = synchronized_time(device)
         torch.mm(left, right.t(), out=out)
         if elapsed >= _WARM_UP_S:
-            seconds.append(now(device) - started)
+            seconds.append(synchronized_time(device) - started)
     return 2.0 * rows * inner * columns / sorted(seconds)[len(seconds) // 4]
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What a result must say about where it comes from."""
+    """Return what a result must state about its origin."""
     facts: dict[str, Any] = {
         "machine": device_name(device),
         "threads": torch.get_num_threads(),
@@ -94,7 +86,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """Return the GPU's name, or the processor's with its matrix extensions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -109,11 +101,5 @@ def device_name(device: torch.device) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that new models may take: of the GPU, or of the machine. Very much where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 1 << 50
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 1 << 50)
+    """Return the memory that new models may take on the GPU or the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

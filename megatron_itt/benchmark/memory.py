@@ -1,4 +1,4 @@
-"""What backward needs of the forward pass, by recompute mode: as autograd keeps it, at the peak, and as accounted."""
+"""Activation memory by recompute mode: kept by autograd, at the peak of a step, and as estimated by the accounting."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_itt.accounting.memory import FLOAT32, activation_bytes, layer_activations, rank_memory
-from megatron_itt.benchmark.models import BASE, Shape, compared_models, random_batches, with_batch
-from megatron_itt.benchmark.sections import Section, markdown_table
+from megatron_itt.benchmark.results import Section, markdown_table
+from megatron_itt.benchmark.shapes import BASE, Shape, compared_models, random_batches, with_batch
 from megatron_itt.benchmark.steps import release
 from megatron_itt.config.run import RunConfig
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
@@ -21,9 +21,9 @@ _MEBI = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActivationMemory:
-    """Bytes for one micro-batch. `kept`: what autograd holds between forward and backward, logits and loss left out.
+    """Bytes for one micro-batch. `kept`: held by autograd between forward and backward, without logits and loss.
 
-    `peak`: the most that a step of one micro-batch takes beyond weights, gradients and optimizer state.
+    `peak`: maximum of a step of one micro-batch, without weights, gradients and optimizer state.
     """
 
     name: str
@@ -34,7 +34,7 @@ class ActivationMemory:
 
 
 def memory_section(shape: Shape) -> Section:
-    """LLaMA, Loop x4, and ITT x4 in each recompute mode."""
+    """Measure LLaMA, Loop x4, and ITT x4 in each recompute mode."""
     rows = [measure_activations(name, config) for name, config in _cases(shape.config).items()]
     columns = ("model", "kept MiB", "estimate", "kept/estimate", "peak MiB", "estimate", "peak/estimate")
     lines = [
@@ -57,7 +57,7 @@ def memory_section(shape: Shape) -> Section:
 
 
 def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
-    """Build the model, keep count of what one pass holds, then of the most that a step takes."""
+    """Build the model; measure what one pass holds and the peak of a step."""
     from megatron_itt.training.step import train_step
     from megatron_itt.training.trainer import build_trainer
 
@@ -90,25 +90,24 @@ def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
 
 
 def measure_kept_bytes(chunk: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> int:
-    """Bytes of all storages that backward from the logits needs, weights excepted. tokens, positions [b, s]."""
+    """Return the bytes of all storages that backward needs, without weights. tokens, positions [b, s]."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()  # with its history, the graph would hold itself, and the model, for ever
+        tensor = tensor.detach()  # with its history it would hold the graph, and the model, for ever
         address = tensor.untyped_storage().data_ptr()
         if address not in weights:
-            kept[address] = tensor  # held, so that no address is used twice
+            kept[address] = tensor  # held, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = chunk(tokens, positions, None)
-    assert output.requires_grad, "the model is to be trained"
+    assert output.requires_grad, "the model is not trainable"
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _cases(base: RunConfig) -> dict[str, RunConfig]:
-    """Configurations with one micro-batch per step."""
     models = compared_models(with_batch(base, global_size=base.batch.micro, micro=base.batch.micro))
     cases = {name: models[name] for name in (BASE, "Loop x4")}
     for mode in ("none", "routed", "layer"):
@@ -126,7 +125,7 @@ def _peak_on_gpu(step: Any, device: torch.device) -> int:
 
 
 def _peak_on_cpu(step: Any) -> int:
-    """From the allocator's own record, which the profiler keeps."""
+    """Read the allocator's events, which the profiler records."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step(1)
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,6 +1,6 @@
-"""Optimizer steps of several models side by side, against their FLOPs and against the machine's matrix products.
+"""Optimizer steps of several models, interleaved, relative to their FLOPs and to the machine's matrix products.
 
-Absolute times depend on the machine and on what else it does; ratios of neighbours within one run are what counts.
+Absolute times depend on the machine and its load; compare ratios within one run.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.benchmark.machine import MatrixRates, free_bytes, matrix_rates
-from megatron_itt.benchmark.models import BASE, STOCK, STOCK_SAME_PARTS, Shape, choose_models, random_batches
-from megatron_itt.benchmark.sections import Section, markdown_table
-from megatron_itt.benchmark.timing import Spread, paired_ratio, take_turns
+from megatron_itt.benchmark.results import Section, markdown_table
+from megatron_itt.benchmark.shapes import BASE, STOCK, STOCK_SAME_PARTS, Shape, choose_models, random_batches
+from megatron_itt.benchmark.timing import Spread, paired_ratio, time_interleaved
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
-_MEMORY_SHARE = 0.8  # of what is free: the estimate knows no workspaces and no fragmentation
-# Bytes of one score of the stock attention: softmax in float32, its input, and both in the model's type.
+MEMORY_SHARE = 0.8  # of the free memory: the estimate has no workspaces and no fragmentation
+# Bytes per attention score of the stock attention: softmax and its input, in float32 and in the model's type.
 _STOCK_BYTES_PER_SCORE = 16
 COLUMNS = ("model", "step ms (fastest - slowest)", "tokens/s", f"time / {BASE}", f"FLOPs / {BASE}", "time/FLOPs", "MFU")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """One model's optimizer step. `flops` are the useful ones of a step, backward included.
+    """One model's optimizer step. `flops`: useful FLOPs of a step, backward included.
 
-    `slower` and `more_flops` are against the first model. `mfu` is of the machine's measured matrix rate in the same
-    type, `mfu_bf16` of that in bfloat16. `peak_bytes`: of GPU memory; None on CPUs.
+    `slower` and `more_flops` are ratios to the first model. `mfu` is relative to the measured matrix rate of the same
+    type, `mfu_bf16` to that of bfloat16. `peak_bytes`: GPU memory; None on CPUs.
     """
 
     name: str
@@ -48,13 +48,13 @@ class StepTime:
 
     @property
     def time_per_flops(self) -> float:
-        """1 where time follows the FLOPs."""
+        """1 if time is proportional to FLOPs."""
         return self.slower / self.more_flops
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Measured models, in the order asked for, and why others could not be measured."""
+    """Measured models in the requested order, and the reasons why others are missing."""
 
     rows: list[StepTime]
     left_out: dict[str, str]
@@ -63,7 +63,7 @@ class StepTimes:
 def steps_section(
     shape: Shape, *, models: Sequence[str] = (), num_repeats: int, stop_after_s: float | None = None
 ) -> Section:
-    """Training steps of the models named (all without names), and Loop x4 against ITT x4."""
+    """Measure training steps of the named models, or of all if none is named."""
     chosen = choose_models(shape.config, models)
     measured = measure_steps(chosen, num_repeats=num_repeats, stop_after_s=stop_after_s)
     by_name = {row.name: row for row in measured.rows}
@@ -84,10 +84,10 @@ def steps_section(
 
 
 def measure_steps(models: Mapping[str, RunConfig], *, num_repeats: int, stop_after_s: float | None = None) -> StepTimes:
-    """Time `num_repeats` optimizer steps of each model on random tokens, the models taking turns.
+    """Time `num_repeats` optimizer steps of each model on random tokens, interleaved.
 
-    Models that memory cannot hold at once take turns in groups, each with the first model in it. One that does not fit
-    alone is left out, with the reason.
+    Models that do not fit into memory together are measured in groups that each contain the first model. One that does
+    not fit alone is left out, with the reason.
     """
     if num_repeats < 1:
         raise ConfigError(f"--repeats is {num_repeats}; at least one step must be timed")
@@ -95,7 +95,7 @@ def measure_steps(models: Mapping[str, RunConfig], *, num_repeats: int, stop_aft
     place = start_parallel(first)
     try:
         rates = matrix_rates(place.device)
-        groups, left_out = _groups_that_fit(models, free_bytes(place.device) * _MEMORY_SHARE)
+        groups, left_out = group_by_memory(models, free_bytes(place.device) * MEMORY_SHARE)
         rows: dict[str, StepTime] = {}
         for group in groups:
             limit = None if stop_after_s is None else stop_after_s / len(groups)
@@ -108,7 +108,7 @@ def measure_steps(models: Mapping[str, RunConfig], *, num_repeats: int, stop_aft
 
 
 def format_table(rows: Sequence[StepTime]) -> str:
-    """Markdown, ratios against the first row. `time/FLOPs` is 1 where time follows the FLOPs."""
+    """Format Markdown with ratios to the first row."""
     columns = [*COLUMNS, *(["peak GiB"] if any(row.peak_bytes for row in rows) else [])]
     lines = []
     for row in rows:
@@ -119,15 +119,15 @@ def format_table(rows: Sequence[StepTime]) -> str:
 
 
 def step_flops(config: RunConfig) -> float:
-    """Useful FLOPs of an optimizer step over all ranks, backward included."""
+    """Return the useful FLOPs of an optimizer step over all ranks, backward included."""
     return forward_flops(config.model, config.thinking).training * config.batch.global_size
 
 
 def release(trainer: Any) -> None:
-    """Let a trainer's memory go. megatron-core's wrapper and the hooks on its gradients know each other for ever."""
+    """Free a trainer's memory by breaking the reference cycle of megatron-core's wrapper and its gradient hooks."""
     for wrapped in trainer.wrapped:
         for node in getattr(wrapped, "grad_accs", ()):
-            handle = node.register_hook(lambda *_: None)  # a handle knows the table of all hooks of its node
+            handle = node.register_hook(lambda *_: None)  # the handle refers to the table of all hooks of its node
             handle.hooks_dict_ref().clear()
         wrapped.grad_accs.clear()
 
@@ -141,7 +141,7 @@ class _Timed:
 def _time_group(
     models: Mapping[str, RunConfig], place: Any, num_repeats: int, stop_after_s: float | None, left_out: dict[str, str]
 ) -> _Timed:
-    """Turns of the models of one group; what runs out of memory is left out from then on."""
+    """Time the models of one group; models that run out of memory are moved to `left_out`."""
     from megatron_itt.model.builder import build_model, build_stock_model
     from megatron_itt.training.trainer import build_trainer
 
@@ -152,22 +152,27 @@ def _time_group(
     trainers: dict[str, Any] = {}
     peaks: dict[str, int] = {}
     for name, config in models.items():
-        trainer = build_trainer(config, place, build=builders.get(name, build_model))
+        trainer = None
         try:
-            _step(trainer, 0)
+            trainer = build_trainer(config, place, build=builders.get(name, build_model))
+            train_on_random_tokens(trainer, 0)
         except torch.OutOfMemoryError as error:
             left_out[name] = f"out of memory ({str(error).splitlines()[0]})"
-            release(trainer)
+            if trainer is not None:
+                release(trainer)
             continue
         trainers[name] = trainer
     actions = {name: _peak_watching(trainer, name, peaks) for name, trainer in trainers.items()}
-    seconds = take_turns(actions, device=place.device, num_repeats=num_repeats, warm_up=1, stop_after_s=stop_after_s)
+    seconds = time_interleaved(
+        actions, device=place.device, num_repeats=num_repeats, warm_up=1, stop_after_s=stop_after_s
+    )
     for trainer in trainers.values():
         release(trainer)
     return _Timed(seconds=seconds, peaks=peaks)
 
 
-def _step(trainer: Any, turn: int) -> None:
+def train_on_random_tokens(trainer: Any, turn: int) -> None:
+    """Run one optimizer step."""
     from megatron_itt.training.step import train_step
 
     batches = random_batches(trainer.config, trainer.num_microbatches, seed=turn)
@@ -175,15 +180,15 @@ def _step(trainer: Any, turn: int) -> None:
 
 
 def _peak_watching(trainer: Any, name: str, peaks: dict[str, int]) -> Callable[[int], None]:
-    """One step, with the GPU memory that was taken meanwhile beyond what the other models hold."""
+    """Return a step that records its peak of GPU memory, without that of the other models."""
     device = trainer.place.device
 
     def act(turn: int) -> None:
         if device.type != "cuda":
-            return _step(trainer, turn)
+            return train_on_random_tokens(trainer, turn)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _step(trainer, turn)
+        train_on_random_tokens(trainer, turn)
         own = sum(parameter.nbytes for chunk in trainer.wrapped for parameter in chunk.parameters())
         peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(device) - before + own)
         return None
@@ -192,7 +197,6 @@ def _peak_watching(trainer: Any, name: str, peaks: dict[str, int]) -> Callable[[
 
 
 def _summarise(models: Mapping[str, RunConfig], timed: _Timed, rates: MatrixRates) -> dict[str, StepTime]:
-    """Rows of a group; its first model is what ratios are against."""
     base = next(name for name in timed.seconds)
     rows = {}
     for name, seconds in timed.seconds.items():
@@ -212,10 +216,10 @@ def _summarise(models: Mapping[str, RunConfig], timed: _Timed, rates: MatrixRate
     return rows
 
 
-def _groups_that_fit(models: Mapping[str, RunConfig], room: float) -> tuple[list[list[str]], dict[str, str]]:
-    """Names in groups whose models fit into `room` bytes together, one of them at work; the first is in every group."""
+def group_by_memory(models: Mapping[str, RunConfig], room: float) -> tuple[list[list[str]], dict[str, str]]:
+    """Group names so that each group fits into `room` bytes with one model training; the first is in every group."""
     first, *others = models
-    needs = {name: _needs(name, config) for name, config in models.items()}
+    needs = {name: memory_needs(name, config) for name, config in models.items()}
     left_out: dict[str, str] = {}
     groups = [[first]]
     for name in others:
@@ -232,8 +236,8 @@ def _fits(names: Sequence[str], needs: Mapping[str, tuple[float, float]], room: 
     return sum(needs[name][0] for name in names) + max(needs[name][1] for name in names) <= room
 
 
-def _needs(name: str, config: RunConfig) -> tuple[float, float]:
-    """Bytes that a trainer holds between its steps, and that it takes during one."""
+def memory_needs(name: str, config: RunConfig) -> tuple[float, float]:
+    """Return the bytes that a trainer holds between steps, and those that it takes during a step."""
     (memory,) = rank_memory(config, 1)
     model, working = config.model, memory.activations
     if name == STOCK:

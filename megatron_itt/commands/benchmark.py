@@ -1,57 +1,55 @@
-"""Measure how long things take on this machine, side by side in one run, beside their FLOPs and its matrix rate."""
+"""Measure training, decoding, data and memory on this machine; check a GPU; compile the Triton kernels."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress
 
-from megatron_itt.benchmark.needed import CheckRequest, require_packages
+from megatron_itt.benchmark.gpu_check import CheckRequest, require_packages, run_check
 from megatron_itt.commands.arguments import Count, Names, Numbers, OptionalCount, Overrides, separated
 from megatron_itt.config.backends import use_backend
+from megatron_itt.errors import ConfigError
 from megatron_itt.log import silence_known_warnings
 
 EXAMPLES = """
   itt benchmark
-  itt benchmark --parts steps,routed --shape 162m --repeats 3 --output docs/results --name cpu-162m
+  itt benchmark --parts steps --shape 162m --repeats 3 --output docs/results --name cpu-162m
   itt benchmark --parts steps --models "ITT x4;Loop x4" --shape recipes/466m/itt_x4.yaml model.num_layers=2
-  itt benchmark --parts lengths --shape 162m --lengths 1024,2048,4096,8192 model.num_layers=2
   itt benchmark --parts data --input corpus/*.jsonl.zst --tokenizer runs/tokenizer --workers 2
   itt benchmark --parts decode --shape 162m --batches 1,8 --new-tokens 128 thinking.capacity=[0.5,0.5,0.5]
-  itt benchmark --parts overhead --repeats 40 model.hidden_size=384 logging.run_dir=runs/overhead
   itt benchmark gpu-check --output docs/results
   itt benchmark gpu-check --device cpu --tiny --output runs/gpu_check    # try the check itself
+  itt benchmark kernels --output docs/results    # registers and spills of the Triton kernels; needs no GPU
 """
+PARTS = ("steps", "decode", "data", "memory")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """Time the parts of the project, as --parts names them.
 
-    Parts: steps (training steps of LLaMA, megatron-core's own GPTModel, Loop and ITT models), routed (what a routed
-    step spends its time on), lengths (steps as sequences grow), decode (the exported model), data (preprocessing with
-    its memory, and loading; give at least 200 MB of text: below that, starting the processes is most of the time),
-    scaling (ranks of this machine, with bytes), memory (activations by recompute mode), overhead (of the training
-    loop).
+    Parts: steps (training steps of LLaMA, megatron-core's own GPTModel, loop and ITT models), decode (the export), data
+    (preprocessing with its memory, and loading; give at least 200 MB of text), memory (activations by recompute mode).
     """
 
     overrides: Overrides = ()
-    parts: Names = ()  # some of the parts (default: all but overhead)
+    parts: Names = PARTS  # some of the parts
     shape: str = "tiny"  # tiny, 162m, 230m, 466m (cut on CPUs), or a recipe
     repeats: int = 5  # timed turns
     seconds_per_part: float | None = None  # begin no further turn of a part after that
     threads: OptionalCount = None  # of torch (default: its own choice)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
-    models: Annotated[tuple[str, ...], separated(";", like="A;B")] = ()  # of steps; LLaMA is always there
+    models: Annotated[tuple[str, ...], separated(";", like="A;B")] = ()  # of steps; LLaMA is always included
     batches: Numbers = (1, 8)  # of decode
     prompt_tokens: Count = 32  # of decode
     new_tokens: Count = 32  # of decode
-    lengths: Numbers = ()  # of lengths (default: half to twice the recipe's)
-    ranks: int = 2  # of scaling
     input: tuple[str, ...] = ()  # text for data (default: a sample corpus)
     tokenizer: str | None = None  # for data, with --input
     workers: OptionalCount = None  # processes of data (default: one per core)
@@ -60,68 +58,105 @@ class Parts:
 
     def execute(self) -> int:
         """Measure, print each part as it ends, write JSON and Markdown."""
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts:
+            name = unknown[0] if unknown else ""
+            raise ConfigError(f"--parts: there is no part {name!r}; choose from {','.join(PARTS)}")
+        if self.repeats < 1:
+            raise ConfigError(f"--repeats is {self.repeats}; at least one repetition must be timed")
         silence_known_warnings()
         import torch
 
-        from megatron_itt.benchmark.models import load_shape
+        from megatron_itt.benchmark.shapes import load_shape
         from megatron_itt.parallel.groups import choose_device
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        device = choose_device(self.device, 0).type
-        shape = load_shape(self.shape, [f"runtime.device={self.device}", *self.overrides], device=device)
-        print(use_backend(shape.config.precision.parts, device=device), end="\n\n", flush=True)
-        from megatron_itt.benchmark.parts import USUAL, Request, failed, run_request
+        device = choose_device(self.device, 0)
+        shape = load_shape(self.shape, [f"runtime.device={self.device}", *self.overrides], device=device.type)
+        print(use_backend(shape.config.precision.parts, device=device.type), end="\n\n", flush=True)
+        from megatron_itt.benchmark.machine import machine_facts
+        from megatron_itt.benchmark.results import format_heading, run_sections, write_results
 
-        request = Request(
-            shape=shape,
-            parts=self.parts or USUAL,
-            num_repeats=self.repeats,
-            stop_after_s=self.seconds_per_part,
-            models=self.models,
-            batch_sizes=self.batches,
-            num_new_tokens=self.new_tokens,
-            num_prompt_tokens=self.prompt_tokens,
-            lengths=self.lengths,
-            num_ranks=self.ranks,
-            inputs=self.input,
-            tokenizer=self.tokenizer,
-            num_workers=self.workers,
-            command=command_line(),
+        facts = {**machine_facts(device), "command": command_line()}
+        outcomes = run_sections(
+            self._sections(shape, device), report=lambda outcome: print(outcome.as_markdown(), end="\n\n", flush=True)
         )
-        outcomes = run_request(request, folder=self.output, name=self.name, report=_print_outcome)
+        heading = format_heading(facts, command=facts["command"])
+        write_results(outcomes, facts=facts, heading=heading, folder=self.output, name=self.name)
         print(f"written to {self.output}")
-        return 1 if failed(outcomes) else 0
+        return 1 if any(outcome.section is None for outcome in outcomes) else 0
+
+    def _sections(self, shape: Any, device: Any) -> dict[str, Callable[[], Any]]:
+        from megatron_itt.benchmark.data import data_section
+        from megatron_itt.benchmark.decode import decode_section
+        from megatron_itt.benchmark.memory import memory_section
+        from megatron_itt.benchmark.steps import steps_section
+
+        sections: dict[str, Callable[[], Any]] = {
+            "steps": partial(
+                steps_section,
+                shape,
+                models=self.models,
+                num_repeats=self.repeats,
+                stop_after_s=self.seconds_per_part,
+            ),
+            "decode": partial(
+                decode_section,
+                shape,
+                batch_sizes=self.batches,
+                num_new_tokens=self.new_tokens,
+                num_prompt_tokens=self.prompt_tokens,
+                num_repeats=self.repeats,
+                device=str(device),
+                dtype=shape.config.precision.dtype,
+            ),
+            "data": partial(data_section, shape, inputs=self.input, tokenizer=self.tokenizer, num_workers=self.workers),
+            "memory": partial(memory_section, shape),
+        }
+        return {part: sections[part] for part in PARTS if part in self.parts}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuCheck(CheckRequest):
-    """Check the model on one or more NVIDIA GPUs and time the paper's shapes there, in at most eight minutes.
+    """Check the model on NVIDIA GPUs and time the paper's shapes there, within --minutes.
 
-    Exits with 2 where there is no GPU, and with 1 when a section failed: the other sections' figures are written all
-    the same. On a machine without the packages of itt: make gpu-check, or python -m megatron_itt.benchmark, which need
-    torch, triton, numpy, transformers, megatron-core, pydantic and pyyaml alone.
+    Rows are appended to a .jsonl file as they are measured. Exits with 2 where there is no GPU, and with 1 when a row
+    failed. On a machine without the packages of itt: make gpu-check, or python -m megatron_itt.benchmark.
     """
 
     command: Suppress[str] = ""
 
     def execute(self) -> int:
-        """Run the sections, print each as it ends, write JSON and Markdown."""
+        """Run the checks, print each row, write JSON lines and Markdown."""
         require_packages()
-        from megatron_itt.benchmark.gpu_check import run_check
-
         return run_check(replace(self, command=command_line()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Compile all Triton launches of the paper's shapes for NVIDIA GPUs; list registers, spills and shared memory."""
+
+    capabilities: Numbers = (80, 90, 100)  # compute capabilities: 80 is A100, 90 H100, 100 B200
+    output: Path = Path("runs/benchmark")  # folder of the result
+
+    def execute(self) -> int:
+        """Compile, print the table, write it; 1 if a launch does not fit or spills more than 32 instructions."""
+        from megatron_itt.benchmark.kernel_resources import compile_shapes, kernel_page, problems_of
+
+        rows = compile_shapes(self.capabilities)
+        page = kernel_page(rows, command=command_line())
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "kernels.md").write_text(page, encoding="utf-8")
+        print(page)
+        return 1 if problems_of(rows) else 0
+
+
 def command_line() -> str:
-    """The command as it was given, for the results."""
+    """Return the command as it was given, for the results."""
     words = sys.argv[1:]
     return shlex.join(["itt", "benchmark", *(words[1:] if words[:1] == ["benchmark"] else words)])
 
 
-def _print_outcome(outcome: Any) -> None:
-    print(outcome.as_markdown(), end="\n\n", flush=True)
-
-
-COMMAND = {"parts": Parts, "gpu-check": GpuCheck}
+COMMAND = {"parts": Parts, "gpu-check": GpuCheck, "kernels": Kernels}
 DEFAULT = "parts"

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_itt.benchmark.traffic import CountTraffic, Message
 from megatron_itt.config import RunConfig
 from megatron_itt.config.environment import ProcessInfo
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import tiny_recipe
+from tests.helpers.traffic import CountTraffic, Message
 from tests.helpers.waiting import WatchOperations
 
 PARALLEL = {"tensor": 2, "sequence": True}

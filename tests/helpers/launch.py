@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron_itt.benchmark.ranks import Job, free_port, run_jobs
 from megatron_itt.config.environment import ProcessInfo
 from tests.helpers.leaving import free_left_trainers
+from tests.helpers.ranks import Job, free_port, run_jobs
 
 __all__ = ["free_port", "run_ranks", "start_rank"]
 

@@ -159,7 +159,7 @@ RESIDENT = """
 import warnings; warnings.simplefilter("ignore")
 import json
 from megatron_itt.accounting.memory import rank_memory
-from megatron_itt.benchmark.models import random_batches
+from megatron_itt.benchmark.shapes import random_batches
 from megatron_itt.config import parse_config
 from megatron_itt.parallel.groups import peak_resident_bytes, start_parallel
 from megatron_itt.training.trainer import build_trainer

@@ -1,7 +1,8 @@
-"""itt benchmark as a command."""
+"""itt benchmark as a command: parts on a tiny model, and messages for invalid options."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_itt.benchmark import needed
-from megatron_itt.benchmark.needed import PACKAGES, require_packages
+from megatron_itt.accounting.memory import rank_memory
+from megatron_itt.benchmark.decode import decode_section
+from megatron_itt.benchmark.memory import memory_section
+from megatron_itt.benchmark.shapes import Shape
 from megatron_itt.cli import main, run
 from megatron_itt.errors import ConfigError
+from tests.helpers.one_rank import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
+TINY = Shape(config=tiny_recipe(), cut="")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[3]
         ("--device cuda", "torch sees no GPU"),
         ("--parts speed", "there is no part 'speed'; choose from steps,"),
         ("--repeats 0", "--repeats is 0; at least one repetition must be timed"),
+        ("kernels --capabilities 70", "--capabilities: 70 is not known; choose from 80,"),
     ],
 )
 def test_mistakes_are_one_line_each(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +48,37 @@ def test_lists_of_numbers_are_checked_by_the_command_line() -> None:
         run(["benchmark", "--batches", "1,x"])
 
 
+def test_parts_are_written_as_json_and_markdown_and_a_failed_one_loses_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--device", "cpu", "--repeats", "1", "--batches", "0", "--output", str(tmp_path), "--name", "x"]
+    sizes = ["model.hidden_size=48", "model.ffn_hidden_size=64", "model.num_layers=2", "model.seq_length=64"]
+    code = main(["benchmark", "--parts", "memory,decode", *settings, *sizes, "model.vocab_size=128", "batch.micro=2"])
+    assert code == 1  # of decode
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert content["command"].startswith("itt benchmark --parts") and content["rates"]["bf16"] > 0
+    assert "--batches 0: give sizes of at least 1" in content["sections"]["decode"]["error"]
+    assert content["sections"]["memory"]["rows"]
+    page = (tmp_path / "x.md").read_text()
+    assert "Activations of one micro-batch" in page and "FAILED after" in page
+    assert "Activations of one micro-batch" in capsys.readouterr().out
+
+
+def test_activation_memory_is_measured_beside_its_estimate() -> None:
+    rows = {row["name"]: row for row in memory_section(TINY).rows}
+    assert list(rows)[:2] == ["LLaMA", "Loop x4"]
+    assert rows["ITT x4, recompute layer"]["kept"] < rows["ITT x4, recompute routed"]["kept"]
+    assert rows["ITT x4, recompute routed"]["kept"] < rows["ITT x4, recompute none"]["kept"]
+    (estimate,) = rank_memory(tiny_recipe(thinking={"kind": "none"}), 1, on_cpu=True)
+    assert rows["LLaMA"]["peak_estimate"] <= estimate.activations
+
+
+def test_decoding_is_measured_for_each_batch_size() -> None:
+    section = decode_section(TINY, batch_sizes=(1, 2), num_new_tokens=2, num_repeats=1, num_prompt_tokens=4)
+    assert [row["batch"] for row in section.rows] == [1, 2]
+    assert section.table.count("\n") == 3
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("module", [["megatron_itt.benchmark"], ["megatron_itt.cli", "benchmark", "gpu-check"]])
 def test_the_check_needs_a_gpu(module: list[str]) -> None:
@@ -49,16 +86,6 @@ def test_the_check_needs_a_gpu(module: list[str]) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: torch sees no NVIDIA GPU here") and done.stderr.count("\n") == 1
-
-
-def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_packages()
-    monkeypatch.setattr(needed, "find_spec", lambda name: None if name in ("yaml", "megatron") else object())
-    with pytest.raises(
-        ConfigError, match="not installed here: megatron-core, pyyaml; pip install megatron-core pyyaml"
-    ):
-        require_packages()
-    assert {"torch", "numpy", "transformers", "megatron-core"} <= set(PACKAGES.values())
 
 
 def test_the_check_of_a_bare_machine_has_the_options_of_the_command(tmp_path: Path) -> None:

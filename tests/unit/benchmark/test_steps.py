@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_itt.benchmark import steps
-from megatron_itt.benchmark.models import BASE, STOCK, STOCK_SAME_PARTS, Shape, choose_models, compared_models
+from megatron_itt.benchmark.shapes import BASE, STOCK, STOCK_SAME_PARTS, Shape, choose_models, compared_models
 from megatron_itt.benchmark.steps import format_table, measure_steps, step_flops, steps_section
 from megatron_itt.errors import ConfigError
 from tests.helpers.one_rank import tiny_recipe
@@ -46,34 +46,34 @@ def test_flops_of_a_step_count_the_batch_and_the_backward_pass() -> None:
     assert step_flops(doubled) == 2 * step_flops(config)
 
 
-def test_models_that_do_not_fit_together_take_turns_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_do_not_fit_together_time_interleaved_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     models = choose_models(tiny_recipe(), ["ITT x3", "ITT x4", "Loop x4"])
-    held = max(steps._needs(name, config)[0] for name, config in models.items())
-    working = max(steps._needs(name, config)[1] for name, config in models.items())
-    groups, left_out = steps._groups_that_fit(models, 2 * held + working)
+    held = max(steps.memory_needs(name, config)[0] for name, config in models.items())
+    working = max(steps.memory_needs(name, config)[1] for name, config in models.items())
+    groups, left_out = steps.group_by_memory(models, 2 * held + working)
     assert groups == [[BASE, "Loop x4"], [BASE, "ITT x3"], [BASE, "ITT x4"]]
     assert left_out == {}
-    monkeypatch.setattr(steps, "free_bytes", lambda device: int((2 * held + working) / steps._MEMORY_SHARE) + 1)
+    monkeypatch.setattr(steps, "free_bytes", lambda device: int((2 * held + working) / steps.MEMORY_SHARE) + 1)
     assert [row.name for row in measure_steps(models, num_repeats=1).rows] == list(models)
 
 
 def test_a_model_that_memory_cannot_hold_is_left_out_with_the_reason() -> None:
     # The stock attention keeps every score: 32 heads x 4096^2, twice.
     config = tiny_recipe(model={"num_attention_heads": 32, "hidden_size": 64, "seq_length": 4096, "num_layers": 2})
-    groups, left_out = steps._groups_that_fit(choose_models(config, [STOCK]), 8 * 2**30)
+    groups, left_out = steps.group_by_memory(choose_models(config, [STOCK]), 8 * 2**30)
     assert groups == [[BASE]]
     assert left_out[STOCK].startswith("needs 3")  # two micro-batches, two layers: 32 GiB
 
 
 def test_running_out_of_memory_loses_one_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = steps._step
+    step = steps.train_on_random_tokens
 
     def short_of_memory(trainer: object, turn: int) -> None:
         if trainer.config.thinking.kind == "loop":  # type: ignore[attr-defined]
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         step(trainer, turn)
 
-    monkeypatch.setattr(steps, "_step", short_of_memory)
+    monkeypatch.setattr(steps, "train_on_random_tokens", short_of_memory)
     measured = measure_steps(choose_models(tiny_recipe(), ["Loop x4", "ITT x2"]), num_repeats=1)
     assert [row.name for row in measured.rows] == [BASE, "ITT x2"]
     assert measured.left_out == {"Loop x4": "out of memory (CUDA out of memory.)"}

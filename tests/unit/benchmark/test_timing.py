@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_itt.benchmark import timing
-from megatron_itt.benchmark.timing import Spread, paired_ratio, take_turns
+from megatron_itt.benchmark.timing import Spread, paired_ratio, time_interleaved
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 def test_every_other_turn_runs_backwards_and_warm_up_is_not_counted() -> None:
     calls: list[str] = []
     actions = {name: lambda turn, name=name: calls.append(f"{name}{turn}") for name in ("a", "b")}
-    times = take_turns(actions, device=CPU, num_repeats=2, warm_up=1)
+    times = time_interleaved(actions, device=CPU, num_repeats=2, warm_up=1)
     assert calls == ["a0", "b0", "b1", "a1", "a2", "b2"]
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
 
@@ -24,7 +24,7 @@ def test_every_other_turn_runs_backwards_and_warm_up_is_not_counted() -> None:
 def test_no_turn_begins_after_the_limit_but_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(0.0, 10.0)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    times = take_turns({"a": lambda turn: None}, device=CPU, num_repeats=5, warm_up=1, stop_after_s=1.0)
+    times = time_interleaved({"a": lambda turn: None}, device=CPU, num_repeats=5, warm_up=1, stop_after_s=1.0)
     assert times == {"a": [10.0]}
 
 

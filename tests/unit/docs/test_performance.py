@@ -11,7 +11,7 @@ import pytest
 
 from megatron_itt.accounting.floor import ROUTING_PARTS, routed_floor
 from megatron_itt.accounting.flops import forward_flops
-from megatron_itt.benchmark.models import BASE, compared_models
+from megatron_itt.benchmark.shapes import BASE, compared_models
 from megatron_itt.config import load_config
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,4 +1,4 @@
-"""A run's results: sections, each with rows for programs and a table for people; and the two files that hold them."""
+"""Benchmark results: sections with rows for programs and a table for people, and the two files that hold them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_itt.errors import IttError
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What one part measured. `rows` are plain data; `table` is Markdown."""
+    """One measured part. `rows` are plain data; `table` is Markdown."""
 
     title: str
     rows: list[dict[str, Any]]
@@ -24,7 +24,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A section, or why there is none."""
+    """A section, or the error that prevented it."""
 
     name: str
     seconds: float
@@ -32,7 +32,7 @@ class Outcome:
     error: str | None = None
 
     def as_markdown(self) -> str:
-        """Heading, table and notes; or the error."""
+        """Format heading, table and notes, or the error."""
         if self.section is None:
             return f"## {self.name}\n\nFAILED after {self.seconds:.0f} s: {self.error}"
         parts = [f"## {self.section.title}", self.section.table, *self.section.notes]
@@ -42,16 +42,16 @@ class Outcome:
 def run_sections(
     actions: Mapping[str, Callable[[], Section]], *, report: Callable[[Outcome], None] | None = None
 ) -> list[Outcome]:
-    """Run all of them in this process, one after the other; what one raises is its outcome, and the next goes on."""
+    """Run all actions in order; an exception becomes the outcome of its section, and the next one runs."""
     outcomes = []
     for name, action in actions.items():
         started = time.perf_counter()
+        section: Section | None = None
+        error: str | None = None
         try:
-            section, error = action(), None
-        except IttError as problem:
-            section, error = None, str(problem)
-        except Exception as problem:  # a bug in one part must not lose the others' figures
-            section, error = None, describe_exception(problem)
+            section = action()
+        except Exception as problem:  # one part's fault must not lose the others' figures
+            error = describe_exception(problem)
         outcomes.append(Outcome(name=name, seconds=time.perf_counter() - started, section=section, error=error))
         if report is not None:
             report(outcomes[-1])
@@ -59,7 +59,9 @@ def run_sections(
 
 
 def describe_exception(problem: BaseException) -> str:
-    """Type, first line, and the innermost place in the source, on one line."""
+    """Format an exception on one line: our own by message, others by type, first line and innermost source line."""
+    if isinstance(problem, IttError):
+        return str(problem)
     place, trace = "", problem.__traceback__
     while trace is not None:
         place = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})"
@@ -71,7 +73,7 @@ def describe_exception(problem: BaseException) -> str:
 def write_results(
     outcomes: Sequence[Outcome], *, facts: Mapping[str, Any], heading: str, folder: Path, name: str
 ) -> tuple[Path, Path]:
-    """Write NAME.json and NAME.md; returns both paths."""
+    """Write NAME.json and NAME.md; return both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data, text = folder / f"{name}.json", folder / f"{name}.md"
     content = {**facts, "sections": {outcome.name: _plain(outcome) for outcome in outcomes}}
@@ -80,8 +82,21 @@ def write_results(
     return data, text
 
 
+def format_heading(facts: Mapping[str, Any], *, command: str) -> str:
+    """Format the first lines of a result: machine, date, fastest matrix products, command."""
+    rates = facts["rates"]
+    lines = [
+        f"# {facts['machine']}",
+        f"{facts['date']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}, Python "
+        f"{facts['python']}. Fastest matrix products: {rates['fp32'] / 1e9:,.0f} GFLOP/s in fp32, "
+        f"{rates['bf16'] / 1e9:,.0f} in bf16; MFU is relative to the one of the model's type.",
+        f"    {command}",
+    ]
+    return "\n\n".join(lines)
+
+
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table of text."""
+    """Format a table of text."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 

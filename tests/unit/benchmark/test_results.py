@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_itt.benchmark.sections import Outcome, Section, markdown_table, run_sections, write_results
+from megatron_itt.benchmark.results import Outcome, Section, markdown_table, run_sections, write_results
 from megatron_itt.errors import ConfigError
 
 

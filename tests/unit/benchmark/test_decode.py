@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
+from megatron_itt.benchmark.decode import DecodeCase, measure_decode_speed
 from megatron_itt.errors import ExportError
-from megatron_itt.hf.decode_speed import DecodeCase, measure_decode_speed
 from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
 from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 

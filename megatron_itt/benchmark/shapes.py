@@ -1,4 +1,4 @@
-"""What is compared: LLaMA, Loop and ITT models of one shape, the paper's shapes, and batches of random tokens."""
+"""Benchmark shapes, the models that are compared at a shape, and random batches."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _GPU_CUT = ("batch.global=4", "batch.micro=2")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A recipe as it is measured. `cut` says what of the recipe's own shape was left out; empty if nothing was."""
+    """A measured recipe. `cut` describes how its shape is smaller than the recipe's own; empty if it is not."""
 
     config: RunConfig
     cut: str
 
     def describe(self) -> str:
-        """One line for the top of a result."""
+        """Format one line for the title of a section."""
         config, model = self.config, self.config.model
         text = (
             f"hidden {model.hidden_size}, {model.num_layers} layers, sequence {model.seq_length}, micro-batch "
@@ -44,9 +44,9 @@ class Shape:
 
 
 def load_shape(name: str, overrides: Iterable[str], *, device: str, cut: bool = True) -> Shape:
-    """A shape of the paper (or tiny), or a recipe's path; the paper's are cut to what the device can take.
+    """Load a shape of the paper, `tiny`, or a recipe's path; the paper's are cut to what the device can take.
 
-    Overrides have the last word. Raises ConfigError for names that are neither.
+    Overrides have the last word. ConfigError for names that are neither, and for recipes that are no ITT.
     """
     path = _RECIPES / SHAPES[name] if name in SHAPES else Path(name)
     if name not in SHAPES and not path.is_file():
@@ -64,9 +64,9 @@ def load_shape(name: str, overrides: Iterable[str], *, device: str, cut: bool = 
 
 
 def compared_models(base: RunConfig) -> dict[str, RunConfig]:
-    """LLaMA, the stock models, Loop x4 and ITT x2, x3, x4 of a recipe's shape, with the paper's capacities.
+    """Return LLaMA, the stock models, Loop x4 and ITT x2, x3, x4 at a recipe's shape, with the paper's capacities.
 
-    All on one rank, without recomputation.
+    All run on one rank, without recomputation.
     """
     plain = ThinkingConfig()
     itt = replace(base.thinking, kind="itt", recompute="none")
@@ -86,7 +86,7 @@ def compared_models(base: RunConfig) -> dict[str, RunConfig]:
 
 
 def choose_models(base: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
-    """The compared models that are named, and LLaMA; all without names. ConfigError for unknown ones."""
+    """Return the named models and LLaMA, or all if none is named. ConfigError for unknown names."""
     models = compared_models(base)
     unknown = [name for name in names if name not in models]
     if unknown:
@@ -96,18 +96,18 @@ def choose_models(base: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]
 
 
 def on_one_rank(base: RunConfig, thinking: ThinkingConfig) -> RunConfig:
-    """A recipe with other thinking switches, without parallelism and validation budgets."""
+    """Replace the thinking section; remove parallelism and validation budgets."""
     validation = replace(base.validation, budgets=())
     return replace(base, thinking=thinking, validation=validation, parallel=ParallelConfig())
 
 
 def with_batch(config: RunConfig, *, global_size: int, micro: int) -> RunConfig:
-    """A recipe with another batch."""
+    """Replace the batch section."""
     return replace(config, batch=BatchConfig(**{"global": global_size, "micro": micro}))
 
 
 def random_batches(config: RunConfig, num_microbatches: int, *, seed: int) -> list[dict[str, Any]]:
-    """The micro-batches of one step on this rank, with random tokens."""
+    """Return the micro-batches of one step on this rank, with random tokens."""
     micro, length = config.batch.micro, config.model.seq_length
     generator = torch.Generator().manual_seed(seed)
     rows = [
@@ -122,7 +122,6 @@ def random_batches(config: RunConfig, num_microbatches: int, *, seed: int) -> li
 
 
 def _describe_cut(config: RunConfig, whole: RunConfig) -> str:
-    """In what a shape is smaller than its recipe's."""
     ours, theirs = config.model, whole.model
     parts = [
         f"{getattr(ours, key)} of {getattr(theirs, key)} {label}"

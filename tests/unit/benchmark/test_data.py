@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+<<<<<<< HEAD:tests/unit/data/test_speed.py
 from megatron_itt.data.speed import measure_command, measure_engine
 from megatron_itt.data.text.tokenizer import Tokenizer
+=======
+from megatron_itt.benchmark.data import measure_command, measure_engine
+from megatron_itt.data.tokenizer import Tokenizer
+>>>>>>> d0613ef (Benchmark: steps, decode, data, memory and the GPU check; kernels compiled ahead of time):tests/unit/benchmark/test_data.py
 from megatron_itt.errors import DataError
 from tests.unit.data.conftest import make_texts, write_jsonl
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.benchmark.models import (
+from megatron_itt.benchmark.shapes import (
     BASE,
     SHAPES,
     STOCK,

@@ -1,0 +1,234 @@
+"""Kernels of the GPU check: outputs and gradients against plain PyTorch in float32, and times beside alternatives."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_itt.benchmark.gpu_rows import guarded
+from megatron_itt.benchmark.isolated import Row
+from megatron_itt.benchmark.timing import synchronized_time
+from megatron_itt.config.model import ModelConfig
+
+# Relative to the largest value: sums of thousands of products in another order, in 24 and in 8 bits.
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
+_NUM_REPEATS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionCase:
+    """Shape of one gathered attention."""
+
+    name: str
+    selected: int
+    keys: int
+    batch: int
+    heads: int
+    groups: int
+    head_size: int
+
+    @staticmethod
+    def of(name: str, model: ModelConfig, capacity: float, batch: int) -> AttentionCase:
+        """Return the attention of a routed step of a model."""
+        return AttentionCase(
+            name=name,
+            selected=max(1, int(capacity * model.seq_length + 0.5)),
+            keys=model.seq_length,
+            batch=batch,
+            heads=model.num_attention_heads,
+            groups=model.num_key_value_heads,
+            head_size=model.head_size,
+        )
+
+
+def attention_rows(cases: Sequence[AttentionCase], dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """Compare the kernel of this device and FlexAttention with a dense mask; time both beside SDPA."""
+    for case in cases:
+        given = _attention_inputs(case, dtype, device)
+        expected = _reference_attention(*given)
+        labels = {"shape": case.name, "selected": case.selected, "dtype": str(dtype).removeprefix("torch.")}
+        for name, kernel in attention_kernels(device).items():
+            yield guarded({"kernel": name, **labels}, partial(_measure_attention, kernel, *given, expected))
+        whole = replace(case, selected=case.keys)
+        for name, attend, timed in (
+            ("SDPA, dense mask", partial(_masked_sdpa, positions=given[1]), case),
+            ("SDPA, causal over all tokens", _causal_sdpa, whole),
+        ):
+            labels["selected"] = timed.selected
+            yield guarded({"kernel": name, **labels}, partial(_time_attention, attend, timed, dtype, device))
+
+
+def _measure_attention(
+    kernel: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    positions: Tensor,
+    weights: Tensor,
+    expected: Sequence[Tensor],
+) -> Row:
+    run = partial(_with_gradients, partial(kernel, positions=positions), inputs, weights)
+    row = _compare(run(), expected, inputs[0].dtype)
+    return {**row, "ms": 1e3 * _median_seconds(run, positions.device)}
+
+
+def _time_attention(
+    attend: Callable[..., Tensor], case: AttentionCase, dtype: torch.dtype, device: torch.device
+) -> Row:
+    inputs, _, weights = _attention_inputs(case, dtype, device)
+    return {"ms": 1e3 * _median_seconds(partial(_with_gradients, attend, inputs, weights), device)}
+
+
+def attention_kernels(device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    """Return the implementations of gathered attention; FlexAttention has no backward pass on CPUs."""
+    if device.type == "cuda":
+        from megatron_itt.ops.attention_flex import flex_attention
+        from megatron_itt.ops.attention_triton import triton_attention
+
+        return {"triton": triton_attention, "flex": flex_attention}
+    from megatron_itt.ops.attention import blocked_attention
+
+    return {"blocked": blocked_attention}
+
+
+def row_kernel_rows(
+    models: dict[str, tuple[ModelConfig, int]], dtype: torch.dtype, device: torch.device
+) -> Iterator[Row]:
+    """Compare and time the row operations at (model, number of rows) of each shape."""
+    for shape, (model, num_rows) in models.items():
+        for name, (kernel, plain, inputs) in _row_cases(model, num_rows, dtype, device).items():
+
+            def measure(
+                kernel: Callable[..., Tensor] = kernel,
+                plain: Callable[..., Tensor] = plain,
+                inputs: tuple[Tensor, ...] = inputs,
+            ) -> Row:
+                run = partial(_with_gradients, kernel, inputs, None)
+                expected = _with_gradients(plain, tuple(part.float() for part in inputs), None)
+                row = _compare(run(), expected, dtype)
+                same = partial(_with_gradients, plain, inputs, None)
+                seconds = {"ms": run, "plain_ms": same}
+                return {**row, **{key: 1e3 * _median_seconds(each, device) for key, each in seconds.items()}}
+
+            yield guarded({"kernel": name, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}, measure)
+
+
+def _row_cases(
+    model: ModelConfig, num_rows: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]]:
+    from megatron_itt.ops import rows
+
+    batch, width, size = 2, model.hidden_size, model.head_size
+    per_group = model.num_attention_heads // model.num_key_value_heads
+    random = partial(_random, dtype=dtype, device=device)
+    hidden, weight, logits = random(num_rows, batch, width), random(width), random(num_rows, batch).float().sigmoid()
+    qkv = random(num_rows, batch, model.num_key_value_heads, per_group + 2, size)
+    angles = torch.arange(num_rows * size // 2, device=device).view(num_rows, 1, 1, -1).repeat(1, 1, 1, 2) / 1e3
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return {
+        "rms_norm": (
+            lambda x, w: rows.rms_norm(x, w, 1e-5),
+            lambda x, w: w * functional.rms_norm(x, x.shape[-1:], eps=1e-5),
+            (hidden, weight),
+        ),
+        "swiglu": (
+            rows.swiglu,
+            lambda x: functional.silu(x.chunk(2, dim=-1)[0]) * x.chunk(2, dim=-1)[1],
+            (random(num_rows, batch, 2 * model.ffn_hidden_size),),
+        ),
+        "scale_rows": (
+            lambda x, w, phi: rows.scale_rows(x, w.float(), phi, 0.7),
+            lambda x, w, phi: 0.7 * w.unsqueeze(-1) * phi * x,
+            (hidden, logits.to(dtype), weight),
+        ),
+        "split_qkv_and_rotate": (
+            lambda x: torch.cat(rows.split_qkv_and_rotate(x, cos, sin), dim=2),
+            lambda x: _plain_split(x, angles),
+            (qkv,),
+        ),
+    }
+
+
+def _compare(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> Row:
+    """Return the largest difference of the output and the gradients, relative to each one's largest value."""
+    differences = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+    worst = max(differences, key=lambda value: value if value == value else float("inf"))
+    return {"difference": worst, "allowed": TOLERANCES[dtype], "agrees": worst <= TOLERANCES[dtype]}
+
+
+def _with_gradients(function: Callable[..., Tensor], values: Sequence[Tensor], weights: Tensor | None) -> list[Tensor]:
+    """Return the output, and the gradients of its weighted sum."""
+    inputs = [part.detach().requires_grad_(True) for part in values]
+    output = function(*inputs)
+    grad = torch.ones_like(output) if weights is None else weights.to(output.dtype).view(output.shape)
+    return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+
+
+def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
+    seconds = []
+    for _ in range(_NUM_REPEATS):
+        started = synchronized_time(device)
+        run()
+        seconds.append(synchronized_time(device) - started)
+    return statistics.median(seconds)
+
+
+def _random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def _attention_inputs(
+    case: AttentionCase, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """Return query [k, b, a, d], key and value [s, b, g, d]; positions [k, b]; and weights [k, b, a * d]."""
+    random = partial(_random, dtype=dtype, device=device)
+    query = random(case.selected, case.batch, case.heads, case.head_size, seed=1)
+    key, value = (random(case.keys, case.batch, case.groups, case.head_size, seed=seed) for seed in (2, 3))
+    generator = torch.Generator().manual_seed(4)
+    columns = [torch.randperm(case.keys, generator=generator)[: case.selected].sort().values for _ in range(case.batch)]
+    weights = random(case.selected, case.batch, case.heads * case.head_size, seed=5)
+    return (query, key, value), torch.stack(columns, dim=1).to(device), weights
+
+
+def _reference_attention(inputs: Sequence[Tensor], positions: Tensor, weights: Tensor) -> list[Tensor]:
+    """Compute every score under a dense mask, in float32, one sequence at a time."""
+    parts = []
+    for item in range(positions.shape[1]):
+        one = slice(item, item + 1)
+        given = [tensor[:, one].float() for tensor in inputs]
+        attend = partial(_masked_sdpa, positions=positions[:, one])
+        parts.append(_with_gradients(attend, given, weights[:, one].float()))
+    return [torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)]
+
+
+def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+    visible = torch.arange(key.shape[0], device=key.device) <= positions.t().unsqueeze(-1)  # [b, k, s]
+    return _sdpa(query, key, value, attn_mask=visible.unsqueeze(1))
+
+
+def _causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _sdpa(query, key, value, is_causal=True)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
+    """[k, b, a, d], [s, b, g, d] -> [k, b, a * d]."""
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    context = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask)
+    return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _plain_split(qkv: Tensor, angles: Tensor) -> Tensor:
+    """qkv [k, b, g, r + 2, d] -> rotated query and key, and value, side by side [k, b, g * r + 2 * g, d]."""
+    query, key, value = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
+    return torch.cat((_plain_rotation(query, angles), _plain_rotation(key, angles), value), dim=2)
+
+
+def _plain_rotation(heads: Tensor, angles: Tensor) -> Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
+    return heads * cos + torch.cat((-second, first), dim=-1) * sin
