@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_itt.errors import ConfigError
+from megatron_itt.log import silence_known_warnings
 
 # Import name -> name for pip. pydantic and pyyaml read the recipes, psutil is needed by megatron-core.
 PACKAGES = {
@@ -44,6 +45,7 @@ class CheckRequest:
 
 def require_packages() -> None:
     """Import what the check needs; ConfigError that names every package that cannot be imported, and why."""
+    silence_known_warnings()
     problems = {}
     for name, label in PACKAGES.items():
         try:
@@ -59,9 +61,6 @@ def run_check(request: CheckRequest, *, show: Callable[[str], None] = print) -> 
     import torch
 
     from megatron_itt.benchmark.isolated import run_isolated
-    from megatron_itt.log import silence_known_warnings
-
-    silence_known_warnings()
 
     if request.repeats < 1:
         raise ConfigError(f"--repeats is {request.repeats}; at least one step must be timed")
@@ -164,7 +163,6 @@ def usable_backends(device: str) -> list[str]:
 def prepare(backend: str, device: str) -> None:
     """Select the backend in a fresh process, before megatron-core is imported."""
     from megatron_itt.config.backends import use_backend
-    from megatron_itt.log import silence_known_warnings
 
     silence_known_warnings()
     use_backend(backend, device=device)

@@ -52,7 +52,7 @@ def _measure_rates(device: torch.device, _num_threads: int) -> MatrixRates:
 
 
 def product_rate(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
-    """Return FLOP/s of a product by the fastest quarter of repetitions; random numbers, because zeros are faster on some GPUs."""
+    """Return FLOP/s by the fastest quarter of repetitions; random numbers, because zeros are faster on some GPUs."""
     rows, inner, columns = sizes
     left = torch.randn(rows, inner, device=device, dtype=dtype)
     right = torch.randn(columns, inner, device=device, dtype=dtype)

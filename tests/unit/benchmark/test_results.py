@@ -27,7 +27,7 @@ def test_what_fails_is_an_outcome_and_the_next_goes_on(tmp_path: Path) -> None:
     assert outcomes == seen
     errors = [outcome.error for outcome in outcomes]
     assert errors[0] == "--lengths is odd"
-    assert errors[1] is not None and errors[1].startswith("ZeroDivisionError: division by zero (test_sections.py:")
+    assert errors[1] is not None and errors[1].startswith("ZeroDivisionError: division by zero (test_results.py:")
     assert errors[2] is None
 
     data, text = write_results(outcomes, facts={"machine": "m"}, heading="# m", folder=tmp_path / "new", name="all")
