@@ -26,18 +26,24 @@ MAX_HEAD_SIZE = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
-    """Number of rows (queries) and keys that a program processes at a time, and its warps."""
+    """Number of rows (queries) and keys that a program processes at a time, and its warps.
+
+    `block_keys`: the keys of a program that computes gradients of keys and values.
+    """
 
     rows: int
     keys: int
+    block_keys: int
     warps: int
 
 
 def choose_tiles(head_size: int, dtype: torch.dtype) -> Tiles:
     """Tiles whose operands and sums fit into a multiprocessor's registers and shared memory."""
     if dtype == torch.float32:
-        return Tiles(rows=64, keys=32, warps=4)
-    return Tiles(rows=64, keys=64, warps=4 if head_size <= 64 else 8)
+        return Tiles(rows=32, keys=32, block_keys=32, warps=8)
+    if head_size <= 64:
+        return Tiles(rows=64, keys=64, block_keys=32 if head_size > 32 else 64, warps=4)
+    return Tiles(rows=64, keys=64, block_keys=64, warps=8)
 
 
 def triton_attention(
@@ -77,14 +83,13 @@ class _TritonAttention(torch.autograd.Function):
         constants = _constants(query, key, tiles)
         grid = (triton.cdiv(num_rows, tiles.rows), batch * heads)
         _query_kernel[grid](query, key, value, positions, grad, lse, delta, grads[0], **constants)
-        num_blocks = triton.cdiv(key.shape[0], tiles.keys)
-        starts = torch.arange(num_blocks, dtype=torch.int32, device=key.device) * tiles.keys
-        # Per block of keys: the first row that sees any of them, and the first that sees all.
-        some = torch.searchsorted(positions, starts.expand(batch, -1).contiguous(), out_int32=True)
-        every = torch.searchsorted(positions, (starts + tiles.keys - 1).expand(batch, -1).contiguous(), out_int32=True)
+        num_blocks = triton.cdiv(key.shape[0], tiles.block_keys)
+        starts = torch.arange(num_blocks, dtype=torch.int32, device=key.device) * tiles.block_keys
+        # Per block of keys: the first row that sees any of them.
+        first_rows = torch.searchsorted(positions, starts.expand(batch, -1).contiguous(), out_int32=True)
         grid = (num_blocks, batch * key.shape[2])
-        arguments = (query, key, value, positions, grad, lse, delta, some, every, grads[1], grads[2])
-        _key_value_kernel[grid](*arguments, **constants)
+        arguments = (query, key, value, positions, grad, lse, delta, first_rows, grads[1], grads[2])
+        _key_value_kernel[grid](*arguments, **{**constants, "KEYS": tiles.block_keys})
         return *grads, None, None
 
 
@@ -210,11 +215,14 @@ def _query_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _key_value_kernel(  # type: ignore[no-untyped-def]
-    query, key, value, positions, grad, lse, delta, some, every, grad_key, grad_value,
+    query, key, value, positions, grad, lse, delta, first_rows, grad_key, grad_value,
     scale, scale_to_two, num_rows, num_keys, batch, heads, groups,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of KEYS keys and values of one group, from the queries of all its heads that see them."""
+    """Gradients of KEYS keys and values of one group, from the queries of all its heads that see them.
+
+    The mask is applied to every tile: a branch around it makes ptxas spill all registers on sm_80 (head sizes 48, 64).
+    """
     block = tl.program_id(0)
     item, member = tl.program_id(1) // groups, tl.program_id(1) % groups
     keys = block * KEYS + tl.arange(0, KEYS)
@@ -224,8 +232,7 @@ def _key_value_kernel(  # type: ignore[no-untyped-def]
     v = _load_tile(value + key_offset, keys, num_keys, key_stride, SIZE, WIDTH)
     key_sums = tl.zeros([KEYS, WIDTH], tl.float32)
     value_sums = tl.zeros([KEYS, WIDTH], tl.float32)
-    first = tl.load(some + item * tl.num_programs(0) + block) // ROWS * ROWS
-    clear = tl.load(every + item * tl.num_programs(0) + block)
+    first = tl.load(first_rows + item * tl.num_programs(0) + block) // ROWS * ROWS
     per_group = heads // groups
     for head in range(member * per_group, (member + 1) * per_group):
         query_offset = (item * heads + head) * SIZE
@@ -238,9 +245,8 @@ def _key_value_kernel(  # type: ignore[no-untyped-def]
             shift = tl.load(delta + line, mask=rows < num_rows, other=0.0)
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_to_two  # [KEYS, ROWS]
             weights = tl.exp2(logits - norm[None, :])
-            if start < clear:
-                at = tl.load(positions + item * num_rows + rows, mask=rows < num_rows, other=-1)
-                weights = tl.where(keys[:, None] <= at[None, :], weights, 0.0)
+            at = tl.load(positions + item * num_rows + rows, mask=rows < num_rows, other=-1)
+            weights = tl.where(keys[:, None] <= at[None, :], weights, 0.0)
             value_sums += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
             slope = weights * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - shift[None, :])
             key_sums += tl.dot(slope.to(q.dtype), q, input_precision=PRECISION)

@@ -68,8 +68,9 @@ def rotate(heads: Tensor, output: Tensor, cos: Tensor, sin: Tensor, *, direction
     count, block = num_groups * per_group, triton.next_power_of_2(size // 2)
     at_once = min(triton.next_power_of_2(count), max(1, _ROTARY_ELEMENTS // block))
     _rotate_kernel[(num_rows * batch, triton.cdiv(count, at_once))](
-        *(heads, output, cos, sin, direction, batch, count, size // 2),
+        *(heads, output, cos, sin, direction, batch, count),
         *(*heads.stride()[:4], *output.stride()[:4], cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0),
+        HALF=size // 2,  # a constant, so that loads are vectorised also where it is not a multiple of 16
         PER_GROUP=per_group,
         HEADS=at_once,
         BLOCK=block,
@@ -146,24 +147,24 @@ def _swiglu_backward_kernel(grad, rows, grad_rows, width, BLOCK: tl.constexpr): 
 
 @triton.jit
 def _rotate_kernel(  # type: ignore[no-untyped-def]
-    heads, output, cos_table, sin_table, direction, batch, count, half,
+    heads, output, cos_table, sin_table, direction, batch, count,
     in_row, in_batch, in_group, in_head, out_row, out_batch, out_group, out_head, table_row, table_batch,
-    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, PER_GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row, sequence = token // batch, token % batch
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     group, member = head // PER_GROUP, head % PER_GROUP
     column = tl.arange(0, BLOCK)
-    inside = (head < count)[:, None] & (column < half)[None, :]
+    inside = (head < count)[:, None] & (column < HALF)[None, :]
 
     entry = row * table_row + sequence * table_batch + column
-    cos = tl.load(cos_table + entry, mask=column < half, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_table + entry, mask=column < half, other=0.0).to(tl.float32)[None, :] * direction
+    cos = tl.load(cos_table + entry, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_table + entry, mask=column < HALF, other=0.0).to(tl.float32)[None, :] * direction
     source = heads + row * in_row + sequence * in_batch + (group * in_group + member * in_head)[:, None] + column
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
     target = output + row * out_row + sequence * out_batch + (group * out_group + member * out_head)[:, None] + column
     element = output.dtype.element_ty
     tl.store(target, (first * cos - second * sin).to(element), mask=inside)
-    tl.store(target + half, (second * cos + first * sin).to(element), mask=inside)
+    tl.store(target + HALF, (second * cos + first * sin).to(element), mask=inside)

@@ -41,7 +41,7 @@ def test_training_with_kernels_in_triton_waits_for_nothing(monkeypatch: pytest.M
     pytest.importorskip("triton")
     from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
-    kernel = partial(triton_attention, tiles=Tiles(rows=16, keys=32, warps=4))
+    kernel = partial(triton_attention, tiles=Tiles(rows=16, keys=32, block_keys=16, warps=4))
     monkeypatch.setattr(attention, "find_gathered_attention", lambda query: kernel)
     watch_training({"capacity": [0.5], "layers": [1]})
 

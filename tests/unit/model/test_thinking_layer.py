@@ -77,7 +77,7 @@ def test_every_attention_backend_gives_the_same_logits(backend: str, monkeypatch
         pytest.importorskip("triton")
         from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
-        kernels["triton"] = partial(triton_attention, tiles=Tiles(rows=16, keys=16, warps=4))
+        kernels["triton"] = partial(triton_attention, tiles=Tiles(rows=16, keys=16, block_keys=16, warps=4))
     config = tiny_recipe(thinking={"layers": [1]})
     tokens = random_tokens(config)
     with built_model(config, dtype=torch.float32) as built:

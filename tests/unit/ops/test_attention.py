@@ -125,7 +125,7 @@ def test_triton_equals_a_dense_mask(shape: str, dtype: torch.dtype) -> None:
     from megatron_itt.ops.attention_triton import Tiles, triton_attention
 
     def in_triton(*arguments: Any) -> Tensor:
-        return triton_attention(*arguments, Tiles(rows=16, keys=32, warps=4))
+        return triton_attention(*arguments, Tiles(rows=16, keys=32, block_keys=16, warps=4))
 
     inputs, positions = made_up(shape, dtype, DEVICE)
     wide = [part.detach().double().requires_grad_(True) for part in inputs]
@@ -154,7 +154,7 @@ def test_triton_waits_for_nothing_and_no_shape_depends_on_the_selection() -> Non
     for place in (0, 0, 49):
         with WatchOperations() as watch:
             triton_attention(
-                *inputs, torch.tensor([[place, 7]], device=DEVICE), Tiles(rows=16, keys=16, warps=4)
+                *inputs, torch.tensor([[place, 7]], device=DEVICE), Tiles(rows=16, keys=16, block_keys=16, warps=4)
             ).sum().backward()
         seen.append(watch)
     assert [watch.waiting for watch in seen] == [[], [], []]
