@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_itt.ops import attention
 from megatron_itt.ops.attention import attention_blocks, blocked_attention, find_gathered_attention
+from megatron_itt.ops.attention_flex import flex_attention
 from tests.helpers.waiting import WatchOperations
 
 # selected, all tokens, batch, query heads, key/value heads, head size
@@ -115,6 +116,15 @@ def test_blocks_save_no_mask_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part.nbytes) or part, lambda part: part):
         blocked_attention(query, key, key, positions)
     assert sum(kept) < selected * tokens  # bytes; a bool mask alone has as many
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flex_attention_equals_the_blocked_kernel(shape: str) -> None:
+    """Forward: FlexAttention has no backward pass on CPUs."""
+    inputs, positions = made_up(shape, torch.float32)
+    detached = [part.detach() for part in inputs]
+    expected, found = (kernel(*detached, positions) for kernel in (blocked_attention, flex_attention))
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
