@@ -36,8 +36,8 @@ def main(layout: str, device: str) -> None:
     """Train in float32 and print the losses."""
     silence_known_warnings()
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
-    from megatron_itt.training.trainer import build_trainer
     from megatron_itt.training.step import train_step
+    from megatron_itt.training.trainer import build_trainer
 
     process = process_info()
     config = with_batch(
