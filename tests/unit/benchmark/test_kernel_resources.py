@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from megatron_itt.benchmark.kernel_resources import CAPACITIES, KernelResources, kernel_page, problems_of
 
