@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import pytest
 
-triton = pytest.importorskip("triton")
-
-from megatron_itt.benchmark.kernel_resources import CAPACITIES, KernelResources, kernel_page, problems_of
+NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def compile_problems(capabilities: Sequence[int], capacities: Sequence[float]) -> tuple[list[str], set[str]]:
@@ -30,6 +29,7 @@ def compile_problems(capabilities: Sequence[int], capacities: Sequence[float]) -
     return problems, set(names)
 
 
+@NEEDS_TRITON
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_launches_of_the_papers_shapes_compile_and_fit(capability: int) -> None:
     # 70% of 4096 tokens is not a multiple of 16, which costs the compiler the most.
@@ -38,12 +38,16 @@ def test_launches_of_the_papers_shapes_compile_and_fit(capability: int) -> None:
     assert {"forward_kernel", "query_kernel", "key_value_kernel", "rotate_kernel", "swiglu_kernel"} <= names
 
 
+@NEEDS_TRITON
 @pytest.mark.slow
 def test_launches_at_every_capacity_and_on_small_gpus_compile_and_fit() -> None:
-    assert compile_problems([80, 86, 90, 100], CAPACITIES)[0] == []
+    assert compile_problems([80, 86, 90, 100], (0.5, 0.7))[0] == []
 
 
+@NEEDS_TRITON
 def test_a_launch_that_spills_or_does_not_fit_is_a_problem_and_in_the_table() -> None:
+    from megatron_itt.benchmark.kernel_resources import KernelResources, kernel_page, problems_of
+
     row = KernelResources(
         kernel="k", capability=80, num_warps=4, registers=128, spill_stores=0, spill_loads=0, shared_bytes=32 << 10
     )
