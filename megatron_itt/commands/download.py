@@ -1,4 +1,4 @@
-"""Fetch RedPajama-Data-1T or a sample of it, or make a small corpus that needs no network."""
+"""Download RedPajama-Data-1T or a sample of it, or build a small corpus without network."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ EXAMPLES = """
 class RedPajama(DownloadOptions):
     """RedPajama-Data-1T, or a sample of it, from the published URL lists.
 
-    Parallel; the same command continues after any interruption. A file gets its name when it is complete and its
-    checksum (published beside the files) is right. --max-tokens draws whole files in LLaMA's proportions, always the
-    same ones.
+    Parallel; the same command resumes after any interruption. A file gets its name when it is complete and its
+    checksum (published beside the files) matches. --max-tokens draws whole files in LLaMA's proportions,
+    deterministically.
     """
 
     domains: Names = ()  # some of the domains (default: all)
@@ -64,14 +64,14 @@ class RedPajama(DownloadOptions):
         rate = report.fetched_bytes / 1e6 / max(report.seconds, 1e-9)
         print(
             f"{self.output}: {report.fetched_files:,} files fetched ({report.fetched_bytes / 1e9:,.2f} GB in "
-            f"{report.seconds:,.0f} s, {rate:,.1f} MB/s), {report.present_files:,} were here"
+            f"{report.seconds:,.0f} s, {rate:,.1f} MB/s), {report.present_files:,} were complete"
         )
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A small corpus of real text (Python's library and documentation) that needs no download."""
+    """A small corpus of real text (Python's library and documentation) that needs no network."""
 
     output: Path  # folder to create; an existing corpus is reused
     min_bytes: int = 8_000_000  # least size of the text

@@ -1,11 +1,11 @@
 """Tokenize raw text into Megatron's indexed format: PREFIX.bin, PREFIX.idx and a manifest PREFIX.json.
 
-An interrupted run continues when the same command is given again. Lines that give no document are listed in
-PREFIX.rejected.jsonl. Folders are read through links. Left out, and named in the log and in PREFIX.json, are hidden
-entries, markers of other programs such as _SUCCESS, and files that are not data by content or by name; a file that is
-named like data and holds none stops the run.
+The same command resumes an interrupted run. Lines without a document are listed in PREFIX.rejected.jsonl. Folders are
+read recursively, through links. Hidden entries, markers of other programs such as _SUCCESS, and files that are not data
+by content or by name are left out and named in the log and in PREFIX.json; a file that is named like data and holds
+none is an error.
 
-Several machines that see the same folders share the work: each runs the same command with its own --part I/N, in any
+Several machines that share the folders can divide the work: each runs the same command with its own --part I/N, in any
 order or at the same time, and the one that finishes last merges. slurm/preprocess.sbatch does this as an array job.
 """
 
@@ -31,16 +31,16 @@ class Preprocess(PreprocessOptions):
     inputs: Annotated[tuple[str, ...], arg(name="input", metavar="PATH")]
     """files, folders, globs or hf://NAME[:CONFIG]; .jsonl, .zst, .gz and .parquet are recognised by content"""
     num_workers: Annotated[int, arg(name="workers")] = field(default_factory=lambda: os.cpu_count() or 1)  # processes
-    engine: Annotated[str, arg(name="tokenizer-engine", metavar="auto|hf|gigatoken")] = "auto"  # what encodes
+    engine: Annotated[str, arg(name="tokenizer-engine", metavar="auto|hf|gigatoken")] = "auto"  # library that encodes
     part: Annotated[str | None, arg(metavar="I/N")] = None
     """make only this part of the shards; the last part to finish merges"""
-    merge: Flag = False  # make nothing, merge the parts, which must all be made
+    merge: Flag = False  # only merge the parts, which must all be finished
     quiet: Flag = False  # no progress bar
     shard_bytes: Suppress[int | None] = None
     show_progress: Suppress[bool] = True
 
     def execute(self) -> int:
-        """Write the dataset or a part of it, print what was written."""
+        """Write the dataset or a part of it, print its counts."""
         configure_logging()
         if self.merge and self.part is not None:
             raise ConfigError("--part and --merge exclude each other; give one of them")
@@ -59,7 +59,7 @@ class Preprocess(PreprocessOptions):
 
 
 def describe(prefix: str, outcome: Outcome) -> str:
-    """One line about a finished dataset."""
+    """Return one line about a finished dataset."""
     manifest = outcome.manifest
     state = "already done" if outcome.reused else f"written in {manifest.wall_seconds:.1f} s"
     return (

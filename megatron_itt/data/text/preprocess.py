@@ -42,7 +42,7 @@ from megatron_itt.data.text.shards import (
     make_shard,
     prepare_tools,
 )
-from megatron_itt.data.text.sources import HUB, Inputs, Segment, find_inputs, split_source
+from megatron_itt.data.text.sources import HUB, Segment, find_inputs, split_source
 from megatron_itt.data.text.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
 from megatron_itt.data.text.tokenizer_folder import check_exportable, warn_of_other_readings
 from megatron_itt.data.text.workers import Report, TaskFunction, Workers
@@ -99,21 +99,16 @@ def preprocess(options: PreprocessOptions, *, merge_only: bool = False) -> Outco
     """
     with _start(options) as workers:
         job = _plan_job(options, None)
-        existing = job.existing()
-        if existing is None:
-            return _preprocess_new(job, workers, merge_only=merge_only)
-        remove_finished(job.folder)
-        return existing
-
-
-def _preprocess_new(job: _Job, workers: Workers, *, merge_only: bool) -> Outcome:
-    with locked_folder(job.folder, alone=True):
-        if merge_only:
-            check_plan(job.folder, job.plan)
-            return _publish(job, _finished_shards(job, workers))
-        claim(job.folder, job.plan, resume=job.options.resume, strict=False)
-        _check_tokenizer(job.tokenizer)
-        return _publish(job, _make_shards(job, job.tasks, workers))
+        if (existing := job.existing()) is not None:
+            remove_finished(job.folder)
+            return existing
+        with locked_folder(job.folder, alone=True):
+            if merge_only:
+                check_plan(job.folder, job.plan)
+                return _publish(job, _finished_shards(job, workers))
+            claim(job.folder, job.plan, resume=options.resume, strict=False)
+            _check_tokenizer(job.tokenizer)
+            return _publish(job, _make_shards(job, job.tasks, workers))
 
 
 def preprocess_part(options: PreprocessOptions, part: Part) -> PartOutcome:
@@ -128,8 +123,7 @@ def preprocess_part(options: PreprocessOptions, part: Part) -> PartOutcome:
         )
     with _start(options) as workers:
         job = _plan_job(options, part)
-        existing = job.existing()
-        if existing is not None:
+        if (existing := job.existing()) is not None:
             remove_finished(job.folder)
             return PartOutcome(num_shards=len(part.of(job.tasks)), merged=existing)
         return _make_part(job, part, workers)
@@ -154,21 +148,17 @@ def _make_part(job: _Job, part: Part, workers: Workers) -> PartOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class _Job(Publication):
     """The plan, the same in every process that takes part."""
 
-    options: PreprocessOptions
-    tokenizer: Tokenizer
-    encoding: EncodingOptions
-    inputs: Inputs
-    folder: Path
+    sources: list[Segment]
     tasks: list[ShardTask]
-    plan: dict[str, Any]
-    started: float
+    plan: dict[str, Any]  # as stored in the folder
+    show_progress: bool
 
     def existing(self) -> Outcome | None:
         """The output if it is complete already."""
-        manifest = existing_output(self.options.output_prefix, self.encoding, self.inputs.sources)
+        manifest = existing_output(self.prefix, self.encoding, self.sources)
         return None if manifest is None else Outcome(manifest=manifest, reused=True)
 
 
@@ -181,14 +171,18 @@ def _plan_job(options: PreprocessOptions, part: Part | None) -> _Job:
     folder = Path(f"{options.output_prefix}.partial")
     tasks = plan_shards(inputs.sources, encoding, folder, options.shard_bytes)
     return _Job(
-        options=options,
+        prefix=options.output_prefix,
+        folder=folder,
         tokenizer=tokenizer,
         encoding=encoding,
-        inputs=inputs,
-        folder=folder,
+        max_bad_fraction=options.max_bad_fraction,
+        num_threads=max(_MIN_COPY_THREADS, options.num_workers),
+        started=started,
+        left_out=inputs.left_out,
+        sources=inputs.sources,
         tasks=tasks,
         plan=plan_content(encoding, tasks, part),
-        started=started,
+        show_progress=options.show_progress,
     )
 
 
@@ -217,18 +211,15 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
 
 
 def _encoding_options(options: PreprocessOptions, tokenizer: Tokenizer, engine: Engine) -> EncodingOptions:
+    same = ("text_key", "append_eod", "append_bos", "min_length", "deduplicate")
     return EncodingOptions(
         tokenizer=tokenizer.path,
         tokenizer_sha256=tokenizer.sha256,
         engine=engine.name,
         engine_version=engine.version,
-        text_key=options.text_key,
-        append_eod=options.append_eod,
-        append_bos=options.append_bos,
-        min_length=options.min_length,
-        deduplicate=options.deduplicate,
         eod=tokenizer.eod if options.append_eod else None,
         bos=tokenizer.bos if options.append_bos else None,
+        **{name: getattr(options, name) for name in same},
     )
 
 
@@ -254,14 +245,13 @@ def plan_shards(
 
 def _make_shards(job: _Job, tasks: Sequence[ShardTask], workers: Workers) -> list[Shard]:
     """Make shards in the workers; return them in order."""
-    records = _run(make_shard, tasks, workers, "tokenize" if job.options.show_progress else None)
-    return [(task, records[idx]) for idx, task in enumerate(tasks)]
+    return list(zip(tasks, _run(make_shard, tasks, workers, "tokenize" if job.show_progress else None), strict=True))
 
 
 def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
     """Validate all shards, made by any process. Raises `DataError` naming the parts that lack some."""
-    records = _run(_find_shard, job.tasks, workers, "check" if job.options.show_progress else None)
-    missing = {idx for idx, record in records.items() if record is None}
+    records = _run(_find_shard, job.tasks, workers, "check" if job.show_progress else None)
+    missing = {idx for idx, record in enumerate(records) if record is None}
     if missing:
         parts = parts_of_missing(job.folder, missing.__contains__, len(job.tasks))
         raise DataError(
@@ -269,7 +259,7 @@ def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
             f"{', '.join(parts)}; run --part {parts[0]}{' and the others' if len(parts) > 1 else ''} again, or the "
             "command without --part and --merge to make them here"
         )
-    return [(task, records[idx]) for idx, task in enumerate(job.tasks)]
+    return list(zip(job.tasks, records, strict=True))
 
 
 def _find_shard(task: ShardTask, report: Report) -> ShardRecord | None:
@@ -278,12 +268,9 @@ def _find_shard(task: ShardTask, report: Report) -> ShardRecord | None:
     return record
 
 
-def _run(
-    function: TaskFunction, tasks: Sequence[ShardTask], workers: Workers, description: str | None
-) -> dict[int, Any]:
-    """Run the tasks; return their results by number. A description shows input MB/s, tokens/s and ETA."""
-    total, tokens = sum(task.num_bytes for task in tasks), 0
-    started = time.monotonic()
+def _run(function: TaskFunction, tasks: Sequence[ShardTask], workers: Workers, description: str | None) -> list[Any]:
+    """Run the tasks; return their results in order. A description shows input MB/s, tokens/s and ETA."""
+    total, tokens, started = sum(task.num_bytes for task in tasks), 0, time.monotonic()
     with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=description is None) as bar:
 
         def advance(counts: tuple[int, ...]) -> None:
@@ -294,22 +281,10 @@ def _run(
             bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
             bar.update(input_bytes)
 
-        return {finished.task_idx: finished.result for finished in workers.run(function, tasks, advance)}
+        return [result for _, result in sorted(workers.run(function, tasks, advance), key=lambda done: done.task_idx)]
 
 
 def _publish(job: _Job, shards: list[Shard]) -> Outcome:
-    manifest = publish(
-        Publication(
-            prefix=job.options.output_prefix,
-            folder=job.folder,
-            tokenizer=job.tokenizer,
-            encoding=job.encoding,
-            max_bad_fraction=job.options.max_bad_fraction,
-            num_threads=max(_MIN_COPY_THREADS, job.options.num_workers),
-            started=job.started,
-            left_out=job.inputs.left_out,
-        ),
-        shards,
-    )
+    manifest = publish(job, shards)
     remove_folder(job.folder)
     return Outcome(manifest=manifest, reused=False)
