@@ -1,4 +1,4 @@
-"""Byte streams of input files: hashed while they are read, decompressed, and checked for a missing end."""
+"""Byte streams of input files: hashed while read, decompressed, and checked for truncation."""
 
 from __future__ import annotations
 

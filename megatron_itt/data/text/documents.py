@@ -110,29 +110,29 @@ class DocumentReader:
         try:
             row = orjson.loads(line)  # type: ignore[arg-type] # None is refused like any other
         except orjson.JSONDecodeError:
-            return self._document_of_odd(line)
+            return self._document_of_other(line)
         text = row.get(self.text_key) if type(row) is dict else None
         return text if type(text) is str and text else self._text_of(row)
 
-    def _document_of_odd(self, line: bytes | None) -> str | Rejection:
-        """A line that orjson does not take: why, unless it is a byte order mark, or a value that is not needed."""
+    def _document_of_other(self, line: bytes | None) -> str | Rejection:
+        """A line that orjson rejects: the reason, unless a byte order mark or a value beside the text is the cause."""
         if line is None:
             return Rejection(self.lines, f"longer than {self.max_line_bytes:,} bytes")
-        line = line.removeprefix(_BYTE_ORDER_MARK)  # inside a file, too, where files were joined
+        line = line.removeprefix(_BYTE_ORDER_MARK)  # also inside a file, if files were joined
         try:
             return self._text_of(orjson.loads(line))
         except orjson.JSONDecodeError as error:
             reason = _why_not_json(line, error)
         try:
             document = self._text_of(_parse_tolerantly(line))
+            if isinstance(document, str):
+                document.encode()  # UnicodeEncodeError, a ValueError, for a lone surrogate
         except (ValueError, RecursionError):
-            return Rejection(self.lines, reason)
-        if isinstance(document, str) and not _is_unicode(document):
             return Rejection(self.lines, reason)
         return document
 
     def _text_of(self, row: Any) -> str | Rejection:
-        """The text of a row; `text_key` may lead through objects (`a.b`), a key of just this name comes first."""
+        """The text of a row; `text_key` may lead through objects (`a.b`), a key of the whole name comes first."""
         if not isinstance(row, dict):
             return Rejection(self.lines, f"not a JSON object but {_json_type(row)}")
         text = _find(row, self.text_key)
@@ -156,7 +156,7 @@ class DocumentReader:
         except ImportError as error:
             raise DataError(f"{path} is parquet, which needs pyarrow; pip install pyarrow") from error
         try:
-            # Where the writer stored checksums of its pages (not all do), damage is noticed in the text itself too.
+            # Some writers store checksums of pages; with these, damage of the text itself is detected, too.
             with parquet.ParquetFile(path, page_checksum_verification=True) as file:
                 if not _has_field(file.schema_arrow, self.text_key):
                     raise DataError(
@@ -168,7 +168,7 @@ class DocumentReader:
                         document = self._parquet_text(batch.schema.names, values)
                         self._position = self.segment.length * self.lines // max(1, file.metadata.num_rows)
                         yield document
-                # The counts in the footer and in the headers of pages have no checksum; they must agree.
+                # The counts in the footer and in the headers of pages have no checksum.
                 groups = (file.metadata.row_group(idx) for idx in range(file.metadata.num_row_groups))
                 if not self.lines == file.metadata.num_rows == sum(group.num_rows for group in groups):
                     raise self._damaged(f"it gives {self.lines} of {file.metadata.num_rows} rows")
@@ -264,19 +264,19 @@ def _skip_line(stream: io.BufferedReader[Any]) -> int:
 
 
 def _find(row: dict[str, Any], key: str) -> Any:
-    """The value under `key`, or along it where its parts are keys of nested objects; `_ABSENT` where there is none."""
+    """The value at `key`, or at the path through nested objects that it names; `_ABSENT` if there is none."""
     if key in row:
         return row[key]
-    for place, char in enumerate(key):
-        inner = row.get(key[:place]) if char == "." else None
-        found = _find(inner, key[place + 1 :]) if isinstance(inner, dict) else _ABSENT
+    for idx, char in enumerate(key):
+        inner = row.get(key[:idx]) if char == "." else None
+        found = _find(inner, key[idx + 1 :]) if isinstance(inner, dict) else _ABSENT
         if found is not _ABSENT:
             return found
     return _ABSENT
 
 
 def _has_field(fields: Any, key: str) -> bool:
-    """Whether an Arrow schema or struct has a field that `key` names, as `_find` reads it."""
+    """Whether an Arrow schema or struct has the field that `_find` reads."""
     if not hasattr(fields, "get_all_field_indices"):
         return False
     return any(
@@ -286,18 +286,10 @@ def _has_field(fields: Any, key: str) -> bool:
 
 
 def _parse_tolerantly(line: bytes) -> Any:
-    """JSON with values that orjson refuses and that need not be the text: NaN, numbers of any size, bytes and escapes
-    that are not Unicode (which come as lone surrogates)."""
+    """Parse JSON with values beside the text that orjson rejects: NaN, numbers of any size, bytes and escapes that are
+    not Unicode (read as lone surrogates)."""
     text = line.decode("utf-8", errors="surrogateescape")
     return json.loads(text, parse_int=lambda _: 0, parse_float=lambda _: 0.0, parse_constant=lambda _: 0.0)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:

@@ -49,7 +49,7 @@ def existing_output(prefix: str, encoding: EncodingOptions, sources: Sequence[Se
                 "choose another --output-prefix or delete the old files"
             )
     for name in MARKS:
-        known = manifest.tokenizer.get(name)  # older manifests do not name bos
+        known = manifest.tokenizer.get(name)  # older manifests have no bos
         if wanted[name] is not None and known not in (None, wanted[name]):
             raise DataError(
                 f"{manifest_path(prefix)} was made with {name} token {known}, and that of {encoding.tokenizer} is now "

@@ -187,7 +187,7 @@ def _named_like_data(path: Path) -> bool:
 
 
 def _recognise(path: Path) -> str:
-    """The kind of a file by its first bytes; whatever is of no known binary kind is taken for JSON Lines."""
+    """The kind of a file by its first bytes; JSON Lines unless it is a known binary kind."""
     try:
         with path.open("rb") as stream:
             head = stream.read(64)
@@ -210,14 +210,14 @@ def _recognise(path: Path) -> str:
 
 
 def _holds_documents(path: Path, kind: str, *, strict: bool) -> bool:
-    """Whether a file begins like documents: parquet, or text with a JSON object among its first lines.
+    """Whether a file is parquet, or text with a JSON object among its first lines.
 
-    `strict`: the text begins with an object. Damaged compression counts as documents: reading reports it.
+    `strict`: the text begins with an object. Damaged compression is accepted here: reading reports it.
     """
     if kind == PARQUET:
         return True
     head = _head(path, kind)
-    if head is None or (kind != JSONL and not head):  # a compressed file of no lines holds no document to lose
+    if head is None or (kind != JSONL and not head):  # an empty compressed file is valid
         return True
     head = head.removeprefix(_BYTE_ORDER_MARK)
     return head.lstrip().startswith(b"{") or (not strict and _OBJECT_LINE.search(head) is not None)
@@ -269,9 +269,9 @@ def _why_unreadable(path: Path) -> str:
 
 
 def expand_pattern(pattern: str) -> list[Path]:
-    """What a pattern matches, as `glob` does, but `**` follows links and visits each folder once.
+    """Return the matches of a pattern as `glob` does, but `**` follows links and visits each folder once.
 
-    Raises `DataError` or OSError for a folder that the pattern leads through and that cannot be read.
+    Raises `DataError` or OSError for a folder on its way that cannot be read.
     """
     *folders, last = Path(pattern).parts or ("",)
     paths = [Path()]
@@ -282,7 +282,7 @@ def expand_pattern(pattern: str) -> list[Path]:
 
 
 def _matches(folder: Path, part: str) -> Iterator[Path]:
-    """The entries of a folder that one part of a pattern names; for `**` all folders from this one on."""
+    """The entries of a folder that one part of a pattern matches; for `**` this folder and all below."""
     if part == "**":
         yield from (found for found, entries in _walk(folder, set()) if entries is not None)
     elif any(char in part for char in "*?["):
@@ -345,7 +345,7 @@ def _rule_against(path: Path) -> str | None:
 
 
 def _list_left_out(left_out: list[LeftOut], limit: int = 5) -> str:
-    """One line that names what was left out, by rule; at most `limit` names for each."""
+    """One line with the paths that were left out, at most `limit` by rule."""
     rules: dict[str, list[str]] = {}
     for item in left_out:
         rules.setdefault(item.why, []).append(item.path)

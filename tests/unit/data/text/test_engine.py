@@ -1,13 +1,26 @@
-"""Engines: both give the reference's ids, a difference is found, a missing engine is named."""
+"""Engines: the ids of the reference, differences, missing engines; long texts cut without a change of ids."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
-from megatron_itt.data.text.engine import HuggingFaceEngine, choose_engine, find_difference
+from megatron_itt.data.text import engine as engine_module
+from megatron_itt.data.text.engine import (
+    HuggingFaceEngine,
+    PiecewiseEngine,
+    choose_engine,
+    cut,
+    find_difference,
+    may_be_cut,
+)
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import ConfigError, DataError
@@ -60,3 +73,101 @@ def test_an_engine_that_cannot_load_the_tokenizer_is_named_and_auto_falls_back(t
     assert choose_engine(unreadable, "auto").name == "hf"
     with pytest.raises(ConfigError, match="choose one of auto, hf, gigatoken"):
         choose_engine(tokenizer, "none")
+
+
+HARD = [
+    "\n",
+    "\n\n",
+    " \n",
+    "\n ",
+    "\r\n",
+    "\t\n\t",
+    ".\n",
+    "x\ny",
+    "'\ns",
+    "\u00a0\n",
+    "\u3000\n",
+    "\x1c\n",
+    "1\n2",
+    "Z\nA",
+    "a b",
+    " a  b ",
+    "don't s",
+    "'l l",
+    "1 a",
+    "a 1",
+    "\u00e9 a \u00e9",
+    "a\u00a0 b",
+    "a <|endoftext|> b",
+]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "LONG_CHARS", 40)
+    monkeypatch.setattr(engine_module, "PIECE_CHARS", 10)
+
+
+def test_ids_of_the_pieces_are_those_of_the_whole(tokenizer: Tokenizer, small_pieces: None) -> None:
+    chooser = random.Random(3)
+    texts = []
+    for _ in range(300):
+        words = [chooser.choice([*HARD, *"abc de", "fox", "<|endoftext|>", "caf\u00e9"]) for _ in range(120)]
+        texts.append("".join(words))
+    texts += ["", "short", *make_texts(20)]
+    assert sum(len(list(cut(text))) for text in texts) > 5 * len(texts)
+    reference = HuggingFaceEngine(tokenizer)
+    expected_flat, expected_lengths = reference.encode(texts)
+    flat, lengths = PiecewiseEngine(reference).encode(texts)
+    assert np.array_equal(flat, expected_flat)
+    assert np.array_equal(lengths, expected_lengths)
+
+
+def test_a_cut_before_a_space_changes_no_id_whatever_stands_around_it(tokenizer: Tokenizer) -> None:
+    """Every choice of three neighbours before and one behind, of the kinds that the pattern of words tells apart."""
+    kinds = ["a", "'", "l", " ", "\n", "1", ".", "\u00e9", "\u00a0", "<|endoftext|>"]
+    lefts = ["".join(part) + "s" for part in itertools.product(kinds, repeat=3)]
+    rights = [" t" + kind for kind in kinds]
+    left_ids = dict(zip(lefts, tokenizer.encode_batch(lefts), strict=True))
+    right_ids = dict(zip(rights, tokenizer.encode_batch(rights), strict=True))
+    for left in lefts:
+        whole = tokenizer.encode_batch([left + right for right in rights])
+        assert whole == [left_ids[left] + right_ids[right] for right in rights]
+
+
+@pytest.mark.parametrize("added", ["two words", "end of\n", {"lstrip": True}, {"rstrip": True}, {"single_word": True}])
+def test_added_tokens_that_may_lie_across_a_cut_forbid_it(tokenizer: Tokenizer, added: str | dict[str, bool]) -> None:
+    token = AddedToken(added) if isinstance(added, str) else AddedToken("<|new|>", **added)
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_tokens([AddedToken("<|harmless|>"), AddedToken("   ")])
+    assert may_be_cut(dataclasses.replace(tokenizer, backend=backend))
+    backend.add_tokens([token])
+    assert not may_be_cut(dataclasses.replace(tokenizer, backend=backend))
+
+
+def test_a_line_of_words_is_cut(small_pieces: None) -> None:
+    pieces = list(cut("words and no line feed " * 50))
+    assert "".join(pieces) == "words and no line feed " * 50
+    assert max(map(len, pieces[:-1])) < 20
+
+
+def test_pieces_together_are_the_text(small_pieces: None) -> None:
+    text = "line of text\n" * 50 + "no_more_cuts" * 50
+    pieces = list(cut(text))
+    assert "".join(pieces) == text
+    assert len(pieces) > 20
+    assert list(cut("a" * 5000)) == ["a" * 5000]
+
+
+def test_only_byte_level_tokenizers_are_cut(tokenizer: Tokenizer) -> None:
+    assert may_be_cut(tokenizer)
+    other = tokenizers.Tokenizer(models.BPE())
+    other.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert not may_be_cut(dataclasses.replace(tokenizer, backend=other))
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert may_be_cut(dataclasses.replace(tokenizer, backend=other))
+    other.normalizer = normalizers.NFC()
+    assert not may_be_cut(dataclasses.replace(tokenizer, backend=other))
+    other = tokenizers.Tokenizer(models.BPE())
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert not may_be_cut(dataclasses.replace(tokenizer, backend=other))
