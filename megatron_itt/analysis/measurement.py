@@ -1,15 +1,15 @@
-"""Measurement files: what `itt analyse` writes and `itt analyse plot` draws. One JSON object per file, with a kind.
+"""Measurement files: `itt analyse NAME` writes them, `itt analyse plot` draws them. One JSON object with a kind each.
 
-`notes` are sentences that a reader must not miss (a text that was cut into windows, a run that was left out); they are
-printed when measuring and drawn under the figure. What the values of a kind are is said where it is measured.
+`notes` are remarks on the data, such as a text read in windows or a run left out. They are printed and drawn under the
+figure. The functions that measure document the values of their kind.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,10 @@ from megatron_itt.files import atomic_write
 
 FORMAT = 1
 
-# Kinds of measurements. Here and not where they are measured, so that drawing needs no torch.
-ROUTING = "routing"
-ROUTER_WEIGHTS = "router_weights"
-STEP_ENCODING = "step_encoding"
-ROUTER_HISTORY = "router_history"
-CURVES = "curves"
-BUDGETS = "budgets"
-SCALING = "scaling"
-GRADIENTS = "gradients"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """Values of one kind, where they come from, and what must be said about them."""
+    """Values of one kind, their source, and remarks on them."""
 
     kind: str
     values: dict[str, Any]
@@ -40,22 +30,14 @@ class Measurement:
 
 
 def write_measurement(measurement: Measurement, path: Path, *, overwrite: bool = False) -> None:
-    """Write the file in one step. Numbers that are not finite become null: JSON has no name for them."""
-    if path.exists() and not overwrite:
-        raise DataError(f"measurement {path} exists; choose another file or give --overwrite")
-    content = {
-        "format": FORMAT,
-        "kind": measurement.kind,
-        "source": measurement.source,
-        "notes": measurement.notes,
-        "values": measurement.values,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(_finite(content), indent=1) + "\n")
+    """Write the file atomically. Numbers that are not finite become null, as JSON has no name for them."""
+    check_new(path, "measurement", overwrite=overwrite)
+    content = {"format": FORMAT, **asdict(measurement)}
+    write_new(path, json.dumps(_finite(content), indent=1) + "\n")
 
 
 def read_measurement(path: Path) -> Measurement:
-    """Read a file of `write_measurement`; DataError says what is wrong with any other."""
+    """Read a file of `write_measurement`. DataError for any other."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -76,15 +58,27 @@ def read_measurement(path: Path) -> Measurement:
     )
 
 
-def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
-    """Mean and its standard error; the error is None for a single value, both are None for none."""
+def check_new(path: Path, what: str, *, overwrite: bool) -> None:
+    """Raise DataError if `path` exists and must not be replaced."""
+    if path.exists() and not overwrite:
+        raise DataError(f"{what} {path} exists; choose another file or give --overwrite")
+
+
+def write_new(path: Path, content: str | bytes) -> None:
+    """Write a file atomically, in a folder that may not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, content)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean and its standard error; the error is None for one value, both are None without values."""
     if not values:
         return None, None
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, None
-    spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(spread / len(values))
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
 
 
 def _finite(value: Any) -> Any:
@@ -92,6 +86,4 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,7 +1,7 @@
-"""How far runs are, from the files of their run folders alone: nothing is asked of Slurm, and nothing is written.
+"""Status of runs from the files of their run folders alone: Slurm is not asked, and nothing is written.
 
-A run holds its folder by `in_use`; the markers `finished`, `diverged`, `stopped` and `refused` say how it ended, and
-`restarts` that a launcher has it in the queue. What needs no file of the launcher works for runs without one.
+A running process owns its folder by `in_use`; the markers `finished`, `diverged`, `stopped` and `refused` record how a
+run ended, and `restarts` that a launcher queued it.
 """
 
 from __future__ import annotations
@@ -10,40 +10,44 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_itt.analysis.collect import ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE, is_finite
+from megatron_itt.analysis.runs import ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE, is_finite
 from megatron_itt.checkpoint.store import checkpoint_root, find_latest
 from megatron_itt.errors import DataError
 from megatron_itt.launch.run_lock import LOCK_FILE, is_alive
 from megatron_itt.training.run_folder import DIVERGED_FILE, FINISHED_FILE, LOG_FILE
 
 RESTARTS_FILE = "restarts"  # written by slurm/run_folder.sh
-_REASONS = {DIVERGED_FILE: "diverged", "stopped": "stopped", "refused": "refused"}  # marker -> state, with its text
+_REASONS = {
+    DIVERGED_FILE: "diverged",
+    "stopped": "stopped",
+    "refused": "refused",
+}  # marker -> state; its text is the reason
 _LOGS = (LOG_FILE, "output.txt")
-_TAIL_BYTES = 1 << 18  # of metrics.jsonl: speed and loss are those of its last lines
+_TAIL_BYTES = 1 << 18  # of metrics.jsonl
 _SPEED_LINES = 20
 _SIDE_BY_SIDE = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStatus:
-    """A run at this moment; None for what its folder does not say. Ages and times in seconds."""
+    """Status of a run; None for unknown values. Ages and times in seconds."""
 
     run: str
     state: str  # waiting, running, queued again, finished, diverged, stopped, refused, interrupted
-    reason: str | None  # the first line of what the run or its launcher left; for a running one, its owner
+    reason: str | None  # first line of the marker; for a running run, its owner
     step: int | None
     num_steps: int | None
     loss: float | None
-    tokens_per_second: float | None  # median of the last lines
+    tokens_per_second: float | None  # median of the last records
     mfu: float | None
-    seconds_left: float | None  # at that speed; validation and checkpoints come on top
+    seconds_left: float | None  # at that speed, without validation and checkpoints
     last_record_age: float | None
     checkpoint: str | None
     checkpoint_age: float | None
@@ -51,7 +55,7 @@ class RunStatus:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """The run folders under `root`, a few levels deep. DataError if there is none."""
+    """Return the run folders under `root`, up to three levels deep. DataError if there is none."""
     names = [f"{depth}{name}" for depth in ("", "*/", "*/*/", "*/*/*/") for name in (ENVIRONMENT_FILE, RESTARTS_FILE)]
     found = {path.parent for name in names for path in root.glob(name)}
     if not found:
@@ -60,7 +64,7 @@ def find_runs(root: Path) -> list[Path]:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """Read one run folder. DataError if it does not exist; what is missing or damaged in it is None."""
+    """Read a run folder. DataError if it does not exist; values of missing or damaged files are None."""
     if not run_dir.is_dir():
         raise DataError(f"run folder {run_dir} does not exist; give the logging.run_dir of a recipe")
     state, reason = _state(run_dir)
@@ -94,13 +98,13 @@ def read_status(run_dir: Path) -> RunStatus:
 
 
 def format_status(found: Sequence[RunStatus]) -> str:
-    """A column per run, a few side by side."""
+    """Format one column per run, three side by side."""
     blocks = [found[start : start + _SIDE_BY_SIDE] for start in range(0, len(found), _SIDE_BY_SIDE)]
     return "\n\n".join(_format_block(block) for block in blocks)
 
 
 def _format_block(block: Sequence[RunStatus]) -> str:
-    columns = [_shown(status) for status in block]
+    columns = [_cells(status) for status in block]
     names = [name for name in columns[0] if any(column[name] != "-" for column in columns)]
     widths = [max(len(column[name]) for name in names) for column in columns]
     rows = [
@@ -110,30 +114,32 @@ def _format_block(block: Sequence[RunStatus]) -> str:
     return "\n".join(row.rstrip() for row in rows)
 
 
-def _shown(status: RunStatus) -> dict[str, str]:
-    steps = "-" if status.step is None else f"{status.step:,}"
+def _cells(status: RunStatus) -> dict[str, str]:
+    def show(value: float | None, form: Callable[[float], str]) -> str:
+        return "-" if value is None else form(value)
+
+    steps = show(status.step, lambda step: f"{step:,}")
     if status.num_steps:
         share = f" ({100 * status.step / status.num_steps:.0f}%)" if status.step is not None else ""
         steps += f" of {status.num_steps:,}{share}"
-    checkpoint = "-" if status.checkpoint is None else Path(status.checkpoint).name
+    age = "" if status.checkpoint_age is None else f", {_duration(status.checkpoint_age)} ago"
     return {
         "run": status.run,
         "state": status.state,
         "why": status.reason or "-",
         "step": steps,
-        "loss": "-" if status.loss is None else f"{status.loss:.4f}",
-        "tokens/s": "-" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
-        "MFU": "-" if status.mfu is None else f"{100 * status.mfu:.1f}%",
-        "time left": "-" if status.seconds_left is None else _duration(status.seconds_left),
-        "last record": "-" if status.last_record_age is None else f"{_duration(status.last_record_age)} ago",
-        "checkpoint": checkpoint
-        + (f", {_duration(status.checkpoint_age)} ago" if status.checkpoint_age is not None else ""),
+        "loss": show(status.loss, lambda loss: f"{loss:.4f}"),
+        "tokens/s": show(status.tokens_per_second, lambda speed: f"{speed:,.0f}"),
+        "MFU": show(status.mfu, lambda mfu: f"{100 * mfu:.1f}%"),
+        "time left": show(status.seconds_left, _duration),
+        "last record": show(status.last_record_age, lambda seconds: f"{_duration(seconds)} ago"),
+        "checkpoint": ("-" if status.checkpoint is None else Path(status.checkpoint).name) + age,
         "log": status.log or "-",
     }
 
 
 def _state(run_dir: Path) -> tuple[str, str | None]:
-    """The state, and why."""
+    """The state and its reason."""
     owner = _first_line(run_dir / LOCK_FILE)
     if owner is not None and is_alive(owner, ask_slurm=False):
         return "running", owner
@@ -151,7 +157,7 @@ def _state(run_dir: Path) -> tuple[str, str | None]:
 
 
 def _last_lines(path: Path) -> list[dict[str, Any]]:
-    """The training lines at the end of metrics.jsonl, without one that is cut off."""
+    """The training lines at the end of metrics.jsonl, without truncated ones."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))

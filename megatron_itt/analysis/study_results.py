@@ -1,6 +1,7 @@
-"""What a study found: losses per variant with standard errors, paired differences, and a verdict for each claim.
+"""Results of a study: losses per variant, paired differences by seed, and verdicts on the paper's claims.
 
-Reads run folders ROOT/VARIANT/seed_N as `megatron_itt/study.py` makes them. Nothing is trained here.
+Reads run folders ROOT/VARIANT/seed_N of `itt study`. A difference counts when it exceeds two standard errors of the
+differences paired by seed (same text in the same order). One seed has no error, so it decides nothing.
 """
 
 from __future__ import annotations
@@ -8,23 +9,23 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_itt.analysis.collect import RunRecord, overall_loss, read_run
 from megatron_itt.analysis.curves import check_comparable, curves_of, tokens_to_reach
-from megatron_itt.analysis.measurement import mean_and_error
-from megatron_itt.analysis.run_charts import show_budget
-from megatron_itt.analysis.study_claims import BEYOND_THE_SCALE, CLAIMS, Claim, Judgement, judge
+from megatron_itt.analysis.measurement import mean_and_error, write_new
+from megatron_itt.analysis.runs import RunRecord, overall_loss, percent, read_run
 from megatron_itt.errors import DataError
-from megatron_itt.files import atomic_write
 from megatron_itt.launch.refusals import finished_step
 from megatron_itt.training.run_folder import DIVERGED_FILE
 
 RunState = Literal["waiting", "interrupted", "finished", "diverged"]
+Verdict = Literal["reproduced", "not reproduced", "not testable at this scale"]
+Curves = dict[int, dict[str, Any]]  # by seed
+
 MAIN_VARIANTS = ("llama", "loop_x4", "itt_x4")
 BASELINE = "llama"
 REFERENCE = "itt_x4"
@@ -32,19 +33,100 @@ REFERENCE = "itt_x4"
 EQUAL_FLOPS = {"llama_equal_flops": "llama", "loop_x4_equal_flops": "loop_x4"}
 ELASTIC = "elastic"
 MIN_BUDGETS = 5
+NUM_ERRORS = 2.0
+_UNTESTABLE: Verdict = "not testable at this scale"
 _DESCRIBED_SECTIONS = ("model", "data", "batch", "schedule", "optimizer", "validation")
 _SHARED_SECTIONS = ("model", "batch", "schedule", "optimizer", "precision")
 _PAPER_TOKENS_SHARE = 0.568
-Curves = dict[int, dict[str, Any]]  # by seed
+_FIRST_ROWS = ("llama", *EQUAL_FLOPS, "loop_x3", "loop_x4", "itt_x2", "itt_x3", "itt_x4")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claim that the last validation loss of `better` is below that of `worse`."""
+
+    text: str
+    better: str
+    worse: str
+    source: str
+
+
+CLAIMS = (
+    Claim("ITT x4 beats LLaMA at equal tokens", "itt_x4", "llama", "Table 3: perplexity 10.25 against 11.13"),
+    Claim(
+        "ITT x4 beats Loop x4 at equal tokens", "itt_x4", "loop_x4", "Table 2: perplexity 10.25 to 10.52 against 10.78"
+    ),
+    Claim(
+        "ITT x4 beats Loop x4 at equal training FLOPs", "itt_x4", "loop_x4_equal_flops", "section 4.2: 70% of the FLOPs"
+    ),
+    Claim(
+        "ITT x4 beats LLaMA at equal training FLOPs",
+        "itt_x4",
+        "llama_equal_flops",
+        "section 4.2: higher performance with the same FLOPs",
+    ),
+    Claim("Loop x4 beats LLaMA at equal tokens", "loop_x4", "llama", "Table 2: 10.78, 11.13"),
+    Claim("three routed steps beat two", "itt_x4", "itt_x3", "Figure 5: x4 above x3"),
+    Claim("two routed steps beat one", "itt_x3", "itt_x2", "Figure 5: x3 above x2"),
+    Claim("residual thinking helps", "itt_x4", "without_residual_thinking", "Table 3: +0.77 without"),
+    Claim("token routing helps", "itt_x4", "without_token_routing", "Table 3: +0.19 without"),
+    Claim("step encoding helps", "itt_x4", "without_step_encoding", "Table 3: +0.31 without"),
+    Claim("top-k beats top-p", "itt_x4", "top_p_routing", "Table 3: +0.09 with top-p"),
+    Claim("sigmoid beats tanh", "itt_x4", "tanh_gate", "Table 3: +0.13 with tanh"),
+    Claim(
+        "reweighting the selected tokens only beats reweighting all",
+        "itt_x4",
+        "symmetric_reweighting",
+        "Table 3: +0.16 with all",
+    ),
+)
+# Claims that need the paper's sizes.
+_BEYOND_THE_SCALE = (
+    ("162M reaches 96.5% of a 466M Transformer's score", "needs both sizes and the ten tasks"),
+    ("better at 10 of the tasks of Table 1", "models of this size answer them by chance"),
+    ("the advantage grows with width (section 4.4)", "needs several sizes"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """A claim with its differences (better minus worse, nats per token; negative supports it) and the verdict."""
+
+    text: str
+    source: str
+    verdict: Verdict
+    reason: str
+    differences: list[float]
+    mean: float | None = None
+    stderr: float | None = None
+
+
+def judge(text: str, source: str, differences: Sequence[float]) -> Judgement:
+    """Return the verdict on paired differences of the loss, one per seed."""
+    mean, error = mean_and_error(differences)
+    verdict: Verdict = "not reproduced"
+    if mean is None:
+        verdict, reason = _UNTESTABLE, "the runs are not there"
+    elif error is None:
+        verdict, reason = _UNTESTABLE, f"one seed only ({mean:+.4f}); run more"
+    elif abs(mean) <= NUM_ERRORS * error:
+        reason = f"{mean:+.4f} +/- {error:.4f}: within two standard errors of no difference"
+    elif mean < 0:
+        verdict, reason = "reproduced", f"{mean:+.4f} +/- {error:.4f}: beyond two standard errors"
+    else:
+        reason = f"{mean:+.4f} +/- {error:.4f}: the opposite, beyond two standard errors"
+    return Judgement(
+        text=text, source=source, verdict=verdict, reason=reason, differences=list(differences), mean=mean, stderr=error
+    )
 
 
 def seed_dir(root: Path, variant: str, seed: int) -> Path:
-    """Where the run of a variant with a seed lies."""
+    """Return the run folder of a variant with a seed."""
     return root / variant / f"seed_{seed}"
 
 
 def state_of(run_dir: Path) -> RunState:
-    """How far a run is; a diverged one is not started again."""
+    """Return the state of a run; a diverged one is not started again."""
     if finished_step(run_dir) is not None:
         return "finished"
     if (run_dir / DIVERGED_FILE).is_file():
@@ -53,7 +135,7 @@ def state_of(run_dir: Path) -> RunState:
 
 
 def collect_study(root: Path) -> dict[str, Any]:
-    """All finished runs under `root`, as data for JSON: `variants`, `judgements`, `problems`.
+    """Return all finished runs under `root` as data for JSON: `variants`, `judgements`, `problems`.
 
     DataError when there is no finished run, or when runs saw different text or differ in more than `thinking`.
     """
@@ -65,14 +147,17 @@ def collect_study(root: Path) -> dict[str, Any]:
     curves = {
         variant: {seed: curves_of(variant, run) for seed, run in runs.items()} for variant, runs in records.items()
     }
-    rows = [_variant_row(variant, curves, records[variant]) for variant in sorted(curves, key=_table_place)]
+    rows = [_variant_row(variant, curves, records[variant]) for variant in sorted(curves, key=_row_order)]
     judgements = [
-        *[_judge_claim(claim, curves) for claim in CLAIMS],
+        *[
+            judge(row.text, row.source, paired_differences(curves.get(row.better, {}), curves.get(row.worse, {})))
+            for row in CLAIMS
+        ],
         _judge_reach(curves),
         _judge_elastic(records.get(ELASTIC, {})),
         *[
-            Judgement(text=text, source="", verdict="not testable at this scale", reason=reason, differences=[])
-            for text, reason in BEYOND_THE_SCALE
+            Judgement(text=text, source="", verdict=_UNTESTABLE, reason=reason, differences=[])
+            for text, reason in _BEYOND_THE_SCALE
         ],
     ]
     first = next(iter((records.get(REFERENCE) or next(iter(records.values()))).values()))
@@ -85,24 +170,22 @@ def collect_study(root: Path) -> dict[str, Any]:
 
 
 def paired_differences(better: Curves, worse: Curves) -> list[float]:
-    """Last validation loss of `better` minus that of `worse`, for every seed that both have."""
-    return [final_loss(better[seed]) - final_loss(worse[seed]) for seed in sorted(set(better) & set(worse))]
+    """Return the last validation loss of `better` minus that of `worse`, for every seed that both have."""
+    return [_final_loss(better[seed]) - _final_loss(worse[seed]) for seed in sorted(set(better) & set(worse))]
 
 
-def final_loss(curve: dict[str, Any]) -> float:
-    """The last validation loss."""
+def _final_loss(curve: dict[str, Any]) -> float:
     return curve["validation"][-1]["loss"]
 
 
 def write_study(study: Mapping[str, Any], output: Path) -> None:
     """Write OUTPUT.json and OUTPUT.md."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(study, indent=1) + "\n"), (".md", study_markdown(study))):
-        atomic_write(output.with_name(output.name + suffix), text)
+    write_new(output.with_name(f"{output.name}.json"), json.dumps(study, indent=1) + "\n")
+    write_new(output.with_name(f"{output.name}.md"), study_markdown(study))
 
 
 def study_markdown(study: Mapping[str, Any]) -> str:
-    """The tables for people."""
+    """Return OUTPUT.md: the losses per variant and the verdicts."""
     model, batch, schedule = (study["recipe"].get(key) or {} for key in ("model", "batch", "schedule"))
     tokens = schedule.get("steps", 0) * batch.get("global", 0) * model.get("seq_length", 0)
     lines = [
@@ -113,7 +196,7 @@ def study_markdown(study: Mapping[str, Any]) -> str:
         "are paired by seed. +/- is the standard error between seeds. `_equal_flops`: trained, with the whole schedule,"
         f" for as many steps as cost what {REFERENCE} costs.",
         "",
-        _told_of_routing(study["recipe"].get("validation") or {}),
+        _routing_of_validation(study["recipe"].get("validation") or {}),
         "",
         "| variant | seeds | validation loss | perplexity | minus LLaMA | minus ITT x4 | training TFLOPs | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
@@ -138,20 +221,20 @@ def study_markdown(study: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _told_of_routing(validation: Mapping[str, Any]) -> str:
+def _routing_of_validation(validation: Mapping[str, Any]) -> str:
     if validation.get("routing") == "threshold":
         return (
-            "Who thinks in validation is decided by thresholds, which look at no later token; in top-p and other runs "
-            "that are not trained with top-k by the rule of training."
+            "Tokens are selected by thresholds in validation, which look at no later token; in top-p and other runs "
+            "that are not trained with top-k, by the rule of training."
         )
     return (
-        "Who thinks in validation is decided as in training. Top-k over a sequence looks at later tokens, which LLaMA "
+        "Tokens are selected in validation as in training. Top-k over a sequence looks at later tokens, which LLaMA "
         "and Loop do not: ITT is flattered by an unknown amount (`validation.routing=threshold` is the causal rule)."
     )
 
 
 def _finished_runs(root: Path) -> tuple[dict[str, dict[int, RunRecord]], list[str]]:
-    """Runs that finished and have a validation loss, by variant and seed; and why others are not among them."""
+    """Finished runs with a validation loss by variant and seed, and the reasons why others are left out."""
     records: dict[str, dict[int, RunRecord]] = {}
     problems = []
     for run_dir in sorted(root.glob("*/seed_*")):
@@ -169,7 +252,7 @@ def _finished_runs(root: Path) -> tuple[dict[str, dict[int, RunRecord]], list[st
 
 
 def _check_settings(records: Mapping[str, Mapping[int, RunRecord]]) -> None:
-    """DataError when two runs differ in anything but `thinking`, the budgets they validate, and where they write."""
+    """Raise DataError when two runs differ in more than `thinking`, validated budgets and output folders."""
     runs = [(name, seed, run) for name, own in records.items() for seed, run in own.items()]
     first_name, first_seed, first = runs[0]
     for name, seed, run in runs[1:]:
@@ -186,7 +269,7 @@ def _check_settings(records: Mapping[str, Mapping[int, RunRecord]]) -> None:
 
 def _variant_row(variant: str, curves: Mapping[str, Curves], runs: Mapping[int, RunRecord]) -> dict[str, Any]:
     own = curves[variant]
-    losses = [final_loss(own[seed]) for seed in sorted(own)]
+    losses = [_final_loss(own[seed]) for seed in sorted(own)]
     loss, error = mean_and_error(losses)
     assert loss is not None, "a variant has at least one run"
     baseline = mean_and_error(paired_differences(own, curves.get(BASELINE, {})))
@@ -208,11 +291,6 @@ def _variant_row(variant: str, curves: Mapping[str, Curves], runs: Mapping[int, 
     }
 
 
-def _judge_claim(claim: Claim, curves: Mapping[str, Curves]) -> Judgement:
-    differences = paired_differences(curves.get(claim.better, {}), curves.get(claim.worse, {}))
-    return judge(claim.text, claim.source, differences)
-
-
 def _judge_reach(curves: Mapping[str, Curves]) -> Judgement:
     """Whether the reference meets the baseline's last loss with fewer tokens; differences are shares minus one."""
     text, source = (
@@ -228,44 +306,35 @@ def _judge_reach(curves: Mapping[str, Curves]) -> Judgement:
     judged = judge(text, source, [share - 1.0 for share in shares])
     if judged.mean is None:
         return judged
-    told = f"at {1 + judged.mean:.1%} of the tokens; share minus 1: {judged.reason}"
-    return Judgement(**{**asdict(judged), "reason": told})
+    return replace(judged, reason=f"at {1 + judged.mean:.1%} of the tokens; share minus 1: {judged.reason}")
 
 
 def _judge_elastic(runs: Mapping[int, RunRecord]) -> Judgement:
     """Whether the loss of one checkpoint falls with each larger budget."""
-    text = "from one elastic checkpoint, perplexity falls with the thinking budget"
-    source = "Table 2; Figure 6, left"
-    falls, told = [], []
+    falls, reasons = [], []
     for seed, run in sorted(runs.items()):
         final = run.final_validation()
         budgets = sorted({point.budget for point in final if point.budget}, key=sum)
         losses = [overall_loss([point for point in final if point.budget == budget]) for budget in budgets]
         falls.append(len(budgets) >= MIN_BUDGETS and all(b < a for a, b in pairwise(losses)))
-        told.append(
-            f"seed {seed}: "
-            + ", ".join(f"{loss:.4f} at {show_budget(at)}" for at, loss in zip(budgets, losses, strict=True))
-        )
-    if not runs:
-        return Judgement(
-            text=text, source=source, verdict="not testable at this scale", reason="no such run", differences=[]
-        )
-    verdict: Literal["reproduced", "not reproduced"] = "reproduced" if all(falls) else "not reproduced"
-    return Judgement(text=text, source=source, verdict=verdict, reason="; ".join(told), differences=[])
+        found = [f"{loss:.4f} at {percent(budget)}" for budget, loss in zip(budgets, losses, strict=True)]
+        reasons.append(f"seed {seed}: {', '.join(found)}")
+    verdict: Verdict = _UNTESTABLE if not runs else "reproduced" if all(falls) else "not reproduced"
+    return Judgement(
+        text="from one elastic checkpoint, perplexity falls with the thinking budget",
+        source="Table 2; Figure 6, left",
+        verdict=verdict,
+        reason="; ".join(reasons) or "no such run",
+        differences=[],
+    )
 
 
-def _table_place(variant: str) -> tuple[int, str]:
+def _row_order(variant: str) -> tuple[int, str]:
     """LLaMA, Loop and ITT by steps first, then the others by name."""
-    known = ("llama", *EQUAL_FLOPS, "loop_x3", "loop_x4", "itt_x2", "itt_x3", "itt_x4")
-    return (known.index(variant), "") if variant in known else (len(known), variant)
+    return (_FIRST_ROWS.index(variant), "") if variant in _FIRST_ROWS else (len(_FIRST_ROWS), variant)
 
 
 def _with_error(value: float | None, error: float | None, form: str) -> str:
     if value is None:
         return "-"
     return f"{value:{form}}" if error is None else f"{value:{form}} +/- {error:.4f}"
-
-
-def shown_states(states: Mapping[str, int]) -> str:
-    """As "12 finished, 1 diverged"."""
-    return ", ".join(f"{count} {state}" for state, count in states.items()) or "no runs"

@@ -43,21 +43,20 @@ class _Measuring:
     overwrite: Flag = False  # replace existing files
 
     def execute(self) -> int:
-        """Measure, write the file, draw it with --plot, and print what a reader must know."""
+        """Measure, write the file, print its notes, and draw it with --plot."""
         configure_logging()
-        # After parsing: --help must not wait for torch.
-        from megatron_itt.analysis.measurement import write_measurement
+        # After parsing: --help must not wait for torch or matplotlib.
+        from megatron_itt.analysis.measurement import check_new, write_measurement
 
-        if self.output.exists() and not self.overwrite:
-            raise DataError(f"measurement {self.output} exists; choose another file or give --overwrite")
+        if self.plot is not None:
+            from megatron_itt.analysis.figures import draw_measurement
+        check_new(self.output, "measurement", overwrite=self.overwrite)
         measurement = self.measure()
         write_measurement(measurement, self.output, overwrite=self.overwrite)
         for note in measurement.notes:
             print(f"note: {note}")
         print(f"written to {self.output}")
         for ending in () if self.plot is None else self.plot or ("png",):
-            from megatron_itt.analysis.figures.draw import draw_measurement
-
             figure = self.output.with_suffix(f".{ending}")
             draw_measurement(measurement, figure, overwrite=self.overwrite)
             print(f"written to {figure}")
@@ -101,7 +100,7 @@ class Weights(_OfPassage):
     """Distribution of router weights (appendix A.4)."""
 
     def measure(self) -> Measurement:
-        from megatron_itt.analysis.router_weights import measure_router_weights
+        from megatron_itt.analysis.routing import measure_router_weights
 
         texts = _texts(self.text)
         return measure_router_weights(self._export(), texts, budget=self.budget, max_tokens=self.max_tokens or 20_000)
@@ -112,7 +111,7 @@ class Steps(_OfModel):
     """Values of the step encodings (Figure 6, middle)."""
 
     def measure(self) -> Measurement:
-        from megatron_itt.analysis.router_weights import measure_step_encoding
+        from megatron_itt.analysis.routing import measure_step_encoding
 
         return measure_step_encoding(self._export())
 
@@ -124,8 +123,8 @@ class History(_Measuring):
     run: Path  # run folder
 
     def measure(self) -> Measurement:
-        from megatron_itt.analysis.collect import read_run
-        from megatron_itt.analysis.router_history import measure_router_history
+        from megatron_itt.analysis.routing import measure_router_history
+        from megatron_itt.analysis.runs import read_run
 
         return measure_router_history(read_run(self.run))
 
@@ -146,18 +145,14 @@ class Budgets(_Measuring):
     device: str = "auto"  # auto, cpu, cuda, ...
 
     def measure(self) -> Measurement:
-        from megatron_itt.analysis.elastic import GRID, Tasks, measure_budgets
+        from megatron_itt.analysis.budgets import GRID, Tasks, measure_budgets
         from megatron_itt.evaluation.exported_model import parse_budget
-        from megatron_itt.evaluation.harness import paper_task_names, task_names_in
+        from megatron_itt.evaluation.harness import choose_tasks
 
         texts, tasks = _texts(self.text), None
         if self.tasks or self.task_dir:
-            if self.tasks == "paper":
-                names = paper_task_names()
-            else:
-                names = self.tasks.split(",") if self.tasks else task_names_in(self.task_dir or Path())
             tasks = Tasks(
-                names=names,
+                names=choose_tasks(self.tasks, self.task_dir),
                 folder=self.output.with_suffix(".tasks"),
                 task_dirs=[self.task_dir] if self.task_dir else [],
                 data_root=self.data_root,
@@ -187,8 +182,7 @@ class Gradients(_OfModel):
     tokens: Count = 64  # of a piece of text
 
     def measure(self) -> Measurement:
-        from megatron_itt.analysis.gradients import measure_question_gradients, measure_text_gradients
-        from megatron_itt.analysis.samples import read_questions
+        from megatron_itt.analysis.gradients import measure_question_gradients, measure_text_gradients, read_questions
 
         if (self.questions is None) == (self.text is None):
             raise DataError("give one of --questions and --text")
@@ -222,14 +216,14 @@ class Scaling(_Measuring):
     evaluation: Annotated[Folders, arg(metavar="FILE")] = ()  # results of itt evaluate
 
     def measure(self) -> Measurement:
-        from megatron_itt.analysis.scaling import measure_scaling
+        from megatron_itt.analysis.curves import measure_scaling
 
         return measure_scaling(self.run, evaluations=self.evaluation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Causality(CausalitySettings):
-    """What the causal threshold rule costs against top-k, and that it never looks ahead."""
+    """Perplexity under threshold routing against top-k, and tests for look-ahead."""
 
     model: Path  # exported Hugging Face folder
     output: Path  # folder for causality.json and causality.md
@@ -262,7 +256,7 @@ class Causality(CausalitySettings):
 class Plot:
     """Draw measurements as PNG or SVG figures, each beside its file."""
 
-    measurements: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE")]  # files that the other names wrote
+    measurements: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE")]  # measurement files
     output: Path | None = None  # the figure, .png or .svg (for a single file)
     format: Literal["png", "svg"] = "png"  # without --output
     overwrite: Flag = False  # replace existing figures
@@ -273,8 +267,7 @@ class Plot:
             raise DataError(
                 f"--output names one figure but there are {len(self.measurements)} measurements; use --format"
             )
-        # After parsing: --help must not wait for matplotlib.
-        from megatron_itt.analysis.figures.draw import draw_measurement
+        from megatron_itt.analysis.figures import draw_measurement
         from megatron_itt.analysis.measurement import read_measurement
 
         for path in self.measurements:

@@ -38,7 +38,7 @@ class Evaluate(EvaluationOptions):
         configure_logging()
         # After parsing: --help must not wait for torch and lm-eval.
         from megatron_itt.evaluation.exported_model import parse_budget
-        from megatron_itt.evaluation.harness import evaluate_export, paper_task_names, task_names_in
+        from megatron_itt.evaluation.harness import choose_tasks, evaluate_export
         from megatron_itt.evaluation.heldout import parse_domains, prepare_heldout
 
         texts = prepare_heldout(
@@ -47,14 +47,10 @@ class Evaluate(EvaluationOptions):
             text_key=self.text_key,
             num_records=self.heldout_records,
         )
-        if self.tasks is None:
-            tasks = task_names_in(self.task_dir) if self.task_dir is not None else []
-        else:
-            tasks = paper_task_names() if self.tasks == "paper" else [name for name in self.tasks.split(",") if name]
         evaluate_export(
             EvaluationRequest(
                 **{option.name: getattr(self, option.name) for option in fields(EvaluationOptions)},
-                tasks=tasks,
+                tasks=choose_tasks(self.tasks, self.task_dir),
                 task_dirs=[self.task_dir] if self.task_dir is not None else [],
                 budgets=[parse_budget(text) for text in self.budget],
                 perplexity_texts=texts,

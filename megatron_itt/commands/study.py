@@ -38,7 +38,7 @@ class Study:
         if min(self.seeds, self.other_seeds, self.jobs, self.processes) < 1:
             raise ConfigError("--seeds, --other-seeds, --jobs and --processes count from 1")
         configure_logging()
-        from megatron_itt.analysis.study_results import collect_study, shown_states, study_markdown, write_study
+        from megatron_itt.analysis.study_results import collect_study, study_markdown, write_study
         from megatron_itt.study import StudyPlan, run_queue
 
         plan = StudyPlan(
@@ -58,7 +58,8 @@ class Study:
         output = self.output or self.root / "results"
         write_study(study, output)
         print(study_markdown(study))
-        print(f"{shown_states(states)}; " * bool(states) + f"written to {output}.json and {output}.md")
+        counts = ", ".join(f"{count} {state}" for state, count in states.items())
+        print(f"{counts}; " * bool(states) + f"written to {output}.json and {output}.md")
         return 1 if {"waiting", "interrupted"} & set(states) else 0
 
 

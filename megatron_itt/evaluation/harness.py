@@ -189,13 +189,15 @@ class TaskPlan:
         return [group] if group is not None else list(found["tasks"].values())
 
 
-def paper_task_names() -> list[str]:
-    """The lm-eval names of the paper's ten tasks, in the order of its Table 1."""
-    return [task.task for task in PAPER_TASKS]
+def choose_tasks(names: str | None, task_dir: Path | None) -> list[str]:
+    """Return the tasks of `names` ("a,b", or "paper" for those of Table 1), by default all of the folder `task_dir`."""
+    if names is None:
+        return [] if task_dir is None else task_names_in(task_dir)
+    return [task.task for task in PAPER_TASKS] if names == "paper" else [name for name in names.split(",") if name]
 
 
 def task_names_in(folder: Path) -> list[str]:
-    """Names of the tasks that the YAML files of a folder define."""
+    """Return the names of the tasks in the YAML files of a folder."""
     from lm_eval.tasks import TaskManager
 
     names = list(TaskManager(include_path=str(_existing_folder(folder)), include_defaults=False).all_subtasks)

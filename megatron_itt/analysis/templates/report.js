@@ -10,7 +10,7 @@
   const places = () => (layerMenu.value === "all" ? data.layers.map((_, k) => k) : [layerMenu.selectedIndex - 1]);
   const isChosen = (t) => stepMenu.value === "all" || t === stepMenu.selectedIndex - 1;
   const stepsOf = (idx, where) =>
-    where.reduce((sum, k) => sum + trace().picked[k].filter((step, t) => isChosen(t) && step[idx] === "1").length, 0);
+    where.reduce((sum, k) => sum + trace().selected[k].filter((step, t) => isChosen(t) && step[idx] === "1").length, 0);
   const make = (name, text, kind) => {
     const node = document.createElement(name);
     if (text !== undefined) node.textContent = text;
@@ -27,7 +27,7 @@
       node.style.setProperty("--level", (steps / most).toFixed(3));
     });
     paintScale(most);
-    paintShares(where);
+    paintCapacity(where);
     const wanted = `#layer=${layerMenu.value}&step=${stepMenu.value}&budget=${budgetMenu.value}`;
     if (location.hash !== wanted) history.replaceState(null, "", wanted);
   }
@@ -45,12 +45,12 @@
     }
   }
 
-  function paintShares(where) {
-    const told = (k) => (share, t) => `${Math.round(100 * share)}% (${trace().thresholds[k][t].toFixed(3)})`;
-    const text = where.map((k) => `layer ${data.layers[k]}: ${trace().shares[k].map(told(k)).join(", ")}`);
+  function paintCapacity(where) {
+    const shown = (k) => (share, t) => `${Math.round(100 * share)}% (${trace().thresholds[k][t].toFixed(3)})`;
+    const text = where.map((k) => `layer ${data.layers[k]}: ${trace().capacity[k].map(shown(k)).join(", ")}`);
     const steps = Array.from({ length: data.steps }, (_, t) => t + 1).join(", ");
-    byId("shares").textContent =
-      `Share of these tokens that thought at step ${steps} (and the score to exceed): ${text.join("; ")}.`;
+    byId("capacity").textContent =
+      `Selected tokens at step ${steps} (and the threshold of the router weight): ${text.join("; ")}.`;
   }
 
   function describe(idx) {
@@ -62,10 +62,10 @@
     data.layers.forEach((layer, k) => {
       const row = make("tr");
       row.append(make("td", String(layer)));
-      trace().picked[k].forEach((step, t) => {
+      trace().selected[k].forEach((step, t) => {
         const yes = step[idx] === "1";
-        const score = trace().scores[k][t][idx].toFixed(3);
-        row.append(make("td", `${yes ? "\u25cf" : "\u25cb"} ${score}`, yes ? "yes" : "no"));
+        const weight = trace().weights[k][t][idx].toFixed(3);
+        row.append(make("td", `${yes ? "\u25cf" : "\u25cb"} ${weight}`, yes ? "yes" : "no"));
       });
       rows.append(row);
     });

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_itt.accounting.flops import forward_flops, paper_flops
-from megatron_itt.analysis.collect import read_run
-from megatron_itt.analysis.curves import measure_curves, tokens_to_reach
-from megatron_itt.analysis.router_history import measure_router_history
-from megatron_itt.analysis.scaling import measure_scaling
+from megatron_itt.analysis.curves import measure_curves, measure_scaling, tokens_to_reach
+from megatron_itt.analysis.routing import measure_router_history
+from megatron_itt.analysis.runs import read_run
 from megatron_itt.config.load import parse_config
 from megatron_itt.errors import DataError
 from tests.unit.analysis.runs import real_recipe, routing_line, run_lines, training_line, validation_line, write_run

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.analysis.figures.draw import DRAW, draw_measurement
-from megatron_itt.analysis.figures.style import moving_mean, scaled_flops
+from megatron_itt.analysis.figure_style import moving_mean, scaled_flops
+from megatron_itt.analysis.figures import DRAW, draw_measurement
 from megatron_itt.analysis.measurement import Measurement, read_measurement, write_measurement
 from megatron_itt.cli import run
 from megatron_itt.errors import DataError

@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megatron_itt.analysis.gradients import measure_question_gradients, measure_text_gradients, nuclear_norms
-from megatron_itt.analysis.samples import (
+from megatron_itt.analysis.gradients import (
     Sample,
     cut_text,
+    measure_question_gradients,
+    measure_text_gradients,
+    nuclear_norms,
     read_questions,
     sample_loss,
     sort_by_loss,

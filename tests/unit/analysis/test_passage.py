@@ -18,16 +18,16 @@ def test_a_token_thinks_where_its_score_exceeds_the_threshold(itt: ExportedModel
     assert [trace.budget for trace in passage.traces] == [TRAINED_BUDGET, (0.1, 1.0), (1.0, 0.0)]
     for trace in passage.traces:
         assert trace.layers == list(THINKING_LAYERS)
-        for layer, scores, thresholds in zip(trace.picked, trace.scores, trace.thresholds, strict=True):
+        for layer, scores, thresholds in zip(trace.selected, trace.weights, trace.thresholds, strict=True):
             for picked, score, threshold in zip(layer, scores, thresholds, strict=True):
                 assert picked == [value > threshold for value in score]
-    assert any(any(step) and not all(step) for layer in passage.traces[0].picked for step in layer)
+    assert any(any(step) and not all(step) for layer in passage.traces[0].selected for step in layer)
 
 
 def test_shares_and_steps_count_the_picks(itt: ExportedModel) -> None:
     (trace,) = trace_passage(itt, TEXT, [(1.0, 0.0)]).traces
-    num_tokens = len(trace.picked[0][0])
-    assert trace.shares() == [[1.0, 0.0]] * len(THINKING_LAYERS)
+    num_tokens = len(trace.selected[0][0])
+    assert trace.capacity() == [[1.0, 0.0]] * len(THINKING_LAYERS)
     assert trace.steps_per_token() == [len(THINKING_LAYERS)] * num_tokens
     assert trace.steps_per_token(0) == [1] * num_tokens
 
@@ -35,7 +35,7 @@ def test_shares_and_steps_count_the_picks(itt: ExportedModel) -> None:
 def test_the_pieces_of_the_tokens_join_to_the_text(itt: ExportedModel) -> None:
     passage = trace_passage(itt, TEXT, [TRAINED_BUDGET])
     assert "".join(passage.tokens) == TEXT
-    assert len(passage.tokens) == len(itt.tokenizer.encode(TEXT)) == len(passage.traces[0].scores[0][0])
+    assert len(passage.tokens) == len(itt.tokenizer.encode(TEXT)) == len(passage.traces[0].weights[0][0])
     assert passage.num_tokens_left_out == 0
 
 
@@ -48,17 +48,17 @@ def test_a_text_beyond_the_context_is_read_in_windows_and_it_is_said(itt: Export
     assert passage.num_windows > 1
     windows, rest = passage.notes()
     assert f"{passage.num_windows} windows of at most {MAX_LENGTH} tokens" in windows
-    assert f"{len(ids) - 300:,} tokens that are not shown" in rest
-    assert all(len(step) == 300 for layer in passage.traces[0].scores for step in layer)
+    assert f"{len(ids) - 300:,} more tokens that are not shown" in rest
+    assert all(len(step) == 300 for layer in passage.traces[0].weights for step in layer)
     # The first window is what a text that fits gives.
     short = trace_passage(itt, text, [TRAINED_BUDGET], max_tokens=MAX_LENGTH - 1)
     assert short.num_windows == 1
-    assert passage.traces[0].picked[0][0][: MAX_LENGTH - 1] == short.traces[0].picked[0][0]
+    assert passage.traces[0].selected[0][0][: MAX_LENGTH - 1] == short.traces[0].selected[0][0]
     # Tokens of the last window are routed as the model routes them when it sees that window alone.
     with torch.inference_mode():
         window = torch.tensor([ids[300 - MAX_LENGTH : 300]])
         routing = itt.model(window, thinking_budget=list(TRAINED_BUDGET), output_routing=True).routing
-    assert passage.traces[0].picked[1][0][-10:] == routing[1][0, 0, -10:].tolist()
+    assert passage.traces[0].selected[1][0][-10:] == routing[1][0, 0, -10:].tolist()
 
 
 def test_tracing_leaves_the_model_as_it_was(itt: ExportedModel) -> None:
@@ -67,7 +67,6 @@ def test_tracing_leaves_the_model_as_it_was(itt: ExportedModel) -> None:
         before = itt.model(tokens).logits
         trace_passage(itt, TEXT, [(1.0, 1.0)])
         assert torch.equal(itt.model(tokens).logits, before)
-    assert "choose" not in vars(itt.model.model.layers[THINKING_LAYERS[0]].thinking)
 
 
 def test_empty_text_is_refused(itt: ExportedModel) -> None:
@@ -85,7 +84,7 @@ def test_the_continuation_is_greedy_and_follows_the_budget(itt: ExportedModel) -
             ids.append(int(logits[0, -1].argmax()))
             if ids[-1] == itt.tokenizer.eos_token_id:
                 break
-    assert sample.continuation == itt.tokenizer.decode(ids[start:], skip_special_tokens=True)
+    assert sample.text == itt.tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
 def test_a_prompt_that_fills_the_context_is_refused(itt: ExportedModel) -> None:

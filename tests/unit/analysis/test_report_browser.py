@@ -84,7 +84,7 @@ def test_a_token_shows_its_steps_and_scores(report: tuple[Path, ReportData], tmp
     cells = re.findall(r'<td class="(yes|no)">(.) ([\d.]+)</td>', html.unescape(tip))
     expected = [
         ("yes" if step[3] else "no", score[3])
-        for layer, scores in zip(trace.picked, trace.scores, strict=True)
+        for layer, scores in zip(trace.selected, trace.weights, strict=True)
         for step, score in zip(layer, scores, strict=True)
     ]
     assert [(kind, float(score)) for kind, _, score in cells] == [
@@ -105,7 +105,7 @@ def test_pointing_and_choosing_from_the_menus_work(report: tuple[Path, ReportDat
     document, console = _browse(page.as_uri(), tmp_path, "--dump-dom")
     assert console == ""
     trace = _trace(data, (0.5, 0.25))
-    expected = [sum(layer[1][idx] for layer in trace.picked) for idx in range(len(trace.picked[0][1]))]
+    expected = [sum(layer[1][idx] for layer in trace.selected) for idx in range(len(trace.selected[0][1]))]
     assert _steps(document) == expected
     tip = re.findall(r'<div id="tip" role="tooltip"([^>]*)>.*?: (\d+) extra steps, ([^<]*)<', document, re.DOTALL)[0]
     assert "hidden" not in tip[0]
@@ -125,7 +125,7 @@ def test_a_page_of_an_empty_run_runs_too(tmp_path: Path) -> None:
     page.write_text(render_report(measure(tmp_path / "run")), encoding="utf-8")
     document, console = _browse(page.as_uri(), tmp_path / "profile", "--dump-dom")
     assert console == ""
-    assert "Not everything is there" in document
+    assert "The data is incomplete" in document
 
 
 @pytest.mark.parametrize("width", [1280, 420])

@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_itt.analysis.router_weights import describe_weights, measure_router_weights, measure_step_encoding
-from megatron_itt.analysis.routing import compare_steps, measure_routing
-from megatron_itt.analysis.token_kinds import KINDS, token_kinds
+from megatron_itt.analysis.routing import (
+    KINDS,
+    compare_steps,
+    describe_weights,
+    measure_router_weights,
+    measure_routing,
+    measure_step_encoding,
+    token_kinds,
+)
 from megatron_itt.errors import DataError, EvaluationError
 from megatron_itt.evaluation.exported_model import ExportedModel, load_export
 from tests.unit.evaluation.exports import MAX_LENGTH, THINKING_LAYERS, TRAINED_BUDGET, standard_library_texts

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_itt.analysis.study_claims import judge
 from megatron_itt.analysis.study_results import (
     collect_study,
+    judge,
     state_of,
     study_markdown,
     write_study,

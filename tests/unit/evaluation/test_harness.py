@@ -262,6 +262,6 @@ def test_the_hub_is_switched_off_within_the_block_only(monkeypatch: pytest.Monke
 def test_the_papers_tasks_are_all_known_to_the_harness() -> None:
     from lm_eval.tasks import TaskManager
 
-    from megatron_itt.evaluation.harness import paper_task_names
+    from megatron_itt.evaluation.harness import choose_tasks
 
-    assert set(paper_task_names()) <= set(TaskManager().all_tasks)
+    assert set(choose_tasks("paper", None)) <= set(TaskManager().all_tasks)

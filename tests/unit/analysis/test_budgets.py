@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 
 from megatron_itt.accounting.flops import forward_flops
-from megatron_itt.analysis.elastic import TABLE_2, budgets_of, mean_accuracy, measure_budgets, pareto_front
-from megatron_itt.analysis.model_shape import flops_of, name_of, shape_of
+from megatron_itt.analysis.budgets import (
+    TABLE_2,
+    budgets_of,
+    flops_of,
+    mean_accuracy,
+    measure_budgets,
+    name_of,
+    pareto_front,
+    shape_of,
+)
 from megatron_itt.errors import DataError
 from megatron_itt.evaluation.exported_model import ExportedModel, load_export
 from megatron_itt.evaluation.perplexity import measure_perplexity

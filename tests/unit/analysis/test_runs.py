@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.analysis.collect import overall_loss, read_run
+from megatron_itt.analysis.runs import overall_loss, read_run
 from megatron_itt.errors import DataError
 from tests.unit.analysis.runs import run_lines, training_line, validation_line, write_run
 
