@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_itt.checkpoint.store import STATE_FILE, list_checkpoints, step_of
+from megatron_itt.checkpoint.store import STATE_FILE, CheckpointStore, step_of
 from megatron_itt.errors import CheckpointError
 
 HASHES_FILE = "hashes.json"
@@ -138,13 +137,13 @@ class Retention:
         return kept
 
 
-def prune(root: Path, retention: Retention) -> list[Path]:
+def prune(store: CheckpointStore, retention: Retention) -> list[Path]:
     """Remove the intact checkpoints that need not stay; returns what went."""
-    intact = {step_of(path): path for path in list_checkpoints(root) if not find_misfits(path)[0]}
+    intact = {step_of(path): path for path in store.published() if not find_misfits(path)[0]}
     kept = retention.choose({step: _validation_loss(path) for step, path in intact.items()})
     removed = [path for step, path in intact.items() if step not in kept]
     for path in removed:
-        shutil.rmtree(path)
+        store.remove(path)
     return removed
 
 

@@ -12,6 +12,7 @@ import pickle
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_itt.checkpoint.integrity import SMALL_FILE_BYTES, FileRecord, find_changes, find_misfits
 from megatron_itt.checkpoint.state import RunState, load_model_state, read_run_state, sharded_model_state
-from megatron_itt.checkpoint.store import (
-    list_candidates,
-    point_latest_at,
-    remove_leftovers,
-    resolve_checkpoint,
-    set_aside,
-)
+from megatron_itt.checkpoint.store import CheckpointStore, resolve_checkpoint
 from megatron_itt.config.environment import single_process
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.errors import CheckpointError, StorageError
 from megatron_itt.log import get_logger
 from megatron_itt.model.builder import BuiltModel, build_model
+from megatron_itt.parallel.collectives import gather_objects, on_rank_zero
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
 from megatron_itt.parallel.megatron_compat.checkpoint_reader import checkpoint_reader
 
@@ -111,18 +107,18 @@ class SafeCommonStrategy(TorchCommonLoadStrategy):
         raise pickle.UnpicklingError("objects other than tensors are not read")
 
 
-def find_intact(root: Path, *, contents: bool = True) -> Path | None:
-    """The newest intact checkpoint under `root`; None if none was ever saved. All ranks call this; none may be saving.
+def find_intact(store: CheckpointStore, *, contents: bool = True) -> Path | None:
+    """The newest intact checkpoint of a store; None if none was ever saved. All ranks call this; none may be saving.
 
     Damaged newer ones are logged with the reason and set aside. CheckpointError, and nothing changes, when all are
     damaged. Without `contents` large files are compared by size alone.
     """
-    candidates = _from_main(lambda: _prepare(root))
+    candidates = on_rank_zero(lambda: _prepare(store))
     damaged: dict[Path, list[str]] = {}
     for checkpoint in candidates:
         problems = find_damage_together(checkpoint, contents=contents)
         if not problems:
-            _from_main(lambda chosen=checkpoint: _give_up_on(damaged, chosen))
+            on_rank_zero(partial(_set_aside, store, damaged, checkpoint))
             return checkpoint
         damaged[checkpoint] = problems
         get_logger().info("checkpoint %s is damaged: %s", checkpoint, _summary(problems))
@@ -130,7 +126,7 @@ def find_intact(root: Path, *, contents: bool = True) -> Path | None:
         return None
     listed = "; ".join(f"{path.name}: {_summary(problems)}" for path, problems in damaged.items())
     raise CheckpointError(
-        f"every checkpoint in {root} is damaged ({listed}); restore one of them from a copy, or choose another "
+        f"every checkpoint in {store} is damaged ({listed}); restore one of them from a copy, or choose another "
         "logging.run_dir to start anew"
     )
 
@@ -145,15 +141,12 @@ def check_together(checkpoint: Path, *, contents: bool = True) -> None:
 def find_damage_together(checkpoint: Path, *, contents: bool = True) -> list[str]:
     """`hashes.find_damage` with the reading shared among all ranks; the same answer on each."""
     started = time.perf_counter()
-    problems, records = _from_main(lambda: find_misfits(checkpoint))
+    problems, records = on_rank_zero(lambda: find_misfits(checkpoint))
     if problems:
         return problems
     read = {name: record for name, record in records.items() if contents or record.size <= SMALL_FILE_BYTES}
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found: list[list[str]] = [find_changes(checkpoint, share_of(read, rank, size))]
-    if size > 1:
-        mine, found = found[0], [[] for _ in range(size)]
-        dist.all_gather_object(found, mine)
+    found = gather_objects(find_changes(checkpoint, share_of(read, rank, size)))
     num_bytes = sum(record.size for record in read.values())
     get_logger().info(
         "verified %s: %d files, %.1f MB in %.1f s",
@@ -175,38 +168,22 @@ def share_of(records: Mapping[str, FileRecord], rank: int, size: int) -> dict[st
     return shares[rank]
 
 
-def _prepare(root: Path) -> list[Path]:
-    for path in remove_leftovers(root):
+def _prepare(store: CheckpointStore) -> list[Path]:
+    for path in store.remove_leftovers():
         get_logger().info("removed %s, which an interrupted save left", path)
-    return list_candidates(root)
+    return store.candidates()
 
 
-def _give_up_on(damaged: Mapping[Path, list[str]], chosen: Path) -> None:
+def _set_aside(store: CheckpointStore, damaged: Mapping[Path, list[str]], chosen: Path) -> None:
     for path in damaged:
-        get_logger().info("set %s aside as %s; continuing from %s", path.name, set_aside(path).name, chosen.name)
+        get_logger().info("set %s aside as %s; continuing from %s", path.name, store.set_aside(path).name, chosen.name)
     if damaged:
-        point_latest_at(chosen)
+        store.mark_latest(chosen)
 
 
 def _summary(problems: list[str]) -> str:
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     return ", ".join(problems[:3]) + more
-
-
-def _from_main(act: Any) -> Any:
-    """What the main process gets from `act`, on all ranks; its errors are raised on all."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return act()
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [act(), None]
-        except (OSError, CheckpointError) as error:
-            outcome = [None, error]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 _UNREADABLE = (

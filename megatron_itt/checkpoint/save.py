@@ -37,12 +37,13 @@ from megatron_itt.checkpoint.integrity import (
     write_hashes,
 )
 from megatron_itt.checkpoint.state import RunState, write_run_state
-from megatron_itt.checkpoint.store import checkpoint_name, new_staging_path, publish
+from megatron_itt.checkpoint.store import CheckpointStore, LocalStore, checkpoint_name
 from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.config.environment import end_with_parent
 from megatron_itt.errors import CheckpointError, StorageError
 from megatron_itt.files import flush
 from megatron_itt.log import get_logger
+from megatron_itt.parallel.collectives import on_rank_zero, raise_together
 
 _BYTES_PER_TENSOR = 2048  # names, shapes and places in the files' own tables
 _BYTES_PER_RANK = 1 << 16
@@ -57,7 +58,7 @@ def count_bytes(sharded_state: dict[str, Any]) -> int:
     return total
 
 
-def check_space(sharded_state: dict[str, Any], root: Path, step: int) -> None:
+def check_space(sharded_state: dict[str, Any], store: CheckpointStore, step: int) -> None:
     """Raise CheckpointError on all ranks when the save of all ranks together does not fit. A collective call.
 
     A quota does not show here; running into one while writing is reported by the save itself.
@@ -65,13 +66,12 @@ def check_space(sharded_state: dict[str, Any], root: Path, step: int) -> None:
     device = torch.cuda.current_device()
     room = torch.tensor([count_bytes(sharded_state), 0], dtype=torch.int64, device=device)
     if dist.get_rank() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        room[1] = shutil.disk_usage(root).free
+        room[1] = store.free_bytes()
     dist.all_reduce(room)
     needed, free = room.tolist()
     if free < needed:
         raise CheckpointError(
-            f"no space left to save step {step} in {root}: it needs {needed} bytes and {free} are free; the earlier "
+            f"no space left to save step {step} in {store}: it needs {needed} bytes and {free} are free; the earlier "
             "checkpoints are intact; free space and run the same command again"
         )
 
@@ -92,8 +92,8 @@ class _Save:
 class CheckpointWriter:
     """Saves the checkpoints of a run, one at a time. All ranks call every method at the same point."""
 
-    def __init__(self, root: Path, retention: Retention, *, asynchronous: bool = False) -> None:
-        self._root = root
+    def __init__(self, store: CheckpointStore, retention: Retention, *, asynchronous: bool = False) -> None:
+        self._store = store
         self._retention = retention
         self._asynchronous = asynchronous
         self._plans = SavePlans()
@@ -107,7 +107,7 @@ class CheckpointWriter:
         """
         self.finish()
         started = time.perf_counter()
-        staging = _open_staging(self._root, sharded_state, state.step)
+        staging = _open_staging(self._store, sharded_state, state.step)
         with _clear_errors(staging, state.step):
             request = _with_hashes(self._plans.plan(sharded_state, staging), staging)
             save = _Save(request=request, state=state, staging=staging)
@@ -138,37 +138,31 @@ class CheckpointWriter:
 
     def _publish(self, save: _Save) -> None:
         """Agree that all is written, then make it a checkpoint."""
-        _agree(lambda: _check_room(self._root))
+        raise_together(lambda: _check_room(self._store))
         for finalize in save.request.finalize_fns:
             finalize()
-        _agree(lambda: self._complete(save))
+        raise_together(lambda: self._complete(save))
 
     def _complete(self, save: _Save) -> None:
         if dist.get_rank() != 0:
             return
         write_run_state(save.state, save.staging)
         _write_hashes(save.staging)
-        folder = publish(save.staging, save.state.step)
-        prune(self._root, self._retention)
+        folder = self._store.publish(save.staging, save.state.step)
+        prune(self._store, self._retention)
         get_logger().info("saved %s", folder)
 
 
 def save_checkpoint(sharded_state: dict[str, Any], state: RunState, root: Path, *, keep_last: int) -> Path:
     """Save one checkpoint and publish it before returning. Returns its folder."""
-    CheckpointWriter(root, Retention(keep_last=keep_last)).save(sharded_state, state)
+    CheckpointWriter(LocalStore(root), Retention(keep_last=keep_last)).save(sharded_state, state)
     return root / checkpoint_name(state.step)
 
 
-def _open_staging(root: Path, sharded_state: dict[str, Any], step: int) -> Path:
+def _open_staging(store: CheckpointStore, sharded_state: dict[str, Any], step: int) -> Path:
     """Check that there is room, and create the folder to write into."""
-    check_space(sharded_state, root, step)
-    place: list[Any] = [None]
-    if dist.get_rank() == 0:
-        staging = new_staging_path(root, step)
-        staging.mkdir(parents=True)
-        place = [staging]
-    dist.broadcast_object_list(place, src=0)
-    return place[0]
+    check_space(sharded_state, store, step)
+    return on_rank_zero(lambda: store.open_staging(step))
 
 
 def _with_hashes(request: AsyncRequest, staging: Path) -> AsyncRequest:
@@ -219,25 +213,9 @@ def _write_hashes(staging: Path) -> None:
         flush(staging / name)
 
 
-def _check_room(root: Path) -> None:
-    if dist.get_rank() == 0 and shutil.disk_usage(root).free < _FULL_BYTES:
+def _check_room(store: CheckpointStore) -> None:
+    if dist.get_rank() == 0 and store.free_bytes() < _FULL_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _agree(act: Callable[[], None]) -> None:
-    """Run `act` on all ranks; where one fails, all raise."""
-    problem: BaseException | None = None
-    try:
-        act()
-    except Exception as error:
-        problem = error
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, None if problem is None else repr(problem))
-    if problem is not None:
-        raise problem
-    others = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
-    if others:
-        raise StorageError(f"saving failed on {'; '.join(others)}")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import shutil
 import time
 import uuid
 from pathlib import Path
+from typing import Protocol
 
 from megatron_itt.errors import CheckpointError
 from megatron_itt.files import atomic_write, flush
@@ -46,16 +47,9 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted((path for path in root.iterdir() if _NAME.match(path.name) and path.is_dir()), key=step_of)
 
 
-def list_candidates(root: Path) -> list[Path]:
-    """Published checkpoints in the order in which to continue from them: the one `latest` names, then newest first."""
-    newest_first = list_checkpoints(root)[::-1]
-    marked = _read_marker(root)
-    return sorted(newest_first, key=lambda path: path.name != marked)
-
-
 def find_latest(root: Path) -> Path | None:
     """The checkpoint under `root` that `latest` names, else the one of the highest step; None if there is none."""
-    return next(iter(list_candidates(root)), None)
+    return next(iter(LocalStore(root).candidates()), None)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -75,66 +69,120 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{given} holds no complete checkpoint; name a run folder or one of its checkpoints")
 
 
-def new_staging_path(root: Path, step: int) -> Path:
-    """Where to write a checkpoint before it is published: a new place each time, where no dead writer still writes."""
-    return root / f"{_WRITING}{checkpoint_name(step)}_{uuid.uuid4().hex[:8]}"
+class CheckpointStore(Protocol):
+    """Where the checkpoints of one run are kept. Saving, loading, resuming and retention go through it.
+
+    Checkpoints are written to and read from local folders: a store of objects uploads in `publish` and downloads in
+    `candidates`. Only rank 0 calls a store.
+    """
+
+    def published(self) -> list[Path]:
+        """Published checkpoints, oldest first. Their files may have been damaged since."""
+
+    def candidates(self) -> list[Path]:
+        """Published checkpoints in the order in which to resume from them."""
+
+    def open_staging(self, step: int) -> Path:
+        """Create an empty folder in which all ranks write a checkpoint before it is published."""
+
+    def publish(self, staging: Path, step: int) -> Path:
+        """Make a complete checkpoint visible and the latest one. Durable when it returns."""
+
+    def mark_latest(self, checkpoint: Path) -> None:
+        """Make a published checkpoint the first candidate."""
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Rename a damaged checkpoint so that it is no candidate; return its new path."""
+
+    def remove(self, checkpoint: Path) -> None:
+        """Delete a published checkpoint."""
+
+    def remove_leftovers(self) -> list[Path]:
+        """Remove what interrupted saves left and return it. Nothing may be saving meanwhile."""
+
+    def free_bytes(self) -> int:
+        """Bytes that can still be written."""
 
 
-def publish(staging: Path, step: int) -> Path:
-    """Make a fully written checkpoint visible under its name, then point `latest` at it. Durable when it returns."""
-    root = staging.parent
-    final = root / checkpoint_name(step)
-    replaced = root / f"{_REPLACED}{final.name}"
-    flush(staging)
-    if final.exists():
-        final.replace(replaced)
-    staging.replace(final)
-    flush(root)
-    point_latest_at(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return final
+class LocalStore:
+    """Checkpoints in a folder of a local or shared file system."""
 
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
-def point_latest_at(checkpoint: Path) -> None:
-    """Write the `latest` marker in one step."""
-    root = checkpoint.parent
-    atomic_write(root / LATEST_FILE, checkpoint.name + "\n", durable=True)
-    flush(root)
+    def __str__(self) -> str:
+        return str(self.root)
 
+    def published(self) -> list[Path]:
+        """Published checkpoints, oldest first."""
+        return list_checkpoints(self.root)
 
-def remove_leftovers(root: Path) -> list[Path]:
-    """Remove what crashed saves left half-written; returns what went. Nothing may be saving under `root` meanwhile."""
-    if not root.is_dir():
-        return []
-    for path in root.glob(f"{_REPLACED}*"):
-        final = root / path.name.removeprefix(_REPLACED)
-        if not final.exists():  # the crash came between the two renames of publish
-            path.replace(final)
-    removed = [*root.glob(f"{_WRITING}*"), *root.glob(f"{_REPLACED}*")]
-    for path in removed:
-        _remove_stubborn(path)
-    return removed
+    def candidates(self) -> list[Path]:
+        """Published checkpoints: the one `latest` names, then newest first."""
+        try:
+            marked = (self.root / LATEST_FILE).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            marked = None
+        return sorted(self.published(), key=lambda path: (path.name != marked, -step_of(path)))
+
+    def open_staging(self, step: int) -> Path:
+        """Create a new folder each time, into which no dead writer still writes."""
+        staging = self.root / f"{_WRITING}{checkpoint_name(step)}_{uuid.uuid4().hex[:8]}"
+        staging.mkdir(parents=True)
+        return staging
+
+    def publish(self, staging: Path, step: int) -> Path:
+        """Rename a complete checkpoint to its final name, then point `latest` at it."""
+        final = self.root / checkpoint_name(step)
+        replaced = self.root / f"{_REPLACED}{final.name}"
+        flush(staging)
+        if final.exists():
+            final.replace(replaced)
+        staging.replace(final)
+        flush(self.root)
+        self.mark_latest(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return final
+
+    def mark_latest(self, checkpoint: Path) -> None:
+        """Write the `latest` marker atomically."""
+        atomic_write(self.root / LATEST_FILE, checkpoint.name + "\n", durable=True)
+        flush(self.root)
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Rename to damaged_step_..."""
+        place = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
+        if place.exists():
+            place = checkpoint.with_name(f"{place.name}_{uuid.uuid4().hex[:8]}")
+        return checkpoint.replace(place)
+
+    def remove(self, checkpoint: Path) -> None:
+        """Delete a published checkpoint."""
+        shutil.rmtree(checkpoint)
+
+    def remove_leftovers(self) -> list[Path]:
+        """Remove incomplete checkpoints; a replaced one returns where the new one was never published."""
+        if not self.root.is_dir():
+            return []
+        for path in self.root.glob(f"{_REPLACED}*"):
+            final = self.root / path.name.removeprefix(_REPLACED)
+            if not final.exists():  # the crash came between the two renames of publish
+                path.replace(final)
+        removed = [*self.root.glob(f"{_WRITING}*"), *self.root.glob(f"{_REPLACED}*")]
+        for path in removed:
+            _remove_stubborn(path)
+        return removed
+
+    def free_bytes(self) -> int:
+        """Bytes free in the file system of the folder, which is created."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.root).free
 
 
 def _remove_stubborn(folder: Path) -> None:
-    """Remove a folder even while a writer that outlived its run still puts files into it; it ends soon."""
+    """Remove a folder even while a writer that outlived its run still writes into it; it ends soon."""
     for _ in range(_REMOVAL_ATTEMPTS):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
         time.sleep(_REMOVAL_PAUSE_S)
-
-
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint so that nothing takes it for one; returns its new place."""
-    place = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
-    if place.exists():
-        place = checkpoint.with_name(f"{place.name}_{uuid.uuid4().hex[:8]}")
-    return checkpoint.replace(place)
-
-
-def _read_marker(root: Path) -> str | None:
-    try:
-        return (root / LATEST_FILE).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None

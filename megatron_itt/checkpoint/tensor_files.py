@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from megatron_itt.config.environment import end_with_parent
+from megatron_itt.parallel.collectives import any_rank
 
 _FORMAT = ("torch_dist", 1)
 
@@ -47,7 +47,7 @@ class SavePlans:
         That every element has one writer is checked whenever the structure is not that of the last save.
         """
         structure = list(_structure(sharded_state))
-        is_known = _holds_on_all_ranks(structure == self._structure)
+        is_known = not any_rank(structure != self._structure, torch.cuda.current_device())
         if not is_known:
             self._strategy, self._structure = _Strategy(), structure
         return dist_checkpointing.save(
@@ -155,9 +155,3 @@ def _structure(sharded_state: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
             yield value.key, value.dtype, *place, is_main_replica(value.replica_id)
         elif isinstance(value, ShardedTensorFactory):
             yield value.key, value.data.dtype, value.data.shape, is_main_replica(value.replica_id)
-
-
-def _holds_on_all_ranks(holds: bool) -> bool:
-    flag = torch.tensor([holds], dtype=torch.int32, device=torch.cuda.current_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())

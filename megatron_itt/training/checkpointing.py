@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -26,11 +25,13 @@ from megatron_itt.checkpoint.state import (
     sharded_model_state,
     sharded_random_states,
 )
-from megatron_itt.checkpoint.store import checkpoint_root, resolve_checkpoint
+from megatron_itt.checkpoint.store import CheckpointStore, LocalStore, checkpoint_root, resolve_checkpoint
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import CheckpointError
 from megatron_itt.log import get_logger
-from megatron_itt.training.optimizer import load_optimizer_state, resume_schedule, sharded_optimizer_state
+from megatron_itt.parallel.collectives import gather_objects
+from megatron_itt.training.optimizer import load_optimizer_state, sharded_optimizer_state
+from megatron_itt.training.schedule import resume_schedule
 from megatron_itt.training.trainer import Trainer
 
 
@@ -56,7 +57,7 @@ class Checkpointer:
         allow_changed: Sequence[str] = (),
     ) -> None:
         self._config, self._allow_changed = config, tuple(allow_changed)
-        self._root = checkpoint_root(run_dir)
+        self._store: CheckpointStore = LocalStore(checkpoint_root(run_dir))
         self._fingerprint_at = fingerprint_at
         self._facts: dict[str, Any] = {
             "data_fingerprint": fingerprint_at(config.num_training_samples),
@@ -67,7 +68,7 @@ class Checkpointer:
         retention = Retention(
             keep_last=wanted.keep_last, keep_every_steps=wanted.keep_every_steps, keep_best=wanted.keep_best
         )
-        self._writer = CheckpointWriter(self._root, retention, asynchronous=wanted.asynchronous)
+        self._writer = CheckpointWriter(self._store, retention, asynchronous=wanted.asynchronous)
 
     def find_resume_point(self) -> ResumePoint | None:
         """Where the run continues: at its newest intact checkpoint; None: it starts anew.
@@ -75,7 +76,7 @@ class Checkpointer:
         CheckpointError when the recipe does not fit, or when there are checkpoints and all are damaged.
         """
         self._writer.finish()
-        folder = find_intact(self._root, contents=self._config.checkpoint.verify)
+        folder = find_intact(self._store, contents=self._config.checkpoint.verify)
         if folder is None:
             return None
         state = read_run_state(folder)
@@ -241,9 +242,7 @@ def _stored_shapes(folder: Path) -> Shapes:
 
 def _gather(shapes: Shapes) -> Shapes:
     """Those of all ranks: each holds a part of the model, and all must come to the same conclusion."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, shapes)
-    return {key: shape for part in parts for key, shape in part.items()}
+    return {key: shape for part in gather_objects(shapes) for key, shape in part.items()}
 
 
 def _compare(wanted: Shapes, stored: Shapes) -> tuple[list[str], list[str]]:

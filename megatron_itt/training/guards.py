@@ -18,7 +18,8 @@ from megatron_itt.config.run import RuntimeConfig
 from megatron_itt.errors import IttError
 from megatron_itt.model.builder import BuiltModel
 from megatron_itt.model.initialisation import EMBEDDING, global_name
-from megatron_itt.training.metrics import JobReport
+from megatron_itt.parallel.collectives import any_rank, gather_objects
+from megatron_itt.training.metrics import StepStatistics
 
 # Steps to have seen before anything can be called a spike.
 MIN_HISTORY = 8
@@ -55,12 +56,12 @@ class StepGuard:
         self._num_skipped_in_row = 0
         self._num_rollbacks = 0
 
-    def judge(self, report: JobReport) -> Verdict:
+    def judge(self, step: StepStatistics) -> Verdict:
         """The verdict on a step; accepted steps enter the history that later ones are compared with."""
-        loss, grad_norm = report.loss, report.grad_norm
+        loss, grad_norm = step.loss, step.grad_norm
         reason = self._problem(loss, grad_norm)
-        if reason is not None and report.broken_ranks:
-            reason += f" (the loss of rank {', '.join(str(rank) for rank in report.broken_ranks)} is not finite)"
+        if reason is not None and step.broken_ranks:
+            reason += f" (the loss of rank {', '.join(str(rank) for rank in step.broken_ranks)} is not finite)"
         if reason is None:
             self._losses.append(loss)
             self._norms.append(grad_norm)
@@ -142,13 +143,9 @@ def check_replicas(built: BuiltModel) -> None:
         _compare([names[i] for i in tied], sums[tied], parallel_state.get_embedding_group(check_initialized=False)),
     ]
     found = [report for report in reports if report]
-    flag = torch.tensor([len(found)], dtype=torch.int32, device=sums.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    if not flag.item():
+    if not any_rank(bool(found), sums.device):
         return
-    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, found)
-    lines = sorted({line for lines in everywhere for line in lines})
+    lines = sorted({line for lines in gather_objects(found) for line in lines})
     raise ReplicaMismatchError(
         f"replicas hold different weights: {'; '.join(lines)}; a device of these ranks is broken or a kernel is not "
         "deterministic; the last checkpoint is from before the difference was found"
@@ -158,10 +155,8 @@ def check_replicas(built: BuiltModel) -> None:
 def are_weights_finite(built: BuiltModel) -> bool:
     """Whether all ranks' parameters are numbers (and can be summed in float32). A collective call."""
     totals = [value.detach().sum(dtype=torch.float32) for chunk in built.chunks for value in chunk.parameters()]
-    flag = (~torch.isfinite(torch.stack(totals))).any().to(torch.int32).reshape(1)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return not flag.item()
+    total = torch.stack(totals)
+    return not any_rank(not bool(torch.isfinite(total).all()), total.device)
 
 
 def _checksums(built: BuiltModel) -> tuple[list[str], Tensor, list[bool]]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_itt.config.backends import ChosenBackend
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.batches.blend import resolve_blend
@@ -18,8 +16,9 @@ from megatron_itt.data.batches.datasets import Datasets, build_datasets, check_b
 from megatron_itt.data.batches.loader import Loader, check_loader, open_loader
 from megatron_itt.data.text.tokenizer import Tokenizer, recipe_tokenizer
 from megatron_itt.data.text.tokenizer_folder import check_exportable
-from megatron_itt.errors import ConfigError, DataError, IttError
+from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import configure_logging, get_logger
+from megatron_itt.parallel.collectives import on_rank_zero
 from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel
 from megatron_itt.training.capacity import describe_rounding
 from megatron_itt.training.checkpointing import Checkpointer, find_initial_weights, load_initial_weights
@@ -61,7 +60,7 @@ def train(config: RunConfig, *, backend: ChosenBackend | None = None, allow_chan
     try:
         place = start_parallel(config)
         run_dir = Path(config.logging.run_dir)
-        with _opened_run_folder(config, place, allow_changed=allow_changed) as has_work:
+        with _opened_run_folder(config, allow_changed=allow_changed) as has_work:
             configure_logging(rank=place.rank, log_file=str(run_dir / LOG_FILE) if has_work else None)
             if not has_work:
                 get_logger().info("%s is finished already; choose another logging.run_dir to train again", run_dir)
@@ -87,22 +86,10 @@ def check_inputs(config: RunConfig) -> Tokenizer:
 
 
 @contextmanager
-def _opened_run_folder(config: RunConfig, place: ParallelContext, *, allow_changed: Sequence[str]) -> Iterator[bool]:
-    """Hold the run folder within a block: the main process claims and fills it, and tells the others how that went.
-
-    Yields whether there is something left to do.
-    """
+def _opened_run_folder(config: RunConfig, *, allow_changed: Sequence[str]) -> Iterator[bool]:
+    """Have rank 0 claim and fill the run folder within a block; yield whether there is something left to do."""
     with ExitStack() as held:
-        outcome: list[Any] = [None]
-        if place.is_main:
-            try:
-                outcome = [held.enter_context(opened_run_folder(config, allow_changed=allow_changed))]
-            except IttError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], IttError):
-            raise outcome[0]
-        yield outcome[0]
+        yield on_rank_zero(lambda: held.enter_context(opened_run_folder(config, allow_changed=allow_changed)))
 
 
 def _start_or_resume(
@@ -189,7 +176,7 @@ def _train_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
     while step < config.schedule.steps and not stop_requested:
         step += 1
         result = _train_step(run, batches, step)
-        stop_requested = result.stopping
+        stop_requested = result.statistics.stop_requested
         has_recovered = result.verdict.action != "accept" and _recover(run, step, result.verdict)
         validation_due, loss = bool(run.datasets.validation) and should_validate(config, step), None
         if validation_due and not stop_requested:

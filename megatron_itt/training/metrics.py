@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,56 +28,138 @@ from megatron_itt.training.trainer import Trainer
 if TYPE_CHECKING:
     from megatron_itt.training.step import StepResult
 
-# Columns of a rank's row.
-_LOSS, _HAS_LOSS, _GRAD_NORM, _STOP, _MEMORY = range(5)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepView:
+    """What a statistic is computed from: this rank's part of a step before the update, then the finished step.
+
+    `loss` is the mean over this rank's micro-batches, None before the last pipeline stage. `memory_bytes` is 0 in steps
+    that are not logged. The fields from `step` on are known when the record is made.
+    """
+
+    loss: Tensor | None = None
+    grad_norm: float = 0.0
+    stop_requested: bool = False
+    memory_bytes: int = 0
+    step: int = 0
+    learning_rate: float = 0.0
+    clock: Any = None
+    step_time_s: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobReport:
-    """One step of the whole job: mean loss per token (nats), global gradient norm, and what ranks had to say.
+class Statistic:
+    """A statistic of a step: its value on a rank, its reduction over the ranks that have one, and where it is written.
 
-    `broken_ranks` computed a loss that is not finite. `memory_bytes` is the most that any rank has used, 0 if nobody
-    looked.
+    Without a `reduction` the value is that of rank 0, taken after the step. `console` formats it for people; a value of
+    None is not shown.
     """
 
-    loss: float
-    grad_norm: float
-    stopping: bool
-    memory_bytes: int
-    broken_ranks: tuple[int, ...]
+    name: str
+    value: Callable[[StepView], Any]
+    reduction: Callable[[Tensor], float] | None = None
+    jsonl: bool = True
+    tensorboard: bool = True
+    console: Callable[[Any], str] | None = None
 
 
-def agree(*, loss: Tensor | None, grad_norm: float, stop: bool, memory_bytes: int, device: torch.device) -> JobReport:
-    """Exchange this rank's row for the report. `loss`: mean over its micro-batches; None before the last stage."""
-    row = torch.zeros(5, dtype=torch.float64)
-    row[_GRAD_NORM], row[_STOP], row[_MEMORY], row[_HAS_LOSS] = grad_norm, stop, memory_bytes, loss is not None
-    row = row.to(device)
-    if loss is not None:
-        row[_LOSS] = loss
-    return _read(_gather(row))
+def _first_non_finite(values: Tensor) -> float:
+    """The first value that is not finite, else rank 0's: the norm is the same on all ranks."""
+    return next((value for value in values.tolist() if not math.isfinite(value)), float(values[0]))
 
 
-def _gather(row: Tensor) -> Tensor:
-    """[columns] -> [ranks, columns], on the host."""
+# Adding a statistic takes one line here. The order is that of metrics.jsonl and of the console.
+STATISTICS = (
+    Statistic(name="loss", value=lambda v: v.loss, reduction=lambda x: float(x.mean()), console="loss {:.4f}".format),
+    Statistic(name="grad_norm", value=lambda v: v.grad_norm, reduction=_first_non_finite, console="grad {:.3f}".format),
+    Statistic(
+        name="stop_requested",
+        value=lambda v: v.stop_requested,
+        reduction=lambda x: float(x.max()),
+        jsonl=False,
+        tensorboard=False,
+    ),
+    Statistic(name="learning_rate", value=lambda v: v.learning_rate, console="lr {:.2e}".format),
+    Statistic(name="consumed_tokens", value=lambda v: v.step * v.clock.config.tokens_per_step),
+    Statistic(
+        name="tokens_per_second",
+        value=lambda v: v.clock.config.tokens_per_step / v.step_time_s,
+        console="{:,.0f} tokens/s".format,
+    ),
+    Statistic(name="mfu", value=lambda v: v.clock.mfu(v.step_time_s), console=lambda value: f"MFU {100 * value:.1f}%"),
+    Statistic(name="step_time_s", value=lambda v: v.step_time_s),
+    Statistic(
+        name="data_wait_s", value=lambda v: v.clock.data_wait_s, console=lambda value: f"data {1000 * value:.0f} ms"
+    ),
+    Statistic(
+        name="memory_bytes",
+        value=lambda v: v.memory_bytes,
+        reduction=lambda x: int(x.max()),
+        console=lambda value: f"{value / 2**30:.1f} GiB",
+    ),
+)
+HIDDEN = {
+    "jsonl": frozenset(statistic.name for statistic in STATISTICS if not statistic.jsonl),
+    "tensorboard": frozenset(statistic.name for statistic in STATISTICS if not statistic.tensorboard),
+}
+_REDUCED = tuple(statistic for statistic in STATISTICS if statistic.reduction is not None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStatistics:
+    """Statistics of one step, reduced over all ranks. `broken_ranks` computed a loss that is not finite."""
+
+    values: dict[str, float]
+    broken_ranks: tuple[int, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per token, in nats."""
+        return self.values["loss"]
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradients of the whole model, before clipping."""
+        return self.values["grad_norm"]
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether any process was asked to stop."""
+        return bool(self.values.get("stop_requested"))
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most memory that a rank has used; 0 in steps that are not logged."""
+        return int(self.values.get("memory_bytes", 0))
+
+
+def reduce_statistics(view: StepView, device: torch.device) -> StepStatistics:
+    """Reduce the step statistics over all ranks in one collective; the result is the same on all of them."""
+    own = torch.zeros(2, len(_REDUCED), dtype=torch.float64)  # values; whether this rank has one
+    on_device = {}
+    for column, statistic in enumerate(_REDUCED):
+        value = statistic.value(view)
+        own[1, column] = value is not None
+        if isinstance(value, Tensor):
+            on_device[column] = value
+        elif value is not None:
+            own[0, column] = value
+    own = own.to(device)
+    for column, value in on_device.items():
+        own[0, column] = value  # without a copy to the host
     world_size = dist.get_world_size()
+    table = own.new_empty(world_size, *own.shape)
     if world_size == 1:
-        return row.reshape(1, -1).cpu()
-    table = row.new_empty(world_size * row.numel())
-    dist.all_gather_into_tensor(table, row)
-    return table.view(world_size, -1).cpu()
-
-
-def _read(table: Tensor) -> JobReport:
-    losses = table[table[:, _HAS_LOSS] > 0, _LOSS]
-    norms = table[:, _GRAD_NORM].tolist()
-    broken = (~torch.isfinite(table[:, _LOSS])).nonzero().flatten().tolist()
-    return JobReport(
-        loss=float(losses.mean()),
-        grad_norm=next((norm for norm in norms if not math.isfinite(norm)), norms[0]),
-        stopping=bool(table[:, _STOP].any()),
-        memory_bytes=int(table[:, _MEMORY].max()),
-        broken_ranks=tuple(broken),
-    )
+        table[0] = own
+    else:
+        dist.all_gather_into_tensor(table.view(-1), own.view(-1))
+    table = table.cpu()
+    values = {}
+    for column, statistic in enumerate(_REDUCED):
+        assert statistic.reduction is not None
+        values[statistic.name] = statistic.reduction(table[table[:, 1, column] > 0, 0, column])
+    losses = table[:, 0, [statistic.name for statistic in _REDUCED].index("loss")]
+    return StepStatistics(values=values, broken_ranks=tuple((~torch.isfinite(losses)).nonzero().flatten().tolist()))
 
 
 def peak_flops_per_s(device: torch.device) -> float | None:
@@ -104,15 +186,15 @@ class StepClock:
     mean_step_s: float | None = None
     pauses_s: dict[str, float] = field(default_factory=dict)  # how long a validation and a save last took
     _started: float = field(default_factory=time.perf_counter)
-    _data_wait_s: float = 0.0
+    data_wait_s: float = 0.0
 
     def restart(self) -> None:
         """Begin the next step now: validation and checkpoints are not charged to it."""
-        self._started, self._data_wait_s = time.perf_counter(), 0.0
+        self._started, self.data_wait_s = time.perf_counter(), 0.0
 
     def waited(self, seconds: float) -> None:
         """Add time spent waiting for data within the current step."""
-        self._data_wait_s += seconds
+        self.data_wait_s += seconds
 
     def paused(self, kind: str, seconds: float) -> None:
         """Note how long a validation or a save has kept the run from training."""
@@ -123,19 +205,14 @@ class StepClock:
         step_s = time.perf_counter() - self._started
         decay = 0.95 if self.mean_step_s is not None else 0.0
         self.mean_step_s = decay * (self.mean_step_s or 0.0) + (1.0 - decay) * step_s
-        tokens = self.config.tokens_per_step
-        return {
-            "step": step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            "consumed_tokens": step * tokens,
-            "tokens_per_second": tokens / step_s,
-            "mfu": self._mfu(step_s),
-            "step_time_s": step_s,
-            "data_wait_s": self._data_wait_s,
-            **({} if result.verdict.action == "accept" else {"skipped": True}),
-        }
+        view = StepView(step=step, learning_rate=result.learning_rate, clock=self, step_time_s=step_s)
+        reduced = result.statistics.values
+        record: Record = {"step": step}
+        for statistic in STATISTICS:
+            if statistic.name != "memory_bytes" or result.recorder is not None:
+                own = statistic.reduction is None
+                record[statistic.name] = statistic.value(view) if own else reduced[statistic.name]
+        return {**record, **({} if result.verdict.action == "accept" else {"skipped": True})}
 
     def time_left_s(self, step: int) -> float:
         """Estimated seconds after `step`: of training, and of the validations and saves from that step's on."""
@@ -149,7 +226,7 @@ class StepClock:
     def _intervals(self) -> dict[str, int]:
         return {"validation": self.config.validation.interval_steps, "save": self.config.checkpoint.save_interval_steps}
 
-    def _mfu(self, step_s: float) -> float | None:
+    def mfu(self, step_s: float) -> float | None:
         """Useful FLOPs per second over the machine's rate; recomputation does not count as useful."""
         if self.peak is None:
             return None
@@ -159,13 +236,13 @@ class StepClock:
 
 def console_line(record: Record, num_steps: int, time_left_s: float) -> str:
     """One training record as one line for people."""
-    mfu = "" if record["mfu"] is None else f" | MFU {100 * record['mfu']:.1f}%"
-    return (
-        f"step {record['step']:>{len(str(num_steps))}}/{num_steps} | loss {record['loss']:.4f} | "
-        f"grad {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e} | "
-        f"{record['tokens_per_second']:,.0f} tokens/s{mfu} | data {1000 * record['data_wait_s']:.0f} ms | "
-        f"{record['memory_bytes'] / 2**30:.1f} GiB | left {format_duration(time_left_s)} | {datetime.now():%F %T}"
-    )
+    shown = [
+        statistic.console(record[statistic.name])
+        for statistic in STATISTICS
+        if statistic.console is not None and record.get(statistic.name) is not None
+    ]
+    step = f"step {record['step']:>{len(str(num_steps))}}/{num_steps}"
+    return " | ".join([step, *shown, f"left {format_duration(time_left_s)}", f"{datetime.now():%F %T}"])
 
 
 def format_duration(seconds: float) -> str:
@@ -186,7 +263,7 @@ class Reporter:
     def __init__(self, trainer: Trainer, *, resume_step: int) -> None:
         config, place = trainer.config, trainer.place
         self._trainer, self._resume_step = trainer, resume_step
-        self._sinks = Sinks(config, enabled=place.is_main, resume_step=resume_step)
+        self._sinks = Sinks(config, enabled=place.is_main, resume_step=resume_step, hidden=HIDDEN)
         self._clock = StepClock(config, place.world_size, peak_flops_per_s(place.device))
         self._profiler = Profiler(
             config.logging.profile, Path(config.logging.run_dir), rank=place.rank, device=place.device
@@ -223,8 +300,8 @@ class Reporter:
         record = self._clock.record(step, result)
         entries = []
         if result.recorder is not None:
-            self._memory_bytes = max(self._memory_bytes, result.memory_bytes)
-            record.update(memory_bytes=result.memory_bytes, memory_estimate_bytes=self._memory_estimate)
+            self._memory_bytes = max(self._memory_bytes, result.statistics.memory_bytes)
+            record["memory_estimate_bytes"] = self._memory_estimate
             accepted = result.verdict.action == "accept"
             entries = routing_entries(self._trainer, result.recorder, step) if accepted else []
             if entries:

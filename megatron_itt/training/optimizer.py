@@ -26,7 +26,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from megatron_itt.config.run import RunConfig
@@ -91,28 +91,6 @@ def update_weights(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     optimizer.step_with_ready_grads()
 
 
-def build_schedule(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up, then the recipe's decay to `min_learning_rate_ratio`; counted in optimizer steps.
-
-    Step n of a warm-up of w steps has the rate n / (w + 1), so that the first step trains and the first one after the
-    warm-up has the full rate.
-    """
-    rate, schedule = config.optimizer.learning_rate, config.schedule
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=rate / (schedule.warmup_steps + 1),
-        max_lr=rate,
-        min_lr=rate if schedule.decay == "constant" else rate * schedule.min_learning_rate_ratio,
-        lr_warmup_steps=schedule.warmup_steps,
-        lr_decay_steps=schedule.steps,
-        lr_decay_style=schedule.decay,
-        start_wd=config.optimizer.weight_decay,
-        end_wd=config.optimizer.weight_decay,
-        wd_incr_steps=schedule.steps,
-        wd_incr_style="constant",
-    )
-
-
 def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool) -> Any:
     """The optimizer's sharded state, to save or to be filled by a load."""
     if loading:
@@ -142,12 +120,6 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
             # The loader hands one step counter to all tensors, and each would advance it.
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
-
-
-def resume_schedule(schedule: OptimizerParamScheduler, loaded: dict[str, Any]) -> None:
-    """Go to where a loaded schedule stood, before or behind. Its form stays the recipe's."""
-    schedule.num_steps = loaded["num_steps"]
-    schedule.step(increment=0)
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:

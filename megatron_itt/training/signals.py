@@ -6,7 +6,8 @@ import signal
 from types import FrameType
 
 import torch
-import torch.distributed as dist
+
+from megatron_itt.parallel.collectives import any_rank
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -31,11 +32,7 @@ class StopRequest:
 
     def is_agreed(self, device: torch.device) -> bool:
         """Whether any process of the job was asked to stop; the same answer on all. A collective call."""
-        if dist.get_world_size() == 1:
-            return self.is_requested
-        flag = torch.tensor([self.is_requested], dtype=torch.int32, device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return any_rank(self.is_requested, device)
 
     def restore(self) -> None:
         """Give the signals back to their earlier handlers."""

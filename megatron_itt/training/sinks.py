@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,8 @@ def check_sinks(config: RunConfig) -> None:
 
 
 class _Sink(Protocol):
+    output: str
+
     def write(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
@@ -38,8 +40,16 @@ class _Sink(Protocol):
 class Sinks:
     """All outputs of a run's records; on other processes than the main one, nothing."""
 
-    def __init__(self, config: RunConfig, *, enabled: bool, resume_step: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        enabled: bool,
+        resume_step: int,
+        hidden: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
         self._sinks: list[_Sink] = []
+        self._hidden = hidden or {}
         run_dir = Path(config.logging.run_dir)
         if not enabled:
             return
@@ -51,8 +61,10 @@ class Sinks:
 
     def write(self, record: Record) -> None:
         """Write one training, validation or event record everywhere, with the time of day (UTC)."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         for sink in self._sinks:
-            sink.write({**record, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")})
+            hidden = self._hidden.get(sink.output, ())
+            sink.write({**{name: value for name, value in record.items() if name not in hidden}, "time": now})
 
     def close(self) -> None:
         """Flush and close."""
@@ -77,6 +89,8 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 class _JsonlSink:
     """One JSON object per line, in full precision; lines after the step that a run resumes from are dropped first."""
+
+    output = "jsonl"
 
     def __init__(self, path: Path, resume_step: int) -> None:
         _drop_after(path, resume_step)
@@ -108,6 +122,8 @@ def _drop_after(path: Path, resume_step: int) -> None:
 class _TensorBoardSink:
     """Scalars under train/, routing/ and validation/; events as text."""
 
+    output = "tensorboard"
+
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -126,6 +142,8 @@ class _TensorBoardSink:
 
 class _WandbSink:
     """The same scalars at Weights & Biases; a resumed run continues the one that it began, unless it begins anew."""
+
+    output = "tensorboard"  # the same
 
     def __init__(self, settings: WandbConfig, run_dir: Path, recipe: dict[str, Any], *, is_new: bool) -> None:
         import wandb

@@ -16,7 +16,7 @@ from megatron_itt.model.quantiles import update_quantiles
 from megatron_itt.model.routing_control import RoutingRecorder
 from megatron_itt.training.capacity import training_capacity, training_rule, training_temperature
 from megatron_itt.training.guards import ACCEPTED, StepGuard, Verdict
-from megatron_itt.training.metrics import agree, peak_memory_bytes
+from megatron_itt.training.metrics import StepStatistics, StepView, peak_memory_bytes, reduce_statistics
 from megatron_itt.training.optimizer import gradient_norm, update_weights
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.trainer import Trainer
@@ -27,19 +27,25 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one optimizer step reports: mean loss per token (nats), global gradient norm, and the rate it used.
+    """Result of one optimizer step: its statistics, learning rate and verdict, which says whether weights were updated.
 
-    `verdict` says whether the weights were updated. `stopping`: a process of the job was asked to stop. After a step
-    that was looked at closely, `memory_bytes` is the most that a rank has used and `recorder` holds who thought.
+    `recorder` holds the routing of a step that is logged.
     """
 
-    loss: float
-    grad_norm: float
+    statistics: StepStatistics
     learning_rate: float
     verdict: Verdict = ACCEPTED
-    stopping: bool = False
-    memory_bytes: int = 0
     recorder: RoutingRecorder | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per token, in nats."""
+        return self.statistics.loss
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradients of the whole model, before clipping."""
+        return self.statistics.grad_norm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,25 +81,22 @@ def train_step(
     ):
         losses = _run_schedule(trainer, batches, trainer.num_microbatches, forward)
     grad_norm = gradient_norm(trainer.optimizer)
-    report = agree(
+    view = StepView(
         loss=torch.stack([entry["loss"] for entry in losses]).double().mean() if losses else None,
         grad_norm=grad_norm,
-        stop=watch is not None and watch.stop.is_requested,
+        stop_requested=watch is not None and watch.stop.is_requested,
         memory_bytes=peak_memory_bytes(trainer.place.device) if closely else 0,
-        device=trainer.place.device,
     )
-    verdict = ACCEPTED if watch is None else watch.guard.judge(report)
+    statistics = reduce_statistics(view, trainer.place.device)
+    verdict = ACCEPTED if watch is None else watch.guard.judge(statistics)
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
     if verdict is ACCEPTED:
         _update(trainer, recorder, grad_norm, step)
     trainer.schedule.step(increment=1)
     return StepResult(
-        loss=report.loss,
-        grad_norm=report.grad_norm,
+        statistics=statistics,
         learning_rate=learning_rate,
         verdict=verdict,
-        stopping=report.stopping,
-        memory_bytes=report.memory_bytes,
         recorder=recorder if closely else None,
     )
 

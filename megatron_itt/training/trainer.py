@@ -28,7 +28,8 @@ from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.model.builder import BuiltModel, build_model
 from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel
-from megatron_itt.training.optimizer import build_optimizer, build_schedule
+from megatron_itt.training.optimizer import build_optimizer
+from megatron_itt.training.schedule import build_schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,7 @@ def build_trainer(
     """Build this rank's part of the run, at step 0; `build` makes the model, with the arguments of `build_model`."""
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     built = build(config, dtype=dtype, device=place.device)
-    wrapped = [_wrap(built, position, config) for position in range(len(built.chunks))]
+    wrapped = apply_data_parallel(built, config)
     optimizer = build_optimizer(config, wrapped)
     _connect(built, wrapped, optimizer, config)
     return Trainer(
@@ -69,17 +70,19 @@ def build_trainer(
     )
 
 
-def _wrap(built: BuiltModel, position: int, config: RunConfig) -> DistributedDataParallel:
-    chunk: Any = built.chunks[position]
-    if built.config.bf16:
-        chunk = Float16Module(built.config, chunk)
-    ddp = DistributedDataParallelConfig(
+def apply_data_parallel(built: BuiltModel, config: RunConfig) -> list[DistributedDataParallel]:
+    """Wrap every model chunk for data parallelism: gradient buffers and their reduction over replicas."""
+    settings = DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.distributed,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         grad_reduce_in_fp32=built.config.bf16,  # other weights have gradients of their own type
     )
+    chunks: list[Any] = [Float16Module(built.config, chunk) if built.config.bf16 else chunk for chunk in built.chunks]
     # Buckets let reduction overlap with backward; only the first chunk's are waited for early.
-    return DistributedDataParallel(built.config, ddp, chunk, disable_bucketing=position > 0)
+    return [
+        DistributedDataParallel(built.config, settings, chunk, disable_bucketing=position > 0)
+        for position, chunk in enumerate(chunks)
+    ]
 
 
 def _connect(

@@ -66,7 +66,7 @@ def step_with_one_broken_rank(place: ProcessInfo, config: RunConfig) -> tuple[st
             os.kill(os.getpid(), signal.SIGTERM)  # in the same step, to be agreed on as well
         result = train_step(trainer, iter(broken), 3, watch=watch)
         unchanged = all(torch.equal(first, second) for first, second in zip(state, _state(trainer), strict=True))
-        return result.verdict.action, result.verdict.reason, unchanged, result.stopping
+        return result.verdict.action, result.verdict.reason, unchanged, result.statistics.stop_requested
     finally:
         stop.restore()
         stop_parallel()

@@ -212,11 +212,12 @@ def test_random_states_of_every_rank_continue(tmp_path: Path) -> None:
 def choose(place: ProcessInfo, config: RunConfig, root: str) -> str:
     """The checkpoint that all ranks agree on, or why there is none."""
     from megatron_itt.checkpoint.load import find_intact
+    from megatron_itt.checkpoint.store import LocalStore
     from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
     start_parallel(config, process=place)
     try:
-        found = find_intact(Path(root))
+        found = find_intact(LocalStore(Path(root)))
         return "none" if found is None else found.name
     except CheckpointError as error:
         return str(error)

@@ -10,24 +10,19 @@ from megatron_itt.checkpoint.state import new_run_state, read_run_state, write_r
 from megatron_itt.checkpoint.store import (
     LATEST_FILE,
     STATE_FILE,
+    LocalStore,
     checkpoint_name,
     find_latest,
-    list_candidates,
-    new_staging_path,
-    publish,
-    remove_leftovers,
     resolve_checkpoint,
-    set_aside,
 )
 from megatron_itt.errors import CheckpointError
 from tests.helpers.one_rank import tiny_recipe
 
 
 def save(root: Path, step: int) -> Path:
-    folder = new_staging_path(root, step)
-    folder.mkdir(parents=True)
+    folder = LocalStore(root).open_staging(step)
     write_run_state(new_run_state(tiny_recipe(), step=step), folder)
-    return publish(folder, step)
+    return LocalStore(root).publish(folder, step)
 
 
 def test_publishing_moves_the_marker_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -40,18 +35,17 @@ def test_publishing_moves_the_marker_and_leaves_nothing_behind(tmp_path: Path) -
 
 def test_half_written_checkpoints_are_not_found_and_are_removed(tmp_path: Path) -> None:
     whole = save(tmp_path, 3)
-    half = new_staging_path(tmp_path, 4)
-    half.mkdir()
+    half = LocalStore(tmp_path).open_staging(4)
     (half / "__0_0.distcp").write_text("half")
-    assert list_candidates(tmp_path) == [whole]
-    assert remove_leftovers(tmp_path) == [half]
-    assert list_candidates(tmp_path) == [whole]
+    assert LocalStore(tmp_path).candidates() == [whole]
+    assert LocalStore(tmp_path).remove_leftovers() == [half]
+    assert LocalStore(tmp_path).candidates() == [whole]
     assert not half.exists()
 
 
 def test_no_two_saves_write_into_the_same_folder(tmp_path: Path) -> None:
     """A writer that outlived its run cannot touch what the next run writes."""
-    assert new_staging_path(tmp_path, 7) != new_staging_path(tmp_path, 7)
+    assert LocalStore(tmp_path).open_staging(7) != LocalStore(tmp_path).open_staging(7)
 
 
 def test_a_step_that_is_saved_again_replaces_its_checkpoint(tmp_path: Path) -> None:
@@ -63,25 +57,25 @@ def test_a_step_that_is_saved_again_replaces_its_checkpoint(tmp_path: Path) -> N
 def test_a_crash_between_the_renames_of_such_a_save_loses_nothing(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
     folder.rename(tmp_path / f".replaced_{folder.name}")
-    new_staging_path(tmp_path, 3).mkdir()
-    remove_leftovers(tmp_path)
-    assert list_candidates(tmp_path) == [folder]
+    LocalStore(tmp_path).open_staging(3)
+    LocalStore(tmp_path).remove_leftovers()
+    assert LocalStore(tmp_path).candidates() == [folder]
     assert read_run_state(folder).step == 3
 
 
 def test_candidates_come_in_the_order_to_try_them(tmp_path: Path) -> None:
     first, second, third = (save(tmp_path, step) for step in (1, 2, 3))
-    assert list_candidates(tmp_path) == [third, second, first]
+    assert LocalStore(tmp_path).candidates() == [third, second, first]
     (tmp_path / LATEST_FILE).write_text(second.name)
-    assert list_candidates(tmp_path) == [second, third, first]
+    assert LocalStore(tmp_path).candidates() == [second, third, first]
     (tmp_path / LATEST_FILE).write_bytes(b"\xff\xfe")
-    assert list_candidates(tmp_path) == [third, second, first]
+    assert LocalStore(tmp_path).candidates() == [third, second, first]
 
 
 def test_a_checkpoint_set_aside_is_no_candidate_but_still_there(tmp_path: Path) -> None:
     for _ in range(2):
-        assert set_aside(save(tmp_path, 2)).is_dir()
-    assert list_candidates(tmp_path) == []
+        assert LocalStore(tmp_path).set_aside(save(tmp_path, 2)).is_dir()
+    assert LocalStore(tmp_path).candidates() == []
     assert len(list(tmp_path.glob("damaged_*"))) == 2
 
 

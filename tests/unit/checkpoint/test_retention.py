@@ -8,7 +8,7 @@ import pytest
 
 from megatron_itt.checkpoint.integrity import Retention, hash_files, list_files, prune, write_hashes
 from megatron_itt.checkpoint.state import new_run_state, write_run_state
-from megatron_itt.checkpoint.store import checkpoint_name, new_staging_path, publish
+from megatron_itt.checkpoint.store import LocalStore, checkpoint_name
 from tests.helpers.one_rank import tiny_recipe
 
 LOSSES = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: 2.5}
@@ -34,17 +34,16 @@ def test_without_a_validation_loss_there_is_no_best() -> None:
 
 
 def save(root: Path, step: int, loss: float | None) -> Path:
-    staging = new_staging_path(root, step)
-    staging.mkdir(parents=True)
+    staging = LocalStore(root).open_staging(step)
     write_run_state(new_run_state(tiny_recipe(), step=step, validation_loss=loss), staging)
     write_hashes(staging, hash_files(staging, list_files(staging)))
-    return publish(staging, step)
+    return LocalStore(root).publish(staging, step)
 
 
 def test_pruning_removes_the_rest_from_the_disk(tmp_path: Path) -> None:
     for step, loss in LOSSES.items():
         save(tmp_path, step, loss)
-    removed = prune(tmp_path, Retention(keep_last=1, keep_best=True))
+    removed = prune(LocalStore(tmp_path), Retention(keep_last=1, keep_best=True))
     assert [path.name for path in removed] == [checkpoint_name(step) for step in (10, 30, 40)]
     assert sorted(path.name for path in tmp_path.glob("step_*")) == [checkpoint_name(20), checkpoint_name(50)]
 
@@ -53,5 +52,5 @@ def test_a_damaged_checkpoint_takes_no_place_from_an_intact_one(tmp_path: Path) 
     for step in (1, 2, 3):
         save(tmp_path, step, None)
     (tmp_path / checkpoint_name(3) / "run_state.json").write_text("{}")
-    prune(tmp_path, Retention(keep_last=1))
+    prune(LocalStore(tmp_path), Retention(keep_last=1))
     assert sorted(path.name for path in tmp_path.glob("step_*")) == [checkpoint_name(2), checkpoint_name(3)]

@@ -19,7 +19,7 @@ from megatron_itt.checkpoint.integrity import Retention, find_damage, list_files
 from megatron_itt.checkpoint.load import find_intact, load_sharded_state
 from megatron_itt.checkpoint.save import CheckpointWriter, check_space, count_bytes
 from megatron_itt.checkpoint.state import new_run_state, sharded_model_state
-from megatron_itt.checkpoint.store import LATEST_FILE, checkpoint_name, list_checkpoints
+from megatron_itt.checkpoint.store import LATEST_FILE, LocalStore, checkpoint_name, list_checkpoints
 from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.errors import CheckpointError, StorageError
 from tests.helpers.one_rank import built_model, tiny_recipe
@@ -47,7 +47,7 @@ def save(writer: CheckpointWriter, built: Any, step: int) -> None:
 
 
 def new_writer(root: Path, *, asynchronous: bool) -> CheckpointWriter:
-    return CheckpointWriter(root, Retention(keep_last=2), asynchronous=asynchronous)
+    return CheckpointWriter(LocalStore(root), Retention(keep_last=2), asynchronous=asynchronous)
 
 
 def names(root: Path) -> list[str]:
@@ -75,7 +75,7 @@ def test_saves_are_intact_and_the_newest_stay(tmp_path: Path, built: Any, asynch
     for checkpoint in list_checkpoints(tmp_path):
         assert find_damage(checkpoint) == []
         assert "run_state.json" in list_files(checkpoint)
-    assert find_intact(tmp_path) == tmp_path / checkpoint_name(3)
+    assert find_intact(LocalStore(tmp_path)) == tmp_path / checkpoint_name(3)
 
 
 def test_a_background_save_holds_the_weights_of_its_step(tmp_path: Path, built: Any) -> None:
@@ -96,7 +96,7 @@ def test_polling_publishes_a_background_save_that_is_done(tmp_path: Path, built:
     save(writer, built, 1)
     while not list_checkpoints(tmp_path):
         writer.poll()
-    assert find_intact(tmp_path) == tmp_path / checkpoint_name(1)
+    assert find_intact(LocalStore(tmp_path)) == tmp_path / checkpoint_name(1)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -115,7 +115,7 @@ def test_a_failed_write_is_raised_and_leaves_the_earlier_checkpoint(
     assert names(tmp_path) == [LATEST_FILE, checkpoint_name(1)]
     save(writer, built, 3)
     writer.finish()
-    assert find_intact(tmp_path) == tmp_path / checkpoint_name(3)
+    assert find_intact(LocalStore(tmp_path)) == tmp_path / checkpoint_name(3)
 
 
 def test_a_crash_during_a_background_save_publishes_nothing(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_crash_during_a_background_save_publishes_nothing(tmp_path: Path) -> N
     process.join()
     assert process.exitcode == 9
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(1)]
-    assert find_intact(tmp_path) == tmp_path / checkpoint_name(1)
+    assert find_intact(LocalStore(tmp_path)) == tmp_path / checkpoint_name(1)
     assert names(tmp_path) == [LATEST_FILE, checkpoint_name(1)]
 
 
@@ -166,17 +166,17 @@ def test_what_a_save_needs_is_estimated_closely_and_compared_with_the_room(tmp_p
     save(new_writer(tmp_path, asynchronous=False), built, 1)
     size = sum(path.stat().st_size for path in (tmp_path / checkpoint_name(1)).iterdir())
     assert size <= count_bytes(state) <= 2 * size + 100_000
-    check_space(state, tmp_path, 2)
+    check_space(state, LocalStore(tmp_path), 2)
     huge = sharded_model_state(built.chunks)
     entry = huge["model"][WEIGHT]
     entry.data = torch.empty(1 << 50, device="meta")
     with pytest.raises(CheckpointError, match=r"no space left to save step 2 .* needs \d{15,} bytes and \d+ are free"):
-        check_space(huge, tmp_path, 2)
+        check_space(huge, LocalStore(tmp_path), 2)
 
 
 def test_plans_follow_a_structure_that_changes(tmp_path: Path, built: Any) -> None:
     """megatron-core reuses the plan of the save before; tensors that were not in it must not be lost."""
-    writer = CheckpointWriter(tmp_path, Retention(keep_last=9))
+    writer = CheckpointWriter(LocalStore(tmp_path), Retention(keep_last=9))
     weights = built.chunks[0].state_dict()[WEIGHT]
 
     def state_at(step: int) -> dict[str, Any]:

@@ -10,19 +10,18 @@ import pytest
 from megatron_itt.checkpoint.integrity import hash_files, list_files, write_hashes
 from megatron_itt.checkpoint.load import find_intact
 from megatron_itt.checkpoint.state import new_run_state, write_run_state
-from megatron_itt.checkpoint.store import LATEST_FILE, checkpoint_name, find_latest, new_staging_path, publish
+from megatron_itt.checkpoint.store import LATEST_FILE, LocalStore, checkpoint_name, find_latest
 from megatron_itt.errors import CheckpointError
 from megatron_itt.log import get_logger
 from tests.helpers.one_rank import tiny_recipe
 
 
 def save(root: Path, step: int) -> Path:
-    staging = new_staging_path(root, step)
-    staging.mkdir(parents=True)
+    staging = LocalStore(root).open_staging(step)
     (staging / "__0_0.distcp").write_bytes(random.Random(step).randbytes(2_000_000))
     write_run_state(new_run_state(tiny_recipe(), step=step), staging)
     write_hashes(staging, hash_files(staging, list_files(staging)))
-    return publish(staging, step)
+    return LocalStore(root).publish(staging, step)
 
 
 def flip(path: Path, position: int) -> None:
@@ -42,9 +41,9 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_run_without_checkpoints_starts_anew(tmp_path: Path) -> None:
-    assert find_intact(tmp_path / "absent") is None
-    new_staging_path(tmp_path, 1).mkdir()
-    assert find_intact(tmp_path) is None
+    assert find_intact(LocalStore(tmp_path / "absent")) is None
+    LocalStore(tmp_path).open_staging(1)
+    assert find_intact(LocalStore(tmp_path)) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -53,7 +52,7 @@ def test_the_one_before_a_damaged_one_is_used_and_the_reason_logged(tmp_path: Pa
         save(tmp_path, step)
     flip(tmp_path / checkpoint_name(3) / "__0_0.distcp", 1_500_000)
     (tmp_path / checkpoint_name(2) / "run_state.json").unlink()
-    assert find_intact(tmp_path) == tmp_path / checkpoint_name(1) == find_latest(tmp_path)
+    assert find_intact(LocalStore(tmp_path)) == tmp_path / checkpoint_name(1) == find_latest(tmp_path)
     log = "\n".join(lines)
     assert "step_0000003 is damaged: the contents of __0_0.distcp changed" in log
     assert "step_0000002 is damaged: run_state.json is missing" in log
@@ -65,7 +64,7 @@ def test_when_all_are_damaged_each_is_named_and_nothing_changes(tmp_path: Path) 
     for step in (1, 2):
         flip(save(tmp_path, step) / "run_state.json", 20)
     with pytest.raises(CheckpointError) as caught:
-        find_intact(tmp_path)
+        find_intact(LocalStore(tmp_path))
     for part in ("every checkpoint", "step_0000001: the contents", "step_0000002: the contents"):
         assert part in str(caught.value)
     assert len(list(tmp_path.glob("step_*"))) == 2
@@ -74,6 +73,6 @@ def test_when_all_are_damaged_each_is_named_and_nothing_changes(tmp_path: Path) 
 def test_trusting_large_files_still_finds_damage_in_small_ones(tmp_path: Path) -> None:
     save(tmp_path, 1)
     flip(save(tmp_path, 2) / "run_state.json", 20)
-    assert find_intact(tmp_path, contents=False) == tmp_path / checkpoint_name(1)
+    assert find_intact(LocalStore(tmp_path), contents=False) == tmp_path / checkpoint_name(1)
     flip(tmp_path / checkpoint_name(1) / "__0_0.distcp", 5)
-    assert find_intact(tmp_path, contents=False) == tmp_path / checkpoint_name(1)
+    assert find_intact(LocalStore(tmp_path), contents=False) == tmp_path / checkpoint_name(1)

@@ -11,11 +11,11 @@ import pytest
 
 from megatron_itt.config.run import RuntimeConfig
 from megatron_itt.training.guards import MIN_HISTORY, StepGuard
-from megatron_itt.training.metrics import JobReport
+from megatron_itt.training.metrics import StepStatistics
 
 
-def report(loss: float, grad_norm: float = 1.0, *, broken: tuple[int, ...] = ()) -> JobReport:
-    return JobReport(loss=loss, grad_norm=grad_norm, stopping=False, memory_bytes=0, broken_ranks=broken)
+def report(loss: float, grad_norm: float = 1.0, *, broken: tuple[int, ...] = ()) -> StepStatistics:
+    return StepStatistics(values={"loss": loss, "grad_norm": grad_norm}, broken_ranks=broken)
 
 
 def guard_after_steps(policy: str, num_steps: int = 32, **settings: Any) -> StepGuard:
