@@ -1,4 +1,4 @@
-"""Whether a run may continue from a checkpoint: same architecture, same data. Nothing is loaded here."""
+"""Resume checks: a checkpoint must have the architecture, the data and the updates of the recipe. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def check_resumable(
     `fingerprint_at` gives that of today's data in a run of so many samples: a run of another length reads the same data
     in another order, which changing `schedule.steps` takes into account. `end_of_document` is its token today, of which
     the fingerprint says nothing.
-    `allow_changed` names sections or keys (`data`, `data.blend`, `schedule.steps`) whose change is wanted; it has no
-    say over what the weights depend on.
+    `allow_changed` names sections or keys (`data`, `data.blend`, `schedule.steps`) that may differ; it cannot override
+    an architecture mismatch.
     """
     saved, wanted = state.recipe, dump_config(config)
     found = _differences(saved, wanted)
@@ -78,7 +78,7 @@ def _may_allow(name: str) -> bool:
 
 
 def _way_out(names: list[str]) -> str:
-    """What --allow-changed would let pass, if that is all there is."""
+    """Return the --allow-changed options that would permit all of these changes, if they can."""
     if not all(_may_allow(name) for name in names):
         return ""
     return f", or {' '.join(f'--allow-changed={name}' for name in names)} if that is what you want"

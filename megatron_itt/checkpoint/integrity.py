@@ -71,12 +71,12 @@ def find_damage(checkpoint: Path, *, contents: bool = True) -> list[str]:
 
     Without `contents`, files above SMALL_FILE_BYTES are compared by size alone.
     """
-    problems, records = find_misfits(checkpoint)
+    problems, records = compare_sizes(checkpoint)
     names = (name for name, record in records.items() if contents or record.size <= SMALL_FILE_BYTES)
-    return problems or find_changes(checkpoint, {name: records[name] for name in names})
+    return problems or compare_contents(checkpoint, {name: records[name] for name in names})
 
 
-def find_misfits(checkpoint: Path) -> tuple[list[str], dict[str, FileRecord]]:
+def compare_sizes(checkpoint: Path) -> tuple[list[str], dict[str, FileRecord]]:
     """Missing, additional and cut-off files, without reading any; and the records that say so."""
     try:
         records = read_hashes(checkpoint)
@@ -93,7 +93,7 @@ def find_misfits(checkpoint: Path) -> tuple[list[str], dict[str, FileRecord]]:
     return problems, records
 
 
-def find_changes(checkpoint: Path, records: Mapping[str, FileRecord]) -> list[str]:
+def compare_contents(checkpoint: Path, records: Mapping[str, FileRecord]) -> list[str]:
     """Which of these files have other contents than was written."""
     try:
         found = hash_files(checkpoint, records)
@@ -139,7 +139,7 @@ class Retention:
 
 def prune(store: CheckpointStore, retention: Retention) -> list[Path]:
     """Remove the intact checkpoints that need not stay; returns what went."""
-    intact = {step_of(path): path for path in store.published() if not find_misfits(path)[0]}
+    intact = {step_of(path): path for path in store.published() if not compare_sizes(path)[0]}
     kept = retention.choose({step: _validation_loss(path) for step, path in intact.items()})
     removed = [path for step, path in intact.items() if step not in kept]
     for path in removed:

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_itt.checkpoint.integrity import SMALL_FILE_BYTES, FileRecord, find_changes, find_misfits
+from megatron_itt.checkpoint.integrity import SMALL_FILE_BYTES, FileRecord, compare_contents, compare_sizes
 from megatron_itt.checkpoint.state import RunState, load_model_state, read_run_state, sharded_model_state
 from megatron_itt.checkpoint.store import CheckpointStore, resolve_checkpoint
 from megatron_itt.config.environment import single_process
@@ -141,12 +141,12 @@ def check_together(checkpoint: Path, *, contents: bool = True) -> None:
 def find_damage_together(checkpoint: Path, *, contents: bool = True) -> list[str]:
     """`hashes.find_damage` with the reading shared among all ranks; the same answer on each."""
     started = time.perf_counter()
-    problems, records = on_rank_zero(lambda: find_misfits(checkpoint))
+    problems, records = on_rank_zero(lambda: compare_sizes(checkpoint))
     if problems:
         return problems
     read = {name: record for name, record in records.items() if contents or record.size <= SMALL_FILE_BYTES}
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = gather_objects(find_changes(checkpoint, share_of(read, rank, size)))
+    found = gather_objects(compare_contents(checkpoint, assign_files(read, rank, size)))
     num_bytes = sum(record.size for record in read.values())
     get_logger().info(
         "verified %s: %d files, %.1f MB in %.1f s",
@@ -158,7 +158,7 @@ def find_damage_together(checkpoint: Path, *, contents: bool = True) -> list[str
     return [problem for problems in found for problem in problems]
 
 
-def share_of(records: Mapping[str, FileRecord], rank: int, size: int) -> dict[str, FileRecord]:
+def assign_files(records: Mapping[str, FileRecord], rank: int, size: int) -> dict[str, FileRecord]:
     """The files that one of `size` ranks reads: each file once, with about the same number of bytes for every rank."""
     loads, shares = [0] * size, [dict[str, FileRecord]() for _ in range(size)]
     for name in sorted(records, key=lambda name: (-records[name].size, name)):

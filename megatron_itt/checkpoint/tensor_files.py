@@ -1,9 +1,8 @@
-"""megatron-core's saving of sharded tensors, without three of its costs.
+"""Sharded tensor files by megatron-core, with three changes.
 
-A plan of who writes what is made once and kept as long as names, shapes and places of the tensors stay. Tensors that
-are views of larger ones (weights in their buffer, halves of a fused matrix) are copied one by one by the processes that
-write them, where megatron-core would copy them all while training waits. And what these processes report comes through
-a file without a name, not through one more process that imports all of this again and outlives a rank that is killed.
+A save plan is reused as long as names, shapes and offsets of the tensors stay. Views of larger tensors are copied one
+by one in the writing processes; megatron-core copies them all while training waits. The results of these processes come
+through an unnamed file, not through a manager process, which would outlive a killed rank.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class _Writer(filesystem_async.FileSystemWriterAsync):
     """Keeps views as views until they are written. For tensors alone: our checkpoints hold no objects."""
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Share this rank's tensors out to files."""
+        """Distribute this rank's tensors over files."""
         assert all(item.type != WriteItemType.BYTE_IO for item in plan.items)
         shares = filesystem_async._split_by_size_and_type(self.thread_count, plan.items)
         self.write_buckets: list[Any] | None = []

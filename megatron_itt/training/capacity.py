@@ -1,7 +1,7 @@
-"""How many tokens think at an optimizer step, and by which rule. Pure functions of step and seed.
+"""Capacity, gate temperature and routing rule of an optimizer step: pure functions of step and seed.
 
-The same on all ranks by construction, and constant within a step, so that pipelines and overlapped gradient reduction
-see the same shapes and the same parameters in every micro-batch.
+They are equal on all ranks and constant within a step, so that pipelines and overlapped gradient reduction see the same
+shapes and parameters in every micro-batch.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from megatron_itt.config.model import SampledCapacity
 from megatron_itt.config.run import RunConfig
 from megatron_itt.model.routing import count_selected
 
-# Drawn shares are multiples of this, so that an elastic run meets a bounded number of shapes.
-SHARE_GRID = 0.05
-_SHARES_SHOWN = 3
+# Sampled capacities are multiples of this, so that an elastic run meets a bounded number of shapes.
+CAPACITY_GRID = 0.05
+_MAX_SHOWN = 3
 
 
 def training_capacity(config: RunConfig, step: int) -> tuple[float, ...] | None:
-    """Shares per routed step of optimizer step `step` (from 1); None where the recipe's own hold.
+    """Return the capacity per routed step at optimizer step `step` (from 1); None for that of the recipe.
 
     Source: paper, Algorithm 1 (rising capacity); section 4.4 (elastic budgets). Ours: drawing them in training.
     """
@@ -39,7 +39,7 @@ def training_capacity(config: RunConfig, step: int) -> tuple[float, ...] | None:
 
 
 def training_temperature(config: RunConfig, step: int) -> float:
-    """What router logits are divided by before the gate at optimizer step `step` (from 1)."""
+    """Return the temperature that divides router logits before the gate at optimizer step `step` (from 1)."""
     thinking = config.thinking
     if thinking.kind != "itt" or thinking.capacity_schedule != "ramp":
         return 1.0
@@ -47,7 +47,7 @@ def training_temperature(config: RunConfig, step: int) -> float:
 
 
 def training_rule(config: RunConfig, step: int) -> str | None:
-    """The rule of routing at optimizer step `step` (from 1); None where the recipe's own holds.
+    """Return the routing rule at optimizer step `step` (from 1); None for that of the recipe.
 
     Ours: in the last part of a run tokens are selected by thresholds, so that the weights meet the choices of
     inference. Never at the first step, before which there is no table of router logits.
@@ -57,7 +57,7 @@ def training_rule(config: RunConfig, step: int) -> str | None:
 
 
 def describe_rounding(config: RunConfig) -> str | None:
-    """How sequence parallelism changes the number of selected tokens of this recipe; None where it does not.
+    """Describe how sequence parallelism changes the number of selected tokens; None if it does not.
 
     Each rank carries an equal part of them, so that their number is a multiple of the tensor-parallel degree.
     """
@@ -67,19 +67,19 @@ def describe_rounding(config: RunConfig) -> str | None:
     seq_length = config.model.seq_length
     counts = [
         (share, count_selected(share, seq_length), count_selected(share, seq_length, multiple=degree))
-        for share in sorted(set(_possible_shares(config)))
+        for share in sorted(set(_possible_capacities(config)))
     ]
     changed = [f"{share:g} selects {used} (not {alone})" for share, alone, used in counts if used != alone]
     if not changed:
         return None
-    shown = ", ".join(changed[:_SHARES_SHOWN]) + (" and so on" if len(changed) > _SHARES_SHOWN else "")
+    shown = ", ".join(changed[:_MAX_SHOWN]) + (" and so on" if len(changed) > _MAX_SHOWN else "")
     return (
         f"of {seq_length} tokens, a capacity of {shown}: sequence parallelism over {degree} ranks rounds to a "
         f"multiple of {degree}, so that other layouts select other tokens"
     )
 
 
-def _possible_shares(config: RunConfig) -> Iterator[float]:
+def _possible_capacities(config: RunConfig) -> Iterator[float]:
     """Capacities that the steps of a run use, of a ramp its two ends."""
     thinking = config.thinking
     if not isinstance(thinking.capacity, SampledCapacity):
@@ -88,12 +88,12 @@ def _possible_shares(config: RunConfig) -> Iterator[float]:
             yield thinking.ramp_start_share
         return
     low, high = thinking.capacity.sample
-    for step in range(math.ceil(low / SHARE_GRID), math.floor(high / SHARE_GRID) + 1):
-        yield round(step * SHARE_GRID, 9)
+    for step in range(math.ceil(low / CAPACITY_GRID), math.floor(high / CAPACITY_GRID) + 1):
+        yield round(step * CAPACITY_GRID, 9)
 
 
 def _risen(config: RunConfig, step: int) -> float:
-    """How much of the ramp is done, from 0 to 1 along half a cosine."""
+    """Return the progress of the ramp, from 0 to 1 along half a cosine."""
     length = config.thinking.ramp_steps or max(1, config.schedule.steps // 2)
     return 0.5 - 0.5 * math.cos(math.pi * min(1.0, (step - 1) / length))
 
@@ -102,4 +102,4 @@ def _draw(capacity: SampledCapacity, *, seed: int, step: int) -> tuple[float, ..
     generator = random.Random(f"capacity {seed} {step}")
     low, high = capacity.sample
     shares = (generator.uniform(low, high) for _ in range(capacity.steps))
-    return tuple(min(high, max(low, round(share / SHARE_GRID) * SHARE_GRID)) for share in shares)
+    return tuple(min(high, max(low, round(share / CAPACITY_GRID) * CAPACITY_GRID)) for share in shares)

@@ -127,13 +127,17 @@ _NAMES_SHOWN = 4
 
 
 class ReplicaMismatchError(IttError):
-    """Copies of the same weights differ between ranks. The last checkpoint is from before: going back to it is safe."""
+    """Replicas of the same weights differ between ranks. The last checkpoint is from before the difference."""
 
     exit_code = 1
 
 
 def check_replicas(built: BuiltModel) -> None:
-    """Raise ReplicaMismatchError on all ranks if any copies differ, naming ranks and weights. A collective call."""
+    """Raise ReplicaMismatchError on all ranks if replicas differ, naming ranks and weights. A collective call.
+
+    Compare sums of bit patterns over data-parallel replicas, over tensor-parallel ranks for weights that are not split,
+    and over the first and the last pipeline stage for a tied embedding.
+    """
     names, sums, split = _checksums(built)
     whole = [index for index, is_split in enumerate(split) if not is_split]
     tied = _tied_embedding(built, names)

@@ -147,7 +147,9 @@ def _run_to_end(run: Run) -> bool:
         data_parallel_rank=trainer.place.data_parallel_rank,
         data_parallel_size=trainer.place.data_parallel_size,
     )
-    watchdog = start_watchdog(run.watch.pulse, limit_s=60 * config.runtime.timeout_minutes, device=trainer.place.device)
+    watchdog = start_watchdog(
+        run.watch.heartbeat, limit_s=60 * config.runtime.timeout_minutes, device=trainer.place.device
+    )
     try:
         step, is_complete = _train_until_stopped(run, loader)
         run.checkpointer.finish()
@@ -187,7 +189,7 @@ def _train_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
             check_replicas(run.trainer.built)
         if saving:
             _save(run, step, validation_loss=loss, validation_due=validation_due)
-            stop_requested |= run.watch.stop.is_agreed(run.trainer.place.device)
+            stop_requested |= run.watch.stop.on_any_rank(run.trainer.place.device)
         else:
             run.checkpointer.poll()
     return step, step == config.schedule.steps and not validation_due
@@ -211,15 +213,15 @@ def should_compare_replicas(config: RunConfig, step: int, *, saving: bool) -> bo
 
 def _train_step(run: Run, batches: Iterator[Batch], step: int) -> StepResult:
     run.report.begin(step)
-    closely = run.report.looks_closely(step)
-    result = train_step(run.trainer, batches, step, watch=run.watch, closely=closely)
-    run.watch.pulse.beat("after the update", step)
+    log_routing = run.report.should_log(step)
+    result = train_step(run.trainer, batches, step, watch=run.watch, log_routing=log_routing)
+    run.watch.heartbeat.beat("after the update", step)
     run.report.end(step, result)
     return result
 
 
 def _save(run: Run, step: int, *, validation_loss: float | None, validation_due: bool) -> None:
-    run.watch.pulse.beat("saving", step)
+    run.watch.heartbeat.beat("saving", step)
     if not are_weights_finite(run.trainer.built):
         _give_up(run, step, "the weights are no longer finite, so they are not saved")
     memory = {"guard": run.watch.guard.state(), "validation_due": validation_due}

@@ -258,7 +258,7 @@ def format_duration(seconds: float) -> str:
 
 
 class Reporter:
-    """All that a run says between `begin` and `close`. Every rank calls every method; the main one writes."""
+    """Records, console lines, events and profiles of a run. Every rank calls every method; rank 0 writes."""
 
     def __init__(self, trainer: Trainer, *, resume_step: int) -> None:
         config, place = trainer.config, trainer.place
@@ -274,8 +274,8 @@ class Reporter:
         self._memory_estimate = max(stage.resident(place.program_bytes) if on_cpu else stage.total for stage in stages)
         self._memory_bytes = 0
 
-    def looks_closely(self, step: int) -> bool:
-        """Whether a step is one of those that the console shows and that routing is measured in."""
+    def should_log(self, step: int) -> bool:
+        """Whether the console shows a step and its routing is measured."""
         config = self._trainer.config
         return step in (self._resume_step + 1, config.schedule.steps) or step % config.logging.interval_steps == 0
 
@@ -285,7 +285,7 @@ class Reporter:
         self._clock.restart()
 
     def waited(self, seconds: float) -> None:
-        """Time that the step has waited for data."""
+        """Add time that the step has waited for data."""
         self._clock.waited(seconds)
 
     @contextmanager
@@ -296,7 +296,7 @@ class Reporter:
         self._clock.paused(kind, time.perf_counter() - started)
 
     def end(self, step: int, result: StepResult) -> None:
-        """A step has ended. A collective call after a step that was looked at closely."""
+        """A step has ended. A collective call after a step that is logged."""
         record = self._clock.record(step, result)
         entries = []
         if result.recorder is not None:
@@ -315,17 +315,17 @@ class Reporter:
             self._write_event(event)
 
     def event(self, step: int, name: str, reason: str, **facts: Any) -> None:
-        """Something that is not a number happened at a step."""
+        """Write an event of a step."""
         self._write_event({"step": step, "event": name, "reason": reason, **facts})
 
     def validation(self, record: Record) -> None:
-        """A validation pass has ended."""
+        """Write the record of a validation pass."""
         self._sinks.write(record)
         for line in validation_lines(record):
             get_logger().info(line)
 
     def close(self) -> None:
-        """Say how much memory it took, and flush everything."""
+        """Log the peak memory and flush everything."""
         if self._memory_bytes:
             peak = max(self._memory_bytes, peak_memory_bytes(self._trainer.place.device))  # updates and saves as well
             used, estimate = peak / GIBI, self._memory_estimate / GIBI

@@ -64,7 +64,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
     optimizer = get_megatron_optimizer(wanted, chunks, config_overrides=overrides)
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
-            move_own_shares(part)
+            shard_optimizer_state(part)
         if _is_torch_adam(part):
             keep_step_when_loading(part)
         _use_fused_kernel(part)
@@ -97,13 +97,13 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
         for part in _parts(optimizer):
             if _is_torch_adam(part) and not part.optimizer.state:
                 part._init_optimizer_states_with_dummy_values()
-    gc.freeze()  # megatron-core looks for garbage here while training waits; move_own_shares makes none
+    gc.freeze()  # megatron-core looks for garbage here while training waits; sharding the state makes none
     try:
         state = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=dict(SHARDING))
     finally:
         gc.unfreeze()
     if not loading:
-        to_common_form(state)
+        to_portable_state(state)
     return state
 
 
@@ -111,13 +111,13 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
     """Put a loaded state into the optimizer, whichever AdamW wrote it. Rates, betas and eps stay the recipe's."""
     inner = next(_parts(optimizer)).optimizer
     settings = [{key: group[key] for key in _RECIPE_KEYS if key in group} for group in _groups(optimizer)]
-    from_common_form(loaded, inner.param_groups[0], counts_per_tensor=isinstance(inner, _TORCH_ADAMS))
+    from_portable_state(loaded, inner.param_groups[0], counts_per_tensor=isinstance(inner, _TORCH_ADAMS))
     optimizer.load_state_dict(loaded)
     for group, own in zip(_groups(optimizer), settings, strict=True):
         group.update(own)
     for part in _parts(optimizer):
         if _is_torch_adam(part):
-            # The loader hands one step counter to all tensors, and each would advance it.
+            # The loader gives one step counter to all tensors, and each would advance it.
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
@@ -157,7 +157,7 @@ _OWN_KEYS = (
 _COMMON_STEP = "common_step"  # where megatron-core's plain optimizers put the count that torch keeps per tensor
 
 
-def to_common_form(state: dict[str, Any]) -> None:
+def to_portable_state(state: dict[str, Any]) -> None:
     """Rewrite an optimizer's sharded state, in place, before it is saved."""
     for part in _with_groups(state):
         step = part.get("state", {}).pop(_COMMON_STEP, None)
@@ -169,14 +169,14 @@ def to_common_form(state: dict[str, Any]) -> None:
                 group["step"] = int(step)
 
 
-def from_common_form(state: dict[str, Any], own_group: dict[str, Any], *, counts_per_tensor: bool) -> None:
+def from_portable_state(state: dict[str, Any], own_group: dict[str, Any], *, counts_per_tensor: bool) -> None:
     """Rewrite a loaded state, in place, for an optimizer that has `own_group` among its parameter groups.
 
     Reads states of before there was a common form as well. `counts_per_tensor`: as torch's AdamW does.
     """
     own = {key: own_group[key] for key in _OWN_KEYS if key in own_group}
     for part in _with_groups(state):
-        to_common_form(part)
+        to_portable_state(part)
         part["param_groups"] = [{**group, **own} for group in part["param_groups"]]
         steps = [group["step"] for group in part["param_groups"] if "step" in group]
         if counts_per_tensor and steps and "state" in part:
@@ -224,12 +224,16 @@ def _in_row(row: int, shape: tuple[int, ...], start: int, stop: int) -> list[Box
     return [Box((row, *box.offset), (1, *box.shape)) for box in split_into_boxes(shape, start, stop)]
 
 
-def move_own_shares(optimizer: DistributedOptimizer) -> None:
-    """Make an optimizer save and load its parameter state without gathering it."""
+def shard_optimizer_state(optimizer: DistributedOptimizer) -> None:
+    """Make an optimizer save and load its parameter state without gathering it.
+
+    megatron-core's own `fully_reshardable` layout first gathers the whole state on every data-parallel rank. The files
+    are the same for its loader, and any layout reads any other.
+    """
     replace_parameter_state(
         optimizer,
-        sharded=lambda model_state, is_loading: _sharded_shares(optimizer, model_state, is_loading=is_loading),
-        load=lambda loaded: _take_shares(optimizer, loaded),
+        sharded=lambda model_state, is_loading: _sharded_parameter_state(optimizer, model_state, is_loading=is_loading),
+        load=lambda loaded: _load_shards(optimizer, loaded),
     )
 
 
@@ -242,7 +246,7 @@ def _own_ranges(part: Any) -> Iterator[tuple[Any, int, int]]:
                     yield parameter, ranges["param"].start, ranges["param"].end
 
 
-def _sharded_shares(part: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[int, Any]:
+def _sharded_parameter_state(part: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[int, Any]:
     bases, _ = extract_sharded_tensors_and_factories(model_state)
     base_of = {base.data: base for base in nested_values(bases)}
     shares: dict[int, Any] = {}
@@ -291,7 +295,7 @@ def _rectangles(base: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def _take_shares(part: Any, loaded: dict[int, Any]) -> None:
+def _load_shards(part: Any, loaded: dict[int, Any]) -> None:
     for position, (parameter, _, _) in enumerate(_own_ranges(part)):
         flat = {name: torch.cat([box.flatten() for box in boxes]) for name, boxes in loaded[position].items()}
         if flat:

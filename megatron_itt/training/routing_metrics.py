@@ -1,4 +1,4 @@
-"""What routing did in one step, per thinking layer and routed step, over the whole job; and signs that it collapses.
+"""Routing statistics per thinking layer and routed step over the whole job, and detection of router collapse.
 
 Shapes: l thinking layers of the model, t routed steps, s sequence, n sequences of a rank's micro-batches.
 """
@@ -21,13 +21,13 @@ from megatron_itt.training.trainer import Trainer
 
 # Router logits that spread less than this over all tokens say nothing about them.
 MIN_SCORE_STD = 1e-4
-# Above this share of explained variance the position alone decides who thinks.
+# Above this share of explained variance the position alone decides which tokens are selected.
 MAX_POSITION_SHARE = 0.9
 _WARN_AGAIN_STEPS = 1000
 
 Entry = dict[str, Any]
-# Columns of the sums of one layer and step; the picks per position [s] follow them.
-_TOKENS, _SUM, _SQUARES, _PICKS, _SEQUENCES, _OWNERS, _THRESHOLD, _GAIN = range(8)
+# Columns of the sums of one layer and step; the selected tokens per position [s] follow them.
+_TOKENS, _SUM, _SQUARES, _SELECTED, _SEQUENCES, _OWNERS, _THRESHOLD, _ENCODING_NORM = range(8)
 _NUM_SUMS = 8
 
 
@@ -35,10 +35,10 @@ def routing_entries(trainer: Trainer, recorder: RoutingRecorder, step: int) -> l
     """One entry per thinking layer and routed step, the same on all ranks. A collective call.
 
     `score_mean`, `score_std`: of router logits over tokens; `threshold`: the logit above which the step's share of
-    tokens lies, None where all think; `share`: of tokens that thought; `position_share`: see below, None for a single
+    tokens lies, None where all are selected; `share`: of selected tokens; `position_share`: see below, None for one
     sequence; `phi_norm`: of the step encoding.
-    `position_share` is the part of the variance of "was picked" that the position in the sequence explains, corrected
-    for chance: 0 for picks that follow the text, 1 when every sequence picks the same positions.
+    `position_share` is the part of the variance of "is selected" that the position in the sequence explains, corrected
+    for chance: 0 for a selection that follows the text, 1 when every sequence selects the same positions.
     """
     config = trainer.config
     layer_ids = config.thinking.layer_indices(config.model.num_layers) if config.thinking.kind == "itt" else ()
@@ -66,7 +66,7 @@ def routing_entries(trainer: Trainer, recorder: RoutingRecorder, step: int) -> l
 def _add_parameters(row: Tensor, layer: ThinkingLayer, step: int, share: float) -> None:
     parameters = layer.thinking
     row[_OWNERS] += 1
-    row[_GAIN] += parameters.step_encoding[step].detach().float().norm()
+    row[_ENCODING_NORM] += parameters.step_encoding[step].detach().float().norm()
     if 0 < share < 1 and parameters.logit_quantiles is not None:
         row[_THRESHOLD] += threshold_for(share, parameters.logit_quantiles[step - 1])
     else:
@@ -78,25 +78,25 @@ def _add_records(row: Tensor, recorder: RoutingRecorder, layer_idx: int, step: i
     if not records:
         return
     logits = torch.cat([record.logits for record in records], dim=1).double()  # [s, n]
-    real = torch.cat(
+    padding_mask = torch.cat(
         [record.selected | True if record.padding_mask is None else record.padding_mask for record in records], dim=1
     )
-    logits = logits.masked_fill(~real, 0.0)
-    picked = torch.cat([record.selected for record in records], dim=1)
-    row[_TOKENS] += real.sum()
+    logits = logits.masked_fill(~padding_mask, 0.0)
+    selected = torch.cat([record.selected for record in records], dim=1)
+    row[_TOKENS] += padding_mask.sum()
     row[_SUM] += logits.sum()
     row[_SQUARES] += logits.square().sum()
     row[_SEQUENCES] += logits.shape[1]
-    per_position = picked.sum(dim=1)
-    row[_PICKS] += per_position.sum()
+    per_position = selected.sum(dim=1)
+    row[_SELECTED] += per_position.sum()
     row[_NUM_SUMS:] += per_position
 
 
 def _entry(row: Tensor, *, layer: int, step: int) -> Entry:
-    tokens, total, squares, picks, sequences, owners, threshold, gain = row[:_NUM_SUMS].tolist()
-    entry: Entry = {"layer": layer, "step": step, "phi_norm": gain / max(owners, 1.0)}
+    tokens, total, squares, num_selected, sequences, owners, threshold, encoding_norm = row[:_NUM_SUMS].tolist()
+    entry: Entry = {"layer": layer, "step": step, "phi_norm": encoding_norm / max(owners, 1.0)}
     if tokens:
-        mean, share = total / tokens, picks / tokens
+        mean, share = total / tokens, num_selected / tokens
         entry["score_mean"] = mean
         entry["score_std"] = math.sqrt(max(0.0, squares / tokens - mean * mean))
         entry["threshold"] = None if math.isnan(threshold) else threshold / owners
@@ -106,10 +106,10 @@ def _entry(row: Tensor, *, layer: int, step: int) -> Entry:
 
 
 def explained_by_position(frequency: Tensor, *, num_sequences: int) -> float | None:
-    """The part of the variance of picks that positions explain. frequency [s]: how often each was picked, in [0, 1].
+    """The part of the variance of the selection that positions explain. frequency [s]: of selection, in [0, 1].
 
-    0 is what independent picks give on average, 1 the same positions in every sequence; None for one sequence, or when
-    all tokens or none were picked.
+    0 is what an independent selection gives on average, 1 the same positions in every sequence; None for one sequence,
+    or when all tokens or none were selected.
     """
     share = float(frequency.mean())
     if num_sequences < 2 or not 0.0 < share < 1.0:
@@ -127,7 +127,8 @@ def find_collapse(entries: Sequence[Entry]) -> Iterator[tuple[Entry, str, str]]:
             yield entry, "flat_scores", f"{where}: router scores are all alike (deviation {entry['score_std']:.2g})"
         position_share = entry.get("position_share")
         if position_share is not None and position_share > MAX_POSITION_SHARE:
-            text = f"the same positions think in every sequence (they explain {position_share:.0%} of who is picked)"
+            explained = f"they explain {position_share:.0%} of the selection"
+            text = f"the same positions are selected in every sequence ({explained})"
             yield entry, "fixed_positions", f"{where}: {text}"
 
 

@@ -1,4 +1,4 @@
-"""The run folder: what is written there once, beside metrics and checkpoints. Main process only."""
+"""Run folder: recipe, versions and state markers. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _record_environment(run_dir: Path) -> None:
 
 
 def describe_environment() -> dict[str, str | None]:
-    """Versions of what a run's numbers depend on."""
+    """Return the versions of everything that determines a run's numbers."""
     facts: dict[str, str | None] = {"megatron_itt": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -89,7 +89,7 @@ def describe_environment() -> dict[str, str | None]:
 
 
 def mark_finished(run_dir: Path, step: int) -> None:
-    """Write the marker that says so."""
+    """Write the marker of a complete run."""
     atomic_write(run_dir / FINISHED_FILE, f"{step}\n")
 
 

@@ -1,4 +1,4 @@
-"""Requests to stop: a signal to any process of the job makes all of them stop after the same step."""
+"""Stop requests: a signal to any process of the job makes all of them stop after the same step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first stop signal this process got. The second SIGINT stops at once."""
+    """The first stop signal of this process. A second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -27,10 +27,10 @@ class StopRequest:
 
     @property
     def is_requested(self) -> bool:
-        """Whether this process was asked; the loop tells the others in the exchange of each step."""
+        """Whether this process was asked to stop; the step statistics carry it to the others."""
         return self.received is not None
 
-    def is_agreed(self, device: torch.device) -> bool:
+    def on_any_rank(self, device: torch.device) -> bool:
         """Whether any process of the job was asked to stop; the same answer on all. A collective call."""
         return any_rank(self.is_requested, device)
 

@@ -20,7 +20,7 @@ from megatron_itt.training.metrics import StepStatistics, StepView, peak_memory_
 from megatron_itt.training.optimizer import gradient_norm, update_weights
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.trainer import Trainer
-from megatron_itt.training.watchdog import Pulse
+from megatron_itt.training.watchdog import Heartbeat
 
 Batch = dict[str, Tensor]
 
@@ -50,15 +50,15 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watch:
-    """What goes along with the steps of a run: a judge of numbers, requests to stop, and a pulse for the watchdog."""
+    """Guard, stop request and heartbeat of a run, which accompany its steps."""
 
     guard: StepGuard
     stop: StopRequest
-    pulse: Pulse = field(default_factory=Pulse)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
 
 def train_step(
-    trainer: Trainer, batches: Iterator[Batch], step: int, *, watch: Watch | None = None, closely: bool = False
+    trainer: Trainer, batches: Iterator[Batch], step: int, *, watch: Watch | None = None, log_routing: bool = False
 ) -> StepResult:
     """Forward and backward over the micro-batches of optimizer step `step` (from 1), then the update.
 
@@ -70,9 +70,9 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     recorder = RoutingRecorder()
-    forward = _ForwardStep(trainer, recorder, None if watch is None else watch.pulse)
+    forward = _ForwardStep(trainer, recorder, None if watch is None else watch.heartbeat)
     if watch is not None:
-        watch.pulse.beat("forward and backward", step)
+        watch.heartbeat.beat("forward and backward", step)
     with trainer.built.control.override(
         capacity=training_capacity(trainer.config, step),
         routing=training_rule(trainer.config, step),
@@ -85,7 +85,7 @@ def train_step(
         loss=torch.stack([entry["loss"] for entry in losses]).double().mean() if losses else None,
         grad_norm=grad_norm,
         stop_requested=watch is not None and watch.stop.is_requested,
-        memory_bytes=peak_memory_bytes(trainer.place.device) if closely else 0,
+        memory_bytes=peak_memory_bytes(trainer.place.device) if log_routing else 0,
     )
     statistics = reduce_statistics(view, trainer.place.device)
     verdict = ACCEPTED if watch is None else watch.guard.judge(statistics)
@@ -97,7 +97,7 @@ def train_step(
         statistics=statistics,
         learning_rate=learning_rate,
         verdict=verdict,
-        recorder=recorder if closely else None,
+        recorder=recorder if log_routing else None,
     )
 
 
@@ -105,7 +105,7 @@ def averaging_decay(limit: float, step: int) -> float:
     """Decay of the average of router-logit quantiles at optimizer step `step` (from 1): a tenth of the run so far.
 
     Logits move fast in the beginning; an average over `1 / (1 - limit)` steps would trail behind in short runs, and its
-    thresholds let another share of tokens think than was asked for. Source: TensorFlow, ExponentialMovingAverage.
+    thresholds select another share of tokens than was asked for. Source: TensorFlow, ExponentialMovingAverage.
     """
     return min(limit, (1 + step) / (10 + step))
 
@@ -131,7 +131,7 @@ def validation_loss(
     """
     for chunk in trainer.wrapped:
         chunk.eval()
-    forward = _ForwardStep(trainer, None, None if watch is None else watch.pulse)
+    forward = _ForwardStep(trainer, None, None if watch is None else watch.heartbeat)
     portion = len(batches) if watch is None else trainer.num_microbatches
     total = torch.zeros(2, dtype=torch.float64)
     for begin in range(0, len(batches), portion):
@@ -140,7 +140,7 @@ def validation_loss(
             entries = _run_schedule(trainer, iter(part), len(part), forward, forward_only=True)
         for entry in entries:
             total += torch.stack([entry["loss_sum"].double().cpu(), entry["num_tokens"].double().cpu()])
-        if watch is not None and watch.stop.is_agreed(trainer.place.device):
+        if watch is not None and watch.stop.on_any_rank(trainer.place.device):
             return None
     summed = _sum_over_job(total.to(trainer.place.device, torch.float64))
     return float(summed[0] / summed[1])
@@ -174,20 +174,22 @@ def _run_schedule(
 class _ForwardStep:
     """megatron-core's forward-step callback: one micro-batch through one model chunk."""
 
-    def __init__(self, trainer: Trainer, recorder: RoutingRecorder | None = None, pulse: Pulse | None = None) -> None:
+    def __init__(
+        self, trainer: Trainer, recorder: RoutingRecorder | None = None, heartbeat: Heartbeat | None = None
+    ) -> None:
         self.device = trainer.place.device
         self.control = trainer.built.control
         self.recorder = recorder
-        self.pulse = pulse
+        self.heartbeat = heartbeat
         self.calls: dict[int, int] = {}
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-        if self.pulse is not None:
-            self.pulse.beat(self.pulse.phase)
+        if self.heartbeat is not None:
+            self.heartbeat.beat(self.heartbeat.phase)
         gathered = next(data_iterator)
         batch = {name: value.to(self.device, non_blocking=True) for name, value in gathered.items()}
-        real = find_padding(gathered["loss_mask"])
-        self.control.padding_mask = None if real is None else real.to(self.device)
+        mask = find_padding(gathered["loss_mask"])
+        self.control.padding_mask = None if mask is None else mask.to(self.device)
         if self.recorder is not None:
             self.recorder.microbatch = self.calls.get(id(model), 0)
             self.calls[id(model)] = self.recorder.microbatch + 1
@@ -196,7 +198,7 @@ class _ForwardStep:
 
 
 def find_padding(loss_mask: Tensor) -> Tensor | None:
-    """Which tokens are no padding, from loss_mask [b, s] -> bool [s, b]; None where all are, or where the GPU knows.
+    """Return the padding mask (True: a token) from loss_mask [b, s] -> bool [s, b]; None without padding or on a GPU.
 
     Padding ends a sample and has no loss; nor has the token before it, which has no next one. A row without any loss
     only fills up a batch. A batch that is on a GPU already (`data.loader: dali`) is one of training, whose samples are
@@ -205,10 +207,10 @@ def find_padding(loss_mask: Tensor) -> Tensor | None:
     if loss_mask.device.type != "cpu":
         return None
     counts = loss_mask > 0
-    real = counts.clone()
-    real[:, 1:] |= counts[:, :-1]
-    real |= ~counts.any(dim=1, keepdim=True)
-    return None if bool(real.all()) else real.t().contiguous()
+    padding_mask = counts.clone()
+    padding_mask[:, 1:] |= counts[:, :-1]
+    padding_mask |= ~counts.any(dim=1, keepdim=True)
+    return None if bool(padding_mask.all()) else padding_mask.t().contiguous()
 
 
 def _reduce_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

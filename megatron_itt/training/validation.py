@@ -19,7 +19,7 @@ def run_validation(
     trainer: Trainer, datasets: Mapping[str, Dataset[Any]], step: int, *, watch: Watch
 ) -> dict[str, Any] | None:
     """Mean loss (nats per token) and perplexity of every domain at every budget; None if the job was asked to stop."""
-    watch.pulse.beat("validation", step)
+    watch.heartbeat.beat("validation", step)
     routing = validation_routing(trainer.config, has_thresholds=trainer.built.has_thresholds())
     entries = []
     batches = {domain: _batches(trainer, dataset) for domain, dataset in datasets.items()}

@@ -1,8 +1,7 @@
-"""A thread beside training that notices when a collective hangs, says which ranks did not arrive, and ends the process.
+"""Watchdog thread: detects a hanging collective, names the ranks that did not arrive, and ends the process.
 
-Every rank publishes where it stands in the job's store every few seconds. A rank that has waited for others longer than
-the limit reads what all have published, and tells three kinds apart: ranks that publish no more (stopped or dead),
-ranks that are busy elsewhere, and ranks that are behind.
+Every rank publishes its status in the job's store every few seconds. A rank that has waited longer than the collective
+timeout reads all statuses and distinguishes ranks that publish no more, that are busy elsewhere, and that are behind.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ _OWN_FILES = "/megatron_itt/"
 _SELF = "/training/watchdog.py"
 
 
-class Pulse:
-    """How far this process is: the loop beats it whenever it gets somewhere."""
+class Heartbeat:
+    """Progress of this process, updated by the training loop."""
 
     def __init__(self) -> None:
         self.step, self.phase, self.num_beats = 0, "starting", 0
         self._last_beat = time.monotonic()
 
     def beat(self, phase: str, step: int | None = None) -> None:
-        """Note that `phase` begins (of `step`, or of the step before)."""
+        """Record that `phase` begins (of `step`; by default of the last step)."""
         self.phase = phase
         self.step = self.step if step is None else step
         self.num_beats += 1
@@ -57,8 +56,8 @@ class Pulse:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
-    """Where a rank stands, as it publishes it; `sequence` grows with each publication."""
+class RankStatus:
+    """The published progress of a rank; `sequence` grows with each publication."""
 
     rank: int
     host: str
@@ -71,30 +70,30 @@ class Standing:
     place: str
 
     def describe(self) -> str:
-        """The rank with its process and place, for a message."""
+        """Return the rank with its process and its line of code, for a message."""
         return f"rank {self.rank} (process {self.pid} on {self.host}): step {self.step}, {self.phase}, at {self.place}"
 
 
 class NoWatchdog:
-    """For a job of one process: there is nobody to wait for."""
+    """The watchdog of a job of one process."""
 
     def stop(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
 
-def start_watchdog(pulse: Pulse, *, limit_s: float, device: torch.device) -> Watchdog | NoWatchdog:
-    """Watch this process from its main thread on, which must be the calling one; `stop` ends that."""
+def start_watchdog(heartbeat: Heartbeat, *, limit_s: float, device: torch.device) -> Watchdog | NoWatchdog:
+    """Start a watchdog of the main thread, which must be the calling one; `stop` ends it."""
     place = process_info()
     if place.world_size == 1:
         return NoWatchdog()
-    return Watchdog(pulse, place, limit_s=limit_s, device=device)
+    return Watchdog(heartbeat, place, limit_s=limit_s, device=device)
 
 
 class Watchdog:
-    """Publishes this rank's pulse, and ends the process when it has waited for other ranks longer than `limit_s`."""
+    """Publish this rank's heartbeat; end the process when it has waited for other ranks longer than `limit_s`."""
 
-    def __init__(self, pulse: Pulse, place: ProcessInfo, *, limit_s: float, device: torch.device) -> None:
-        self._pulse, self._place, self._limit_s = pulse, place, limit_s
+    def __init__(self, heartbeat: Heartbeat, place: ProcessInfo, *, limit_s: float, device: torch.device) -> None:
+        self._heartbeat, self._place, self._limit_s = heartbeat, place, limit_s
         # On a GPU, Python waits for its own device, whatever the device waits for.
         self._waits_anywhere = device.type == "cuda"
         self._interval_s = min(_LONGEST_INTERVAL_S, limit_s / 4)
@@ -106,55 +105,55 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread: from here on nothing is watched."""
+        """End the thread."""
         self._stopping.set()
         self._thread.join(timeout=_STORE_LIMIT_S)
 
     def _watch(self) -> None:
         while not self._stopping.wait(self._interval_s):
-            standing = self._publish()
-            waiting = standing.waiting or self._waits_anywhere
-            if waiting and self._pulse.idle_s > self._limit_s and not self._stopping.is_set():
-                self._give_up(standing)
+            status = self._publish()
+            waiting = status.waiting or self._waits_anywhere
+            if waiting and self._heartbeat.idle_s > self._limit_s and not self._stopping.is_set():
+                self._give_up(status)
 
-    def _publish(self) -> Standing:
-        standing = self._standing()
-        _within(_STORE_LIMIT_S, partial(self._store_standing, standing))
-        return standing
+    def _publish(self) -> RankStatus:
+        status = self._status()
+        _within(_STORE_LIMIT_S, partial(self._store_status, status))
+        return status
 
-    def _store_standing(self, standing: Standing) -> None:
+    def _store_status(self, status: RankStatus) -> None:
         if self._store is None:
             limit = timedelta(seconds=_STORE_LIMIT_S)
             self._store = dist.TCPStore(
                 self._place.master_address, self._place.master_port, None, False, limit, wait_for_workers=False
             )
-        self._store.set(_key(standing.rank), json.dumps(asdict(standing)))
+        self._store.set(_key(status.rank), json.dumps(asdict(status)))
 
-    def _standing(self) -> Standing:
+    def _status(self) -> RankStatus:
         self._sequence += 1
         waiting, place = where_is(sys._current_frames().get(self._main_thread))
-        pulse = self._pulse
-        return Standing(
+        heartbeat = self._heartbeat
+        return RankStatus(
             rank=self._place.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
             sequence=self._sequence,
-            step=pulse.step,
-            phase=pulse.phase,
-            num_beats=pulse.num_beats,
+            step=heartbeat.step,
+            phase=heartbeat.phase,
+            num_beats=heartbeat.num_beats,
             waiting=waiting,
             place=place,
         )
 
-    def _give_up(self, standing: Standing) -> None:
+    def _give_up(self, status: RankStatus) -> None:
         before = _within(_STORE_LIMIT_S, self._read_all)
         for _ in range(_INTERVALS_OF_SILENCE):  # others may be doing the same: all keep publishing
             self._stopping.wait(self._interval_s)
             self._publish()
         after = _within(_STORE_LIMIT_S, self._read_all)
-        if self._stopping.is_set() or self._pulse.idle_s <= self._limit_s:
+        if self._stopping.is_set() or self._heartbeat.idle_s <= self._limit_s:
             return  # it went on after all
-        message = explain(standing, before, after, world_size=self._place.world_size, waited_s=self._pulse.idle_s)
+        message = explain(status, before, after, world_size=self._place.world_size, waited_s=self._heartbeat.idle_s)
         get_logger().error("error: %s", message)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -162,21 +161,21 @@ class Watchdog:
             time.sleep(_INTERVALS_OF_SILENCE * self._interval_s)  # it keeps the store that the others read
         os._exit(EXIT_CODE)
 
-    def _read_all(self) -> dict[int, Standing]:
+    def _read_all(self) -> dict[int, RankStatus]:
         ranks = range(self._place.world_size)
         found = [rank for rank in ranks if self._store.check([_key(rank)])]
-        return {rank: Standing(**json.loads(self._store.get(_key(rank)))) for rank in found}
+        return {rank: RankStatus(**json.loads(self._store.get(_key(rank)))) for rank in found}
 
 
 def explain(
-    own: Standing,
-    before: Mapping[int, Standing] | None,
-    after: Mapping[int, Standing] | None,
+    own: RankStatus,
+    before: Mapping[int, RankStatus] | None,
+    after: Mapping[int, RankStatus] | None,
     *,
     world_size: int,
     waited_s: float,
 ) -> str:
-    """Who is missing, from two readings of all standings some intervals apart; None: the store did not answer."""
+    """Return which ranks are missing, from two readings of all statuses; None: the store did not answer."""
     head = f"rank {own.rank} has waited {waited_s:.0f} s for other ranks (runtime.timeout_minutes), at {own.place}; "
     if before is None or after is None:
         return (
@@ -185,18 +184,18 @@ def explain(
     silent = [rank for rank in range(world_size) if rank not in after or _is_silent(rank, before, after)]
     if silent:
         return head + "no sign of life from " + "; ".join(_describe(rank, after) for rank in silent)
-    elsewhere = [standing for standing in after.values() if not standing.waiting]
+    elsewhere = [status for status in after.values() if not status.waiting]
     if elsewhere:
-        return head + "not arrived: " + "; ".join(standing.describe() for standing in elsewhere)
-    least = min((standing.step, standing.num_beats) for standing in after.values())
-    behind = [standing for standing in after.values() if (standing.step, standing.num_beats) == least]
+        return head + "not arrived: " + "; ".join(status.describe() for status in elsewhere)
+    least = min((status.step, status.num_beats) for status in after.values())
+    behind = [status for status in after.values() if (status.step, status.num_beats) == least]
     if len(behind) < world_size:
-        return head + "behind the others: " + "; ".join(standing.describe() for standing in behind)
+        return head + "behind the others: " + "; ".join(status.describe() for status in behind)
     return head + "every rank waits at the same place: look at the network or the devices"
 
 
 def where_is(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether a thread with this innermost frame waits for other ranks, and the line of ours that it is at."""
+    """Return whether a thread with this innermost frame waits for other ranks, and its line of code."""
     waiting, innermost = False, ""
     while frame is not None:
         name = frame.f_code.co_filename
@@ -210,16 +209,16 @@ def where_is(frame: FrameType | None) -> tuple[bool, str]:
     return waiting, innermost or "an unknown place"
 
 
-def _is_silent(rank: int, before: Mapping[int, Standing], after: Mapping[int, Standing]) -> bool:
+def _is_silent(rank: int, before: Mapping[int, RankStatus], after: Mapping[int, RankStatus]) -> bool:
     return rank in before and before[rank].sequence == after[rank].sequence
 
 
-def _describe(rank: int, standings: Mapping[int, Standing]) -> str:
-    return standings[rank].describe() if rank in standings else f"rank {rank}, which never published where it stands"
+def _describe(rank: int, statuses: Mapping[int, RankStatus]) -> str:
+    return statuses[rank].describe() if rank in statuses else f"rank {rank}, which never published where it stands"
 
 
 def _key(rank: int) -> str:
-    return f"megatron_itt/standing/{rank}"
+    return f"megatron_itt/status/{rank}"
 
 
 def _within(limit_s: float, action: Callable[[], Any]) -> Any:

@@ -20,14 +20,14 @@ import sys, time
 import torch, torch.distributed as dist
 from megatron_itt.config.environment import process_info
 from megatron_itt.parallel.groups import start_parallel
-from megatron_itt.training.watchdog import Pulse, start_watchdog
+from megatron_itt.training.watchdog import Heartbeat, start_watchdog
 from tests.helpers.one_rank import tiny_recipe
 
 place = start_parallel(tiny_recipe())
-pulse = Pulse()
-start_watchdog(pulse, limit_s=4.0, device=place.device)
+heartbeat = Heartbeat()
+start_watchdog(heartbeat, limit_s=4.0, device=place.device)
 for step in range(1, 4):
-    pulse.beat("forward and backward", step)
+    heartbeat.beat("forward and backward", step)
     if step == 3 and place.rank == 1:
         time.sleep(90)
     dist.barrier()

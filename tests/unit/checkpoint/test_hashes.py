@@ -17,7 +17,7 @@ from megatron_itt.checkpoint.integrity import (
     read_hashes,
     write_hashes,
 )
-from megatron_itt.checkpoint.load import share_of
+from megatron_itt.checkpoint.load import assign_files
 from megatron_itt.errors import CheckpointError
 
 
@@ -87,7 +87,7 @@ def test_a_list_of_hashes_that_is_none_is_refused(tmp_path: Path, text: str) -> 
 
 def test_ranks_share_the_reading_evenly_and_each_file_is_read_once() -> None:
     records = {f"file{number}": FileRecord(size=number << 24, sha256="") for number in range(1, 20)}
-    shares = [share_of(records, rank, 4) for rank in range(4)]
+    shares = [assign_files(records, rank, 4) for rank in range(4)]
     assert sorted(name for share in shares for name in share) == sorted(records)
     loads = [sum(record.size for record in share.values()) for share in shares]
     assert max(loads) < 1.2 * min(loads)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_itt.config import RunConfig
-from megatron_itt.training.optimizer import from_common_form, to_common_form
+from megatron_itt.training.optimizer import from_portable_state, to_portable_state
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import observe_steps
 
@@ -123,17 +123,17 @@ def test_the_form_on_disk_names_no_implementation() -> None:
     apex_group = {"lr": 0.1, "bias_correction": True, "step": 3}
     for group in (torch_group, apex_group):
         state: dict[str, Any] = {"optimizer": {"param_groups": [dict(group)]}, "param_state": {}}
-        to_common_form(state)
+        to_portable_state(state)
         assert state["optimizer"]["param_groups"] == [{"lr": 0.1, "step": 3}]
 
 
 def test_a_reader_keeps_its_own_switches_and_counts_its_own_way() -> None:
     plain: dict[str, Any] = {"state": {0: {}, "common_step": torch.tensor(3.0)}, "param_groups": [{"fused": None}]}
-    to_common_form(plain)
+    to_portable_state(plain)
     assert plain == {"state": {0: {}}, "param_groups": [{"step": 3}]}
-    from_common_form(plain, {"fused": True, "lr": 9.0}, counts_per_tensor=True)
+    from_portable_state(plain, {"fused": True, "lr": 9.0}, counts_per_tensor=True)
     assert plain["param_groups"] == [{"step": 3, "fused": True}]
     assert float(plain["state"]["common_step"]) == 3
     old: dict[str, Any] = {"state": {"common_step": torch.tensor(3.0)}, "param_groups": [{"foreach": None}]}
-    from_common_form(old, {"bias_correction": True}, counts_per_tensor=False)
+    from_portable_state(old, {"bias_correction": True}, counts_per_tensor=False)
     assert old == {"state": {}, "param_groups": [{"step": 3, "bias_correction": True}]}

@@ -16,7 +16,7 @@ def test_the_phase_picks_what_lies_above_the_thresholds_of_the_step_before() -> 
         for step in range(1, 5):
             layers = trainer.built.thinking_layers()
             tables = {layer.layer_idx: layer.thinking.logit_quantiles.clone() for layer in layers}
-            recorder = train_step(trainer, iter(microbatches(trainer, step)), step, closely=True).recorder
+            recorder = train_step(trainer, iter(microbatches(trainer, step)), step, log_routing=True).recorder
             assert recorder is not None and recorder.records
             for (_, layer_idx, routed_step), record in recorder.records.items():
                 share = config.thinking.nominal_capacity[routed_step - 1]

@@ -113,7 +113,7 @@ def test_padding_is_in_no_record_of_routing(switches: dict[str, Any]) -> None:
         fill_model(trainer, make_weights(config.model, config.thinking, seed=8))
         for layer in trainer.built.thinking_layers():
             layer.thinking.logit_quantiles.zero_()  # as before the first step
-        result = train_step(trainer, iter([padded_batch(config)] * 2), 1, closely=True)
+        result = train_step(trainer, iter([padded_batch(config)] * 2), 1, log_routing=True)
         tables = {layer.layer_idx: layer.thinking.logit_quantiles for layer in trainer.built.thinking_layers()}
     real = torch.arange(24)[:, None] < lengths
     assert result.recorder is not None and result.recorder.records

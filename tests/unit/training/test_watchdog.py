@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from megatron_itt.training.watchdog import Standing, explain, where_is
+from megatron_itt.training.watchdog import RankStatus, explain, where_is
 
-WAITING = Standing(
+WAITING = RankStatus(
     rank=0,
     host="node1",
     pid=11,
@@ -21,13 +21,13 @@ WAITING = Standing(
 BUSY = replace(WAITING, rank=1, host="node2", pid=22, waiting=False, place="data/batches/loader.py:9 (gather)")
 
 
-def message(before: list[Standing], after: list[Standing], world_size: int = 2) -> str:
-    by_rank = [{standing.rank: standing for standing in reading} for reading in (before, after)]
+def message(before: list[RankStatus], after: list[RankStatus], world_size: int = 2) -> str:
+    by_rank = [{status.rank: status for status in reading} for reading in (before, after)]
     return explain(WAITING, by_rank[0], by_rank[1], world_size=world_size, waited_s=60.0)
 
 
-def later(standing: Standing) -> Standing:
-    return replace(standing, sequence=standing.sequence + 2)
+def later(status: RankStatus) -> RankStatus:
+    return replace(status, sequence=status.sequence + 2)
 
 
 def test_a_rank_that_is_busy_elsewhere_is_named_with_its_place() -> None:
