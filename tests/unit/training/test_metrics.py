@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_itt.training.metrics import StepClock, console_line
-from tests.helpers.one_rank import tiny_recipe
+from megatron_itt.training.metrics import HIDDEN, STATISTICS, StepClock, StepView, console_line, reduce_statistics
+from megatron_itt.training.sinks import Sinks
+from tests.helpers.one_rank import opened, tiny_recipe
 
 
 def test_the_time_left_counts_validations_and_saves() -> None:
@@ -28,3 +32,23 @@ def test_a_training_line_says_when() -> None:
     record = {"step": 3, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 5.0, "mfu": None}
     line = console_line({**record, "data_wait_s": 0.0, "memory_bytes": 0}, 10, 61.0)
     assert re.search(r"left 1m01s \| \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", line)
+
+
+def test_statistics_are_reduced_over_the_ranks_that_have_them() -> None:
+    with opened(tiny_recipe()) as trainer:
+        device = trainer.place.device
+        view = StepView(loss=torch.tensor(2.5), grad_norm=0.5, stop_requested=True, memory_bytes=7)
+        found = reduce_statistics(view, device)
+        assert (found.loss, found.grad_norm, found.stop_requested, found.memory_bytes) == (2.5, 0.5, True, 7)
+        assert found.broken_ranks == ()
+        assert reduce_statistics(StepView(loss=torch.tensor(torch.nan)), device).broken_ranks == (0,)
+
+
+def test_a_statistic_is_written_where_its_declaration_says(tmp_path: Path) -> None:
+    config = tiny_recipe(logging={"run_dir": str(tmp_path), "tensorboard": False})
+    sinks = Sinks(config, enabled=True, resume_step=0, hidden=HIDDEN)
+    sinks.write({"step": 1, **{statistic.name: 1.0 for statistic in STATISTICS}})
+    sinks.close()
+    written = json.loads((tmp_path / "metrics.jsonl").read_text("utf-8"))
+    assert written.keys() - {"step", "time"} == {statistic.name for statistic in STATISTICS if statistic.jsonl}
+    assert "stop_requested" not in written
