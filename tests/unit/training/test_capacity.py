@@ -82,7 +82,7 @@ def test_capacities_that_sequence_parallelism_rounds_are_named() -> None:
 @pytest.mark.parametrize(
     ("thinking", "part"),
     [
-        ({"capacity": {"sample": [0.9, 0.3]}}, "lower share comes first"),
+        ({"capacity": {"sample": [0.9, 0.3]}}, "lower capacity comes first"),
         ({"capacity": {"sample": [0.0, 0.3]}}, "thinking.capacity.sample.0 is 0"),
         ({"capacity": {"sample": [0.1, 0.3], "stps": 2}}, "thinking.capacity.stps"),
         ({"capacity": {"sample": [0.5, 0.9]}, "capacity_schedule": "ramp"}, "needs a list"),
