@@ -1,13 +1,13 @@
-"""The errors a user can cause. Each carries one line: what, its value, the rule, and the way out.
+"""Errors that a user can cause. A message is one line: the key, its value, the rule, and the way out.
 
-Programming errors are not here: they are `assert`s and built-in exceptions, and they keep their traceback.
+Programming errors are `assert`s and built-in exceptions, and keep their traceback.
 """
 
 from __future__ import annotations
 
 
 class IttError(Exception):
-    """Base of every error that a command reports as one line, with exit code 2 unless its class says otherwise."""
+    """Base of the errors that a command reports as one line; exit code 2 unless its class sets another."""
 
     exit_code = 2
 
@@ -25,13 +25,13 @@ class CheckpointError(IttError):
 
 
 class StorageError(CheckpointError):
-    """A checkpoint that storage failed to write or read, for a reason that may pass: starting again may help."""
+    """A checkpoint that storage failed to write or read, perhaps temporarily: a restart may help."""
 
     exit_code = 1
 
 
 class ExportError(IttError):
-    """A conversion between checkpoint and Hugging Face format that cannot be done faithfully."""
+    """A conversion between checkpoint and Hugging Face format that would lose something."""
 
 
 class EvaluationError(IttError):

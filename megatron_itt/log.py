@@ -1,4 +1,4 @@
-"""What the commands share: one logger and the mapping from errors to exit codes."""
+"""Logging and exit codes of the commands: one logger, progress bars as lines, errors as one line each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.E
 
 
 def get_logger() -> logging.Logger:
-    """The package's logger; entry points decide where it writes with `configure_logging`."""
+    """Return the package's logger; entry points configure it with `configure_logging`."""
     return logging.getLogger(LOGGER_NAME)
 
 
@@ -42,9 +42,9 @@ def configure_logging(*, rank: int = 0, log_file: str | None = None) -> logging.
 
 
 def silence_known_warnings() -> None:
-    """Hide warnings of megatron-core that a user can do nothing about.
+    """Hide warnings of megatron-core that a user cannot act on.
 
-    Missing optional parts are reported by itt doctor, with what they cost; the rest is use of older torch calls.
+    itt doctor reports missing optional packages and their cost; the rest concerns deprecated torch calls.
     """
     for message in (
         "Transformer Engine and Apex",
@@ -76,7 +76,7 @@ def run_command(main: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output, such as `head`, has gone: nothing is left to say, not even at exit.
+        # The reader of our output, such as `head`, has ended; nothing more may be written, not even at exit.
         sys.stdout = None  # type: ignore[assignment]
         return 0
     except OSError as error:
@@ -89,7 +89,7 @@ def run_command(main: Callable[[], int]) -> int:
 
 @contextmanager
 def progress_as_lines() -> Iterator[None]:
-    """Where standard error is no terminal: show progress bars, everybody's, as a line now and then."""
+    """If standard error is no terminal, show every library's progress bars as a line now and then."""
     stream = sys.stderr
     if stream is None or stream.isatty():
         yield
@@ -102,7 +102,7 @@ def progress_as_lines() -> Iterator[None]:
 
 
 class _ProgressLines:
-    """A text stream; of what carriage returns would overwrite it writes the latest, as a line of its own."""
+    """A text stream that writes the latest state of a progress bar as a line of its own."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -130,7 +130,7 @@ class _ProgressLines:
 
 
 def _explain(error: OSError) -> str | None:
-    """What a user can do about it, None where nothing is known."""
+    """Return what a user can do about the error, None if unknown."""
     if error.errno in _FULL_DISK:
         return (
             f"no space left on device while writing {error.filename or 'output'}; free space and run the same command "

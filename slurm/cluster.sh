@@ -37,7 +37,7 @@ load_cluster() {
     export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 }
 
-moved() { # ARGUMENT... -> placed: data/... and runs/... where this cluster keeps them, also after `=`, as in a recipe
+moved() { # ARGUMENT...: sets placed, with data/... and runs/... in the folders of this cluster, also after `=`
     local argument before path root
     placed=()
     for argument in "$@"; do
@@ -63,7 +63,7 @@ find_python() { # CLUSTER_FILE
     [ -n "${ITT_CONTAINER_IMAGE:-}" ] || command -v "$ITT_PYTHON" >/dev/null ||
         fail "ITT_PYTHON is $ITT_PYTHON, which does not run here; correct it in $1"
     planner=$ITT_PYTHON
-    if [ -n "${ITT_CONTAINER_IMAGE:-}" ] && ! in_slurm; then # outside jobs there is no container
+    if [ -n "${ITT_CONTAINER_IMAGE:-}" ] && ! in_slurm; then # outside jobs no container is available
         planner=python3
         [ ! -x "$checkout/.venv/bin/python" ] || planner=$checkout/.venv/bin/python
         "$planner" -c 'import filelock, pydantic, tyro, yaml' 2>/dev/null || fail "$planner of this host cannot read recipes:" \
@@ -92,7 +92,7 @@ use_container() { # CLUSTER_FILE; srun's options for a pyxis container that sees
     container+=("--container-mounts=$mounts${ITT_CONTAINER_MOUNTS:+,$ITT_CONTAINER_MOUNTS}")
 }
 
-run_python() { # one process, where the tasks' python is; standard output is the tool's alone
+run_python() { # one process with the python of the tasks; only the command writes to standard output
     if [ ${#container[@]} -gt 0 ]; then
         PYTHONPATH=$code srun --nodes=1 --ntasks=1 --mpi=none "${container[@]}" "$ITT_PYTHON" "$@"
     else

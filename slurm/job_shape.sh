@@ -1,9 +1,9 @@
-# The job's shape and its rendezvous: nodes, tasks, the host of rank 0. Sourced by launch.sh, never run.
+# Shape of the job and its rendezvous: nodes, tasks, host of rank 0. Sourced by launch.sh, never run.
 # shellcheck shell=bash disable=SC2154
 
 nodes=1 tasks_per_node=1
 
-asked_for() { # FILE OPTION: the value in its #SBATCH line
+asked_for() { # FILE OPTION -> the value in its #SBATCH line
     sed -nE "s/^#SBATCH[[:space:]]+--$2=([^[:space:]]+).*/\1/p" "$1" | head -1
 }
 
@@ -36,13 +36,13 @@ find_shape() { # JOB_FILE
     fi
 }
 
-# The number of an array's last task is that of the whole array: its place in the array tells it from the others.
+# The job id of an array's last task is that of the whole array: its index in the array identifies it.
 this_job() {
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; else echo "$SLURM_JOB_ID"; fi
 }
 show_this_job() { timeout 60 scontrol --oneliner show job "$(this_job)"; }
 
-count_gpus() { # those that a program here would see: CUDA reads CUDA_VISIBLE_DEVICES up to the first that is not there
+count_gpus() { # visible to a program here: CUDA reads CUDA_VISIBLE_DEVICES up to the first invalid entry
     local total seen='' device form='' num_seen=0
     total=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
     if [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || [ "$total" = 0 ]; then echo "$total"; return; fi
@@ -50,14 +50,14 @@ count_gpus() { # those that a program here would see: CUDA reads CUDA_VISIBLE_DE
         [[ $device =~ ^(GPU-|MIG-|[0-9]{1,6}$) ]] || break
         [[ $device == [GM]* ]] || { device=$((10#$device)) && ((device < total)); } || break
         [ "${form:=${device:0:3}}" = "${device:0:3}" ] || [[ $form$device =~ ^[0-9]+$ ]] || break # ordinals or names, not both
-        [[ ,$seen != *,"$device",* ]] || { num_seen=0; break; } # with one named twice, CUDA sees none
+        [[ ,$seen != *,"$device",* ]] || { num_seen=0; break; } # with a duplicate, CUDA sees none
         seen+=$device, num_seen=$((num_seen + 1))
         [[ $device != MIG-* ]] || break # a process sees one MIG instance
     done <<<"$CUDA_VISIBLE_DEVICES,"
     echo "$num_seen"
 }
 
-name_array_log() { # NAME-JOBID.log does not say which task of an array wrote it: NAME-ARRAY_TASK.log leads there
+name_array_log() { # link NAME-ARRAY_TASK.log to NAME-JOBID.log, whose name does not identify the task
     local log
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
     say "task $SLURM_ARRAY_TASK_ID of array job $SLURM_ARRAY_JOB_ID"
@@ -66,7 +66,7 @@ name_array_log() { # NAME-JOBID.log does not say which task of an array wrote it
         ln -sfn "${log##*/}" "${log%/*}/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.log"
 }
 
-find_host_of_rank_0() { # MASTER_ADDR and MASTER_PORT from the job's real hosts; each must resolve
+find_host_of_rank_0() { # sets MASTER_ADDR and MASTER_PORT from the hosts of the job; each must resolve
     local hosts host attempt
     if ! in_slurm; then
         export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 10000))
@@ -78,7 +78,7 @@ find_host_of_rank_0() { # MASTER_ADDR and MASTER_PORT from the job's real hosts;
         host+=${ITT_MASTER_SUFFIX:-}
         for attempt in 1 2 3; do
             getent hosts "$host" >/dev/null && continue 2
-            [ "$attempt" = 3 ] || sleep 2 # name servers have bad moments
+            [ "$attempt" = 3 ] || sleep 2 # a name server may fail for a moment
         done
         fail "host $host of this job does not resolve on $(hostname); correct ITT_MASTER_SUFFIX in cluster.env or DNS"
     done

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The one launcher: every .sbatch file of this folder ends here. `bash slurm/itt_466m_x4.sbatch --help` says what it
-# takes, slurm/README.md what it does. Inside a Slurm job it starts one task per GPU; elsewhere it uses this machine.
+# Launcher of every .sbatch file of this folder. `bash slurm/itt_466m_x4.sbatch --help` lists its options, and
+# slurm/README.md explains a job. Inside a Slurm job it starts one task per GPU; elsewhere it uses this machine.
 #
 #   launch.sh JOB_FILE train RECIPE [options] [section.key=value ...]
 #   launch.sh JOB_FILE evaluate RUN_FOLDER [options of tools/evaluate.py]
 #   launch.sh JOB_FILE preprocess [--parts=N] [options of tools/preprocess.py]
 #
-# Exit code 0: finished, or stopped with a checkpoint and (under Slurm) queued again; 1: failed; 2: bad input.
+# Exit code 0: finished, or stopped with a checkpoint and (under Slurm) requeued; 1: failed; 2: bad input.
 set -uo pipefail
 
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) # the checkout, or a run's snapshot of it
@@ -24,7 +24,7 @@ source "$code/slurm/cluster.sh" # the settings of cluster.env
 # shellcheck source=slurm/job_shape.sh
 source "$code/slurm/job_shape.sh" # nodes, tasks, the host of rank 0
 # shellcheck source=slurm/run_folder.sh
-source "$code/slurm/run_folder.sh" # the claim on it, restarts, the snapshot
+source "$code/slurm/run_folder.sh" # claim, restarts, snapshot
 # shellcheck source=slurm/processes.sh
 source "$code/slurm/processes.sh" # the tasks: start, signal, wait
 # shellcheck source=slurm/other_jobs.sh
@@ -73,7 +73,7 @@ plan() { # ACTION OPTION...
 
 # --- life cycle -------------------------------------------------------------------------------------------------------
 
-next_action() { # -> done | stop | cancelled | stuck | again. Files decide, no exit code: srun's is 0 after a node died
+next_action() { # -> done | stop | cancelled | stuck | again, by the files of the run: the exit code of srun is 0 after a node died
     if [ -f "$run_dir/finished" ]; then echo 'done'
     elif [ -f "$run_dir/diverged" ] || [ -f "$run_dir/refused" ]; then echo stop
     elif [ -n "$cancelled" ] && ! is_out_of_time; then echo cancelled
@@ -117,8 +117,8 @@ finish_job() { # STATUS
     exit "$(($1 == 0 ? 1 : $1))"
 }
 
-queue_again() { # fails where the cluster does not, and where a later start of this job exists already
-    trap '' TERM # what a job gets when it is queued again
+queue_again() { # fails if the cluster does not requeue, or if a later start of this job exists
+    trap '' TERM # a requeued job receives it
     [[ $(show_this_job) =~ Restarts=([0-9]+) ]] && [ "${BASH_REMATCH[1]}" = "${SLURM_RESTART_COUNT:-0}" ] &&
         timeout 60 scontrol requeue "$(this_job)"
 }
@@ -162,7 +162,7 @@ train() { # JOB_FILE RECIPE ARGUMENT...
 dry_run() { # JOB_FILE
     local limit
     plan show "--gpu=${ITT_GPU:-a100-80gb}" "--mfu=${ITT_ASSUMED_MFU:-0.35}" || return
-    limit=${SBATCH_TIMELIMIT:-$(asked_for "$1" time)} # sbatch prefers the variable, too
+    limit=${SBATCH_TIMELIMIT:-$(asked_for "$1" time)} # sbatch prefers the variable as well
     echo "job          ${1##*/}, time limit ${limit:-of the partition}, partition ${SBATCH_PARTITION:-default}," \
         "account ${SBATCH_ACCOUNT:-default}"
     echo "software     ${ITT_CONTAINER_IMAGE:-no container}, $ITT_PYTHON"

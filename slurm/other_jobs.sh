@@ -1,7 +1,7 @@
 # Jobs of one task: text to indexed data, export and evaluation. Sourced by launch.sh, never run.
 # shellcheck shell=bash disable=SC2034,SC2154
 
-run_one() { # COMMAND...: stops at the warning and is queued again; the tools continue where they were
+run_one() { # COMMAND...: stops at the warning and is requeued; the commands continue where they stopped
     trap 'on_signal USR1' USR1
     local launch=()
     ! in_slurm || launch=(srun --nodes=1 --ntasks=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --mpi=none "${container[@]}")
@@ -46,7 +46,7 @@ TEXT
     exit 0
 }
 
-find_part() { # JOB_FILE: sets part from the place of this task in its array
+find_part() { # JOB_FILE: sets part from the index of this task in its array
     [[ ${parts:-1} =~ ^[1-9][0-9]*$ ]] || fail "--parts is $parts; give the number of parts, 1 or more"
     if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
         [ -z "$parts" ] || fail "--parts is for array jobs: sbatch --array=0-$((parts - 1)) $1 --parts=$parts ..."
@@ -84,7 +84,7 @@ evaluate() { # JOB_FILE RUN_FOLDER ARGUMENT...; --checkpoints=all, or names, in 
             run_one tools/export_hf.py --checkpoint "$run_dir/checkpoints/$name" --output "$run_dir/export/$name" \
                 --dtype bfloat16 || exit
         fi
-        # A job that was queued again leaves what it has measured; one checkpoint alone is measured anew.
+        # A requeued job keeps what it has measured; a single checkpoint is measured anew.
         [ "${#names[@]}" = 1 ] || [ ! -f "$run_dir/evaluation/$name/results.json" ] || continue
         run_one tools/evaluate.py --model "$run_dir/export/$name" --output "$run_dir/evaluation/$name" --overwrite \
             "${tasks[@]}" "${given[@]}" || exit

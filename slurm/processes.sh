@@ -1,5 +1,4 @@
-# The tasks: a look at every node first, starting them, passing signals on, waiting for all. Sourced by launch.sh, never
-# run.
+# Tasks of a job: check of every node, start, signals, wait. Sourced by launch.sh, never run.
 # shellcheck shell=bash disable=SC2034,SC2154
 
 children=() warned='' cancelled='' status=0 cause='' failures='' errors='' filter='' preflight=''
@@ -12,11 +11,11 @@ on_signal() {
     [ ${#children[@]} = 0 ] || kill -USR1 "${children[@]}" 2>/dev/null
 }
 
-is_out_of_time() { # the TERM of a time limit, where the warning came too late or too little time was left after it
+is_out_of_time() { # TERM came from the time limit, because the warning was late or left too little time
     in_slurm && [[ $(show_this_job) =~ JobState=TIMEOUT|Reason=TimeLimit ]]
 }
 
-check_nodes() { # the doctor on every node; its words count, not srun's exit code
+check_nodes() { # run the doctor on every node; its report decides, not the exit code of srun
     [ "${ITT_PREFLIGHT:-yes}" = yes ] && in_slurm || return 0
     local report=$run_dir/preflight.txt unusable
     PYTHONPATH=$snapshot MASTER_PORT=$((MASTER_PORT + 1)) srun --nodes="$nodes" --ntasks="$nodes" \
@@ -25,14 +24,14 @@ check_nodes() { # the doctor on every node; its words count, not srun's exit cod
     grep -E '^ *0: (links|speed)' "$report"
     [ "$(grep -cE '^ *[0-9]+: healthy' "$report")" != "$nodes" ] || return 0
     grep -E 'problem|rror' "$report" | head -20
-    # What no node can use is the recipe's mistake, which another start would meet again.
+    # What no node can use is a fault of the recipe, which a restart would meet again.
     unusable=$(sed -nE 's/^ *([0-9]+): problem: .* cannot be used.*/\1/p' "$report" | sort -u | wc -l)
     [ "$unusable" != "$nodes" ] || stop 2 "$(sed -nE 's/^ *0: problem: (.* cannot be used.*)/\1/p' "$report" | head -1)"
     preflight="the preflight failed: $(grep -m1 -oE 'problem.*|error.*|Error.*' "$report"); see $report"
     return 1
 }
 
-# Standard error of the tasks passes through a filter that keeps what names a failure, for the last line of the log.
+# Standard error of the tasks passes through a filter that keeps lines about failures, for the last line of the log.
 FAILURE='^error: |^[A-Za-z_.]*(Error|Exception)\b|[Oo]ut [Oo]f [Mm]emory|oom.kill|^Fatal |^(srun|slurmstepd): error: '
 
 keep_failures() { # sets errors, the descriptor to write to
@@ -41,7 +40,7 @@ keep_failures() { # sets errors, the descriptor to write to
     filter=$!
 }
 
-find_cause() { # STATUS: sets cause. The first error is it: what other ranks say after that follows from it
+find_cause() { # STATUS: sets cause, the first error: later ones of other ranks follow from it
     local pattern first=''
     cause=${preflight:-exit code $1}
     [ -n "$failures" ] || return 0
@@ -70,7 +69,7 @@ start_here() { # COMMAND...
     local rank leash=()
     keep_failures
     cd "$checkout" || exit
-    # Ranks end with their launcher, else the next one would find the folder unclaimed while they still write to it.
+    # Ranks end with their launcher; else the next one could claim the folder while they still write to it.
     ! setpriv --pdeathsig KILL true 2>/dev/null || leash=(setpriv --pdeathsig KILL)
     for ((rank = 0; rank < tasks_per_node; rank++)); do
         RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$tasks_per_node "${leash[@]}" "$@" 2>&"$errors" &
@@ -81,7 +80,7 @@ start_here() { # COMMAND...
 wait_for_children() { # sets status: the first that is not 0; a rank that ends gives the others ITT_STRAGGLER_S
     local child left code_of_child first_end=''
     status=0
-    [ -z "$warned$cancelled" ] || kill -USR1 "${children[@]}" 2>/dev/null # a signal that came before they were known
+    [ -z "$warned$cancelled" ] || kill -USR1 "${children[@]}" 2>/dev/null # a signal that arrived before they were started
     while [ ${#children[@]} -gt 0 ]; do
         left=()
         for child in "${children[@]}"; do

@@ -1,10 +1,10 @@
-# One run folder, one job at a time: the claim on it, restarts without progress, the snapshot of code and recipe.
+# One job at a time on a run folder: claim, restarts without progress, snapshot of code and recipe.
 # Sourced by launch.sh, never run.
 #
-#   RUN/in_use                who holds the folder
-#   RUN/restarts              restarts in a row from the same checkpoint, its name, and what was submitted
+#   RUN/in_use                owner of the folder
+#   RUN/restarts              restarts in a row from the same checkpoint, its name, and the submission
 #   RUN/finished              all steps are done (written by the training)
-#   RUN/diverged, refused     why it must not be started again by itself (written by the training and by task.py)
+#   RUN/diverged, refused     why it must not restart automatically (written by the training and by task.py)
 #   RUN/stopped               why later restarts, links of a chain and tasks of an array do nothing
 # shellcheck shell=bash disable=SC2034,SC2154
 
@@ -13,7 +13,7 @@ claim='' first_checkpoint='' num_stuck=0 run_dir='' snapshot='' has_locks=''
 newest_checkpoint() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none; }
 owner_of_run_folder() { cat "$run_dir/in_use" 2>/dev/null; }
 
-find_run_folder() { # sets run_dir, where it is and may be used with this recipe; nothing in it is written yet
+find_run_folder() { # sets run_dir, after a check that this recipe may use it; writes nothing in it
     if [ "$code" != "$checkout" ]; then
         run_dir=$(dirname "$code")
         return
@@ -26,10 +26,10 @@ find_run_folder() { # sets run_dir, where it is and may be used with this recipe
     mkdir -p "$run_dir" || fail "logging.run_dir is $run_dir, which cannot be written; choose another"
 }
 
-claim_run_folder() { # a claim whose owner is gone is taken over, and so is that of an earlier start of the same job
+claim_run_folder() { # takes over a claim of an earlier start of the same job, or of an owner that is gone
     local mine owner code
     if in_slurm; then mine="job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0}"; else mine="process $$ on $(hostname)"; fi
-    for _ in 1 2 3; do # it may be released, or taken over by another, between one look and the next
+    for _ in 1 2 3; do # it may be released, or taken over by another, between two steps
         ! guarded create_claim "$mine" || { claim=$mine; break; }
         owner=$(owner_of_run_folder)
         [ -e "$run_dir/in_use" ] || continue
@@ -43,10 +43,10 @@ claim_run_folder() { # a claim whose owner is gone is taken over, and so is that
     done
     [ -e "$run_dir/in_use" ] || fail "logging.run_dir is $run_dir, which cannot be written"
     [ -n "$claim" ] || fail "$run_dir has just been taken by $(owner_of_run_folder)"
-    export ITT_CLAIM=$claim # the training leaves a folder alone that is claimed by another
+    export ITT_CLAIM=$claim # the training does not touch a folder that another has claimed
 }
 
-guarded() { # COMMAND...: run it while nobody else, on any node, changes the claim. The rules are megatron_itt/locks.py's
+guarded() { # COMMAND...: run it while no other process, on any node, changes the claim, as in megatron_itt/locks.py
     local guard=$run_dir/.in_use.lock lock status_of_lock status_of_command
     while true; do
         { exec {lock}>>"$guard"; } 2>/dev/null || return
@@ -60,7 +60,7 @@ guarded() { # COMMAND...: run it while nobody else, on any node, changes the cla
     [ "$status_of_lock" = 0 ] && has_locks=yes || has_locks=''
     "$@"
     status_of_command=$?
-    rm -f "$guard" # before it is unlocked: who waits for it sees that it has no name
+    rm -f "$guard" # before it is unlocked: a process that waits for it notices, and locks a new file
     exec {lock}>&-
     return "$status_of_command"
 }
@@ -75,24 +75,24 @@ replace_claim() { # OWNER MINE -> 1: it is another's by now; 2: two could do thi
 
 remove_claim() { [ "$(owner_of_run_folder)" != "$1" ] || rm -f "$run_dir/in_use"; } # MINE
 
-is_alive() { # OWNER; one that cannot be asked about counts as alive
+is_alive() { # OWNER; an owner of unknown state counts as alive
     local kind name host state
     read -r kind name _ host <<<"$1"
     case $kind in
         job)
             state=$(squeue -h -j "$name" -o %T 2>&1) || { [[ $state != *"Invalid job id"* ]]; return; }
             [[ $state =~ RUNNING|COMPLETING|SUSPENDED|STOPPED ]] ;;
-        process) # another host's cannot be asked about; what is no process at all is a damaged claim
+        process) # on another host the state is unknown; malformed text is a damaged claim
             [[ $name =~ ^[0-9]+$ ]] && [ -n "$host" ] && { [ "$host" != "$(hostname)" ] || kill -0 "$name" 2>/dev/null; } ;;
         *) false ;;
     esac
 }
 
-# A node that was cut off may come back while a later start of its job runs elsewhere.
+# A node that was cut off may return while a later start of its job runs elsewhere.
 is_overtaken() { [ -n "$claim" ] && [ -f "$run_dir/in_use" ] && [ "$(owner_of_run_folder)" != "$claim" ]; }
 release_run_folder() { [ -z "$claim" ] || guarded remove_claim "$claim"; }
 
-# What a person submitted: the links of a chain and the tasks of an array have it in common.
+# Identifies what a person submitted: the same for all links of a chain and all tasks of an array.
 submission() { echo "${SLURM_ARRAY_JOB_ID:-${ITT_CHAIN:-${SLURM_JOB_ID:-$$}}}"; }
 
 count_restart() { # restarts in a row that began at the same checkpoint, the one being started included
@@ -101,36 +101,36 @@ count_restart() { # restarts in a row that began at the same checkpoint, the one
     read -r before seen of 2>/dev/null <"$run_dir/restarts"
     if [ "$of" = "$(submission)" ] || [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         [ ! -f "$run_dir/stopped" ] || { say "not continued: $(cat "$run_dir/stopped")"; exit 1; }
-        [ ! -f "$run_dir/diverged" ] || stop 2 "$(cat "$run_dir/diverged")" # and its node died before it could say so
+        [ ! -f "$run_dir/diverged" ] || stop 2 "$(cat "$run_dir/diverged")" # and its node died before it could report it
         [ "$seen" != "$first_checkpoint" ] || num_stuck=$((before + 1))
     else
-        rm -f "$run_dir/stopped" "$run_dir/diverged" # submitted by a person, who knows
+        rm -f "$run_dir/stopped" "$run_dir/diverged" # submitted anew by a person
     fi
     rm -f "$run_dir/refused"
     echo "$num_stuck $first_checkpoint $(submission)" >"$run_dir/restarts" || fail "logging.run_dir is $run_dir, which cannot be written"
     [ "$num_stuck" -le "$ITT_MAX_RESTARTS" ] || stop 1 "$num_stuck restarts in a row ended at $first_checkpoint"
 }
 
-stop() { # STATUS REASON: later links of a chain and later tasks of an array stop as well
+stop() { # STATUS REASON: for later links of a chain and tasks of an array as well
     echo "$2" >"$run_dir/stopped"
     say "stopped for good: $2; look into the log, then submit again"
     exit "$1"
 }
 
-job_note() { echo "${ITT_RUN_ROOT:-$checkout/runs}/.jobs/${SLURM_JOB_ID:-none}"; } # where a job finds its snapshot
+job_note() { echo "${ITT_RUN_ROOT:-$checkout/runs}/.jobs/${SLURM_JOB_ID:-none}"; } # the file that names the snapshot of a job
 
-use_run_folder() { # snapshot at the first start; after that what was kept
+use_run_folder() { # takes the snapshot at the first start and uses it after that
     if [ "$code" != "$checkout" ]; then recipe=$code/recipe.yaml overrides=(); fi
     snapshot=$(plan prepare) || exit
     [[ $snapshot == /* ]] || snapshot=$checkout/$snapshot
     if in_slurm && mkdir -p "$(dirname "$(job_note)")"; then echo "$snapshot" >"$(job_note)"; fi
 }
 
-undo_change() { # the training has refused, at its very start, what --allow-changed let pass
+undo_change() { # the training has refused, at its start, a change that --allow-changed permitted
     [ ! -f "$snapshot/previous.yaml" ] || [ "$(newest_checkpoint)" != "$first_checkpoint" ] || mv -f "$snapshot/previous.yaml" "$snapshot/recipe.yaml"
 }
 
-continue_from_snapshot() { # ARGUMENT...: a job that is queued again runs the launcher of its first start
+continue_from_snapshot() { # ARGUMENT...: a requeued job runs the launcher of its first start
     local kept
     in_slurm && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$code" = "$checkout" ] || return 0
     kept=$(cat "$(job_note)" 2>/dev/null) && [ -f "$kept/slurm/launch.sh" ] || return 0

@@ -1,7 +1,7 @@
-"""One task of a training job: runs the package beside this file, whatever lies in the working folder.
+"""One task of a training job: runs the package beside this file, independent of the working folder.
 
-slurm/launch.sh starts it on every rank; a run's snapshot holds its own copy. Bad input is noted in RUN/refused, so that
-the launcher need not trust exit codes, which come through srun from many ranks.
+slurm/launch.sh starts it on every rank, from the run's snapshot. Bad input is recorded in RUN/refused, so that the
+launcher does not depend on exit codes, which come through srun from many ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
-# A warning waits until the training listens: it must not end a task that is still importing.
+# The warning signal is blocked until the training handles it: it must not end a task that is still importing.
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -24,7 +24,7 @@ from megatron_itt.log import run_command  # noqa: E402
 
 
 def check_host_of_rank_0() -> None:
-    """Raise ConfigError if this node cannot find rank 0; torch would try in silence until its timeout."""
+    """Raise ConfigError if this node cannot resolve rank 0; torch would retry silently until its timeout."""
     host = os.environ.get("MASTER_ADDR", "localhost")
     try:
         socket.getaddrinfo(host, None)
@@ -36,7 +36,7 @@ def check_host_of_rank_0() -> None:
 
 
 def run() -> int:
-    """Train, or exit with one line; a refusal, which starting again would meet again, is noted in the run folder."""
+    """Train; record errors that a restart would meet again in the run folder."""
     try:
         check_host_of_rank_0()
         return main()
@@ -47,7 +47,7 @@ def run() -> int:
 
 
 def note_refusal(run_dir: Path, reason: str) -> None:
-    """Tell the launcher that starting again will not help, unless the run folder is another start's by now."""
+    """Record for the launcher that a restart will not help, unless another start owns the run folder by now."""
     claim = ClaimFile(run_dir / "in_use")
     with contextlib.suppress(OSError), claim.kept(os.environ.get("ITT_CLAIM", "")) as is_ours:
         if is_ours:

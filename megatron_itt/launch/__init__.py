@@ -1,1 +1,1 @@
-"""What a cluster job is before it starts: its plan, and the snapshot that it runs from. No torch."""
+"""A cluster job before it starts: plan, checks, claim on the run folder, snapshot of code and recipe. No torch."""

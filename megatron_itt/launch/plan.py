@@ -1,4 +1,4 @@
-"""A job as text: nodes, ranks, layout, memory, expected speed and cost. Computed from the recipe alone; no torch."""
+"""Plan of a job: nodes, ranks, layout, memory, expected speed and cost, from the recipe alone. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEMORY_HEADROOM = 0.9  # the estimate leaves out communication buffers, workspac
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobShape:
-    """What the scheduler gives: nodes, and processes on each (one per GPU)."""
+    """Nodes of a job, and processes on each (one per GPU)."""
 
     num_nodes: int
     tasks_per_node: int
@@ -31,7 +31,7 @@ class JobShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobPlan:
-    """A recipe on a machine: what it needs, and what it costs at an assumed model FLOPs utilisation."""
+    """Needs and cost of a recipe on a machine at an assumed model FLOPs utilisation."""
 
     shape: JobShape
     data_parallel: int
@@ -49,13 +49,15 @@ class JobPlan:
 
 
 def plan_job(config: RunConfig, shape: JobShape, gpu: Gpu, *, mfu: float) -> JobPlan:
-    """Cost a recipe on `shape`; `mfu` in (0, 1] is assumed, not measured.
+    """Plan a recipe on `shape`; `mfu` in (0, 1] is assumed, not measured.
 
     Raises ConfigError if the layout does not fit the number of processes.
     """
     check_shape(config, shape)
     if not 0 < mfu <= 1:
-        raise ConfigError(f"the assumed MFU is {mfu:g}; a share of the peak rate must be in (0, 1], for example 0.35")
+        raise ConfigError(
+            f"the assumed MFU is {mfu:g}; a fraction of the peak rate must be in (0, 1], for example 0.35"
+        )
     training_flops = forward_flops(config.model, config.thinking).training  # of one sequence
     sequences_per_s = mfu * gpu.flops_per_s * shape.world_size / training_flops
     data_parallel = config.data_parallel_size(shape.world_size)
@@ -82,7 +84,7 @@ def check_shape(config: RunConfig, shape: JobShape) -> None:
 
 
 def format_plan(config: RunConfig, plan: JobPlan, *, gpu_name: str, mfu: float) -> str:
-    """The plan as text."""
+    """Format the plan as text."""
     shape, parallel, gpu = plan.shape, config.parallel, GPUS[gpu_name]
     stages = ", ".join(f"{size / GIBI:.1f}" for size in plan.memory_bytes)
     lines = [

@@ -1,6 +1,6 @@
-"""What would refuse a job that is submitted now: its run folder, weights, tokenizer and data. No torch; writes nothing.
+"""Checks of a job before it is submitted: run folder, weights, tokenizer and data. No torch; writes nothing.
 
-A job that would end at once is better refused before it has waited for hours in a queue.
+They spare a job that would end at once the hours in a queue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DATA_ENDS = (".bin", ".idx")
 
 
 def find_folder_refusals(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> list[str]:
-    """Why the run folder would refuse the job: a changed recipe, a damaged snapshot, an owner at work."""
+    """Return why the run folder would refuse the job: a changed recipe, a damaged snapshot, a living owner."""
 
     def check_owner() -> None:
         run_dir = Path(config.logging.run_dir)
@@ -34,34 +34,34 @@ def find_folder_refusals(config: RunConfig, *, allow_changed: Iterable[str] = ()
 
 
 def find_input_refusals(config: RunConfig) -> list[str]:
-    """Why the training would refuse its weights, tokenizer or data."""
+    """Return why training would refuse its weights, tokenizer or data."""
     try:
         return _messages(
             lambda: _check_initial_weights(config), lambda: _check_tokenizer(config), lambda: _check_data(config)
         )
     except ImportError as error:  # a login node may have no more than recipes need
-        get_logger().warning("tokenizer and data are not looked at here: %s", error)
+        get_logger().warning("tokenizer and data are not checked here: %s", error)
         return []
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run has completed as many steps as the recipe asks for."""
+    """Whether the run has completed the steps of the recipe."""
     done = finished_step(Path(config.logging.run_dir))
     return done is not None and done >= config.schedule.steps
 
 
 def finished_step(run_dir: Path) -> int | None:
-    """The last step of a run that completed all its steps, by its marker; None for another run."""
+    """Return the last step of a finished run, by its marker; None if it is not finished."""
     try:
         return int((run_dir / FINISHED_FILE).read_text(encoding="utf-8"))
     except OSError:
         return None
     except ValueError:
-        return sys.maxsize  # made by hand: finished, whatever the recipe asks for
+        return sys.maxsize  # made by hand: finished, whatever the recipe says
 
 
 def reopen_if_longer(config: RunConfig) -> None:
-    """Remove the marker of a run that was finished with fewer steps than the recipe asks for. For the owner only."""
+    """Remove the marker of a run that finished with fewer steps than the recipe has. Only for the folder's owner."""
     if not is_finished(config):
         (Path(config.logging.run_dir) / FINISHED_FILE).unlink(missing_ok=True)
 

@@ -1,10 +1,10 @@
-"""The code and the resolved recipe that a run was started with, kept in its run folder and used after every restart.
+"""Snapshot of code and resolved recipe in the run folder, taken at the first start and used by every restart.
 
 RUN/code/                megatron_itt, tools, recipes and slurm of the checkout at the first start
-RUN/code/recipe.yaml     the recipe, resolved: base, overrides and the cluster's folders
-RUN/code/previous.yaml   the recipe before a change that was allowed, until the training has accepted the change
+RUN/code/recipe.yaml     the resolved recipe: base, overrides and the cluster's folders
+RUN/code/previous.yaml   the recipe before an allowed change, until training has accepted it
 RUN/code/COMMIT          the git commit of that checkout, if it is one
-RUN/code/contents.json   every file of the code, looked at before it is used
+RUN/code/contents.json   sizes and checksums of the code, checked before it is used
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", "cluster.env")
 def take_snapshot(config: RunConfig, checkout: Path) -> Path:
     """Copy the code of `checkout` and write the resolved recipe; returns the snapshot's folder.
 
-    It gets its name when it is complete; where another process was faster, the other's is used and this one dropped.
+    It gets its name when it is complete; if another process was faster, that one's is used.
     Raises ConfigError if the run folder cannot be written.
     """
     run_dir = Path(config.logging.run_dir)
@@ -58,7 +58,7 @@ def take_snapshot(config: RunConfig, checkout: Path) -> Path:
 
 
 def check_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """The changes to the run's recipe that are allowed; none before the first start. Writes nothing.
+    """Return the allowed changes to the run's recipe; none before the first start. Writes nothing.
 
     Raises ConfigError when the snapshot is incomplete, and with every key whose value is no longer the one the run was
     started with, unless `allow_changed` names the key or its section.
@@ -68,7 +68,7 @@ def check_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> d
         return {}
     fault = find_fault(snapshot)
     if fault is not None:
-        raise ConfigError(f"{snapshot} is damaged: {fault}; remove it to continue the run with the code of today")
+        raise ConfigError(f"{snapshot} is damaged: {fault}; remove it to continue the run with the current code")
     allowed = tuple(allow_changed)
     changes = find_changes(dump_config(load_config(snapshot / RECIPE_FILE)), dump_config(config))
     refused = [key for key in changes if not any(key == name or key.startswith(f"{name}.") for name in allowed)]
@@ -82,7 +82,7 @@ def check_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> d
 
 
 def use_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> Path | None:
-    """The run's snapshot, with the changes to its recipe that are allowed; None before the first start.
+    """Return the run's snapshot, after allowed changes to its recipe; None before the first start.
 
     Only for the owner of the run folder. Raises as `check_snapshot` does.
     """
@@ -99,12 +99,12 @@ def use_snapshot(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> Pat
 
 
 def source_commit(tree: Path) -> str | None:
-    """Commit of the source tree at `tree`; None for a tree that is neither a checkout nor a snapshot of one."""
+    """Return the commit of the source tree `tree`; None if it is neither a checkout nor a snapshot of one."""
     noted = tree / COMMIT_FILE
     if noted.is_file():
         return noted.read_text(encoding="utf-8").strip()
     if not (tree / ".git").exists():
-        return None  # git would look in the folders above, and find another project's
+        return None  # git would search the folders above, and find another project's
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True, timeout=5, check=True
@@ -115,7 +115,7 @@ def source_commit(tree: Path) -> str | None:
 
 
 def find_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, each with both values."""
+    """Return the dotted keys whose values differ, each with both values."""
     changes: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
