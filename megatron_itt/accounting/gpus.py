@@ -1,4 +1,4 @@
-"""The GPUs that plans and efficiency figures know, with the figures of the vendor's data sheets. No torch."""
+"""Data-sheet figures of GPUs, for job plans and model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GIBI = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """Dense bf16 matrix rate in FLOP/s and memory in bytes, from the vendor's data sheet."""
+    """Dense bf16 FLOP/s and memory in bytes."""
 
     flops_per_s: float
     memory_bytes: float
@@ -25,6 +25,6 @@ GPUS = {
 
 
 def peak_of(device_name: str) -> float | None:
-    """Dense bf16 rate of a device by the name that its driver gives ("NVIDIA H100 80GB HBM3"); None if unknown."""
+    """Return the dense bf16 FLOP/s of a device by its driver's name ("NVIDIA H100 80GB HBM3"); None if unknown."""
     known = {name.split("-")[0]: gpu.flops_per_s for name, gpu in GPUS.items()}
     return next((rate for name, rate in known.items() if name in device_name.lower()), None)

@@ -1,8 +1,8 @@
-"""Memory of one rank: weights, gradients, optimizer state, and an estimate of what backward needs of the forward pass.
+"""Memory of one rank in bytes: weights, gradients, optimizer state and activations.
 
-Weights, gradients and optimizer state are counts. Activations are a model of the tensors that autograd keeps with the
-torch-native layer parts; library workspaces, fragmentation and communication buffers are not in it; `resident` adds
-what a process on the CPU has beside tensors. All in bytes.
+Weights, gradients and optimizer state are counts. Activations are an estimate of the tensors that autograd keeps with
+the native backend. Library workspaces, fragmentation and communication buffers are not included; `resident` adds what a
+process on the CPU holds besides tensors.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_itt.accounting.flops import changes_skipped, count_picked_tokens
-from megatron_itt.accounting.params import layer_parameters, thinking_layer_parameters
+from megatron_itt.accounting.flops import (
+    changes_skipped,
+    count_selected_tokens,
+    layer_parameters,
+    thinking_layer_parameters,
+)
 from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.model import SampledCapacity, ThinkingConfig
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 
-FLOAT32 = 4  # bytes; gradients, optimizer state, norms' statistics and the softmax of the loss are always float32
+FLOAT32 = 4  # bytes; gradients, optimizer state, norm statistics and the softmax of the loss are always float32
 ADAM_MOMENTS = 2
-# What the C library's heap holds beyond tensors, of what layers keep for backward: freed pieces that nothing fits into.
-# Measured with glibc: 0.6 (30 layers of 192), 0.7 (4 of 512), 1.2 (30 of 576). As separate mappings, which lose
-# nothing, such tensors would take a fifth more time.
+# Heap of the C library beyond tensors, relative to the activations that layers keep for backward: freed blocks that
+# nothing fits into. Measured with glibc: 0.6 (30 layers of 192), 0.7 (4 of 512), 1.2 (30 of 576). Separate mappings
+# would lose nothing, but take a fifth more time.
 HEAP_LOSS = 0.8
 
-# s: sequence length, h: hidden size, k: picked tokens of a step, e: bytes of an activation
+# s: sequence length, h: hidden size, k: selected tokens of a step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,82 +42,79 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
-    kept: float  # of the activations, what layers hold from forward to backward
+    kept: float  # the activations that layers hold from forward to backward
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """The sum of weights, gradients, optimizer state and activations."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     def resident(self, program: float) -> float:
-        """What a process on the CPU has resident at its peak; `program`: what it had before the run began."""
+        """Return the peak resident memory of a process on the CPU that held `program` bytes before the run."""
         return program + self.total + HEAP_LOSS * self.kept
 
 
 def rank_memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> list[RankMemory]:
-    """Memory per pipeline stage, first to last; ranks of one stage are alike. `on_cpu`: with the loss of a CPU.
+    """Return the memory of one rank of each pipeline stage. `on_cpu`: with the loss as computed on a CPU.
 
     Raises ConfigError if the layout does not fit `world_size` processes.
     """
-    problems = find_layout_problems(config, world_size)
-    if problems:
+    if problems := find_layout_problems(config, world_size):
         raise ConfigError("; ".join(problems))
     return [_stage_memory(config, world_size, stage, on_cpu=on_cpu) for stage in range(config.parallel.pipeline)]
 
 
 def stage_layers(config: RunConfig, stage: int) -> list[int]:
-    """0-based indices of the layers on a pipeline stage; with interleaving, of all its chunks."""
-    chunks = cut_pipeline(config).chunks[stage :: config.parallel.pipeline]
-    return [layer_idx for chunk in chunks for layer_idx in chunk]
+    """Return the 0-based indices of the layers on a pipeline stage, over all of its chunks."""
+    return [layer for chunk in cut_pipeline(config).chunks[stage :: config.parallel.pipeline] for layer in chunk]
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Return the bytes of one activation or weight."""
+    return 2 if config.precision.dtype == "bf16" else FLOAT32
 
 
 def layer_activations(config: RunConfig, *, thinks: bool) -> float:
-    """Bytes that one layer stores from forward to backward, for one micro-batch on one rank."""
-    sizes, thinking = _Sizes.of(config), config.thinking
-    full_pass = sizes.full_pass(config.model.seq_length)
-    if not thinks or thinking.kind == "none":
-        stored = full_pass
-    elif thinking.kind == "loop":
-        stored = full_pass * thinking.num_steps
-    elif thinking.recompute == "none":
-        stored = full_pass + _routed_activations(config)
-    else:
-        entry = sizes.gain(sizes.local(config.model.seq_length))  # the states that recomputation starts from
-        stored = entry + (full_pass if thinking.recompute == "routed" else 0)
-    return config.batch.micro * stored
+    """Return the bytes that one layer keeps from forward to backward, for one micro-batch on one rank."""
+    sizes, thinking, s = _Sizes.of(config), config.thinking, config.model.seq_length
+    kept = sizes.base_pass(s)
+    if thinks and thinking.kind == "loop":
+        kept *= thinking.num_steps
+    elif thinks and thinking.kind == "itt" and thinking.recompute == "none":
+        kept += _routed_activations(config)
+    elif thinks and thinking.kind == "itt":  # the hidden states that recomputation starts from
+        kept = sizes.step_encoding(sizes.local(s)) + (kept if thinking.recompute == "routed" else 0)
+    return config.batch.micro * kept
 
 
 def recomputed_activations(config: RunConfig) -> float:
-    """Bytes that backward rebuilds at once, one thinking layer at a time, where the recipe recomputes; else 0."""
+    """Return the bytes that backward rebuilds at once, for one thinking layer; 0 without recomputation."""
     if config.thinking.kind != "itt" or config.thinking.recompute == "none":
         return 0
-    rebuilt = _routed_activations(config)
-    if config.thinking.recompute == "layer":
-        rebuilt += _Sizes.of(config).full_pass(config.model.seq_length)
-    return config.batch.micro * rebuilt
+    base_pass = _Sizes.of(config).base_pass(config.model.seq_length) if config.thinking.recompute == "layer" else 0
+    return config.batch.micro * (_routed_activations(config) + base_pass)
 
 
 def _routed_activations(config: RunConfig) -> float:
     """Bytes that phi_0 and the routed steps of one thinking layer keep, for one sequence."""
     sizes, thinking, s = _Sizes.of(config), config.thinking, config.model.seq_length
-    total = sizes.gain(sizes.local(s)) if thinking.step_encoding else 0
+    total = sizes.step_encoding(sizes.local(s)) if thinking.step_encoding else 0
     attends_all, masks = thinking.attend == "all", config.data.reset_at_document_end
-    if thinking.routing == "topk" and attends_all:
-        total += sizes.slices()
+    if thinking.routing != "topk":
+        return total + thinking.num_routed_steps * sizes.masked_step(s, masks_attention=thinking.attend == "selected")
+    if attends_all:  # slices of the fused QKV weight: one copy for all sequences of a micro-batch
+        total += sizes.element * sizes.hidden * (sizes.query + 2 * sizes.key) / config.batch.micro
     num_stale = s
-    for share in _largest_shares(thinking):
-        if thinking.routing == "topk":
-            k = count_picked_tokens(thinking, share, s)
-            total += sizes.states(s) if changes_skipped(thinking) else 0
-            total += sizes.routed_step(k, num_stale, attends_all=attends_all, masks_attention=masks)
-            num_stale = s if changes_skipped(thinking) else k
-        else:
-            total += sizes.masked_step(s, masks_attention=thinking.attend == "selected")
+    for share in _largest_capacity(thinking):
+        k = count_selected_tokens(thinking, share, s)
+        total += sizes.hidden_states(s) if changes_skipped(thinking) else 0
+        total += sizes.routed_step(k, num_stale, attends_all=attends_all, masks_attention=masks)
+        num_stale = s if changes_skipped(thinking) else k
     return total
 
 
-def _largest_shares(thinking: ThinkingConfig) -> tuple[float, ...]:
-    """The shares of the most expensive batch."""
+def _largest_capacity(thinking: ThinkingConfig) -> tuple[float, ...]:
+    """The capacity of the most expensive batch."""
     if isinstance(thinking.capacity, SampledCapacity):
         return (thinking.capacity.sample[1],) * thinking.num_routed_steps
     return thinking.nominal_capacity
@@ -121,18 +122,17 @@ def _largest_shares(thinking: ThinkingConfig) -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sizes:
-    """Widths of one token's tensors on one rank, and what the parts of a layer keep of them, in bytes per sequence."""
+    """Widths of one token's tensors on one rank, and the bytes that each operation keeps, per sequence."""
 
     hidden: int
     query: float  # width of this rank's query heads
-    key: float  # width of this rank's keys (values have the same)
+    key: float  # width of this rank's keys; values have the same
     ffn: float
     heads: float
     head_size: int
     seq_length: int
-    element: int
+    element: int  # bytes
     sequence_degree: int
-    micro: int
 
     @staticmethod
     def of(config: RunConfig) -> _Sizes:
@@ -147,87 +147,73 @@ class _Sizes:
             seq_length=model.seq_length,
             element=activation_bytes(config),
             sequence_degree=tensor if config.parallel.sequence else 1,
-            micro=config.batch.micro,
         )
 
-    def local(self, rows: float) -> float:
-        """Rows on this rank where the sequence is divided."""
-        return rows / self.sequence_degree
+    def local(self, tokens: float) -> float:
+        """Tokens on this rank where the sequence is sharded."""
+        return tokens / self.sequence_degree
 
-    def norm(self, rows: float) -> float:
-        """A norm keeps its input, a number per row, and its output for the projection after it."""
-        return rows * (2 * self.element * self.hidden + FLOAT32)
+    def norm(self, tokens: float) -> float:
+        """The input, one statistic per token, and the output for the projection that follows."""
+        return tokens * (2 * self.element * self.hidden + FLOAT32)
 
-    def attention(self, queries: float, keys: float, *, projected: float) -> float:
-        """Rotated queries and keys, values, context, log-sum-exp. Grouped keys and values are kept repeated per head.
+    def attention(self, queries: float, keys: float, *, projected: float, repeats: bool = True) -> float:
+        """Rotated queries and keys, values, context, log-sum-exp.
 
-        `projected`: width of the product that the values are a slice of, and which stays alive as a whole.
+        `projected`: width of the product that the values are a view of, which stays alive as a whole. `repeats`:
+        grouped keys and values are kept once per query head.
         """
-        repeated = self.query != self.key
+        repeated = repeats and self.query != self.key
         kept = 2 * queries * self.query + keys * (2 * self.query if repeated else self.key + projected)
         return self.element * kept + FLOAT32 * queries * self.heads
 
-    def angles(self, rows: float) -> float:
-        """Cosine and sine for one rotation of `rows` heads."""
-        return self.element * rows * 2 * self.head_size
+    def rotary_cos_sin(self, tokens: float) -> float:
+        return self.element * tokens * 2 * self.head_size
 
-    def mlp(self, rows: float) -> float:
-        """Gate and up rows, and the product of the activated gate with the up rows."""
-        return self.element * rows * 3 * self.ffn
+    def mlp(self, tokens: float) -> float:
+        """Gate and up projections, and the product of the activated gate with the up projection."""
+        return self.element * tokens * 3 * self.ffn
 
-    def full_pass(self, rows: float) -> float:
-        """The base layer over all tokens; cosine and sine of its rotation are one for all layers."""
-        return 2 * self.norm(self.local(rows)) + self.attention(rows, rows, projected=self.key) + self.mlp(rows)
+    def base_pass(self, tokens: float) -> float:
+        """The base layer over all tokens; all layers share one table of cosines and sines."""
+        return 2 * self.norm(self.local(tokens)) + self.attention(tokens, tokens, projected=self.key) + self.mlp(tokens)
 
-    def gain(self, rows: float) -> float:
-        """A product with a learned gain keeps its other factor."""
-        return self.element * rows * self.hidden
+    def step_encoding(self, tokens: float) -> float:
+        """The other factor of a product with a learned step encoding."""
+        return self.element * tokens * self.hidden
 
-    def states(self, rows: float) -> float:
-        """Token states between two steps, and the router's float32 reading of them, where all of them are needed."""
-        return rows * self.hidden * (FLOAT32 if self.element == FLOAT32 else FLOAT32 + self.element)
+    def hidden_states(self, tokens: float) -> float:
+        """Hidden states between two steps with the router's float32 copy, where all tokens need them."""
+        return tokens * self.hidden * (FLOAT32 if self.element == FLOAT32 else FLOAT32 + self.element)
 
     def routed_step(self, k: float, num_stale: float, *, attends_all: bool, masks_attention: bool) -> float:
-        """A step that computes the k picked rows; keys and values of `num_stale` tokens are out of date."""
-        s = self.seq_length
-        total = self.norm(k) + self.norm(self.local(k)) + self.mlp(k) + self.gain(self.local(k)) + self.angles(k)
+        """A step that computes k selected tokens; keys and values of `num_stale` tokens are out of date."""
+        s, own = self.seq_length, self.local(k)
+        total = self.norm(k) + self.norm(own) + self.mlp(k) + self.step_encoding(own) + self.rotary_cos_sin(k)
         if not attends_all:
             return total + self.attention(k, k, projected=self.query + 2 * self.key)
-        total += self.norm(num_stale) + self.angles(num_stale)
-        if masks_attention:
-            return total + self.element * k * s + self.attention(k, s, projected=self.key)
-        return total + self.picked_attention(k, s)
-
-    def slices(self) -> float:
-        """Copies of pieces of the fused weight: one of each for all sequences of a micro-batch."""
-        return self.element * self.hidden * (self.query + 2 * self.key) / self.micro
-
-    def picked_attention(self, queries: float, keys: float) -> float:
-        """Rotated queries and keys, values, context, log-sum-exp; grouped keys and values are not repeated."""
-        return self.element * 2 * (queries * self.query + keys * self.key) + FLOAT32 * queries * self.heads
+        total += self.norm(num_stale) + self.rotary_cos_sin(num_stale)
+        mask = self.element * k * s if masks_attention else 0
+        return total + mask + self.attention(k, s, projected=self.key, repeats=masks_attention)
 
     def masked_step(self, s: float, *, masks_attention: bool) -> float:
-        """A step that computes all rows and keeps the picked ones."""
+        """A step that computes all tokens and keeps the selected ones."""
         mask = self.element * s * s if masks_attention else 0
-        return self.states(self.local(s)) + mask + self.full_pass(s) + self.gain(self.local(s))
-
-
-def activation_bytes(config: RunConfig) -> int:
-    """Bytes of one activation or weight."""
-    return 2 if config.precision.dtype == "bf16" else FLOAT32
+        return self.hidden_states(self.local(s)) + mask + self.base_pass(s) + self.step_encoding(self.local(s))
 
 
 def _stage_memory(config: RunConfig, world_size: int, stage: int, *, on_cpu: bool) -> RankMemory:
     model, layers = config.model, stage_layers(config, stage)
     is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
     thinking_layers = config.thinking.layer_indices(model.num_layers)
-    parameters = _stage_parameters(config, layers, num_tables=_num_tables(config, is_first, is_last))
+    num_tables = int(is_first or is_last) if model.tie_embeddings else is_first + is_last
+    parameters = _stage_parameters(config, layers, num_tables=num_tables)
     element = activation_bytes(config)
     state = FLOAT32 * (ADAM_MOMENTS + (element != FLOAT32))  # a float32 master copy where the weights are not
-    shards = config.data_parallel_size(world_size) if config.optimizer.distributed else 1
+    num_shards = config.data_parallel_size(world_size) if config.optimizer.distributed else 1
     per_microbatch = sum(layer_activations(config, thinks=layer_idx in thinking_layers) for layer_idx in layers)
-    in_flight = _microbatches_in_flight(config, world_size, stage)
-    transient = [  # never at the same time: the loss comes before the backward pass of any layer
+    kept = _microbatches_in_flight(config, world_size, stage) * per_microbatch
+    transient = [  # never at the same time: the loss precedes the backward pass of every layer
         _loss_activations(config, on_cpu=on_cpu) if is_last else 0,
         recomputed_activations(config) if set(layers) & set(thinking_layers) else 0,
     ]
@@ -236,21 +222,17 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int, *, on_cpu: boo
         parameters=parameters,
         weights=element * parameters,
         gradients=FLOAT32 * parameters,
-        optimizer=state * parameters / shards,
-        activations=in_flight * per_microbatch + max(transient),
-        kept=in_flight * per_microbatch,
+        optimizer=state * parameters / num_shards,
+        activations=kept + max(transient),
+        kept=kept,
     )
 
 
-def _num_tables(config: RunConfig, is_first: bool, is_last: bool) -> int:
-    """Vocabulary-sized matrices on a stage; a tied one exists on both ends of a pipeline."""
-    if config.model.tie_embeddings:
-        return int(is_first or is_last)
-    return is_first + is_last
-
-
 def _stage_parameters(config: RunConfig, layers: Iterable[int], *, num_tables: int) -> int:
-    """Parameters on one rank of a stage: matrices are divided over tensor-parallel ranks, the rest is on each."""
+    """Parameters on one rank of a stage: tensor parallelism shards matrices and replicates the rest.
+
+    `num_tables`: vocabulary-sized matrices; a tied one exists on both ends of a pipeline.
+    """
     model, tensor = config.model, config.parallel.tensor
     layer = layer_parameters(model)
     thinking_layers = set(config.thinking.layer_indices(model.num_layers))
@@ -266,24 +248,23 @@ def _stage_parameters(config: RunConfig, layers: Iterable[int], *, num_tables: i
 
 def _microbatches_in_flight(config: RunConfig, world_size: int, stage: int) -> float:
     """Micro-batches whose activations a stage holds at once; a fraction where chunks interleave."""
-    parallel = config.parallel
+    parallel, chunks = config.parallel, config.parallel.virtual_pipeline
     num_microbatches = config.batch.global_size // (config.batch.micro * config.data_parallel_size(world_size))
-    if parallel.virtual_pipeline == 1:
+    if chunks == 1:
         return min(num_microbatches, parallel.pipeline - stage)
-    chunks = parallel.virtual_pipeline
     warm_up = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline
     return min(num_microbatches * chunks, warm_up + 1) / chunks
 
 
 def _loss_activations(config: RunConfig, *, on_cpu: bool) -> float:
-    """The last norm, and what the loss of one micro-batch takes.
+    """The final norm, and the loss of one micro-batch.
 
-    On a GPU, whose fused loss may hold it all at once: the logits, their softmax and its gradient. On the CPU the
-    softmax becomes its gradient in place, and overwrites float32 logits; the head's gradient meets what is left.
+    A fused loss on a GPU may hold the logits, their softmax and its gradient at once. On the CPU the softmax becomes
+    its gradient in place and overwrites float32 logits; the gradient of the head adds to the rest.
     """
     model, sizes = config.model, _Sizes.of(config)
-    rows, vocab = config.batch.micro * model.seq_length, model.vocab_size / config.parallel.tensor
-    norm, logits = sizes.norm(sizes.local(rows)), rows * vocab
+    tokens, vocab = config.batch.micro * model.seq_length, model.vocab_size / config.parallel.tensor
+    norm, logits = sizes.norm(sizes.local(tokens)), tokens * vocab
     if not on_cpu:
         return norm + logits * (2 * FLOAT32 + sizes.element)
     softmax = 0 if sizes.element == FLOAT32 else FLOAT32 * logits

@@ -1,7 +1,7 @@
-"""Where a pipeline is cut: stages of nearly equal work, not of equal numbers of layers. No torch.
+"""Pipeline balance: layers are divided into stages of nearly equal work instead of equal counts.
 
-A thinking layer costs several plain ones and the head costs some too, so equal counts would make the other stages wait.
-Work is counted in true forward FLOPs; backward is proportional.
+A thinking layer costs several plain layers, and the head adds to the last stage. Work is counted in forward FLOPs;
+backward is proportional.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from megatron_itt.config.run import RunConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineCut:
-    """Layers (0-based) of every model chunk in order of depth, and the work of every stage over a plain layer's.
+    """Layers (0-based) of each model chunk in order of depth, and the work of each stage in plain layers.
 
-    `least_cost` is what the busiest stage has at least, however whole layers are given to stages.
+    `least_cost` bounds the work of the busiest stage from below, however whole layers are assigned to stages.
     """
 
     chunks: tuple[tuple[int, ...], ...]
@@ -29,12 +29,12 @@ class PipelineCut:
 
     @property
     def imbalance(self) -> float:
-        """Work of the busiest stage over the mean: 1 is perfect, the excess is time that the other stages wait."""
+        """Work of the busiest stage relative to the mean; the excess over 1 is idle time of the other stages."""
         return max(self.stage_costs) / self._mean
 
     @property
     def least_imbalance(self) -> float:
-        """The imbalance that no cut between layers can go below."""
+        """Lower bound of the imbalance over all assignments of whole layers."""
         return self.least_cost / self._mean
 
     @property
@@ -43,15 +43,14 @@ class PipelineCut:
 
 
 def cut_pipeline(config: RunConfig) -> PipelineCut:
-    """Cut the layers into contiguous chunks so that the most expensive chunk is as cheap as it can be.
+    """Cut the layers into contiguous chunks so that the work of the most expensive chunk is smallest.
 
     With interleaving, chunk c belongs to stage c modulo the number of stages.
     """
     num_stages = config.parallel.pipeline
     costs, head = layer_costs(config)
-    lengths = _cut(costs, head, num_stages * config.parallel.virtual_pipeline)
-    starts = [sum(lengths[:index]) for index in range(len(lengths))]
-    chunks = tuple(tuple(range(start, start + length)) for start, length in zip(starts, lengths, strict=True))
+    edges = _cut(costs, head, num_stages * config.parallel.virtual_pipeline)
+    chunks = tuple(tuple(range(start, end)) for start, end in itertools.pairwise(edges))
     work = [sum(costs[layer_idx] for layer_idx in chunk) for chunk in chunks]
     work[-1] += head
     stage_costs = tuple(sum(work[stage::num_stages]) for stage in range(num_stages))
@@ -59,10 +58,9 @@ def cut_pipeline(config: RunConfig) -> PipelineCut:
 
 
 def layer_costs(config: RunConfig) -> tuple[list[float], float]:
-    """Forward work of every layer, and of the output head, over that of a plain layer."""
-    model = replace(config.model, num_layers=1)
-    plain = forward_flops(model, replace(config.thinking, kind="none", capacity=()))
-    thinking = config.thinking
+    """Return the forward work of each layer and of the output head, in plain layers."""
+    model, thinking = replace(config.model, num_layers=1), config.thinking
+    plain = forward_flops(model, replace(thinking, kind="none", capacity=()))
     layer = plain.total - plain.head
     thinks = thinking.layer_indices(config.model.num_layers)
     deep = layer if thinking.kind == "none" else forward_flops(model, replace(thinking, layers=(0,))).total - plain.head
@@ -71,9 +69,9 @@ def layer_costs(config: RunConfig) -> tuple[list[float], float]:
 
 
 def _least_cost(costs: Sequence[float], head: float, num_stages: int) -> float:
-    """The smallest possible work of the busiest stage when any stage may take any layers, in any order.
+    """Smallest possible work of the busiest stage when any stage may hold any layers, in any order.
 
-    Layers cost 1 or as much as a thinking layer, so a stage is two counts, and one stage has the head besides.
+    A layer costs 1 or as much as a thinking layer, so two counts describe a stage; one stage holds the head as well.
     """
     deep = max(costs)
     num_deep = sum(cost == deep for cost in costs) if deep > 1.0 else 0
@@ -82,7 +80,7 @@ def _least_cost(costs: Sequence[float], head: float, num_stages: int) -> float:
     def fits(limit: float) -> bool:
         if head > limit:
             return False
-        most = [0.0] + [-math.inf] * num_deep  # by number of thinking layers placed: plain layers that find room
+        most = [0.0] + [-math.inf] * num_deep  # by number of thinking layers assigned: plain layers that still fit
         for stage in range(num_stages):
             room = limit - head if stage == 0 else limit
             plain = [math.floor(left + 1e-9) for left in (room - deep * n for n in range(num_deep + 1)) if left > -1e-9]
@@ -96,28 +94,25 @@ def _least_cost(costs: Sequence[float], head: float, num_stages: int) -> float:
     return works[bisect.bisect_left(works, True, key=fits)]
 
 
-def _cut(costs: Sequence[float], head: float, num_chunks: int) -> list[int]:
-    """Lengths of `num_chunks` non-empty runs whose largest sum (the head in the last) is smallest.
+def _cut(costs: Sequence[float], head: float, num_chunks: int) -> tuple[int, ...]:
+    """Edges of `num_chunks` non-empty runs whose largest sum (with the head in the last) is smallest.
 
     Among equally good cuts, the more even ones are preferred.
     """
-    before = [0.0]
-    for cost in costs:
-        before.append(before[-1] + cost)
+    before = list(itertools.accumulate(costs, initial=0.0))
     num_layers = len(costs)
-    # best[n]: (largest sum, sum of squares, ends) of the first n layers in as many chunks as were placed so far
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    # best[n]: (largest sum, sum of squares, edges) of the first n layers in the chunks assigned so far
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, (0,))}
     for chunk in range(1, num_chunks + 1):
         last = chunk == num_chunks
         ends = [num_layers] if last else range(chunk, num_layers - (num_chunks - chunk) + 1)
-        placed = {}
+        assigned = {}
         for end in ends:
             options = []
-            for start, (worst, squares, cuts) in best.items():
+            for start, (largest, squares, edges) in best.items():
                 if start < end:
                     work = before[end] - before[start] + (head if last else 0.0)
-                    options.append((max(worst, work), squares + work * work, (*cuts, end)))
-            placed[end] = min(options)
-        best = placed
-    cuts = (0, *best[num_layers][2])
-    return [end - start for start, end in itertools.pairwise(cuts)]
+                    options.append((max(largest, work), squares + work * work, (*edges, end)))
+            assigned[end] = min(options)
+        best = assigned
+    return best[num_layers][2]

@@ -1,4 +1,4 @@
-"""The costs of a recipe as plain data (for `--json`) and as text. Computes nothing itself."""
+"""Costs of a recipe as plain data (for `--json`) and as text."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from megatron_itt.accounting.flops import forward_flops, paper_flops
+from megatron_itt.accounting.flops import count_parameters, forward_flops, paper_flops
+from megatron_itt.accounting.gpus import GIBI
 from megatron_itt.accounting.memory import rank_memory
-from megatron_itt.accounting.params import count_parameters
 from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 
 TERA = 1e12
-GIBI = 2**30
 BYTE_KEYS = ("weights", "gradients", "optimizer", "activations", "total")
 
 
 def check_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
-    """Size and layout of a recipe that loaded. Raises ConfigError if it does not fit `world_size` processes."""
+    """Return the size and layout of a recipe. Raises ConfigError if it does not fit `world_size` processes."""
     degree = config.parallel.tensor * config.parallel.pipeline
     processes = degree if world_size is None else world_size
-    problems = find_layout_problems(config, processes)
-    if problems:
+    if problems := find_layout_problems(config, processes):
         raise ConfigError("; ".join(problems))
     data_parallel = config.data_parallel_size(processes)
+    cut = cut_pipeline(config)
+    pipeline = {
+        "chunks": cut.chunks,
+        "stage_costs": cut.stage_costs,
+        "imbalance": cut.imbalance,
+        "least": cut.least_imbalance,
+    }
     return {
         "parameters": count_parameters(config.model, config.thinking).total,
         "thinking_layers": list(config.thinking.layer_indices(config.model.num_layers)),
@@ -35,26 +40,14 @@ def check_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
         "world_size": processes,
         "data_parallel": data_parallel,
         "microbatches_per_step": config.batch.global_size // (config.batch.micro * data_parallel),
-        "pipeline": _pipeline_report(config),
-    }
-
-
-def _pipeline_report(config: RunConfig) -> dict[str, Any] | None:
-    if config.parallel.pipeline == 1:
-        return None
-    cut = cut_pipeline(config)
-    return {
-        "chunks": cut.chunks,
-        "stage_costs": cut.stage_costs,
-        "imbalance": cut.imbalance,
-        "least": cut.least_imbalance,
+        "pipeline": pipeline if config.parallel.pipeline > 1 else None,
     }
 
 
 def flops_report(config: RunConfig) -> dict[str, Any]:
-    """Parameters and TFLOPs of one forward pass of one sequence of the recipe's length, also per validation budget.
+    """Return the parameters, and the TFLOPs of one forward pass of one sequence, also per validation budget.
 
-    `paper_tflops_one_layer` counts one thinking layer whatever the recipe says: the paper's 230M and 466M columns.
+    `paper_tflops_one_layer` always counts one thinking layer, as the paper's 230M and 466M columns do.
     """
     model, thinking = config.model, config.thinking
     count = count_parameters(model, thinking)
@@ -73,7 +66,7 @@ def flops_report(config: RunConfig) -> dict[str, Any]:
 
 
 def memory_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
-    """Bytes per rank for each pipeline stage; without a world size, of the smallest job that holds the model."""
+    """Return the bytes per rank of each pipeline stage; without a world size, for the smallest job of this layout."""
     processes = config.parallel.tensor * config.parallel.pipeline if world_size is None else world_size
     stages = rank_memory(config, processes)
     rows = [{**asdict(stage), "total": stage.total} for stage in stages]
@@ -81,7 +74,7 @@ def memory_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
 
 
 def format_check(report: Mapping[str, Any]) -> str:
-    """`check_report` as text; also the ranks, where they were built."""
+    """Format `check_report` as text, with the ranks that were built."""
     layers = ", ".join(map(str, report["thinking_layers"])) or "none"
     pipeline = [] if report["pipeline"] is None else [_pipeline_line(report["pipeline"])]
     return "\n".join(
@@ -106,7 +99,7 @@ def _rank_line(rank: Mapping[str, Any]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, consecutive ones as first-last."""
+    """Ascending numbers, with consecutive ones as first-last."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -126,33 +119,28 @@ def _pipeline_line(pipeline: Mapping[str, Any]) -> str:
 
 
 def format_flops(report: Mapping[str, Any]) -> str:
-    """`flops_report` as text."""
-    groups = report["parameters_by_group"].items()
-    parts = report["tflops_by_part"].items()
+    """Format `flops_report` as text."""
+    groups = ", ".join(f"{name} {_millions(value)}" for name, value in report["parameters_by_group"].items())
+    operations = ", ".join(f"{name} {value:.4f}" for name, value in report["tflops_by_part"].items())
     lines = [
-        f"parameters        {_millions(report['parameters'])}  ("
-        + ", ".join(f"{name} {_millions(value)}" for name, value in groups)
-        + ")",
-        f"forward           {report['tflops']:.4f} TFLOPs per sequence  ("
-        + ", ".join(f"{name} {value:.4f}" for name, value in parts)
-        + ")",
+        f"parameters        {_millions(report['parameters'])}  ({groups})",
+        f"forward           {report['tflops']:.4f} TFLOPs per sequence  ({operations})",
         f"training          {report['tflops_training']:.4f} TFLOPs per sequence",
         f"as paper counts   {report['paper_tflops']:.2f} TFLOPs  (one thinking layer: "
         f"{report['paper_tflops_one_layer']:.2f})",
     ]
     for row in report["budgets"]:
-        shares = "/".join(f"{share:g}" for share in row["budget"])
-        lines.append(f"budget {shares:<12} {row['tflops']:.4f} TFLOPs, as paper counts {row['paper_tflops']:.2f}")
+        budget = "/".join(f"{share:g}" for share in row["budget"])
+        lines.append(f"budget {budget:<12} {row['tflops']:.4f} TFLOPs, as paper counts {row['paper_tflops']:.2f}")
     return "\n".join(lines)
 
 
 def format_memory(report: Mapping[str, Any]) -> str:
-    """`memory_report` as a table in GiB."""
+    """Format `memory_report` as a table in GiB."""
     lines = [f"GiB per rank of {report['world_size']} processes (activations are an estimate)"]
     lines.append(_table_row(["stage", *BYTE_KEYS]))
     for stage in report["stages"]:
-        sizes = [f"{stage[key] / GIBI:.2f}" for key in BYTE_KEYS]
-        lines.append(_table_row([str(stage["pipeline_stage"]), *sizes]))
+        lines.append(_table_row([str(stage["pipeline_stage"]), *(f"{stage[key] / GIBI:.2f}" for key in BYTE_KEYS)]))
     return "\n".join(lines)
 
 

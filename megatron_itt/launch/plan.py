@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.accounting.flops import count_parameters, forward_flops
 from megatron_itt.accounting.gpus import GIBI, GPUS, Gpu
 from megatron_itt.accounting.memory import rank_memory
-from megatron_itt.accounting.params import count_parameters
 from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError

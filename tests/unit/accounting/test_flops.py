@@ -1,10 +1,10 @@
-"""Both FLOP counters against the published columns and the figures worked out for the true count."""
+"""Parameters by hand; both FLOP counters against the published columns and figures computed by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from megatron_itt.accounting.flops import forward_flops, paper_flops
+from megatron_itt.accounting.flops import count_parameters, forward_flops, layer_parameters, paper_flops
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.errors import ConfigError
 
@@ -85,10 +85,10 @@ def test_true_flops_of_a_tiny_shape_by_hand() -> None:
     )
     thinking = ThinkingConfig(kind="itt", layers=(0,), capacity=(0.5, 0.5))
     flops = forward_flops(model, thinking)
-    # Full pass 2 * 2 * 100. Step 1: one token without keys and values 2 * 68, keys and values of both 2 * 2 * 32.
+    # Base pass 2 * 2 * 100. Step 1: one token without keys and values 2 * 68, keys and values of both 2 * 2 * 32.
     # Step 2: the same, but keys and values of the one token that changed.
     assert flops.matrices == 400 + (136 + 128) + (136 + 64)
-    # Pairs: 3 in the full pass, 1.5 on average for one token that sees one or two keys, twice; 4 h FLOPs per pair.
+    # Pairs: 3 in the base pass, 1.5 on average for one token that sees one or two keys, twice; 4 h FLOPs per pair.
     assert flops.attention == 16 * (3 + 1.5 + 1.5)
     assert flops.router == 2 * (2 * 2 * 4)
     assert flops.head == 2 * 2 * 4 * 5
@@ -106,7 +106,7 @@ def test_a_full_budget_of_selected_tokens_costs_a_loop_and_the_routers() -> None
     assert full.total - full.router == loop.total
 
 
-def test_a_step_that_nobody_takes_costs_its_router_alone() -> None:
+def test_a_step_without_selected_tokens_costs_its_router_alone() -> None:
     two = forward_flops(SHAPES["162m"], ThinkingConfig(kind="itt", capacity=(0.9, 0.9)))
     three = forward_flops(SHAPES["162m"], KINDS["itt_x4"], budget=(0.9, 0.9, 0.0))
     assert three.total - three.router == two.total - two.router
@@ -117,3 +117,33 @@ def test_a_step_that_nobody_takes_costs_its_router_alone() -> None:
 def test_a_budget_that_does_not_fit_is_refused(budget: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match=r"3 routed steps; give one share from 0 to 1"):
         forward_flops(SHAPES["162m"], KINDS["itt_x4"], budget=budget)
+
+
+TINY = ModelConfig(
+    hidden_size=8,
+    ffn_hidden_size=10,
+    num_layers=3,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=50,
+)
+
+
+def test_parameters_of_a_tiny_shape_by_hand() -> None:
+    layer = layer_parameters(TINY)
+    # head size 2: queries 8 x 8, keys and values 2 x (4 x 8), projection 8 x 8, MLP 3 x (10 x 8), two norms of 8
+    assert (layer.query, layer.key_value, layer.projection, layer.mlp, layer.norms) == (64, 64, 64, 240, 16)
+    count = count_parameters(TINY, ThinkingConfig(kind="itt", capacity=(0.5, 0.5)))
+    assert count.thinking == (2 + 3) * 8  # layer 1 alone: two routers, three step encodings
+    assert count.total == 400 + 3 * (192 + 240 + 16) + 8 + 40 + 400
+    assert count.base == count.total - 40
+
+
+def test_tied_embeddings_count_once() -> None:
+    tied = ModelConfig(hidden_size=8, ffn_hidden_size=10, num_layers=3, num_attention_heads=4, tie_embeddings=True)
+    assert count_parameters(tied, ThinkingConfig()).head == 0
+
+
+def test_a_loop_adds_nothing() -> None:
+    loop = ThinkingConfig(kind="loop", capacity=(1.0, 1.0))
+    assert count_parameters(TINY, loop) == count_parameters(TINY, ThinkingConfig())

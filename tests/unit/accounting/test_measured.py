@@ -16,9 +16,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.accounting.flops import count_parameters, forward_flops
 from megatron_itt.accounting.memory import layer_activations, rank_memory
-from megatron_itt.accounting.params import count_parameters
 from megatron_itt.benchmark.memory import measure_activations, measure_kept_bytes
 from megatron_itt.config import RunConfig, parse_config
 from megatron_itt.model.builder import build_model
@@ -44,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "recompute-layer": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "recompute": "layer"},
     "sampled": {"kind": "itt", "capacity": {"sample": [0.5, 0.5], "steps": 2}},
     "symmetric": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "reweight": "symmetric"},
-    "everyone": {"kind": "itt", "capacity": [1.0, 1.0], "routing": "none"},
+    "routing-none": {"kind": "itt", "capacity": [1.0, 1.0], "routing": "none"},
 }
 CASES = [(shape, kind) for shape in SHAPES for kind in KINDS]
 
@@ -95,8 +94,8 @@ def test_parameters_are_those_of_the_model(shape: str, kind: str) -> None:
 def test_flops_are_those_that_torch_counts(shape: str, kind: str) -> None:
     config = make_config(shape, kind)
     chunk, tokens, positions = build(config)
-    # torch counts matrix products of the plain kernel, which computes every score; the router is none to it. The one
-    # block that these few picked tokens attend in is another kernel, which torch has no count for.
+    # torch counts matrix products of the plain kernel, which computes every score; the router is none to it. The
+    # kernel in which the few selected tokens attend has no formula in torch.
     formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_block}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from megatron_itt.accounting.flops import count_parameters
 from megatron_itt.accounting.memory import layer_activations, rank_memory, stage_layers
-from megatron_itt.accounting.params import count_parameters
 from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config import RunConfig, parse_config
 from megatron_itt.errors import ConfigError

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.accounting.report import GIBI, check_report, memory_report
+from megatron_itt.accounting.gpus import GIBI
+from megatron_itt.accounting.report import check_report, memory_report
 from megatron_itt.config import load_config
 
 ROOT = Path(__file__).resolve().parents[3]

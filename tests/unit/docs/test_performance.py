@@ -1,4 +1,4 @@
-"""The performance page: its floor is what the accounting computes, its results say where they come from."""
+"""The performance page: its roofline is what the accounting computes, its results say where they come from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.accounting.floor import ROUTING_PARTS, routed_floor
 from megatron_itt.accounting.flops import forward_flops
+from megatron_itt.accounting.roofline import ROUTING_OPERATIONS, routed_step_roofline
 from megatron_itt.benchmark.shapes import BASE, compared_models
 from megatron_itt.config import load_config
 
@@ -28,16 +28,16 @@ def rows_with(columns: int) -> list[list[str]]:
     return [row for row in rows if row[0] in SHAPES and len(row) == columns]
 
 
-def floor_rows() -> tuple[list[list[str]], list[list[str]]]:
-    """Rows of whole steps, and of the parts of routed steps."""
+def roofline_rows() -> tuple[list[list[str]], list[list[str]]]:
+    """Rows of whole steps, and of the operations of routed steps."""
     rows = rows_with(7)
-    parts = {"score", "pick", "gather", "attention", "layer", "scatter"}
+    parts = {"router", "select", "gather", "attention", "layer", "scatter"}
     return [row for row in rows if row[2] not in parts], [row for row in rows if row[2] in parts]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_flops_of_a_step_are_the_accountings(shape: str) -> None:
-    written = [row for row in floor_rows()[0] if row[0] == shape]
+    written = [row for row in roofline_rows()[0] if row[0] == shape]
     models = compared_models(load_config(ROOT / "recipes" / shape / "itt_x4.yaml"))
     expected = []
     for name, config in models.items():
@@ -51,18 +51,19 @@ def test_the_flops_of_a_step_are_the_accountings(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_floor_of_routed_steps_is_the_accountings(shape: str) -> None:
+def test_the_roofline_of_routed_steps_is_the_accountings(shape: str) -> None:
     config = load_config(ROOT / "recipes" / shape / "itt_x4.yaml")
     expected, shares = [], []
     for attend in ("all", "selected"):
-        parts = routed_floor(config.model, replace(config.thinking, attend=attend))
-        seconds = {part.part: part.seconds(FLOPS_PER_S, BYTES_PER_S) for part in parts}
+        costs = routed_step_roofline(config.model, replace(config.thinking, attend=attend))
+        seconds = {cost.operation: cost.seconds(FLOPS_PER_S, BYTES_PER_S) for cost in costs}
         total = sum(seconds.values())
-        shares.append(sum(seconds[part] for part in ROUTING_PARTS) / total)
-        for part in parts:
-            cells = [shape, attend, part.part, f"{part.flops / 1e9:.1f}", f"{part.num_bytes / 1e6:.1f}"]
-            expected.append([*cells, f"{1e6 * seconds[part.part]:.1f}", f"{100 * seconds[part.part] / total:.1f}%"])
-    assert [row for row in floor_rows()[1] if row[0] == shape] == expected
+        shares.append(sum(seconds[part] for part in ROUTING_OPERATIONS) / total)
+        for cost in costs:
+            time = seconds[cost.operation]
+            cells = [shape, attend, cost.operation, f"{cost.flops / 1e9:.1f}", f"{cost.num_bytes / 1e6:.1f}"]
+            expected.append([*cells, f"{1e6 * time:.1f}", f"{100 * time / total:.1f}%"])
+    assert [row for row in roofline_rows()[1] if row[0] == shape] == expected
     assert all(0.07 <= round(share, 2) <= 0.13 for share in shares)  # as the text says
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_itt.accounting.flops import paper_flops
+from megatron_itt.accounting.flops import count_parameters, paper_flops
 from megatron_itt.accounting.memory import rank_memory
-from megatron_itt.accounting.params import count_parameters
 from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config import RunConfig, load_config
 
