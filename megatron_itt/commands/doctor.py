@@ -1,6 +1,6 @@
-"""Look at this machine: what is installed, what works, and what is missing and what that costs.
+"""Report packages, GPUs, folders and links of this machine, and what it costs to go without the missing ones.
 
-Exit code 0: training can work here, warnings aside. 1: something required is missing or broken.
+Exit code 0: training can work here, possibly with warnings. 1: something required is missing or broken.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ EXAMPLES = """
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
     json: Flag = False  # print JSON
-    folder: Repeated = ()  # measure this folder's speed and clock
+    folder: Repeated = ()  # measure the speed and clock of this folder
     recipe: str | None = None  # measure the folders that this recipe writes and reads
-    speed: Flag = False  # measure GPUs, and the links between the processes of this job
+    speed: Flag = False  # measure GPUs, and the links between the ranks of this job
 
     def execute(self) -> int:
-        """Print the diagnosis."""
+        """Print the state of the machine."""
         recipe = load_config(self.recipe) if self.recipe else None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # megatron-core warns of the same absences, at length
+            warnings.simplefilter("ignore")  # megatron-core warns about the same packages
             diagnosis = diagnose(self.folder, recipe=recipe, speed=self.speed)
         print(json.dumps(diagnosis.as_dict(), indent=2) if self.json else format_diagnosis(diagnosis))
         return 0 if diagnosis.is_healthy else 1

@@ -1,4 +1,4 @@
-"""Check a recipe and see what it costs, without a GPU and, but for building ranks, without torch."""
+"""Check a recipe and report its cost without a GPU; only building ranks needs torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _OfLayout(_Printed):
     world_size: int | None = None  # processes of the job (default: the fewest)
 
     def _load(self) -> RunConfig:
-        """The recipe; problems of the layout are reported together with its own."""
+        """Load the recipe; problems of its layout are reported together with its own."""
         if self.world_size is not None and self.world_size < 1:
             raise ConfigError(f"--world-size is {self.world_size}; a job has at least 1 process")
         return load_config(self.recipe, self.overrides, world_size=self.world_size or "fewest")
@@ -56,10 +56,10 @@ class _OfLayout(_Printed):
 
 @dataclass(frozen=True, kw_only=True)
 class Check(_OfLayout):
-    """Load it, check every rule, print its size and layout; given a world size, build its distinct ranks."""
+    """Validate a recipe and print its size and layout; with a world size, build its distinct ranks."""
 
     build: bool | None = None
-    """build every distinct rank without values, and count its parameters (default: with --world-size, where torch and
+    """build every distinct rank on the meta device and count its parameters (default: with --world-size, if torch and
     megatron-core are installed)"""
 
     def execute(self) -> int:
@@ -85,7 +85,7 @@ class Check(_OfLayout):
 
 @dataclass(frozen=True, kw_only=True)
 class Flops(_Printed):
-    """Parameters and FLOPs of one sequence: the true count and the paper's."""
+    """Parameters and FLOPs of one sequence, as computed and as the paper counts them."""
 
     def execute(self) -> int:
         """Print both."""

@@ -1,1 +1,1 @@
-"""Looks at a machine before it trains: packages, folders and clocks, GPUs, and the links between processes."""
+"""Health check of a machine: packages, folders and clocks, GPUs, and the links between ranks."""

@@ -1,10 +1,8 @@
-"""Looks at this machine: Python, required packages, optional parts, CPU and GPU; and measures what it is asked to.
-
-`diagnose` collects, `format_diagnosis` writes it as text; `itt doctor` is the command.
-"""
+"""State of a machine: packages, hardware, folders, and speed on request; `itt doctor` prints it."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -12,7 +10,8 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_itt.config import RunConfig
@@ -25,57 +24,30 @@ from megatron_itt.config.optional_packages import (
     has_nvidia_gpu,
     hide_unusable_packages,
 )
-from megatron_itt.doctor.folders import FolderSpeed, folders_of, measure_folders, measure_reading
-from megatron_itt.doctor.gpus import GpuSpeed, find_slow, measure_gpus
-from megatron_itt.doctor.links import LinkSpeeds, measure_links
+from megatron_itt.doctor.speed import Speed, gpu_warnings, measure_folder, measure_gpu, measure_links, measure_reading
 
 _WAY_OUT = "run make install, or pip install -c requirements/constraints.txt -e ."
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 12)
-
-# Distribution -> module whose import shows that it works.
-REQUIRED = {
-    "torch": "torch",
-    "megatron-core": "megatron.core",
-    "numpy": "numpy",
-    "pyyaml": "yaml",
-    "pydantic": "pydantic",
-    "tokenizers": "tokenizers",
-    "transformers": "transformers",
-    "safetensors": "safetensors",
-    "zstandard": "zstandard",
-    "orjson": "orjson",
-    "psutil": "psutil",
-    "tqdm": "tqdm",
-    "jinja2": "jinja2",
-    "tensorboard": "tensorboard",
-}
-# Distribution -> its module, and what its absence costs.
+_MODULES = {"megatron-core": "megatron.core", "pyyaml": "yaml", "lm-eval": "lm_eval"}  # where the name differs
+REQUIRED = (
+    *("torch", "megatron-core", "numpy", "pyyaml", "pydantic", "tokenizers", "transformers", "safetensors"),
+    *("zstandard", "orjson", "filelock", "psutil", "tqdm", "tyro", "jinja2", "tensorboard"),
+)
+# Optional distribution -> cost of its absence. The NVIDIA packages are in config/optional_packages.py.
 EXTRAS = {
-    "datasets": ("datasets", "no text from the Hugging Face hub (extra: data)"),
-    "pyarrow": ("pyarrow", "no parquet input (extra: data)"),
-    "sentencepiece": ("sentencepiece", "no SentencePiece .model tokenizers (extra: data)"),
-    "lm-eval": ("lm_eval", "itt evaluate cannot run the benchmark tasks (extra: eval)"),
-    "matplotlib": ("matplotlib", "no static plots (extra: analysis)"),
-    "gigatoken": (
-        "gigatoken",
-        "tokenizing runs on the tokenizers library, tens of times slower (extra: data)",
-    ),
+    "datasets": "no text from the Hugging Face hub (extra: data)",
+    "pyarrow": "no parquet input (extra: data)",
+    "sentencepiece": "no SentencePiece .model tokenizers (extra: data)",
+    "lm-eval": "itt evaluate cannot run the benchmark tasks (extra: eval)",
+    "matplotlib": "no static plots (extra: analysis)",
+    "gigatoken": "tokenizing runs on the tokenizers library, tens of times slower (extra: data)",
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackageStatus:
-    """A required package; `reason` says why it is not usable."""
-
-    name: str
-    usable: bool
-    version: str | None
-    reason: str
+# Fields of torch's environment report that are printed; `--json` has all of them.
+ENVIRONMENT = ("cuda_compiled_version", "nvidia_driver_version", "cudnn_version", "nvidia_gpu_models", "os")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """Everything that the doctor saw. `problems` stop the project from working, `warnings` do not."""
+    """State of a machine. Training cannot work with `problems`; `warnings` say what it costs to go without."""
 
     python: str
     system: str
@@ -83,13 +55,12 @@ class Diagnosis:
     memory_bytes: int | None
     free_disk_bytes: int
     gpus: list[str]
-    required: list[PackageStatus]
+    environment: dict[str, Any]  # torch.utils.collect_env
+    required: list[OptionalPackage]
     optional: list[OptionalPackage]
+    speeds: list[Speed]
     problems: list[str]
     warnings: list[str]
-    folders: list[FolderSpeed] = field(default_factory=list)
-    gpu_speeds: list[GpuSpeed] = field(default_factory=list)
-    links: LinkSpeeds | None = None
 
     @property
     def is_healthy(self) -> bool:
@@ -97,26 +68,28 @@ class Diagnosis:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return {**asdict(self), "is_healthy": self.is_healthy}
 
 
 def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, speed: bool = False) -> Diagnosis:
-    """Look at everything; takes seconds, because packages are really imported and folders really written.
+    """Import every package and measure `folders` and those that `recipe` uses; takes seconds.
 
-    `folders` are measured, and those that a `recipe` writes and reads. `speed` measures GPUs, and, in a job of several
-    processes, the links between them: each of its processes must ask for it.
+    `speed` measures GPUs, and the links of a job of several processes, each of which must then call this.
     """
     hide_unusable_packages()
-    optional = [find_transformer_engine(), find_apex(), find_dali(), *(_find_extra(name) for name in EXTRAS)]
-    required = [_find_required(name) for name in REQUIRED]
-    gpus, gpu_warnings = _find_gpus(required)
-    written, read = folders_of(recipe) if recipe is not None else ([], [])
-    folder_speeds = measure_folders([*folders, *written]) + measure_reading(read)
-    has_torch = _is_usable("torch", required)
-    gpu_speeds = measure_gpus() if speed and has_torch else []
-    place = process_info()
-    links = measure_links(place) if speed and has_torch and place.world_size > 1 else None
+    nvidia = [find_transformer_engine(), find_apex(), find_dali()]
+    optional = [*nvidia, *(_find_package(name, cost) for name, cost in EXTRAS.items())]
+    required = [_find_package(name, "training cannot work") for name in REQUIRED]
+    has_torch = next(package.usable for package in required if package.name == "torch")
+    gpus, environment, hidden_gpu = _find_gpus() if has_torch else ([], {}, [])
+    written, read = recipe_folders(recipe) if recipe is not None else ([], [])
+    speeds = [*map(measure_folder, [*folders, *written]), *map(measure_reading, read)]
+    gpu_speeds = _measure_gpus(len(gpus)) if speed else []
+    job = process_info()
+    links = [measure_links(job)] if speed and has_torch and job.world_size > 1 else []
+    speeds = [*gpu_speeds, *links, *speeds]
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 12)
     return Diagnosis(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -124,43 +97,44 @@ def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, sp
         memory_bytes=_find_memory(),
         free_disk_bytes=shutil.disk_usage(".").free,
         gpus=gpus,
+        environment=environment,
         required=required,
         optional=optional,
+        speeds=speeds,
         problems=[
-            *_find_python_problem(),
+            *([] if supported else [f"Python is {platform.python_version()}; megatron-core needs 3.10, 3.11 or 3.12"]),
             *(f"{package.name}: {package.reason}; {_WAY_OUT}" for package in required if not package.usable),
-            *(f"{folder.path}: {folder.problem}" for folder in folder_speeds if folder.problem),
-            *(f"{gpu.device}: {gpu.problem}" for gpu in gpu_speeds if gpu.problem),
-            *([f"links: {links.problem}"] if links is not None and links.problem else []),
+            *(f"{'links' if s.kind == 'links' else s.name}: {s.problem}" for s in speeds if s.problem),
         ],
         warnings=[
-            *gpu_warnings,
-            *find_slow(gpu_speeds),
-            *(links.warnings() if links is not None else []),
-            *(line for folder in folder_speeds for line in folder.warnings()),
-            *(f"{part.name}: {part.reason}. Cost: {part.cost}" for part in optional if not part.usable),
+            *hidden_gpu,
+            *gpu_warnings(gpu_speeds),
+            *(line for measured in speeds for line in measured.warnings),
+            *(f"{package.name}: {package.reason}. Cost: {package.cost}" for package in optional if not package.usable),
         ],
-        folders=folder_speeds,
-        gpu_speeds=gpu_speeds,
-        links=links,
     )
 
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:
-    """The diagnosis as text: what is there, then warnings, then problems."""
-    memory = f"{diagnosis.memory_bytes / 2**30:.0f} GiB memory" if diagnosis.memory_bytes else "memory unknown"
-    usable = [f"{part.name} {part.version or ''}".rstrip() for part in diagnosis.optional if part.usable]
-    required = [f"{package.name} {package.version or '?'}" for package in diagnosis.required if package.usable]
-    links = diagnosis.links
+    """Format the state of the machine, then warnings, then problems, then the verdict."""
+    memory = "?" if diagnosis.memory_bytes is None else f"{diagnosis.memory_bytes / 2**30:.0f}"
+    disk = f"{diagnosis.free_disk_bytes / 2**30:.0f} GiB disk free here"
+    required, optional = (
+        ", ".join(f"{package.name} {package.version or '?'}" for package in packages if package.usable)
+        for packages in (diagnosis.required, diagnosis.optional)
+    )
+    found = [(key, diagnosis.environment.get(key)) for key in ENVIRONMENT]
+    environment = [
+        f"{key.removesuffix('_version')} {' / '.join(str(text).split(chr(10)))}" for key, text in found if text
+    ]
     lines = [
         f"Python    {diagnosis.python} on {diagnosis.system}",
-        f"machine   {diagnosis.cpu_cores} cores, {memory}, {diagnosis.free_disk_bytes / 2**30:.0f} GiB disk free here",
+        f"machine   {diagnosis.cpu_cores} cores, {memory} GiB memory, {disk}",
         f"GPU       {', '.join(diagnosis.gpus) or 'none: training runs on CPU, for trying things out'}",
-        f"required  {', '.join(required)}",
-        f"optional  {', '.join(usable) or 'none'}",
-        *(f"speed     {gpu.describe()}" for gpu in diagnosis.gpu_speeds if not gpu.problem),
-        *([f"links     {links.describe()}"] if links is not None and not links.problem else []),
-        *(f"folder    {folder.describe()}" for folder in diagnosis.folders if not folder.problem),
+        f"system    {', '.join(environment) or 'unknown without torch'}",
+        f"required  {required}",
+        f"optional  {optional or 'none'}",
+        *(measured.describe() for measured in diagnosis.speeds if not measured.problem),
         *(f"warning: {warning}" for warning in diagnosis.warnings),
         *(f"problem: {problem}" for problem in diagnosis.problems),
     ]
@@ -168,57 +142,54 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     return "\n".join([*lines, verdict])
 
 
-def _find_python_problem() -> list[str]:
-    version = sys.version_info[:2]
-    if OLDEST_PYTHON <= version <= NEWEST_PYTHON:
-        return []
-    return [f"Python is {platform.python_version()}; megatron-core needs 3.10, 3.11 or 3.12"]
+def recipe_folders(config: RunConfig) -> tuple[list[str], list[str]]:
+    """Return the existing folders that a run writes below, and one data file of each folder that it reads."""
+    written = [config.logging.run_dir, *([config.data.cache_dir] if config.data.cache_dir else [])]
+    prefixes = [domain.path for domain in config.data.blend.values() if domain.path is not None]
+    files = {str(Path(prefix).parent): f"{prefix}.bin" for prefix in prefixes}
+    existing = [
+        next((path for path in (Path(name), *Path(name).absolute().parents) if path.exists()), Path(name))
+        for name in written
+    ]
+    return list(map(str, existing)), list(files.values())
 
 
-def _find_required(name: str) -> PackageStatus:
-    version, reason = _try_package(name, REQUIRED[name])
-    return PackageStatus(name=name, usable=not reason, version=version, reason=reason)
-
-
-def _find_extra(name: str) -> OptionalPackage:
-    module, cost = EXTRAS[name]
-    version, reason = _try_package(name, module)
-    return OptionalPackage(name=name, usable=not reason, version=version, reason=reason, cost=cost)
-
-
-def _try_package(name: str, module: str) -> tuple[str | None, str]:
-    """Its version, and why it cannot be used (empty if it can)."""
-    try:
+def _find_package(name: str, cost: str) -> OptionalPackage:
+    module, version, reason = _MODULES.get(name, name), None, ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        version = None
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name == module.split(".")[0]:
-            return version, "not installed"
-        return version, f"installed, but its import misses {error.name}"
+        is_absent = error.name == module.split(".")[0]
+        reason = "not installed" if is_absent else f"installed, but its import misses {error.name}"
     except Exception as error:  # a broken binary raises anything
         lines = str(error).strip().splitlines()
-        return version, f"installed, but its import fails: {type(error).__name__}: {lines[0] if lines else ''}"
-    return version, ""
+        reason = f"installed, but its import fails: {type(error).__name__}: {lines[0] if lines else ''}"
+    return OptionalPackage(name=name, usable=not reason, version=version, reason=reason, cost=cost)
 
 
-def _find_gpus(required: list[PackageStatus]) -> tuple[list[str], list[str]]:
-    """Names of the GPUs that torch can use, and a warning if there is one that it cannot."""
-    if not _is_usable("torch", required):
-        return [], []
+def _find_gpus() -> tuple[list[str], dict[str, Any], list[str]]:
+    """GPUs that torch can use, torch's environment report, and a warning for a GPU that torch cannot use."""
     import torch
+    from torch.utils.collect_env import get_env_info
 
+    environment = get_env_info()._asdict()
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if names or not has_nvidia_gpu():
-        return names, []
+        return names, environment, []
     build = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
-    return [], [f"torch: this machine has an NVIDIA GPU that {build} cannot use. Cost: training runs on CPU"]
+    warning = f"torch: this machine has an NVIDIA GPU that {build} cannot use. Cost: training runs on CPU"
+    return [], environment, [warning]
 
 
-def _is_usable(name: str, required: list[PackageStatus]) -> bool:
-    return next(package.usable for package in required if package.name == name)
+def _measure_gpus(count: int) -> list[Speed]:
+    """Speed of each GPU that torch can use, one after the other."""
+    if count == 0:
+        return []
+    import torch
+
+    return [measure_gpu(torch.device("cuda", index)) for index in range(count)]
 
 
 def _find_memory() -> int | None:

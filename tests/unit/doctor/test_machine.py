@@ -37,13 +37,14 @@ def report() -> dict[str, Any]:
 def test_a_machine_that_runs_the_tests_is_healthy(report: dict[str, Any]) -> None:
     assert report["is_healthy"] and report["problems"] == []
     assert all(package["usable"] and package["version"] for package in report["required"])
+    assert report["environment"]["torch_version"]
 
 
-def test_every_absent_part_costs_one_named_warning(report: dict[str, Any]) -> None:
-    absent = [part for part in report["optional"] if not part["usable"]]
-    for part in absent:
-        assert f"{part['name']}: {part['reason']}. Cost: {part['cost']}" in report["warnings"]
-    assert {"transformer-engine", "apex", "nvidia-dali"} <= {part["name"] for part in report["optional"]}
+def test_every_absent_optional_package_gives_one_warning(report: dict[str, Any]) -> None:
+    absent = [package for package in report["optional"] if not package["usable"]]
+    for package in absent:
+        assert f"{package['name']}: {package['reason']}. Cost: {package['cost']}" in report["warnings"]
+    assert {"transformer-engine", "apex", "nvidia-dali"} <= {package["name"] for package in report["optional"]}
 
 
 def test_broken_optional_packages_are_warnings_and_exit_code_0(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_broken_optional_packages_are_warnings_and_exit_code_0(tmp_path: Path) -
     assert done.stdout.splitlines()[-1] == "healthy"
 
 
-def test_a_missing_required_part_is_a_problem_and_exit_code_1(tmp_path: Path) -> None:
+def test_a_missing_required_package_is_a_problem_and_exit_code_1(tmp_path: Path) -> None:
     text = "raise ModuleNotFoundError(\"No module named 'orjson'\", name='orjson')"
     (tmp_path / "orjson.py").write_text(text, encoding="utf-8")
     done = run_doctor(path=tmp_path)
