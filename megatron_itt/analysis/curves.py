@@ -13,8 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from megatron_itt.accounting.flops import TRAINING_FACTOR, forward_flops, paper_flops
-from megatron_itt.accounting.params import count_parameters
+from megatron_itt.accounting.flops import TRAINING_FACTOR, count_parameters, forward_flops, paper_flops
 from megatron_itt.analysis.budgets import mean_accuracy
 from megatron_itt.analysis.measurement import Measurement
 from megatron_itt.analysis.runs import RunRecord, is_finite, overall_loss, read_run
