@@ -1,7 +1,7 @@
-"""The whole line on one machine, as the commands a user would type: text, data, training, export, evaluation, report.
+"""Quickstart: text, data, training, export, evaluation and report on one machine, by the commands of a user.
 
-Each stage is one command. A stage that is done is skipped; one whose command, recipe or inputs changed is done again,
-with all that follow; an interrupted one continues. Run it with `make quickstart`.
+Each stage is one command. A finished stage is skipped; one whose command, recipe or inputs changed runs again with all
+that follow; an interrupted one resumes. Run it with `make quickstart`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STATE_FILE = "stages.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One command, the path that exists when it is done (None: run it every time), and everything it writes."""
+    """A command, the path that exists when it is done (None: run every time), and all paths that it writes."""
 
     name: str
     command: tuple[str, ...]
@@ -36,7 +36,7 @@ class Stage:
 
 
 def stages(root: Path = ROOT, recipe: str = RECIPE) -> list[Stage]:
-    """The stages in order. Paths are relative to the repository's root."""
+    """Return the stages in order. Paths are relative to the repository's root."""
     return [*_data_stages(root), _training_stage(root, recipe), *_result_stages(root, recipe)]
 
 
@@ -63,7 +63,7 @@ def _data_stages(root: Path) -> list[Stage]:
 
 
 def _training_stage(root: Path, recipe: str) -> Stage:
-    run_files = (
+    run_files = [
         "checkpoints",
         "tensorboard",
         "metrics.jsonl",
@@ -71,7 +71,7 @@ def _training_stage(root: Path, recipe: str) -> Stage:
         "recipe.yaml",
         "environment.json",
         "log.txt",
-    )
+    ]
     return Stage(
         name="train",
         command=(
@@ -85,7 +85,7 @@ def _training_stage(root: Path, recipe: str) -> Stage:
 
 
 def _result_stages(root: Path, recipe: str) -> list[Stage]:
-    """Export, evaluation on held-out text, the page, and a continuation."""
+    """Export, evaluation on held-out text, report page and a continuation."""
     heldout, export, evaluation = root / "heldout", root / "hf", root / "evaluation"
     texts = [f"{domain}={heldout / domain}.jsonl.zst" for domain in DOMAINS]
     report = root / "report.html"
@@ -111,14 +111,7 @@ def _result_stages(root: Path, recipe: str) -> list[Stage]:
             done=report,
         ),
         _itt(
-            "generate",
-            "generate",
-            "--model",
-            export,
-            "--prompt",
-            "def main(",
-            "--max-new-tokens",
-            40,
+            *("generate", "generate", "--model", export, "--prompt", "def main(", "--max-new-tokens", 40),
             writes=[],
             done=None,
         ),
@@ -126,7 +119,7 @@ def _result_stages(root: Path, recipe: str) -> list[Stage]:
 
 
 def run_stages(todo: Sequence[Stage], root: Path = ROOT) -> int:
-    """Run what is not done; returns the exit code of the first command that fails, else 0."""
+    """Run the unfinished stages; return the exit code of the first command that fails, else 0."""
     root.mkdir(parents=True, exist_ok=True)
     state_file = root / _STATE_FILE
     state: dict[str, str] = json.loads(state_file.read_text("utf-8")) if state_file.exists() else {}

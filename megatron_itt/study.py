@@ -1,8 +1,7 @@
-"""The controlled comparison: a queue of small training runs, each a recipe and a seed, and what came of them.
+"""Queue of the study: small training runs, each of one recipe and one seed. `itt study` runs it.
 
-Every run is `python -m megatron_itt.train` in a process of its own, so an interrupted queue continues where it stopped:
-finished runs are left alone, others resume from their checkpoints. Run it with `itt study`; the numbers and
-verdicts are made in `analysis/study_results.py`.
+Every run is `python -m megatron_itt.train` in a process of its own, so that an interrupted queue resumes: finished runs
+are kept, others resume from their checkpoints. Results and verdicts: `analysis/study_results.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyPlan:
-    """Which recipes of a folder to run, with how many seeds, and how. `overrides` hold for every run."""
+    """Recipes and seeds to run. `overrides` apply to every run."""
 
     recipes: Path = RECIPES
     root: Path = ROOT
@@ -48,7 +47,7 @@ class StudyPlan:
     overrides: Sequence[str] = ()
 
     def jobs(self) -> list[Job]:
-        """The queue: the main comparison first, seed by seed. ConfigError for recipes that do not load."""
+        """Return the queue: the main comparison first, seed by seed. ConfigError for recipes that do not load."""
         known = [path.stem for path in sorted(self.recipes.glob("*.yaml"))]
         if not known:
             raise ConfigError(f"recipe folder {self.recipes} has no *.yaml; see recipes/study")
@@ -82,7 +81,7 @@ class StudyPlan:
         return Job(variant=variant, seed=seed, run_dir=run_dir, command=command)
 
     def _steps_of_equal_flops(self, variant: str) -> int:
-        """Steps in which a model costs what the reference costs: longer for a cheaper one, with the whole schedule."""
+        """Number of steps at which a model has the training FLOPs of the reference."""
         own, reference = (
             load_config(path, self.overrides) for path in (self._recipe_of(variant), self._recipe_of(REFERENCE))
         )
@@ -91,9 +90,9 @@ class StudyPlan:
 
 
 def run_queue(jobs: Sequence[Job], *, num_parallel: int = 1) -> dict[str, int]:
-    """Run every job that is neither finished nor diverged, `num_parallel` at a time. Returns the number in each state.
+    """Run all jobs that are neither finished nor diverged; return the number of jobs in each state.
 
-    A run that fails does not stop the others; its output is in `output.txt` of its folder.
+    A failed run does not stop the others; its output is in `output.txt` of its folder.
     """
     todo = [job for job in jobs if state_of(job.run_dir) in ("waiting", "interrupted")]
     get_logger().info("%d runs: %d to do, %d done before", len(jobs), len(todo), len(jobs) - len(todo))
@@ -103,13 +102,13 @@ def run_queue(jobs: Sequence[Job], *, num_parallel: int = 1) -> dict[str, int]:
     return {str(state): states.count(state) for state in sorted(set(states))}
 
 
-def _run(job: Job, place: str) -> None:
-    name = f"{place} {job.variant}, seed {job.seed}"
+def _run(job: Job, position: str) -> None:
+    name = f"{position} {job.variant}, seed {job.seed}"
     get_logger().info("%s: started", name)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with (job.run_dir / "output.txt").open("a", encoding="utf-8") as output:
         code = subprocess.run(job.command, check=False, stdout=output, stderr=subprocess.STDOUT).returncode
     state = state_of(job.run_dir)
-    told = state if state in ("finished", "diverged") else f"exit code {code}, see {job.run_dir / 'output.txt'}"
-    get_logger().info("%s: %s after %.0f s", name, told, time.monotonic() - started)
+    outcome = state if state in ("finished", "diverged") else f"exit code {code}, see {job.run_dir / 'output.txt'}"
+    get_logger().info("%s: %s after %.0f s", name, outcome, time.monotonic() - started)

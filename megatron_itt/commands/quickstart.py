@@ -1,4 +1,4 @@
-"""Run the whole line on this machine and leave a page that shows what happened; see `make quickstart`."""
+"""Run data preparation, training, export, evaluation and report on this machine; see `make quickstart`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXAMPLES = "  itt quickstart          # or make quickstart, which sets up .venv 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
     def execute(self) -> int:
-        """Run every stage that is not done, then say where the page is."""
+        """Run the unfinished stages and print where the report page is."""
         started = time.monotonic()
         code = run_stages(stages())
         if code == 0:

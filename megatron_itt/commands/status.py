@@ -1,4 +1,4 @@
-"""Show how far runs are: state, loss, speed, time left, last checkpoint. Reads files only."""
+"""Show the status of runs: state, loss, speed, time left, last checkpoint. Reads files only."""
 
 from __future__ import annotations
 

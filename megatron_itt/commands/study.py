@@ -1,4 +1,4 @@
-"""Run the study: every recipe of recipes/study with one or more seeds, resumable, then tables and verdicts."""
+"""Run every recipe of recipes/study with one or more seeds, resumable; then write tables and verdicts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLES = """
 class Study:
     overrides: Overrides = ()
     recipes: Path = Path("recipes/study")  # folder of the recipes
-    root: Path = Path("runs/study")  # where runs are kept
+    root: Path = Path("runs/study")  # folder of the runs
     variants: Names = ()  # recipes to run (default: all)
     seeds: int = 3  # of llama, loop_x4, itt_x4
     other_seeds: int = 1  # of the other recipes
@@ -34,7 +34,7 @@ class Study:
     list: Flag = False  # print the commands of the queue and stop
 
     def execute(self) -> int:
-        """Run what is not done, then write OUTPUT.json and OUTPUT.md; exit code 1 if a run failed."""
+        """Run the unfinished jobs, then write OUTPUT.json and OUTPUT.md; exit code 1 if a run failed."""
         if min(self.seeds, self.other_seeds, self.jobs, self.processes) < 1:
             raise ConfigError("--seeds, --other-seeds, --jobs and --processes count from 1")
         configure_logging()
