@@ -7,7 +7,6 @@ Three kinds of file hold pickles: `common.pt` and the tensors in `*.distcp`, whi
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 import time
 from collections.abc import Iterator, Mapping
@@ -18,12 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_itt.checkpoint.integrity import SMALL_FILE_BYTES, FileRecord, compare_contents, compare_sizes
@@ -36,7 +33,7 @@ from megatron_itt.log import get_logger
 from megatron_itt.model.builder import BuiltModel, build_model
 from megatron_itt.parallel.collectives import gather_objects, on_rank_zero
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
-from megatron_itt.parallel.megatron_compat.checkpoint_reader import checkpoint_reader
+from megatron_itt.parallel.megatron_compat.checkpoint_format import COMMON_STATE_FILE, checkpoint_reader, load_sharded
 
 _PLAIN_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -61,17 +58,17 @@ class MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours contains")
 
 
-class _SafeReader(CachedMetadataFileSystemReader):
-    """torch's reader of a checkpoint folder, with the metadata read by the unpickler above."""
+class _SafeReader(FileSystemReader):
+    """torch's reader of a checkpoint folder; the metadata is read once, by the unpickler above."""
 
-    _cached_metadata: Metadata | None
+    _metadata: Metadata | None = None
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        if self._cached_metadata is None:
+        if self._metadata is None:
             with (Path(self.path) / ".metadata").open("rb") as file:
-                self._cached_metadata = MetadataUnpickler(file).load()
-        assert self._cached_metadata is not None, "an unpickler returns what it read"
-        return self._cached_metadata
+                self._metadata = MetadataUnpickler(file).load()
+        assert self._metadata is not None, "an unpickler returns what it read"
+        return self._metadata
 
 
 class _TensorPlanner(megatron_torch.MCoreLoadPlanner):
@@ -84,7 +81,7 @@ class _TensorPlanner(megatron_torch.MCoreLoadPlanner):
 class SafeShardedStrategy(megatron_torch.TorchDistLoadShardedStrategy):
     """megatron-core's loading of sharded tensors, through the reader and the planner above."""
 
-    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Any, *_strategy: Any) -> Any:
         """Fill the sharded tensors; errors for anything else."""
         with checkpoint_reader(_SafeReader, _TensorPlanner):
             return super().load(sharded_state_dict, checkpoint_dir)
@@ -95,16 +92,9 @@ class SafeShardedStrategy(megatron_torch.TorchDistLoadShardedStrategy):
             return super().load_tensors_metadata(checkpoint_dir, metadata)
 
 
-class SafeCommonStrategy(TorchCommonLoadStrategy):
-    """megatron-core's loading of what is the same on all ranks, as data."""
-
-    def load_common(self, checkpoint_dir: Any) -> Any:
-        """Read `common.pt`; UnpicklingError when it holds more than tensors and plain values."""
-        return torch.load(os.path.join(checkpoint_dir, COMMON_STATE_FNAME), map_location="cpu", weights_only=True)  # noqa: PTH118
-
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
-        """Our checkpoints have none."""
-        raise pickle.UnpicklingError("objects other than tensors are not read")
+def _load_common(folder: Any) -> Any:
+    """Read what is the same on all ranks; UnpicklingError when it holds more than tensors and plain values."""
+    return torch.load(Path(folder) / COMMON_STATE_FILE, map_location="cpu", weights_only=True)
 
 
 def find_intact(store: CheckpointStore, *, contents: bool = True) -> Path | None:
@@ -201,9 +191,8 @@ def load_sharded_state(sharded_state: dict[str, Any], checkpoint: Path) -> dict[
     StorageError when the system could not read them. When another rank is lost meanwhile, torch's own error goes on:
     the files are not to blame, and the job may start again.
     """
-    strategies = {"sharded_strategy": SafeShardedStrategy(), "common_strategy": SafeCommonStrategy()}
     try:
-        return dist_checkpointing.load(sharded_state, str(checkpoint), **strategies)
+        return load_sharded(sharded_state, checkpoint, strategy=SafeShardedStrategy(), load_common=_load_common)
     except _UNREADABLE as error:
         if isinstance(error, dist.DistError) or any(mark in str(error) for mark in _LOST_PEER):
             raise

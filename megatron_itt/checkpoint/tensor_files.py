@@ -7,11 +7,11 @@ through an unnamed file, not through a manager process, which would outlive a ki
 
 from __future__ import annotations
 
+import os
 import pickle
 import queue
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from megatron_itt.config.environment import end_with_parent
 from megatron_itt.parallel.collectives import any_rank
+from megatron_itt.parallel.megatron_compat.checkpoint_format import checkpoint_writer, write_common_state
 
 _FORMAT = ("torch_dist", 1)
+_WRITERS = 2  # files per rank; megatron-core 0.16 writes them in processes, newer releases in threads
 
 
 class SavePlans:
@@ -62,11 +64,13 @@ class _Strategy(megatron_torch.TorchDistSaveShardedStrategy):
     """megatron-core's, through the writer below. It reuses its plans unasked: for one structure only."""
 
     def __init__(self) -> None:
-        super().__init__(*_FORMAT, cached_metadata=True)
+        super().__init__(*_FORMAT, thread_count=_WRITERS, cached_metadata=True)
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> AsyncRequest:
-        with _own_writer():
-            return super().async_save(sharded_state_dict, checkpoint_dir)
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, *strategy: str) -> AsyncRequest:
+        write_common_state(sharded_state_dict, Path(checkpoint_dir))
+        own = ("mcore",) if strategy else ()  # the only one without another package
+        with checkpoint_writer(_Writer):
+            return super().async_save(sharded_state_dict, checkpoint_dir, *own)
 
 
 class _Writer(filesystem_async.FileSystemWriterAsync):
@@ -105,10 +109,12 @@ class _CopiedOneByOne:
 
     def __init__(self, tensors: Sequence[tuple[WriteItem, Tensor]]) -> None:
         self.staged = tensors
+        self._trainer = os.getpid()
 
     def __iter__(self) -> Iterator[tuple[WriteItem, Tensor]]:
-        end_with_parent()  # this is where the process that writes begins
-        torch.set_num_threads(1)  # those of the process that it was forked from are not there
+        if os.getpid() != self._trainer:  # a forked process, which begins here
+            end_with_parent()
+            torch.set_num_threads(1)  # the threads of the process that it was forked from do not exist in it
         for item, tensor in self.staged:
             is_view = tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize
             yield item, tensor.clone() if is_view else tensor
@@ -132,18 +138,6 @@ class _Handover:
             return pickle.load(self._file)
         except EOFError:
             raise queue.Empty from None
-
-
-@contextmanager
-def _own_writer() -> Iterator[None]:
-    """megatron-core's strategy names its writer itself; let this name mean ours while it runs."""
-    module: Any = megatron_torch
-    given = module.FileSystemWriterAsync
-    module.FileSystemWriterAsync = _Writer
-    try:
-        yield
-    finally:
-        module.FileSystemWriterAsync = given
 
 
 def _structure(sharded_state: dict[str, Any]) -> Iterator[tuple[Any, ...]]:

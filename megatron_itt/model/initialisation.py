@@ -49,7 +49,20 @@ def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingC
                 whole = _draw(parameter, whole_name, std=std, seed=seed, degree=degree)
                 parameter.copy_(_own_shard(whole, whole_name, rank=rank, degree=degree))
                 if _sharded_dim(name) is not None:
-                    set_tensor_model_parallel_attributes(parameter, True, _sharded_dim(name), 1)
+                    _mark_sharded(parameter, whole_name, _sharded_dim(name))
+
+
+def _mark_sharded(parameter: Tensor, name: str, dim: int | None) -> None:
+    """Set megatron-core's tensor-parallel attributes; those that the layer has set already must agree.
+
+    megatron-core 0.17 and newer and TransformerEngine set them in their layers.
+    """
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+        return
+    # The stride is not compared: that of the fused gate and up projection is 1 or 2, by version.
+    found = tuple(getattr(parameter, key) for key in ("tensor_model_parallel", "partition_dim"))
+    assert found == (True, dim), f"{name} is marked as sharded {found}, but is drawn as sharded along dimension {dim}"
 
 
 def global_name(name: str, model: GPTModel) -> str:

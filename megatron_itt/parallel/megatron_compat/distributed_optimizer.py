@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-VERSIONS = {"megatron-core": ">=0.16,<0.17"}
+VERSIONS = {"megatron-core": ">=0.16,<0.20"}
 
 
 def replace_parameter_state(

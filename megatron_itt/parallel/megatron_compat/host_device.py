@@ -19,7 +19,7 @@ import torch
 
 from megatron_itt.parallel.megatron_compat import Replacements
 
-VERSIONS = {"torch": ">=2.6", "megatron-core": ">=0.16,<0.17"}
+VERSIONS = {"torch": ">=2.6", "megatron-core": ">=0.16,<0.20"}
 
 _REPLACED = Replacements()
 _FACTORIES = (

@@ -6,7 +6,7 @@ starts a new list.
 
 from __future__ import annotations
 
-VERSIONS = {"megatron-core": ">=0.16,<0.17"}
+VERSIONS = {"megatron-core": ">=0.16,<0.20"}
 
 
 def release_process_groups() -> None:

@@ -139,6 +139,6 @@ def test_a_rank_lost_while_loading_is_no_fault_of_the_files(tmp_path: Path, monk
     def lose_peer(*_: Any, **__: Any) -> None:
         raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:7")
 
-    monkeypatch.setattr("megatron_itt.checkpoint.load.dist_checkpointing.load", lose_peer)
+    monkeypatch.setattr("megatron_itt.checkpoint.load.load_sharded", lose_peer)
     with pytest.raises(RuntimeError, match="closed by peer"):
         load_sharded_state({}, tmp_path)

@@ -47,7 +47,7 @@ def test_the_fused_loss_is_the_unfused_one(monkeypatch: pytest.MonkeyPatch) -> N
     calls: list[str] = []
 
     def count(name: str, function: Any) -> Any:
-        return lambda *args: calls.append(name) or function(*args)
+        return lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs)
 
     for module, name in (
         (language_module, "fused_vocab_parallel_cross_entropy"),
