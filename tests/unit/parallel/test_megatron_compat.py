@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_itt.parallel import megatron_compat
 from megatron_itt.parallel.megatron_compat import Replacements
-from megatron_itt.parallel.megatron_compat.checkpoint_reader import checkpoint_reader
+from megatron_itt.parallel.megatron_compat.checkpoint_format import checkpoint_reader
 
 PACKAGE = Path(megatron_compat.__file__).parents[2]
 PATCHES = [module.name for module in pkgutil.iter_modules(megatron_compat.__path__)]
