@@ -89,7 +89,7 @@ def is_process_alive(owner: str) -> bool:
 
 
 class ClaimFile:
-    """A file whose text names the owner of something; absent while nobody owns it."""
+    """A file whose text names the owner of something; absent while it has no owner."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -99,7 +99,7 @@ class ClaimFile:
         return read_owner(self.path)
 
     def create(self, owner: str) -> bool:
-        """Claim what nobody owns; False if somebody does."""
+        """Claim what has no owner; return False if it has one."""
         with self._lock(required=False):
             try:
                 with self.path.open("x", encoding="utf-8") as file:

@@ -138,7 +138,7 @@ def _explain(error: OSError) -> str | None:
         )
     if error.errno in _UNUSABLE_PATH and error.filename is not None:
         return (
-            f"{error.filename}: {error.strerror}; give a path that lies in folders, not below a file, and where you "
+            f"{error.filename}: {error.strerror}; give a path inside folders, not below a file, and where you "
             "may read and write"
         )
     return None

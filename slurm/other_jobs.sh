@@ -84,7 +84,7 @@ evaluate() { # JOB_FILE RUN_FOLDER ARGUMENT...; --checkpoints=all, or names, in 
             run_one tools/export_hf.py --checkpoint "$run_dir/checkpoints/$name" --output "$run_dir/export/$name" \
                 --dtype bfloat16 || exit
         fi
-        # A requeued job keeps what it has measured; a single checkpoint is measured anew.
+        # A requeued job keeps what it has measured; a single checkpoint is measured again.
         [ "${#names[@]}" = 1 ] || [ ! -f "$run_dir/evaluation/$name/results.json" ] || continue
         run_one tools/evaluate.py --model "$run_dir/export/$name" --output "$run_dir/evaluation/$name" --overwrite \
             "${tasks[@]}" "${given[@]}" || exit

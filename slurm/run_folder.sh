@@ -104,7 +104,7 @@ count_restart() { # restarts in a row that began at the same checkpoint, the one
         [ ! -f "$run_dir/diverged" ] || stop 2 "$(cat "$run_dir/diverged")" # and its node died before it could report it
         [ "$seen" != "$first_checkpoint" ] || num_stuck=$((before + 1))
     else
-        rm -f "$run_dir/stopped" "$run_dir/diverged" # submitted anew by a person
+        rm -f "$run_dir/stopped" "$run_dir/diverged" # resubmitted by a person
     fi
     rm -f "$run_dir/refused"
     echo "$num_stuck $first_checkpoint $(submission)" >"$run_dir/restarts" || fail "logging.run_dir is $run_dir, which cannot be written"

@@ -53,7 +53,7 @@ def summary(run: RunRecord, num_parameters: int | None) -> str:
         budget, condition = run.main_budget, ""
         if budget is not None:
             where = "the routed step" if len(budget) == 1 else f"each of {len(budget)} routed steps"
-            condition = f" when {percent(budget)} of the tokens think again at {where}"
+            condition = f" when {percent(budget)} of the tokens are selected at {where}"
         sentences.append(f"Validation loss {change} nats per token{condition}.")
     elif run.training:
         first, last = run.training[0]["loss"], run.training[-1]["loss"]

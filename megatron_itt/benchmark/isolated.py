@@ -1,6 +1,6 @@
 """Checks in a process of their own that report row by row, so that a crash, a hang or a lost GPU costs one check only.
 
-Rows are plain dictionaries. A row with `error` or with `agrees: false` marks itself as failed, and the check goes on.
+Rows are plain dictionaries. A row with `error` or with `agrees: false` is a failure; the check continues.
 The process is reused by the next check with the same setup, unless a check ended badly.
 """
 

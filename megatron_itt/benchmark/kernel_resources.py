@@ -127,7 +127,7 @@ def kernel_page(found: Mapping[str, Sequence[KernelResources]], *, command: str)
 
 
 class _CompilerTarget:
-    """Stands in for Triton's GPU driver; launches under it only compile."""
+    """Replacement of Triton's GPU driver; launches under it only compile."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)

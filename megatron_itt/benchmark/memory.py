@@ -95,7 +95,7 @@ def measure_kept_bytes(chunk: torch.nn.Module, tokens: torch.Tensor, positions: 
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()  # with its history it would hold the graph, and the model, for ever
+        tensor = tensor.detach()  # with its history it would keep the graph and the model alive
         address = tensor.untyped_storage().data_ptr()
         if address not in weights:
             kept[address] = tensor  # held, so that no address is reused

@@ -99,5 +99,5 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[st
 
 
 def _count_steps(capacity: Any) -> int:
-    """Routed steps of a capacity as it stands in a recipe: a list, or a range with `steps`."""
+    """Return the number of routed steps of a capacity as written in a recipe: a list, or a range with `steps`."""
     return capacity["steps"] if isinstance(capacity, dict) else len(capacity)

@@ -48,7 +48,7 @@ _PLAIN_CLASSES = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes that describe tensors, and nothing else."""
+    """Unpickler that is limited to the classes that describe tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The class or dtype of that name; UnpicklingError for all that a description of tensors does not need."""
@@ -117,7 +117,7 @@ def find_intact(store: CheckpointStore, *, contents: bool = True) -> Path | None
     listed = "; ".join(f"{path.name}: {_summary(problems)}" for path, problems in damaged.items())
     raise CheckpointError(
         f"every checkpoint in {store} is damaged ({listed}); restore one of them from a copy, or choose another "
-        "logging.run_dir to start anew"
+        "logging.run_dir to start a new run"
     )
 
 
@@ -188,7 +188,7 @@ def load_sharded_state(sharded_state: dict[str, Any], checkpoint: Path) -> dict[
     """Fill a sharded state from a checkpoint folder; no code in its files is run.
 
     CheckpointError when files are missing or damaged, or hold something else than tensors and plain values;
-    StorageError when the system could not read them. When another rank is lost meanwhile, torch's own error goes on:
+    StorageError when the system could not read them. When another rank is lost meanwhile, torch's own error is raised:
     the files are not to blame, and the job may start again.
     """
     try:

@@ -91,7 +91,7 @@ def select_above(logits: Tensor, threshold: Tensor) -> Tensor:
 
 
 def threshold_for(capacity: float, logit_quantiles: Tensor) -> Tensor:
-    """The logit above which a `capacity` of all tokens lies, from one step's quantile table [1025].
+    """Return the logit that a `capacity` of all tokens exceeds, from one step's quantile table [1025].
 
     Linear interpolation at 1 - capacity; a capacity of 1 gives minus infinity, 0 gives infinity.
     """

@@ -71,7 +71,7 @@ class Checkpointer:
         self._writer = CheckpointWriter(self._store, retention, asynchronous=wanted.asynchronous)
 
     def find_resume_point(self) -> ResumePoint | None:
-        """Where the run continues: at its newest intact checkpoint; None: it starts anew.
+        """Return the newest intact checkpoint, at which the run continues, or None for a new run.
 
         CheckpointError when the recipe does not fit, or when there are checkpoints and all are damaged.
         """
@@ -98,7 +98,7 @@ class Checkpointer:
             and state.config.parallel == self._config.parallel
         )
         load_trainer(trainer, point.folder, with_random_states=fits)
-        get_logger().info("resumed from %s%s", point.folder, "" if fits else "; random states start anew from the seed")
+        get_logger().info("resumed from %s%s", point.folder, "" if fits else "; random states restart from the seed")
 
     def save(
         self,

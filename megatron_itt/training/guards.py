@@ -90,7 +90,7 @@ class StepGuard:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from the `state` of a checkpoint; an empty one starts anew."""
+        """Continue from the `state` of a checkpoint; an empty one restarts."""
         self._losses.extend(state.get("losses", ()))
         self._norms.extend(state.get("grad_norms", ()))
         self._num_skipped_in_row = state.get("num_skipped_in_row", 0)
@@ -113,7 +113,7 @@ class StepGuard:
 
 
 def deviations_above(history: deque[float], value: float) -> float:
-    """How far `value` lies above the median of `history`, in robust standard deviations; 0 for a short history."""
+    """Return the distance of `value` above the median of `history`, in robust standard deviations; 0 for a short history."""
     if len(history) < MIN_HISTORY:
         return 0.0
     median = statistics.median(history)

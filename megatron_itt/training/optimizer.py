@@ -34,7 +34,7 @@ from megatron_itt.parallel.megatron_compat.distributed_optimizer import keep_ste
 
 # The layout of the optimizer's state on disk that any tensor, pipeline and data-parallel size can read.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-# To megatron-core they are matrices; decay would pull every gain, the base pass's included, towards 0.
+# To megatron-core they are matrices; decay would pull every step encoding, the base pass's included, towards 0.
 _NOT_DECAYED = ParamKey(name=("*.thinking.router", "*.thinking.step_encoding"))
 _TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 # What the recipe says of a parameter group; the rest of a group is state. The schedule sets its rate and decay.

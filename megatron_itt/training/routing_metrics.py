@@ -34,8 +34,8 @@ _NUM_SUMS = 8
 def routing_entries(trainer: Trainer, recorder: RoutingRecorder, step: int) -> list[Entry]:
     """One entry per thinking layer and routed step, the same on all ranks. A collective call.
 
-    `score_mean`, `score_std`: of router logits over tokens; `threshold`: the logit above which the step's share of
-    tokens lies, None where all are selected; `share`: of selected tokens; `position_share`: see below, None for one
+    `score_mean`, `score_std`: of router logits over tokens; `threshold`: the logit that the step's share of
+    tokens exceeds, None where all are selected; `share`: of selected tokens; `position_share`: see below, None for one
     sequence; `phi_norm`: of the step encoding.
     `position_share` is the part of the variance of "is selected" that the position in the sequence explains, corrected
     for chance: 0 for a selection that follows the text, 1 when every sequence selects the same positions.

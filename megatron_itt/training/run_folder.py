@@ -96,7 +96,7 @@ def mark_finished(run_dir: Path, step: int) -> None:
 def begin_training(config: RunConfig, run_dir: Path) -> None:
     """Write the resolved recipe, and remove the marker of a shorter run that trains on.
 
-    Once nothing can refuse the start any more, so that a refused recipe never stands beside another one's results.
+    Once nothing can refuse the start any more, so that a rejected recipe is never stored beside the results of another.
     """
     atomic_write(run_dir / RECIPE_FILE, config_to_yaml(config))
     (run_dir / FINISHED_FILE).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # whoever started this process may hold them back till now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # the parent process may have blocked them
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

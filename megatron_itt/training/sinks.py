@@ -141,7 +141,7 @@ class _TensorBoardSink:
 
 
 class _WandbSink:
-    """The same scalars at Weights & Biases; a resumed run continues the one that it began, unless it begins anew."""
+    """The same scalars at Weights & Biases; a resumed run continues the one that it began, unless it restarts from step 0."""
 
     output = "tensorboard"  # the same
 
@@ -182,7 +182,7 @@ _REQUESTED_STEPS = 2
 
 
 class Profiler:
-    """Starts and ends windows between steps. On ranks that nobody asked for it does nothing."""
+    """Starts and ends windows between steps. On ranks that were not requested it does nothing."""
 
     def __init__(self, settings: ProfileConfig | None, run_dir: Path, *, rank: int, device: torch.device) -> None:
         self._settings = settings if settings is not None and rank in settings.ranks else None

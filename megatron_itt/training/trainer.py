@@ -165,11 +165,11 @@ def _build_rank(config: RunConfig, world_size: int, memory: RankMemory, tensor_r
 
 
 def _measure(config: RunConfig, world_size: int, rank: int, *, place: tuple[int, int]) -> tuple[tuple[int, ...], int]:
-    """Layers and parameters of a rank that stands at `place` (pipeline stage, tensor rank)."""
+    """Layers and parameters of a rank at `place` (pipeline stage, tensor rank)."""
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     with _pretended_job(config, world_size, rank):
         stood = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
-        assert stood == place, f"rank {rank} stands at {stood}, not {place}"
+        assert stood == place, f"rank {rank} is at {stood}, not {place}"
         meta = torch.device("meta")
         with meta:
             chunks = build_model(config, dtype=dtype, device=meta).chunks

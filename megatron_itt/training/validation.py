@@ -44,7 +44,7 @@ def validation_routing(config: RunConfig, *, has_thresholds: bool) -> str | None
     """The rule of routing in a validation, where it is not the one of training.
 
     Thresholds come from training, so that a model has none before its first step, unless it starts from the weights of
-    another run; they stand for top-k and nothing else.
+    another run; they mean top-k only.
     """
     thinking = config.thinking
     causal = config.validation.routing == "threshold" and thinking.kind == "itt" and thinking.routing == "topk"

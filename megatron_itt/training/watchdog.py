@@ -214,7 +214,7 @@ def _is_silent(rank: int, before: Mapping[int, RankStatus], after: Mapping[int, 
 
 
 def _describe(rank: int, statuses: Mapping[int, RankStatus]) -> str:
-    return statuses[rank].describe() if rank in statuses else f"rank {rank}, which never published where it stands"
+    return statuses[rank].describe() if rank in statuses else f"rank {rank}, which never published its position"
 
 
 def _key(rank: int) -> str:

@@ -201,7 +201,7 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
 
 def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
     if not 0 <= options.max_bad_fraction <= 1:
-        raise ConfigError(f"--max-bad-fraction is {options.max_bad_fraction}; a fraction lies in [0, 1]")
+        raise ConfigError(f"--max-bad-fraction is {options.max_bad_fraction}; a fraction is in [0, 1]")
     if options.min_length < 1:
         raise ConfigError(f"--min-length is {options.min_length}; it must be at least 1 character")
     if options.append_bos and tokenizer.bos == NO_TOKEN:

@@ -49,7 +49,7 @@ def test_the_page_tells_what_happened_in_real_figures(run_dir: Path, itt_dir: Pa
     evaluation = _evaluation(tmp_path / "results.json")
     write_report(run_dir, output_html=output, export_dir=itt_dir, evaluation_json=evaluation, text=NASTY)
     page = output.read_text(encoding="utf-8")
-    assert "Validation loss fell from 6.393 to 2.543 nats per token when 50/25% of the tokens think again" in page
+    assert "Validation loss fell from 6.393 to 2.543 nats per token when 50/25% of the tokens are selected" in page
     assert "for 20 steps on 20 k tokens of code and docs" in page
     assert "50.0 \u00b1 5.0" in page
     assert "0.4.13" in page and "kind: itt" in page

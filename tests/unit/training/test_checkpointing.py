@@ -83,4 +83,4 @@ def test_random_states_of_another_type_of_device_start_anew(
     with caplog.at_level("INFO"):
         checkpointer.resume(trainer, point)
     assert all(value.equal(kept) for value, kept in zip(trainer.built.chunks[0].parameters(), weights, strict=True))
-    assert "random states start anew" in caplog.text
+    assert "random states restart" in caplog.text
