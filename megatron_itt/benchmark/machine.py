@@ -21,7 +21,7 @@ _PRODUCTS = {
     "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 2560), (4096, 2048, 4096)),
     "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 8192)),
 }
-_WARM_UP_S, _MEASURED_S = 0.2, 0.4  # per product
+WARM_UP_S, MEASURED_S = 0.2, 0.4  # per product
 _MIN_REPEATS = 4
 
 
@@ -59,10 +59,10 @@ def product_rate(sizes: tuple[int, int, int], device: torch.device, dtype: torch
     out = torch.empty(rows, columns, device=device, dtype=dtype)
     seconds: list[float] = []
     began = synchronized_time(device)
-    while (elapsed := synchronized_time(device) - began) < _WARM_UP_S + _MEASURED_S or len(seconds) < _MIN_REPEATS:
+    while (elapsed := synchronized_time(device) - began) < WARM_UP_S + MEASURED_S or len(seconds) < _MIN_REPEATS:
         started = synchronized_time(device)
         torch.mm(left, right.t(), out=out)
-        if elapsed >= _WARM_UP_S:
+        if elapsed >= WARM_UP_S:
             seconds.append(synchronized_time(device) - started)
     return 2.0 * rows * inner * columns / sorted(seconds)[len(seconds) // 4]
 

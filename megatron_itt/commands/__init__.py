@@ -1,1 +1,1 @@
-"""The commands of `itt`, one file each: arguments, one call of the package, what is printed. No other module imports them."""
+"""Commands of `itt`, one file each: arguments, one call of the package, output. No other module imports them."""

@@ -47,7 +47,7 @@ def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingC
             else:
                 std = _std_of(whole_name, config, thinking)
                 whole = _draw(parameter, whole_name, std=std, seed=seed, degree=degree)
-                parameter.copy_(_own_shard(whole, whole_name, rank=rank, degree=degree))
+                parameter.copy_(own_shard(whole, whole_name, rank=rank, degree=degree))
                 if _sharded_dim(name) is not None:
                     _mark_sharded(parameter, whole_name, _sharded_dim(name))
 
@@ -108,7 +108,7 @@ def _draw(parameter: Tensor, name: str, *, std: float, seed: int, degree: int) -
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 
-def _own_shard(whole: Tensor, name: str, *, rank: int, degree: int) -> Tensor:
+def own_shard(whole: Tensor, name: str, *, rank: int, degree: int) -> Tensor:
     dim = _sharded_dim(name)
     if dim is None or degree == 1:
         return whole

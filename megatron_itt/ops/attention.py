@@ -29,7 +29,7 @@ TALL_ROWS = 1024
 SHORT_ROWS = 256
 # Backward computes blocks with fewer rows in float32. Measured (AMD EPYC, 1 thread, 2048 keys of size 64): without
 # bfloat16 instructions (AVX2) float32 is 5.4 times as fast; with AVX512-BF16 it takes 1.2 times as long at 256 rows.
-_BFLOAT16_ROWS = 768
+BFLOAT16_ROWS = 768
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -119,7 +119,7 @@ class _BlockedAttention(torch.autograd.Function):
         sums = [torch.zeros_like(part) for part in wide[1:4]]
         for block in attention_blocks(positions, key.shape[2]):
             rows, keys = block.queries, block.keys
-            g, q, k, v, c = narrow if rows.stop - rows.start >= _BFLOAT16_ROWS else wide
+            g, q, k, v, c = narrow if rows.stop - rows.start >= BFLOAT16_ROWS else wide
             mask = block.mask(positions, q.dtype)
             for heads in _head_sets(query, key):
                 inputs = (g[:, heads, rows], q[:, heads, rows], k[:, :, keys], v[:, :, keys], c[:, heads, rows])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Elements in a block of rows: a few temporary tensors of this size fit into the second-level cache of a CPU core.
-_BLOCK_ELEMENTS = 1 << 17
+BLOCK_ELEMENTS = 1 << 17
 
 
 def uses_triton(tensor: Tensor) -> bool:
@@ -31,7 +31,7 @@ def row_blocks(rows: Tensor) -> Iterator[slice]:
     """
     num_rows = rows.shape[0]
     width = max(1, rows.numel() // max(1, num_rows))
-    size = max(1, _BLOCK_ELEMENTS // width) if rows.device.type == "cpu" else max(1, num_rows)
+    size = max(1, BLOCK_ELEMENTS // width) if rows.device.type == "cpu" else max(1, num_rows)
     return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
 
 

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 1024  # of a norm's backward pass: enough to fill a GPU several times over
+PROGRAMS = 1024  # of a norm's backward pass: enough to fill a GPU several times over
 _COLUMNS = 1024  # of an MLP's row that one program processes
-_ROTARY_ELEMENTS = 2048  # of each half of the heads that one program rotates, a power of two
+ROTARY_ELEMENTS = 2048  # of each half of the heads that one program rotates, a power of two
 
 
 def rms_norm_forward(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def rms_norm_forward(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 def rms_norm_backward(grad: Tensor, rows: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of rows [n, h] and weight [h] for grad [n, h]."""
     grad, rows, (num_rows, width) = grad.contiguous(), rows.contiguous(), rows.shape
-    programs = min(num_rows, _PROGRAMS)
+    programs = min(num_rows, PROGRAMS)
     grad_rows = torch.empty_like(rows)
     partial = rows.new_empty(programs, width, dtype=torch.float32)
     block = triton.next_power_of_2(width)
@@ -66,7 +66,7 @@ def rotate(heads: Tensor, output: Tensor, cos: Tensor, sin: Tensor, *, direction
         heads, output = heads.unsqueeze(3), output.unsqueeze(3)
     num_rows, batch, num_groups, per_group, size = heads.shape
     count, block = num_groups * per_group, triton.next_power_of_2(size // 2)
-    at_once = min(triton.next_power_of_2(count), max(1, _ROTARY_ELEMENTS // block))
+    at_once = min(triton.next_power_of_2(count), max(1, ROTARY_ELEMENTS // block))
     _rotate_kernel[(num_rows * batch, triton.cdiv(count, at_once))](
         *(heads, output, cos, sin, direction, batch, count),
         *(*heads.stride()[:4], *output.stride()[:4], cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0),

@@ -42,7 +42,7 @@ class SequenceShards:
         """
         if self.group is None or self.num == 1:
             return lambda: shard
-        collective = _Collective(self.group)
+        collective = Collective(self.group)
         return partial(_Wait.apply, _Begin.apply(shard, collective), collective)
 
     def gather(self, shard: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class SequenceShards:
 
 
 @dataclass(slots=True)
-class _Collective:
+class Collective:
     """The collective in flight and its result, shared by the nodes that launch it and wait for it."""
 
     group: dist.ProcessGroup
@@ -78,7 +78,7 @@ class _Begin(torch.autograd.Function):
     """Returns the shard itself: a gradient must have the shape of its input."""
 
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, collective: _Collective) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, collective: Collective) -> Tensor:
         ctx.collective = collective
         collective.gather(shard)
         return shard.view_as(shard)
@@ -93,7 +93,7 @@ class _Wait(torch.autograd.Function):
     """From the shard to the whole; backward, to a gradient that is complete once `_Begin` has waited."""
 
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, collective: _Collective) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, collective: Collective) -> Tensor:
         ctx.collective = collective
         whole = collective.finish()
         assert whole is not None, "the whole was waited for twice"

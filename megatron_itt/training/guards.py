@@ -113,7 +113,7 @@ class StepGuard:
 
 
 def deviations_above(history: deque[float], value: float) -> float:
-    """Return the distance of `value` above the median of `history`, in robust standard deviations; 0 for a short history."""
+    """Return how many robust standard deviations `value` is above the median of `history`; 0 if that is short."""
     if len(history) < MIN_HISTORY:
         return 0.0
     median = statistics.median(history)

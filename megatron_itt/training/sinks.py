@@ -141,7 +141,7 @@ class _TensorBoardSink:
 
 
 class _WandbSink:
-    """The same scalars at Weights & Biases; a resumed run continues the one that it began, unless it restarts from step 0."""
+    """The same scalars at Weights & Biases; a resumed run continues its own, unless it restarts from step 0."""
 
     output = "tensorboard"  # the same
 

@@ -70,7 +70,7 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     recorder = RoutingRecorder()
-    forward = _ForwardStep(trainer, recorder, None if watch is None else watch.heartbeat)
+    forward = ForwardStep(trainer, recorder, None if watch is None else watch.heartbeat)
     if watch is not None:
         watch.heartbeat.beat("forward and backward", step)
     with trainer.built.control.override(
@@ -131,7 +131,7 @@ def validation_loss(
     """
     for chunk in trainer.wrapped:
         chunk.eval()
-    forward = _ForwardStep(trainer, None, None if watch is None else watch.heartbeat)
+    forward = ForwardStep(trainer, None, None if watch is None else watch.heartbeat)
     portion = len(batches) if watch is None else trainer.num_microbatches
     total = torch.zeros(2, dtype=torch.float64)
     for begin in range(0, len(batches), portion):
@@ -150,7 +150,7 @@ def _run_schedule(
     trainer: Trainer,
     batches: Iterator[Batch],
     num_microbatches: int,
-    forward: _ForwardStep,
+    forward: ForwardStep,
     *,
     forward_only: bool = False,
 ) -> list[dict[str, Tensor]]:
@@ -171,7 +171,7 @@ def _run_schedule(
     )
 
 
-class _ForwardStep:
+class ForwardStep:
     """megatron-core's forward-step callback: one micro-batch through one model chunk."""
 
     def __init__(

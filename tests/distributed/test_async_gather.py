@@ -31,7 +31,7 @@ class Between(torch.autograd.Function):
         return 2 * grad, None
 
 
-class LoggedCollective(async_gather._Collective):
+class LoggedCollective(async_gather.Collective):
     """A collective that logs when it begins and ends."""
 
     events: ClassVar[list[str]] = []
@@ -87,7 +87,7 @@ def order_of_events(process: ProcessInfo) -> list[str]:
     group = join(process)
     events = LoggedCollective.events = []
     weight, shard = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-    with patch.object(async_gather, "_Collective", LoggedCollective):
+    with patch.object(async_gather, "Collective", LoggedCollective):
         wait = SequenceShards(group).begin_gather(shard)
     factor = Between.apply(weight, events)
     whole = wait()

@@ -13,7 +13,7 @@ from megatron_itt.config import RunConfig
 from megatron_itt.config.environment import ProcessInfo
 from tests.helpers.launch import free_port, run_ranks, start_rank
 from tests.helpers.one_rank import tiny_recipe
-from tests.helpers.steps import _microbatches
+from tests.helpers.steps import microbatches
 
 HANG = """
 import sys, time
@@ -57,9 +57,9 @@ def step_with_one_broken_rank(place: ProcessInfo, config: RunConfig) -> tuple[st
         trainer = build_trainer(config, parallel_place)
         watch = Watch(guard=StepGuard(config.runtime), stop=stop)
         for step in (1, 2):
-            train_step(trainer, iter(_microbatches(trainer, step)), step, watch=watch)
+            train_step(trainer, iter(microbatches(trainer, step)), step, watch=watch)
         state = [value.clone() for value in _state(trainer)]
-        broken = _microbatches(trainer, 3)
+        broken = microbatches(trainer, 3)
         if place.rank == 1:
             broken[0] = {**broken[0], "loss_mask": torch.full_like(broken[0]["loss_mask"], torch.nan)}
         if place.rank == 0:

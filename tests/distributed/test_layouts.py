@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_itt.model.initialisation import _own_shard
+from megatron_itt.model.initialisation import own_shard
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import NUM_STEPS, Observed, global_batch, observe_gradients, observe_steps
@@ -159,7 +159,7 @@ def test_every_gradient_is_that_of_one_rank() -> None:
         for rank, gradients in enumerate(ranks):
             for name, gradient in gradients.items():
                 whole = expected[kind][name]
-                own = _own_shard(whole, name, rank=rank, degree=parallel.get("tensor", 1))
+                own = own_shard(whole, name, rank=rank, degree=parallel.get("tensor", 1))
                 assert gradient.shape == own.shape, name
                 difference = (gradient - own).abs().max()
                 assert difference <= GRADIENT_TOLERANCE * whole.abs().max(), (kind, parallel, name)

@@ -17,8 +17,7 @@ from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.errors import CheckpointError
 from tests.helpers.launch import run_ranks
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
-from tests.helpers.steps import NUM_STEPS, Observed, observe_steps
-from tests.helpers.steps import _microbatches as microbatches
+from tests.helpers.steps import NUM_STEPS, Observed, microbatches, observe_steps
 
 SAVED_AFTER = 3  # steps; by then Adam's moments and its step count matter
 TOLERANCE = 1e-6  # in float64; a norm that megatron-core rounds to float32 is left

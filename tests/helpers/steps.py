@@ -62,8 +62,8 @@ def observe_steps(
                 load_trainer(trainer, Path(load_from))
             if weights_from is not None:
                 load_initial_weights(trainer, Path(weights_from))
-            results = [train_step(trainer, iter(_microbatches(trainer, step)), step + 1) for step in range(*steps)]
-            validation = validation_loss(trainer, _microbatches(trainer, NUM_STEPS))
+            results = [train_step(trainer, iter(microbatches(trainer, step)), step + 1) for step in range(*steps)]
+            validation = validation_loss(trainer, microbatches(trainer, NUM_STEPS))
             if save_to is not None:
                 state = new_run_state(config, step=steps[1])
                 save_checkpoint(trainer_state(trainer, loading=False), state, Path(save_to), keep_last=1)
@@ -88,7 +88,7 @@ def observe_padded_validation(place: ProcessInfo, config: RunConfig) -> float:
     parallel_place = start_parallel(config, process=place)
     try:
         trainer = build_trainer(config, parallel_place)
-        batches = _microbatches(trainer, 0)
+        batches = microbatches(trainer, 0)
         for batch in batches:
             length = batch["tokens"].shape[1]
             lengths = length - batch["tokens"][:, 0] % (length // 2)  # as the row says, whichever rank has it
@@ -108,7 +108,7 @@ def global_batch(config: RunConfig, step: int) -> torch.Tensor:
     return torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(step))
 
 
-def _microbatches(trainer: Any, step: int) -> list[dict[str, torch.Tensor]]:
+def microbatches(trainer: Any, step: int) -> list[dict[str, torch.Tensor]]:
     """This rank's share of a step's global batch."""
     config, place = trainer.config, trainer.place
     micro, length = config.batch.micro, config.model.seq_length
@@ -178,11 +178,11 @@ def observe_gradients(place: ProcessInfo, config: RunConfig) -> dict[str, torch.
 
 def _run_schedule(trainer: Any, step: int, recorder: Any = None, *, forward_only: bool = False) -> None:
     """This rank's micro-batches of a step through megatron-core's schedule, without an update."""
-    from megatron_itt.training.step import _ForwardStep
+    from megatron_itt.training.step import ForwardStep
 
-    batches, chunks = _microbatches(trainer, step), trainer.wrapped
+    batches, chunks = microbatches(trainer, step), trainer.wrapped
     trainer.forward_backward(
-        forward_step_func=_ForwardStep(trainer, recorder),
+        forward_step_func=ForwardStep(trainer, recorder),
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),

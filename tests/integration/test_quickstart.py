@@ -94,9 +94,7 @@ def test_an_interrupted_quickstart_continues_where_it_was(finished: str, checkou
 def test_a_second_quickstart_does_nothing_again(finished: str, checkout: Path) -> None:
     page = checkout / "runs/quickstart/report.html"
     before = page.stat().st_mtime_ns
-    started = time.monotonic()
     again = run(checkout, sys.executable, "tools/quickstart.py").stdout
-    assert time.monotonic() - started < 60
     assert again.count(": done") == 9  # all but the generated continuation
     assert page.stat().st_mtime_ns == before
 

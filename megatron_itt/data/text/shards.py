@@ -40,7 +40,7 @@ _BATCH_CHARS = 1 << 20
 _BATCH_DOCUMENTS = 4096
 _CRC_CHUNK = 1 << 22
 _CHECK_INTERVAL_BATCHES = 8  # of some 1 MB; the first of every shard is among them
-_CHECK_MAX_CHARS = 1 << 14
+CHECK_MAX_CHARS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +139,12 @@ def prepare_tools(path: str, engine: str) -> None:
         return
     for name in ("gigatoken", "hf") if engine == "auto" else (engine,):
         with contextlib.suppress(DataError):
-            _load_tools(path, name)
+            load_tools(path, name)
             return
 
 
 @lru_cache(maxsize=1)
-def _load_tools(path: str, engine: str) -> tuple[Tokenizer, Engine]:
+def load_tools(path: str, engine: str) -> tuple[Tokenizer, Engine]:
     """Tokenizer and engine of this process, loaded once."""
     disable_tokenizer_threads()
     tokenizer = load_tokenizer(path)
@@ -153,7 +153,7 @@ def _load_tools(path: str, engine: str) -> tuple[Tokenizer, Engine]:
 
 def _tools(options: EncodingOptions) -> tuple[Tokenizer, Engine]:
     """Tokenizer and engine, compared with the options."""
-    tokenizer, engine = _load_tools(options.tokenizer, options.engine)
+    tokenizer, engine = load_tools(options.tokenizer, options.engine)
     special = ((options.eod, tokenizer.eod), (options.bos, tokenizer.bos))
     if tokenizer.sha256 != options.tokenizer_sha256 or any(wanted not in (None, found) for wanted, found in special):
         raise DataError(
@@ -242,8 +242,8 @@ class _ShardWriter:
         if self.engine.name == self.tokenizer.library[0] or self._num_batches % _CHECK_INTERVAL_BATCHES != 1:
             return
         begin = self._num_batches * 7 % len(texts)  # not always the first of its batch
-        fitting = (text for text in texts[begin:] + texts[:begin] if len(text) <= _CHECK_MAX_CHARS)
-        sample = next(fitting, texts[begin][:_CHECK_MAX_CHARS])
+        fitting = (text for text in texts[begin:] + texts[:begin] if len(text) <= CHECK_MAX_CHARS)
+        sample = next(fitting, texts[begin][:CHECK_MAX_CHARS])
         different = find_difference(self.engine, HuggingFaceEngine(self.tokenizer), [sample])
         if different is not None:
             raise DataError(

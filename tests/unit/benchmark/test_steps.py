@@ -17,8 +17,8 @@ from tests.helpers.one_rank import tiny_recipe
 @pytest.fixture(autouse=True)
 def _quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ceiling has its own test."""
-    monkeypatch.setattr("megatron_itt.benchmark.machine._WARM_UP_S", 0.0)
-    monkeypatch.setattr("megatron_itt.benchmark.machine._MEASURED_S", 0.01)
+    monkeypatch.setattr("megatron_itt.benchmark.machine.WARM_UP_S", 0.0)
+    monkeypatch.setattr("megatron_itt.benchmark.machine.MEASURED_S", 0.01)
 
 
 def test_all_models_are_timed_in_one_table() -> None:

@@ -76,7 +76,7 @@ def test_blocks_equal_a_dense_mask(shape: str, tall: int, short: int, monkeypatc
 def test_blocks_in_bfloat16_are_as_exact_as_bfloat16(
     narrow_rows: int, tall: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_BFLOAT16_ROWS", narrow_rows)
+    monkeypatch.setattr(attention, "BFLOAT16_ROWS", narrow_rows)
     monkeypatch.setattr(attention, "TALL_ROWS", tall)
     inputs, positions = made_up("uneven", torch.bfloat16)
     wide = [part.detach().double().requires_grad_(True) for part in inputs]

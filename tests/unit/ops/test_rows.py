@@ -66,7 +66,7 @@ def precision(request: pytest.FixtureRequest) -> tuple[torch.dtype, float]:
 
 @pytest.fixture(params=[1 << 17, 50], ids=["one block", "many blocks"], autouse=True)
 def _block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(dispatch, "BLOCK_ELEMENTS", request.param)
 
 
 def test_norm(precision: tuple[torch.dtype, float]) -> None:
@@ -170,7 +170,7 @@ def test_triton_equals_eager_pytorch(
     pytest.importorskip("triton")
     from megatron_itt.ops import rows_triton
 
-    monkeypatch.setattr(rows_triton, "_PROGRAMS", 2)  # so that a program of the norm's backward pass has several rows
+    monkeypatch.setattr(rows_triton, "PROGRAMS", 2)  # so that a program of the norm's backward pass has several rows
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3  # sums of up to 1100 numbers in another order
     rows, grad, wide, weight = (
         part.detach().to(DEVICE, dtype)
@@ -211,7 +211,7 @@ def test_triton_rotates_as_eager_pytorch_does(
     pytest.importorskip("triton")
     from megatron_itt.ops import rows_triton
 
-    monkeypatch.setattr(rows_triton, "_ROTARY_ELEMENTS", at_once)  # all heads in one program, four, or one
+    monkeypatch.setattr(rows_triton, "ROTARY_ELEMENTS", at_once)  # all heads in one program, four, or one
     _angles, cos, sin = make_angles(batch, size, dtype)
     (qkv,) = (part.detach().to(dtype) for part in numbers((11, 2, 2, 3 + 2, size)))
     heads = LAYOUTS[layout](qkv)

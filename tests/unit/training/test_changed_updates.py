@@ -10,7 +10,7 @@ import pytest
 from megatron_itt.checkpoint.save import save_checkpoint
 from megatron_itt.checkpoint.state import new_run_state
 from tests.helpers.one_rank import opened, tiny_recipe
-from tests.helpers.steps import _microbatches as microbatches
+from tests.helpers.steps import microbatches
 
 NUM_STEPS = 3
 

@@ -15,7 +15,7 @@ import torch
 from megatron_itt.checkpoint.store import list_checkpoints
 from megatron_itt.training.checkpointing import Checkpointer
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
-from tests.helpers.steps import _microbatches as microbatches
+from tests.helpers.steps import microbatches
 
 NUM_SAVES, NUM_WARM_UP = 9, 2
 LARGE = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.one_rank import opened, tiny_recipe
-from tests.helpers.steps import _microbatches as microbatches
+from tests.helpers.steps import microbatches
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed optimizer", "plain optimizer"])

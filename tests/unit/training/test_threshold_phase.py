@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_itt.model.routing import count_selected, select_above, threshold_for
 from tests.helpers.one_rank import opened, tiny_recipe
-from tests.helpers.steps import _microbatches as microbatches
+from tests.helpers.steps import microbatches
 
 
 def test_the_phase_picks_what_lies_above_the_thresholds_of_the_step_before() -> None:

@@ -15,15 +15,15 @@ from megatron_itt.errors import DataError
 from tests.unit.data.conftest import WrongEngine, write_jsonl
 
 LONG = "a long document. " * 2000
-assert len(LONG) > shards._CHECK_MAX_CHARS
+assert len(LONG) > shards.CHECK_MAX_CHARS
 
 
 @pytest.fixture
 def wrong_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(shards, "choose_engine", lambda tokenizer, name: WrongEngine(tokenizer))
-    shards._load_tools.cache_clear()
+    shards.load_tools.cache_clear()
     yield
-    shards._load_tools.cache_clear()
+    shards.load_tools.cache_clear()
 
 
 def make_task(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> ShardTask:
