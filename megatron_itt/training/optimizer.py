@@ -112,6 +112,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
     inner = next(_parts(optimizer)).optimizer
     settings = [{key: group[key] for key in _RECIPE_KEYS if key in group} for group in _groups(optimizer)]
     from_portable_state(loaded, inner.param_groups[0], counts_per_tensor=isinstance(inner, _TORCH_ADAMS))
+    _take_over_settings(loaded, list(_groups(optimizer)))
     optimizer.load_state_dict(loaded)
     for group, own in zip(_groups(optimizer), settings, strict=True):
         group.update(own)
@@ -120,6 +121,26 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
             # The loader gives one step counter to all tensors, and each would advance it.
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
+
+
+def _take_over_settings(loaded: Any, own_groups: list[dict[str, Any]]) -> None:
+    """Give loaded parameter groups the recipe's settings, in place.
+
+    megatron-core 0.17 and newer pair saved groups with current ones by rates and decays, which a resumed run may change.
+    """
+    own = {_kind_of(group): group for group in own_groups}
+    for part in _with_groups(loaded):
+        for group in part["param_groups"]:
+            current = own.get(_kind_of(group), {})
+            for key in _RECIPE_KEYS:
+                group.pop(key, None)
+                if key in current:
+                    group[key] = current[key]
+
+
+def _kind_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells parameter groups of one optimizer apart: whether weight decay and learning rate apply to them."""
+    return group.get("wd_mult"), group.get("lr_mult")
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
