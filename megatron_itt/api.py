@@ -10,6 +10,7 @@ from megatron_itt.config import RunConfig, load_config
 from megatron_itt.config.backends import use_backend
 from megatron_itt.config.environment import process_info
 from megatron_itt.config.optional_packages import hide_unusable_packages
+from megatron_itt.config.versions import check_megatron_core
 from megatron_itt.log import silence_known_warnings
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def preprocess(**options: Any) -> Outcome:
 def export_hf(checkpoint: str | Path, output: str | Path, **options: Any) -> ExportReport:
     """Export a checkpoint, or the newest of a run folder; the options are the fields of `hf.options.ExportOptions`."""
     silence_known_warnings()
+    check_megatron_core()
     hide_unusable_packages()
     from megatron_itt.hf.export import ExportOptions, export_checkpoint
 
@@ -64,6 +66,7 @@ def import_hf(model: str | Path, recipe: Recipe, output: str | Path, overrides: 
     """Write a checkpoint with the weights of a Hugging Face folder into the run folder `output`."""
     config = recipe if isinstance(recipe, RunConfig) else load_config(recipe, overrides)
     silence_known_warnings()
+    check_megatron_core()
     hide_unusable_packages()
     from megatron_itt.hf.import_weights import import_folder
 

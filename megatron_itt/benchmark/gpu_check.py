@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_itt.config.versions import check_megatron_core
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import silence_known_warnings
 
@@ -52,7 +53,9 @@ def require_packages() -> None:
             importlib.import_module(name)
         except Exception as error:  # a broken package is as bad as a missing one
             problems[label] = f"{label} ({type(error).__name__}: {error})"
-    if problems:
+    if not problems:
+        check_megatron_core()
+    else:
         raise ConfigError(f"not usable here: {'; '.join(problems.values())}; pip install {' '.join(problems)}")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_itt.config.optional_packages import OptionalPackage, find_apex, find_transformer_engine, hide_module
+from megatron_itt.config.versions import check_megatron_core
 from megatron_itt.errors import ConfigError
 
 NATIVE = "native"
@@ -55,8 +56,10 @@ def use_backend(wanted: str, *, device: str = "auto") -> ChosenBackend:
     """Choose a backend and hide the packages of the preferred ones that were not chosen.
 
     megatron-core takes AdamW and gradient clipping from the best package that it can import, so packages that are not
-    chosen must not be importable. Call it before the first import of megatron-core. Raises as `choose_backend` does.
+    chosen must not be importable. Call it before the first import of megatron-core. Raises as `choose_backend` does,
+    and for a megatron-core outside the tested range.
     """
+    check_megatron_core()
     chosen = choose_backend(wanted, device=device)
     for name in _FINDERS:
         if name == chosen.name:

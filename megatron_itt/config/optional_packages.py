@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+from megatron_itt.config.versions import transformer_engine_problem
+
 NO_GPU = "this machine has no NVIDIA GPU"
 # Paths that exist where the NVIDIA driver runs: Linux (two ways) and the Windows subsystem for Linux.
 _DRIVER_PATHS = ("/dev/nvidia0", "/proc/driver/nvidia/gpus", "/dev/dxg")
@@ -36,6 +38,8 @@ def find_transformer_engine() -> OptionalPackage:
     # megatron-core imports the fp8 module to detect TransformerEngine.
     imports = ("transformer_engine.pytorch", "transformer_engine.pytorch.fp8")
     reason = _find_fault("transformer_engine", needs_gpu=True, imports=imports)
+    if not reason and (problem := transformer_engine_problem(_version("transformer-engine"))):
+        reason = f"installed, but {problem}"
     return _status("transformer-engine", reason, cost="layers and AdamW run on other kernels, slower on GPUs")
 
 

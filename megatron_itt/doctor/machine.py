@@ -24,6 +24,7 @@ from megatron_itt.config.optional_packages import (
     has_nvidia_gpu,
     hide_unusable_packages,
 )
+from megatron_itt.config.versions import find_megatron_core_problem
 from megatron_itt.doctor.speed import Speed, gpu_warnings, measure_folder, measure_gpu, measure_links, measure_reading
 
 _WAY_OUT = "run make install, or pip install -c requirements/constraints.txt -e ."
@@ -104,6 +105,7 @@ def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, sp
         problems=[
             *([] if supported else [f"Python is {platform.python_version()}; megatron-core needs 3.10, 3.11 or 3.12"]),
             *(f"{package.name}: {package.reason}; {_WAY_OUT}" for package in required if not package.usable),
+            *([problem] if (problem := find_megatron_core_problem()) and "not installed" not in problem else []),
             *(f"{'links' if s.kind == 'links' else s.name}: {s.problem}" for s in speeds if s.problem),
         ],
         warnings=[

@@ -126,7 +126,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
 def _take_over_settings(loaded: Any, own_groups: list[dict[str, Any]]) -> None:
     """Give loaded parameter groups the recipe's settings, in place.
 
-    megatron-core 0.17 and newer pair saved groups with current ones by rates and decays, which a resumed run may change.
+    megatron-core 0.17 and newer pair saved groups with current ones by their rates, which a resumed run may change.
     """
     own = {_kind_of(group): group for group in own_groups}
     for part in _with_groups(loaded):

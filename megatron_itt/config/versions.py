@@ -1,0 +1,70 @@
+"""Tested ranges of megatron-core and TransformerEngine, compared with what would be imported.
+
+A source tree on PYTHONPATH shadows an installed wheel, so the version is read from the files that Python would import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from megatron_itt.errors import ConfigError
+
+# First and first excluded release.
+MEGATRON_CORE = ((0, 16), (0, 20))
+TRANSFORMER_ENGINE = ((2, 9), (2, 12))
+
+
+def check_megatron_core() -> None:
+    """Raise ConfigError if megatron-core is missing or outside the tested range, with its version and path."""
+    if problem := find_megatron_core_problem():
+        raise ConfigError(problem)
+
+
+def find_megatron_core_problem() -> str:
+    """Describe why the megatron-core that Python would import cannot be used, or return an empty string."""
+    first, end = (_text(release) for release in MEGATRON_CORE)
+    way_out = f"pip install 'megatron-core>={first},<{end}'"
+    try:
+        spec = importlib.util.find_spec("megatron.core")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        return f"megatron-core is not installed; {way_out}"
+    folder = Path(spec.origin).parent
+    version = _version_in(folder)
+    if version is not None and is_within(version, MEGATRON_CORE):
+        return ""
+    return (
+        f"megatron-core {version or 'of unknown version'} in {folder} is not supported; tested are {first} up to but "
+        f"not including {end}: {way_out}, or remove another copy from PYTHONPATH"
+    )
+
+
+def transformer_engine_problem(version: str | None) -> str:
+    """Describe why a version of TransformerEngine is outside the tested range, or return an empty string."""
+    if version is None or is_within(version, TRANSFORMER_ENGINE):
+        return ""
+    first, end = (_text(release) for release in TRANSFORMER_ENGINE)
+    return f"version {version} is outside the tested range, {first} up to but not including {end}"
+
+
+def is_within(version: str, tested: tuple[tuple[int, int], tuple[int, int]]) -> bool:
+    """Whether a version's first two numbers are in [first, end)."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and tested[0] <= (int(found[1]), int(found[2])) < tested[1]
+
+
+def _version_in(folder: Path) -> str | None:
+    """Read the version from megatron-core's sources, without importing it."""
+    try:
+        text = (folder / "package_info.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    numbers = [re.search(rf"^{name} *= *(\d+)$", text, flags=re.MULTILINE) for name in ("MAJOR", "MINOR", "PATCH")]
+    return ".".join(number[1] for number in numbers if number is not None) if all(numbers) else None
+
+
+def _text(release: tuple[int, int]) -> str:
+    return ".".join(map(str, release))
