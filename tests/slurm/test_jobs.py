@@ -118,7 +118,7 @@ def test_a_copied_job_file_says_that_it_lacks_its_launcher(
     )
     assert cluster.wait_for_end(job) == "FAILED"
     assert cluster.job(job)["ExitCode"] == "2:0"
-    assert "slurm/launch.sh is not found; submit this file where it lies" in (tmp_path / "log").read_text()
+    assert "slurm/launch.sh is not found; submit this file from its place" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(
