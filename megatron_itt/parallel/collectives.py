@@ -13,8 +13,11 @@ from megatron_itt.errors import IttError, StorageError
 T = TypeVar("T")
 
 
-def on_rank_zero(act: Callable[[], T]) -> T:
-    """Run `act` on rank 0 and return its result, or raise its OSError or IttError, on all ranks."""
+def on_rank_zero(act: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
+    """Run `act` on rank 0 and return its result, or raise its OSError or IttError, on all ranks.
+
+    The others wait on `group` (of all ranks), whose timeout bounds `act`.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return act()
     outcome: list[Any] = [None, None]
@@ -23,7 +26,7 @@ def on_rank_zero(act: Callable[[], T]) -> T:
             outcome = [act(), None]
         except (OSError, IttError) as error:
             outcome = [None, error]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

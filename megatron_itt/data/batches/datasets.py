@@ -36,6 +36,7 @@ from megatron_itt.data.indexed import read_index
 from megatron_itt.data.text.tokenizer import NO_TOKEN, Tokenizer, check_vocabulary
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import get_logger
+from megatron_itt.parallel.collectives import on_rank_zero
 
 VALIDATION_SEED = 1234  # not runtime.seed: every run is validated on the same samples
 _CACHE_FORMAT = 2
@@ -231,18 +232,10 @@ def _build_index_on_rank_0(config: RunConfig, blend: Blend, tokenizer: Tokenizer
     They wait on a group of their own: a collective of the job would give up after `runtime.timeout_minutes`.
     """
     group = dist.new_group(backend="gloo", timeout=_LONGEST_BUILD)
-    answer: list[Any] = [None, None]
-    failure: DataError | None = None
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = str(_build_index(config, blend, tokenizer)[0])
-        except DataError as error:
-            answer[1], failure = str(error), error
-    dist.broadcast_object_list(answer, src=0, group=group)
-    dist.destroy_process_group(group)
-    if answer[1] is not None:
-        raise failure or DataError(answer[1])
-    return Path(answer[0])
+    try:
+        return on_rank_zero(lambda: _build_index(config, blend, tokenizer)[0], group=group)
+    finally:
+        dist.destroy_process_group(group)
 
 
 def _build_index(config: RunConfig, blend: Blend, tokenizer: Tokenizer) -> tuple[Path, bool]:
