@@ -53,10 +53,9 @@ def require_packages() -> None:
             importlib.import_module(name)
         except Exception as error:  # a broken package is as bad as a missing one
             problems[label] = f"{label} ({type(error).__name__}: {error})"
-    if not problems:
-        check_megatron_core()
-    else:
+    if problems:
         raise ConfigError(f"not usable here: {'; '.join(problems.values())}; pip install {' '.join(problems)}")
+    check_megatron_core()
 
 
 def run_check(request: CheckRequest, *, show: Callable[[str], None] = print) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from megatron_itt.commands.arguments import Flag, Overrides, Recipe
 from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml, dump_config, load_config
 from megatron_itt.config.optional_packages import hide_unusable_packages
-from megatron_itt.config.versions import check_megatron_core
+from megatron_itt.config.versions import find_megatron_core_problem
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import configure_logging, silence_known_warnings
 
@@ -73,8 +72,8 @@ class Check(_OfLayout):
             return report.check_report(config, self.world_size)
         silence_known_warnings()
         hide_unusable_packages()
-        if importlib.util.find_spec("megatron") is not None:
-            check_megatron_core()
+        if problem := find_megatron_core_problem():
+            raise ConfigError(problem)
         try:
             from megatron_itt.training.trainer import built_check_report
         except ImportError as error:

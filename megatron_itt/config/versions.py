@@ -18,27 +18,24 @@ TRANSFORMER_ENGINE = ((2, 9), (2, 12))
 
 def check_megatron_core() -> None:
     """Raise ConfigError if megatron-core is missing or outside the tested range, with its version and path."""
+    if _find_folder() is None:
+        raise ConfigError(f"megatron-core is not installed; {_way_out()}")
     if problem := find_megatron_core_problem():
         raise ConfigError(problem)
 
 
 def find_megatron_core_problem() -> str:
-    """Describe why the megatron-core that Python would import cannot be used, or return an empty string."""
-    first, end = (_text(release) for release in MEGATRON_CORE)
-    way_out = f"pip install 'megatron-core>={first},<{end}'"
-    try:
-        spec = importlib.util.find_spec("megatron.core")
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
-        return f"megatron-core is not installed; {way_out}"
-    folder = Path(spec.origin).parent
+    """Describe why the megatron-core that Python would import is not supported; empty if it is, or if there is none."""
+    folder = _find_folder()
+    if folder is None:
+        return ""
     version = _version_in(folder)
     if version is not None and is_within(version, MEGATRON_CORE):
         return ""
+    first, end = (_text(release) for release in MEGATRON_CORE)
     return (
         f"megatron-core {version or 'of unknown version'} in {folder} is not supported; tested are {first} up to but "
-        f"not including {end}: {way_out}, or remove another copy from PYTHONPATH"
+        f"not including {end}: {_way_out()}, or remove another copy from PYTHONPATH"
     )
 
 
@@ -54,6 +51,20 @@ def is_within(version: str, tested: tuple[tuple[int, int], tuple[int, int]]) -> 
     """Whether a version's first two numbers are in [first, end)."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is not None and tested[0] <= (int(found[1]), int(found[2])) < tested[1]
+
+
+def _find_folder() -> Path | None:
+    """Return the folder that `import megatron.core` would read, without importing it."""
+    try:
+        spec = importlib.util.find_spec("megatron.core")
+    except ModuleNotFoundError:
+        return None
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _way_out() -> str:
+    first, end = (_text(release) for release in MEGATRON_CORE)
+    return f"pip install 'megatron-core>={first},<{end}'"
 
 
 def _version_in(folder: Path) -> str | None:

@@ -105,7 +105,7 @@ def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, sp
         problems=[
             *([] if supported else [f"Python is {platform.python_version()}; megatron-core needs 3.10, 3.11 or 3.12"]),
             *(f"{package.name}: {package.reason}; {_WAY_OUT}" for package in required if not package.usable),
-            *([problem] if (problem := find_megatron_core_problem()) and "not installed" not in problem else []),
+            *([problem] if (problem := find_megatron_core_problem()) else []),
             *(f"{'links' if s.kind == 'links' else s.name}: {s.problem}" for s in speeds if s.problem),
         ],
         warnings=[
