@@ -211,7 +211,7 @@ def _calibrate(itt: ITTForCausalLM, case: DecodeCase) -> None:
         thinking.router.normal_(std=1.0)
         thinking.logit_quantiles.copy_(torch.linspace(-1, 1, thinking.logit_quantiles.shape[1], device=case.device))
     for idx, thinking in enumerate(routers):
-        for table, step in zip(thinking.logit_quantiles, range(len(case.capacity)), strict=True):
+        for step, table in enumerate(thinking.logit_quantiles):
             output = itt(tokens, routing="threshold", use_cache=False, output_router_logits=True)
             logits = output.router_logits[idx][:, step].flatten().float()
             table.copy_(torch.quantile(logits, torch.linspace(0, 1, table.shape[0], device=logits.device)))

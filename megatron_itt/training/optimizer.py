@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,12 +110,9 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
     """Put a loaded state into the optimizer, whichever AdamW wrote it. Rates, betas and eps stay the recipe's."""
     inner = next(_parts(optimizer)).optimizer
-    settings = [{key: group[key] for key in _RECIPE_KEYS if key in group} for group in _groups(optimizer)]
     from_portable_state(loaded, inner.param_groups[0], counts_per_tensor=isinstance(inner, _TORCH_ADAMS))
-    _take_over_settings(loaded, list(_groups(optimizer)))
+    _take_over_settings(loaded, _groups(optimizer))
     optimizer.load_state_dict(loaded)
-    for group, own in zip(_groups(optimizer), settings, strict=True):
-        group.update(own)
     for part in _parts(optimizer):
         if _is_torch_adam(part):
             # The loader gives one step counter to all tensors, and each would advance it.
@@ -123,7 +120,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: Any) -> None:
                 state["step"] = state["step"].clone()
 
 
-def _take_over_settings(loaded: Any, own_groups: list[dict[str, Any]]) -> None:
+def _take_over_settings(loaded: Any, own_groups: Iterable[dict[str, Any]]) -> None:
     """Give loaded parameter groups the recipe's settings, in place.
 
     megatron-core 0.17 and newer pair saved groups with current ones by their rates, which a resumed run may change.
