@@ -119,11 +119,6 @@ def _end_with_starter() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def use_hosted_store() -> None:
-    """Have rank 0 connect to a store that another process hosts, as under torchrun."""
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-
-
 def set_offline(enabled: bool) -> None:
     """Restrict the Hugging Face libraries to local files, or lift that. Call it before they are imported."""
     for name in _OFFLINE_VARIABLES:

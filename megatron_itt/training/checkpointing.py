@@ -145,12 +145,6 @@ def load_trainer(trainer: Trainer, checkpoint: Path, *, with_random_states: bool
         restore_random_states(loaded[RANDOM_STATES])
 
 
-def load_weights(trainer: Trainer, checkpoint: Path) -> None:
-    """Fill the model alone from a checkpoint written under any layout; optimizer and schedule stay at their start."""
-    load_model_state(trainer.built.chunks, load_sharded_state(sharded_model_state(trainer.built.chunks), checkpoint))
-    trainer.optimizer.reload_model_params()  # the float32 copies that bf16 training steps
-
-
 def trainer_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
     """The sharded state of model, optimizer, schedule and random generators, to save or to be filled by a load."""
     model_state = sharded_model_state(trainer.built.chunks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import tempfile
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from megatron_itt.config.environment import ProcessInfo, use_hosted_store
+from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import silence_known_warnings
 
@@ -67,7 +68,7 @@ def _run_process(
     rank: int, function: Callable[..., Any], jobs: Sequence[tuple[Job, int]], threads: int, folder: str
 ) -> None:
     silence_known_warnings()
-    use_hosted_store()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 connects to the store that the parent hosts
     torch.set_num_threads(threads)
     results: list[Any] = []
     for job, port in jobs:

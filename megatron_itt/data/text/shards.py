@@ -38,7 +38,6 @@ from megatron_itt.files import atomic_write, file_crc32
 
 _BATCH_CHARS = 1 << 20
 _BATCH_DOCUMENTS = 4096
-_CRC_CHUNK = 1 << 22
 _CHECK_INTERVAL_BATCHES = 8  # of some 1 MB; the first of every shard is among them
 CHECK_MAX_CHARS = 1 << 14
 

@@ -94,14 +94,6 @@ class Workers:
             ) from error
 
 
-def run_tasks(
-    function: TaskFunction, tasks: Sequence[Any], num_workers: int, report: Report = lambda counts: None
-) -> Iterator[Finished]:
-    """Run `function` on every task in processes of their own; see `Workers`. They end with the iteration."""
-    with Workers(min(num_workers, max(1, len(tasks)))) as workers:
-        yield from workers.run(function, tasks, report)
-
-
 def _start(lifeline: Any, progress: Any, prepare: Callable[[], Any] | None) -> None:
     """Set a worker up."""
     _PROGRESS.append(progress)

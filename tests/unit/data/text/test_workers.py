@@ -8,13 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_itt.data.text.workers import run_tasks
+from megatron_itt.data.text.workers import Finished, Report, TaskFunction, Workers
 from megatron_itt.errors import DataError
+
+
+def run_tasks(
+    function: TaskFunction, tasks: Sequence[Any], num_workers: int, report: Report = lambda counts: None
+) -> Iterator[Finished]:
+    """Run `function` on every task; the processes end with the iteration."""
+    with Workers(min(num_workers, max(1, len(tasks)))) as workers:
+        yield from workers.run(function, tasks, report)
 
 
 def square(task: int, report: Callable[[tuple[int, ...]], None]) -> int:
