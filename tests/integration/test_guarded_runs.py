@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -192,7 +193,10 @@ def test_wandb_is_written_offline(recipe: Path, tmp_path: Path) -> None:
 def test_wandb_without_its_package_is_refused(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *package: None if name == "wandb" else find_spec(name, *package)
+    )
     assert run(recipe, "logging.wandb={project: itt}") == 2
     assert "wandb is not installed" in capsys.readouterr().err
 
