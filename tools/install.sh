@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Set up .venv with everything that training, evaluation and the tests need. Called by the Makefile; safe to run again
-# at any time, also after an interruption: what is installed already is kept.
+# Set up a virtual environment with everything that training, evaluation and the tests need. Called by the Makefile; safe
+# to run again at any time, also after an interruption: what is installed already is kept.
 #
-#   bash tools/install.sh                 PYTHON=python3.12 bash tools/install.sh
+#   bash tools/install.sh                 PYTHON=python3.12 VENV=.venv EXTRAS=data,eval,analysis,dev bash tools/install.sh
 #
+# The constraints choose megatron-core by Python's version: 0.19 on 3.12 and newer, 0.16 on 3.10 and 3.11.
 # torch goes first and exactly pinned, because what depends on it would otherwise take the newest one. Without an NVIDIA
 # GPU the CPU build is preferred, if its index answers; otherwise pip's configured indexes decide. transformer-engine
 # and apex are never installed here (see `itt doctor` for what their absence costs).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv
+venv=${VENV:-.venv}
+extras=${EXTRAS:-data,eval,analysis,dev}
 log=$venv/install.log
 constraints=requirements/constraints.txt
 cpu_index=https://download.pytorch.org/whl/cpu
@@ -20,17 +22,17 @@ fail() {
     exit 1
 }
 
-is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-python3}" python3.12 python3.11 python3.10; do
+    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
         if is_supported "$candidate"; then
             command -v "$candidate"
             return
         fi
     done
-    fail "no Python 3.10, 3.11 or 3.12 found (tried ${PYTHON:-python3} and python3.10 to 3.12); set PYTHON=/path/to/python"
+    fail "no Python 3.10 to 3.13 found (tried ${PYTHON:-python3} and python3.10 to 3.13); set PYTHON=/path/to/python"
 }
 
 run_pip() { # run_pip WHAT ARGUMENT...: install quietly into the log; on failure show its end
@@ -75,7 +77,6 @@ make_venv
 rm -f "$venv/.installed"
 : >"$log"
 install_torch
-run_pip "megatron-itt with extras data, eval, analysis, dev (about 1.5 GB; minutes)" \
-    -c "$constraints" -e ".[data,eval,analysis,dev]"
+run_pip "megatron-itt with extras ${extras//,/, } (about 1.5 GB; minutes)" -c "$constraints" -e ".[$extras]"
 touch "$venv/.installed"
 echo "install: done"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +150,23 @@ def set_cuda_determinism() -> None:
     """Request deterministic reductions of cuBLAS and TransformerEngine; call it before the first CUDA call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+
+
+def find_c_compiler() -> str | None:
+    """Return the C compiler that Triton would use: CC, gcc or clang; None if there is none."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def keep_compiled_kernels_local() -> None:
+    """Let Triton and inductor cache compiled kernels on this node's scratch disk, unless the environment names folders.
+
+    Triton's default is the home folder, which clusters share between nodes. Call it before torch is imported.
+    """
+    scratch = _text("SLURM_TMPDIR")
+    if not os.access(scratch, os.W_OK):
+        scratch = tempfile.gettempdir()
+    for name, folder in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        os.environ.setdefault(name, str(Path(scratch) / f"itt_kernels_{os.getuid()}" / folder))
 
 
 def launcher_claim() -> str | None:

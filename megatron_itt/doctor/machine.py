@@ -90,7 +90,7 @@ def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, sp
     job = process_info()
     links = [measure_links(job)] if speed and has_torch and job.world_size > 1 else []
     speeds = [*gpu_speeds, *links, *speeds]
-    supported = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
     return Diagnosis(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -103,7 +103,7 @@ def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, sp
         optional=optional,
         speeds=speeds,
         problems=[
-            *([] if supported else [f"Python is {platform.python_version()}; megatron-core needs 3.10, 3.11 or 3.12"]),
+            *([] if supported else [f"Python is {platform.python_version()}; tested are 3.10 to 3.13"]),
             *(f"{package.name}: {package.reason}; {_WAY_OUT}" for package in required if not package.usable),
             *([problem] if (problem := find_megatron_core_problem()) else []),
             *(f"{'links' if s.kind == 'links' else s.name}: {s.problem}" for s in speeds if s.problem),

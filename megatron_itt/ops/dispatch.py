@@ -9,8 +9,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from megatron_itt.config.environment import find_c_compiler
+from megatron_itt.log import get_logger
+
 # Elements in a block of rows: a few temporary tensors of this size fit into the second-level cache of a CPU core.
 BLOCK_ELEMENTS = 1 << 17
+_MAX_REASON_LENGTH = 200
 
 
 def uses_triton(tensor: Tensor) -> bool:
@@ -20,8 +24,31 @@ def uses_triton(tensor: Tensor) -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether the package is installed; PyTorch builds for NVIDIA GPUs bring it."""
-    return find_spec("triton") is not None
+    """Whether Triton can launch kernels on this machine; the reason why an installed one cannot is logged, in one line.
+
+    PyTorch builds for NVIDIA GPUs bring Triton, but not the C compiler and Python.h that it builds its launchers with.
+    """
+    if find_spec("triton") is None:
+        return False
+    problem = _launch_problem()
+    if problem:
+        get_logger().warning(
+            f"Triton's kernels are not used ({problem}): PyTorch's own run instead, slower; install gcc "
+            "and python3-dev, or set CC to a C compiler"
+        )
+    return not problem
+
+
+def _launch_problem() -> str:
+    if find_c_compiler() is None:
+        return "no C compiler"
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_device()  # its first use builds the helper that loads and launches kernels
+    except Exception as error:  # failed compilations, missing libraries, no driver: each of another type
+        return " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_LENGTH]
+    return ""
 
 
 def row_blocks(rows: Tensor) -> Iterator[slice]:

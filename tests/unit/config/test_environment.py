@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import tempfile
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import psutil
 import pytest
 
-from megatron_itt.config.environment import end_with_parent, gpu_index, process_info
+from megatron_itt.config.environment import (
+    end_with_parent,
+    gpu_index,
+    keep_compiled_kernels_local,
+    process_info,
+)
 from megatron_itt.errors import ConfigError
 
 fork = multiprocessing.get_context("fork")
@@ -118,3 +126,17 @@ def test_variables_of_white_space_count_as_not_set(job: pytest.MonkeyPatch) -> N
         job.setenv(name, " ")
     process = process_info()
     assert (process.rank, process.world_size, process.master_address, process.master_port) == (0, 1, "127.0.0.1", 0)
+
+
+def test_compiled_kernels_go_to_local_scratch_unless_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {}
+    for scratch in (str(tmp_path), str(tmp_path / "absent"), ""):
+        monkeypatch.setattr(os, "environ", {"SLURM_TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": "/chosen"})
+        keep_compiled_kernels_local()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
+        folders[scratch] = Path(os.environ["TRITON_CACHE_DIR"])
+    own, *others = folders.values()
+    assert own.is_relative_to(tmp_path)
+    assert all(folder.is_relative_to(tempfile.gettempdir()) and folder.name == "triton" for folder in others)
