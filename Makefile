@@ -1,6 +1,6 @@
 # Every target sets up .venv first if it has to; nothing needs activating. `make help` lists the targets.
 #
-#   PYTHON=python3.12   the interpreter to make .venv with (default: the first of python3, python3.12 .. 3.10 that fits)
+#   PYTHON=python3.12   the interpreter to make .venv with (default: the first of python3, python3.13 .. 3.10 that fits)
 #   PYTEST_WORKERS=4    processes for the tests (default 2)
 
 SHELL := /bin/bash
@@ -17,7 +17,7 @@ SOURCES := megatron_itt tools tests setup.py
 export OMP_NUM_THREADS ?= 1
 export PYTHON
 
-.PHONY: help install quickstart test test-parallel lint types format bench gpu-check clean
+.PHONY: help install quickstart test test-versions test-parallel lint types format bench gpu-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test: lint types  ## lint, types and all fast tests
 
 test-parallel: $(STAMP)  ## the full matrix of parallel layouts (gloo, long)
 	@$(PY) -m pytest tests/distributed --slow --timeout 3600
+
+test-versions: $(STAMP)  ## version-dependent tests under the other tested Python and megatron-core (OTHER_PYTHON=python3.13)
+	@bash tools/test_versions.sh
 
 lint: $(STAMP)  ## formatting and lint rules
 	@$(PY) -m ruff format --check --quiet $(SOURCES) || { $(PY) -m ruff format --diff --quiet $(SOURCES); \

@@ -18,6 +18,7 @@ if not has_nvidia_gpu():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--other-python", help="Python of an environment with another megatron-core, for its checkpoints")
 
 
 def _count_gpus() -> int:

@@ -117,7 +117,7 @@ def test_a_setting_that_routed_steps_do_not_support_is_refused(setting: str, val
 def qwen_like(built: Any) -> tuple[RotarySelfAttention, Tensor]:
     """An attention with QKV bias and q/k norms, random, and the rotary angles."""
     spec = built.chunks[0].decoder.layers[0].submodules_config.self_attention
-    built.config.add_qkv_bias = True
+    built.config.add_qkv_bias = built.config.qk_layernorm = True
     submodules = replace(spec.submodules, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
     attention = RotarySelfAttention(built.config, submodules, layer_number=1)
     generator = torch.Generator().manual_seed(7)

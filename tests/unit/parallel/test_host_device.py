@@ -39,6 +39,7 @@ UNDONE = """
 import gc, sys, types
 import torch
 torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)
+torch.accelerator.current_accelerator = lambda *_args, **_kwargs: None  # a build for CUDA would ask the driver
 import megatron_itt.checkpoint.save
 from megatron_itt.errors import ConfigError
 from megatron_itt.config.environment import ProcessInfo
