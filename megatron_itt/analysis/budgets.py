@@ -6,7 +6,7 @@ Source: paper, Table 2 (its budgets) and Figure 6, left (perplexity against FLOP
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 from megatron_itt.accounting.flops import forward_flops, paper_flops
 from megatron_itt.analysis.measurement import Measurement
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
+from megatron_itt.config.switches import field_names
 from megatron_itt.errors import DataError
-from megatron_itt.evaluation.exported_model import Budget, ExportedModel, check_budget, format_budget, load_export
-from megatron_itt.evaluation.harness import EvaluationRequest, evaluate_export
-from megatron_itt.evaluation.perplexity import measure_perplexity
+from megatron_itt.evaluation.exported_model import ExportedModel, load_export
+from megatron_itt.evaluation.harness import evaluate_export
+from megatron_itt.evaluation.options import Budget, EvaluationRequest, check_budget, format_budget
+from megatron_itt.evaluation.perplexity import encode_documents, measure_perplexity
 from megatron_itt.evaluation.results import scores_of
 from megatron_itt.log import get_logger
 
@@ -25,20 +27,6 @@ from megatron_itt.log import get_logger
 _TABLE_2 = "999 990 909 099 997 979 779 977 777 775 757 577 755 557 575 555"
 TABLE_2: tuple[Budget, ...] = tuple(tuple(int(digit) / 10 for digit in shares) for shares in _TABLE_2.split())
 GRID = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-_SWITCHES = ("residual", "routing", "step_encoding", "gate", "reweight", "attend", "update", "skip")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tasks:
-    """Tasks to score at every budget, as for itt evaluate; their results are kept in `folder`."""
-
-    names: Sequence[str]
-    folder: Path
-    task_dirs: Sequence[Path] = ()
-    data_root: Path | None = None
-    limit: int | None = None
-    device: str = "auto"
-    overwrite: bool = False
 
 
 def measure_budgets(
@@ -47,15 +35,17 @@ def measure_budgets(
     *,
     budgets: Sequence[Budget] = (),
     grid: Sequence[float] = GRID,
-    tasks: Tasks | None = None,
+    tasks: EvaluationRequest | None = None,
     max_tokens: int | None = None,
     device: str = "auto",
 ) -> Measurement:
     """Measure every model at each of its budgets; a model without routing has one point.
 
     An ITT is measured as trained, at `budgets` (default: Table 2, if it has three routed steps) and at each share of
-    `grid` for all steps. Values: `points` with model, name, budget, loss, loss_stderr, perplexity, flops, paper_flops,
-    accuracy (mean over tasks, None without), `on_front` (no other point is both cheaper and better, by executed FLOPs).
+    `grid` for all steps. `tasks` are scored at each budget as by itt evaluate; the results are kept in a folder per
+    model within its `output`. Values: `points` with model, name, budget, loss, loss_stderr, perplexity, flops,
+    paper_flops, accuracy (mean over tasks, None without), `on_front` (no other point is both cheaper and better, by
+    executed FLOPs).
     """
     exports = [load_export(path, device=device) for path in models]
     _check_tokenizers(exports)
@@ -105,12 +95,13 @@ def shape_of(export: ExportedModel) -> tuple[ModelConfig, ThinkingConfig]:
         seq_length=config.max_position_embeddings,
         tie_embeddings=bool(config.tie_word_embeddings),
     )
-    thinking = getattr(config, "thinking", None)
-    if not thinking or thinking["kind"] == "none":
-        return model, ThinkingConfig()
-    switches = {name: thinking[name] for name in _SWITCHES}
-    layers, capacity = tuple(thinking["layers"]), tuple(thinking["capacity"])
-    return model, ThinkingConfig(kind=thinking["kind"], layers=layers, capacity=capacity, **switches)
+    exported = getattr(config, "thinking", None) or {"kind": "none"}
+    switches: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in exported.items()
+        if key in field_names(ThinkingConfig, "exported")
+    }
+    return model, ThinkingConfig(**switches)
 
 
 def name_of(export: ExportedModel) -> str:
@@ -158,14 +149,9 @@ def mean_accuracy(run: dict[str, Any]) -> float:
 
 
 def _notes_on_windows(exports: Sequence[ExportedModel], texts: Sequence[str], max_tokens: int | None) -> list[str]:
-    length, tokenizer = min(export.max_length for export in exports), exports[0].tokenizer
-    num_long = num_read = 0
-    for text in texts:
-        if max_tokens is not None and num_read >= max_tokens:
-            break
-        num_tokens = len(tokenizer.encode(text, add_special_tokens=False))
-        num_read += num_tokens
-        num_long += num_tokens > length
+    length = min(export.max_length for export in exports)
+    documents = [document[1:] for document in encode_documents(exports[0], texts, max_tokens)[0]]
+    num_long = sum(len(document) > length for document in documents)
     return [f"Longer than {length:,} tokens, so read in windows: {num_long:,} texts."] if num_long else []
 
 
@@ -178,19 +164,12 @@ def _check_tokenizers(exports: Sequence[ExportedModel]) -> None:
             )
 
 
-def _score(export: ExportedModel, budgets: Sequence[Budget | None], tasks: Tasks) -> dict[Budget | None, float]:
+def _score(
+    export: ExportedModel, budgets: Sequence[Budget | None], tasks: EvaluationRequest
+) -> dict[Budget | None, float]:
     """Mean accuracy over the tasks at each budget."""
-    request = EvaluationRequest(
-        model=export.folder,
-        output=tasks.folder / export.folder.name,
-        tasks=tasks.names,
-        task_dirs=tasks.task_dirs,
-        budgets=[budget for budget in budgets if budget is not None],
-        data_root=tasks.data_root,
-        limit=tasks.limit,
-        device=tasks.device,
-        overwrite=tasks.overwrite,
-    )
+    given = [budget for budget in budgets if budget is not None]
+    request = replace(tasks, model=export.folder, output=tasks.output / export.folder.name, budgets=given)
     runs = [(run["thinking_budget"], run) for run in evaluate_export(request)["runs"]]
     return {None if budget is None else tuple(budget): mean_accuracy(run) for budget, run in runs}
 

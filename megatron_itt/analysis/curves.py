@@ -16,10 +16,8 @@ from typing import Any
 from megatron_itt.accounting.flops import TRAINING_FACTOR, count_parameters, forward_flops, paper_flops
 from megatron_itt.analysis.budgets import mean_accuracy
 from megatron_itt.analysis.measurement import Measurement
-from megatron_itt.analysis.runs import RunRecord, is_finite, overall_loss, read_run
-from megatron_itt.config.load import parse_config
-from megatron_itt.config.run import RunConfig
-from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.analysis.runs import RunRecord, is_finite, read_run
+from megatron_itt.errors import DataError
 from megatron_itt.evaluation.results import read_results
 from megatron_itt.training.capacity import training_capacity
 
@@ -36,7 +34,10 @@ def measure_curves(run_dirs: Sequence[Path], *, baseline: Path | None = None) ->
         raise DataError("a run folder is given twice; give each run once")
     if baseline is not None and baseline.resolve() not in paths:
         raise DataError(f"baseline {baseline} is not among the runs; give it with --run as well")
-    names = _distinct_names(paths)
+    depth = 1  # of the end of each path that tells the runs apart
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    names = ["/".join(path.parts[-depth:]) for path in paths]
     runs = dict(zip(names, map(read_run, run_dirs), strict=True))
     notes = [f"{name}: {problem}" for name, run in runs.items() for problem in run.problems]
     check_comparable(runs)
@@ -46,12 +47,11 @@ def measure_curves(run_dirs: Sequence[Path], *, baseline: Path | None = None) ->
     if not drawn:
         raise DataError("none of the runs has a loss to draw; look at their metrics.jsonl")
     base_name = names[0 if baseline is None else paths.index(baseline.resolve())]
-    base = next((curve for curve in drawn if curve["name"] == base_name and curve["validation"]), None)
-    reach = []
+    validated = [curve for curve in drawn if curve["validation"]]
+    base = next((curve for curve in validated if curve["name"] == base_name), None)
     if base is None:
         notes.append(f"The baseline {base_name} has no validation loss, so nothing can be compared with it.")
-    else:
-        reach = [tokens_to_reach(curve, base) for curve in drawn if curve is not base and curve["validation"]]
+    reach = [tokens_to_reach(curve, base) for curve in validated if base is not None and curve is not base]
     values = {"runs": drawn, "baseline": base_name, "reach": reach}
     return Measurement(kind="curves", values=values, source={"runs": [str(path) for path in run_dirs]}, notes=notes)
 
@@ -69,22 +69,22 @@ def measure_scaling(run_dirs: Sequence[Path], *, evaluations: Sequence[Path] = (
     points: list[dict[str, Any]] = []
     notes = []
     for position, (path, run) in enumerate(runs.items()):
-        config = _config_of(run)
-        final = [point for point in run.final_validation() if point.budget == run.main_budget]
-        if config is None or not final:
+        config, validated = run.config, run.main_validation()
+        if config is None or not validated:
             notes.append(f"{path} is left out: it has no {'readable recipe' if config is None else 'validation loss'}.")
             continue
+        sections = config.model, config.thinking
         points.append(
             {
                 "run": run.name,
                 "kind": config.thinking.kind,
                 "steps": config.thinking.num_steps,
                 "hidden_size": config.model.hidden_size,
-                "parameters": count_parameters(config.model, config.thinking).total,
-                "loss": overall_loss(final),
+                "parameters": count_parameters(*sections).total,
+                "loss": validated[-1][1],
                 "accuracy": mean_accuracy(read_results(evaluations[position])["runs"][0]) if evaluations else None,
-                "flops": forward_flops(config.model, config.thinking).total,
-                "paper_flops": paper_flops(config.model, config.thinking),
+                "flops": forward_flops(*sections).total,
+                "paper_flops": paper_flops(*sections),
             }
         )
     if not points:
@@ -107,18 +107,12 @@ def check_comparable(runs: Mapping[str, RunRecord]) -> None:
 
 def _data_of(run: RunRecord) -> dict[str, Any]:
     """The settings that two runs must share for their losses to compare. Paths are compared as in the recipe."""
-    data, model = run.section("data"), run.section("model")
-    blend = {domain: entry or {} for domain, entry in sorted((data.get("blend") or {}).items())}
+    blend = {domain: entry or {} for domain, entry in sorted((run.section("data").get("blend") or {}).items())}
     total = math.fsum(entry["weight"] for entry in blend.values() if is_finite(entry.get("weight"))) or 1.0
-    return {
-        "data.tokenizer": data.get("tokenizer"),
-        "model.vocab_size": model.get("vocab_size"),
-        "model.seq_length": model.get("seq_length"),
-        "data.blend": {
-            domain: (entry.get("path"), round((entry.get("weight") or 0) / total, 6)) for domain, entry in blend.items()
-        },
-        "validation.tokens": run.section("validation").get("tokens"),
-    }
+    keys = ("data.tokenizer", "model.vocab_size", "model.seq_length", "validation.tokens")
+    facts = {key: run.section(key.split(".")[0]).get(key.split(".")[1]) for key in keys}
+    shares = {name: (own.get("path"), round((own.get("weight") or 0) / total, 6)) for name, own in blend.items()}
+    return {**facts, "data.blend": shares}
 
 
 def tokens_to_reach(run: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
@@ -126,100 +120,63 @@ def tokens_to_reach(run: dict[str, Any], baseline: dict[str, Any]) -> dict[str, 
 
     The loss is interpolated linearly between validations. All None where it is never met.
     """
-    target = baseline["validation"][-1]
+    target, points = baseline["validation"][-1], run["validation"]
     found: dict[str, Any] = {"run": run["name"], "baseline_loss": target["loss"]}
-    points = run["validation"]
     first = next((idx for idx, point in enumerate(points) if point["loss"] <= target["loss"]), None)
     for axis in ("tokens", "flops", "paper_flops"):
-        at = None if first is None else _crossing(points, first, axis, target["loss"])
+        at = None if first is None else points[first].get(axis)
+        if first and at is not None and points[first - 1].get(axis) is not None:
+            before, here = points[first - 1], points[first]
+            part = (before["loss"] - target["loss"]) / (before["loss"] - here["loss"])
+            at = before[axis] + part * (here[axis] - before[axis])
         found[axis] = at
         found[f"{axis}_share"] = at / target[axis] if at is not None and target.get(axis) else None
     return found
 
 
-def _crossing(points: Sequence[dict[str, Any]], idx: int, axis: str, loss: float) -> float | None:
-    here = points[idx]
-    if idx == 0 or here.get(axis) is None or points[idx - 1].get(axis) is None:
-        return here.get(axis)
-    before = points[idx - 1]
-    part = (before["loss"] - loss) / (before["loss"] - here["loss"])
-    return before[axis] + part * (here[axis] - before[axis])
-
-
 def curves_of(name: str, run: RunRecord) -> dict[str, Any]:
     """Return the curves of one run, see `measure_curves`."""
-    config = _config_of(run)
-    seconds, flops, tokens_per_step = _elapsed(run), _training_flops(config), _tokens_per_step(run, config)
+    cost, budget = _costs(run), run.main_budget
 
-    def point(step: float, loss: float) -> dict[str, Any]:
-        executed, counted_by_paper = flops(step)
-        return {
-            "step": step,
-            "tokens": None if tokens_per_step is None else step * tokens_per_step,
-            "flops": executed,
-            "paper_flops": counted_by_paper,
-            "seconds": seconds(step),
-            "loss": loss,
-        }
+    def points(series: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+        return [{"step": step, **cost(step), "loss": loss} for step, loss in series]
 
-    budget = run.main_budget
-    by_step: dict[int, list[Any]] = {}
-    for entry in run.validation:
-        if entry.budget == budget:
-            by_step.setdefault(entry.step, []).append(entry)
     return {
         "name": name,
         "kind": run.section("thinking").get("kind"),
         "budget": None if budget is None else list(budget),
-        "training": [point(step, loss) for step, loss in run.series("loss")],
-        "validation": [point(step, overall_loss(entries)) for step, entries in sorted(by_step.items())],
+        "training": points(run.series("loss")),
+        "validation": points(run.main_validation()),
     }
 
 
-def _config_of(run: RunRecord) -> RunConfig | None:
-    """The recipe of a run, checked; None where it is missing or of another version."""
-    try:
-        return parse_config(run.recipe) if run.recipe else None
-    except ConfigError:
-        return None
+def _costs(run: RunRecord) -> Callable[[float], dict[str, float | None]]:
+    """Tokens, FLOPs and seconds of training up to a step; None where they are unknown.
 
-
-def _tokens_per_step(run: RunRecord, config: RunConfig | None) -> float | None:
-    if config is not None:
-        return float(config.tokens_per_step)
+    FLOPs are at the capacity of each step, as executed and as the paper counts. Seconds are without validation and
+    checkpoints.
+    """
+    config, times = run.config, run.series("step_time_s")
     consumed = [(step, tokens) for step, tokens in run.series("consumed_tokens") if step > 0]
-    return consumed[-1][1] / consumed[-1][0] if consumed else None
-
-
-def _training_flops(config: RunConfig | None) -> Callable[[float], tuple[float | None, float | None]]:
-    """Training FLOPs up to a step, executed and as the paper counts, at the capacity of each step."""
-    if config is None:
-        return lambda _: (None, None)
-    model, thinking, sequences = config.model, config.thinking, config.batch.global_size
-
-    @cache
-    def of_step(budget: tuple[float, ...] | None) -> tuple[float, float]:
-        executed = forward_flops(model, thinking, budget=budget).training
-        return executed * sequences, TRAINING_FACTOR * paper_flops(model, thinking, budget=budget) * sequences
-
-    costs = [of_step(training_capacity(config, step)) for step in range(1, config.schedule.steps + 1)]
-    executed, paper = ([0.0, *accumulate(column)] for column in zip(*costs, strict=True))
-    return lambda step: (executed[min(int(step), len(costs))], paper[min(int(step), len(costs))])
-
-
-def _elapsed(run: RunRecord) -> Callable[[float], float | None]:
-    """Seconds of training up to a step, without validation and checkpoints."""
-    times = run.series("step_time_s")
-    if not times:
-        return lambda _: None
+    per_step = consumed[-1][1] / consumed[-1][0] if consumed else None
     totals = dict(zip((step for step, _ in times), accumulate(seconds for _, seconds in times), strict=True))
-    mean = list(totals.values())[-1] / len(times)
-    return lambda step: totals.get(step, step * mean)
+    mean = list(totals.values())[-1] / len(times) if times else None
+    executed: list[float] = []
+    paper: list[float] = []
+    if config is not None:
+        per_step = float(config.tokens_per_step)
+        model, thinking, sequences = config.model, config.thinking, config.batch.global_size
 
+        @cache
+        def of_step(budget: tuple[float, ...] | None) -> tuple[float, float]:
+            flops = forward_flops(model, thinking, budget=budget).training
+            return flops * sequences, TRAINING_FACTOR * paper_flops(model, thinking, budget=budget) * sequences
 
-def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many parents as needed to tell them apart."""
-    depth, parts = 1, [path.parts for path in paths]
-    while len({part[-depth:] for part in parts}) < len(parts):
-        depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
+        costs = [of_step(training_capacity(config, step)) for step in range(1, config.schedule.steps + 1)]
+        executed, paper = ([0.0, *accumulate(column)] for column in zip(*costs, strict=True))
+    return lambda step: {
+        "tokens": None if per_step is None else step * per_step,
+        "flops": executed[min(int(step), len(executed) - 1)] if executed else None,
+        "paper_flops": paper[min(int(step), len(paper) - 1)] if paper else None,
+        "seconds": None if mean is None else totals.get(step, step * mean),
+    }

@@ -1,40 +1,50 @@
-"""Figures of measurements: one drawing function per kind, and PNG or SVG files."""
+"""Figures of measurements (matplotlib): style, PNG or SVG files, and the drawing functions of runs and budgets.
+
+Those of routers are in `router_figures`.
+"""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
-
-from megatron_itt.analysis.figure_style import (
-    COLOURS,
-    GREY,
-    add_notes,
-    line_style,
-    moving_mean,
-    new_figure,
-    render,
-    scaled_flops,
-    styled,
-)
-from megatron_itt.analysis.measurement import Measurement, check_new, write_new
-from megatron_itt.analysis.router_figures import (
-    draw_router_history,
-    draw_router_weights,
-    draw_routing,
-    draw_step_encoding,
-)
-from megatron_itt.analysis.runs import percent
+from megatron_itt.analysis.measurement import Measurement, check_new
 from megatron_itt.errors import DataError
+from megatron_itt.evaluation.options import percent
+from megatron_itt.tables import write_text
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+except ImportError:
+    raise DataError("matplotlib is not installed; pip install 'megatron-itt[analysis]'") from None
 
 Values = dict[str, Any]
 FORMATS = (".png", ".svg")
+# Okabe and Ito's colours, without the yellow, which is too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1, 1)), "--", "-.")
+GREY = "#6b6b6b"
 _SMOOTH_SHARE = 0.03  # of a run's logged steps that a drawn training loss is the mean of
 _KINDS = {"none": "LLaMA", "loop": "Loop", "itt": "ITT"}
+RC: dict[str, Any] = {
+    **dict.fromkeys(("font.size", "axes.labelsize"), 9.5),
+    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 8.5),
+    **{"axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
+    **{"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False},
+    **{"lines.linewidth": 1.5, "lines.markersize": 5, "savefig.dpi": 150},
+    "text.parse_math": False,  # a dollar sign in a text is no formula
+    "svg.fonttype": "none",  # text stays text: small files that can be searched
+    "svg.hashsalt": "megatron-itt",  # equal measurements give equal files
+}
 
 
 def draw_measurement(measurement: Measurement, path: Path, *, overwrite: bool = False) -> None:
@@ -42,20 +52,71 @@ def draw_measurement(measurement: Measurement, path: Path, *, overwrite: bool = 
 
     Equal measurements give equal SVG files. DataError for an unknown kind or ending, or an existing file.
     """
+    from megatron_itt.analysis.router_figures import DRAW as DRAW_ROUTERS
+
     if path.suffix not in FORMATS:
         raise DataError(f"figure {path} ends in {path.suffix or 'nothing'}; use .png or .svg")
     check_new(path, "figure", overwrite=overwrite)
-    if measurement.kind not in DRAW:
-        raise DataError(f"a measurement of kind {measurement.kind!r} cannot be drawn; known: {', '.join(DRAW)}")
+    known = {**DRAW, **DRAW_ROUTERS}
+    if measurement.kind not in known:
+        raise DataError(f"a measurement of kind {measurement.kind!r} cannot be drawn; known: {', '.join(known)}")
     with styled():
         try:
-            figure = DRAW[measurement.kind](measurement.values)
+            figure = known[measurement.kind](measurement.values)
         except (KeyError, IndexError, TypeError) as error:
             raise DataError(
                 f"the {measurement.kind} measurement lacks a value ({type(error).__name__}: {error}); measure again"
             ) from error
-        add_notes(figure, measurement.notes)
-        write_new(path, render(figure, path.suffix[1:]))
+        _add_notes(figure, measurement.notes)
+        write_text(path, _render(figure, path.suffix[1:]))
+
+
+def styled() -> Any:
+    """Return the context in which figures are made and rendered."""
+    return matplotlib.rc_context(RC)
+
+
+def new_figure(rows: int = 1, columns: int = 1, *, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure of `width` x `height` inches and its axes, an array [rows][columns]."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def line_style(idx: int) -> dict[str, Any]:
+    """Return colour, dash and marker of line `idx` of a figure."""
+    styles = {"color": COLOURS, "linestyle": DASHES, "marker": MARKERS}
+    return {name: choices[idx % len(choices)] for name, choices in styles.items()}
+
+
+def render_inline(figure: Figure, title: str) -> str:
+    """Return a figure as an <svg> element for an HTML page, whose style sheet sets colours (--c0, ...) and fonts."""
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_visible(False)
+    text = _render(figure, "svg").decode("utf-8")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"| (?:width|height)="[\d.]+pt"| id="[\w.]+_\d+"', "", text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    names = {colour.lower(): f"c{idx}" for idx, colour in enumerate(COLOURS[:-1])}
+    for colour, name in {**names, "#000000": "soft", "#dddddd": "grid", GREY: "raw"}.items():
+        text = text.replace(colour, f"var(--{name})")
+    title = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def _render(figure: Figure, format: str) -> bytes:
+    """The bytes of a PNG or SVG file; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=format, metadata={"Date": None} if format == "svg" else None)
+    return buffer.getvalue()
+
+
+def _add_notes(figure: Figure, notes: Sequence[str]) -> None:
+    """At most four notes under the figure; the measurement has all."""
+    if notes:
+        more = [f"... and {len(notes) - 4} more notes in the measurement."] if len(notes) > 4 else []
+        width = max(50, int(figure.get_figwidth() * 15))
+        text = "\n".join(line for note in [*notes[:4], *more] for line in textwrap.wrap(note, width))
+        figure.supxlabel(text, fontsize=7.5, color=GREY, x=0.01, ha="left")
 
 
 def draw_curves(values: Values) -> Figure:
@@ -65,15 +126,14 @@ def draw_curves(values: Values) -> Figure:
     keys = [key for key in ("tokens", "flops", "seconds") if any(p.get(key) is not None for p in points)] or ["step"]
     figure, grid = new_figure(2, len(keys), width=3.9 * len(keys) + 0.4, height=6.2, sharey="row")
     handles: dict[str, Any] = {}
-    for column, key in enumerate(keys):
-        upper, lower = grid[0][column], grid[1][column]
+    for key, upper, lower in zip(keys, *grid, strict=True):
         size, unit = _unit(key, max((point[key] or 0.0 for point in points), default=0.0))
         for idx, run in enumerate(runs):
             handles.update(_draw_run(upper, lower, run, (key, size), idx))
         if key == "tokens":
             _mark_reach(upper, values["reach"], size)
-        for axes in (upper, lower):
-            axes.set_xlabel(unit)
+        upper.set_xlabel(unit)
+        lower.set_xlabel(unit)
     grid[0][0].set_ylabel("loss (nats per token)")
     grid[1][0].set_ylabel("validation perplexity")
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(3, len(handles)))
@@ -84,14 +144,15 @@ def _draw_run(upper: Any, lower: Any, run: Values, axis: tuple[str, float], idx:
     """Training loss (thin) and validation loss (markers) above, validation perplexity below. Returns the legend."""
     key, size = axis
     style, handles = line_style(idx), {}
-    training = [point for point in run["training"] if point.get(key) is not None]
+    training, validation = (
+        [point for point in run[kind] if point.get(key) is not None] for kind in ("training", "validation")
+    )
     if training:
         width = max(1, round(_SMOOTH_SHARE * len(training)))
         smooth = moving_mean([point["loss"] for point in training], width)
         xs = [point[key] / size for point in training]
         (thin,) = upper.plot(xs, smooth, color=style["color"], linewidth=0.8, alpha=0.55)
         handles[f"{run['name']} (training, mean of {width})"] = thin
-    validation = [point for point in run["validation"] if point.get(key) is not None]
     if validation:
         xs = [point[key] / size for point in validation]
         (line,) = upper.plot(xs, [point["loss"] for point in validation], **style)
@@ -101,6 +162,12 @@ def _draw_run(upper: Any, lower: Any, run: Values, axis: tuple[str, float], idx:
         lower.yaxis.set_minor_formatter(FuncFormatter(_log_tick))
         handles[f"{run['name']} (validation)"] = line
     return handles
+
+
+def moving_mean(values: Sequence[float], width: int) -> list[float]:
+    """Return the mean over the `width` values up to each one."""
+    sums = [0.0, *accumulate(values)]
+    return [(sums[end] - sums[max(0, end - width)]) / min(width, end) for end in range(1, len(sums))]
 
 
 def _log_tick(value: float, _: object) -> str:
@@ -114,10 +181,11 @@ def _mark_reach(axes: Any, reach: Sequence[Values], size: float) -> None:
     if reach:
         axes.axhline(reach[0]["baseline_loss"], color=COLOURS[-1], linewidth=0.8, linestyle=":")
     for idx, row in enumerate(row for row in reach if row["tokens"] is not None):
-        axes.plot([row["tokens"] / size], [row["baseline_loss"]], marker="*", markersize=11, color=COLOURS[-1])
+        at = row["tokens"] / size, row["baseline_loss"]
+        axes.plot(*at, marker="*", markersize=11, color=COLOURS[-1])
         axes.annotate(
             f"{row['run']}: {100 * row['tokens_share']:.1f}% of the tokens",
-            (row["tokens"] / size, row["baseline_loss"]),
+            at,
             textcoords="offset points",
             xytext=(-6, 60 + 14 * idx),  # above the curves, which fall to the left of the star
             ha="right",
@@ -129,34 +197,44 @@ def _mark_reach(axes: Any, reach: Sequence[Values], size: float) -> None:
 
 def _unit(key: str, largest: float) -> tuple[float, str]:
     """A divisor for the values of an axis, and its label."""
-    if key == "tokens":
-        for size, name in ((1e9, "billions of tokens"), (1e6, "millions of tokens"), (1e3, "thousands of tokens")):
-            if largest >= size:
-                return size, name
-        return 1.0, "tokens"
     if key == "flops":
         size, unit = scaled_flops([largest])
         return size, f"training {unit} (executed)"
-    if key == "seconds":
-        return (3600.0, "training time, hours") if largest > 7200 else (1.0, "training time, seconds")
-    return 1.0, "optimizer step"
+    units = {
+        "tokens": (
+            (1e9, "billions of tokens"),
+            (1e6, "millions of tokens"),
+            (1e3, "thousands of tokens"),
+            (1, "tokens"),
+        ),
+        "seconds": ((7200.0, "training time, hours"), (1, "training time, seconds")),
+        "step": ((1, "optimizer step"),),
+    }[key]
+    size, name = next(((size, name) for size, name in units if largest >= size), units[-1])
+    return min(size, 3600.0) if key == "seconds" else size, name
+
+
+def scaled_flops(values: Sequence[float]) -> tuple[float, str]:
+    """Return a divisor for FLOPs, and the unit of the quotient."""
+    largest = max(values, default=0.0)
+    sizes = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+    return next(((size, f"{prefix}FLOPs") for size, prefix in sizes if largest >= size), (1.0, "FLOPs"))
 
 
 def draw_gradients(values: Values) -> Figure:
     """Nuclear norm by layer for easy and hard samples: mean over attention matrices, and each (Figure 2)."""
     figure, [[left, right]] = new_figure(1, 2, width=10.5, height=3.9)
     for idx, group in enumerate(values["groups"]):
-        layers = [row["layer"] for row in group["layers"]]
-        means = [row["mean"] for row in group["layers"]]
-        errors = [2 * (row["stderr"] or 0.0) for row in group["layers"]]
+        rows = group["layers"]
+        layers = [row["layer"] for row in rows]
+        errors = [2 * (row["stderr"] or 0.0) for row in rows]
         label = f"{group['name']}: {group['label']} ({group['num_samples']}), loss {group['mean_loss']:.2f}"
-        left.errorbar(layers, means, yerr=errors, capsize=2, label=label, **line_style(idx))
-        for matrix_idx, matrix in enumerate(group["layers"][0]["matrices"]):
+        left.errorbar(layers, [row["mean"] for row in rows], yerr=errors, capsize=2, label=label, **line_style(idx))
+        for matrix_idx, matrix in enumerate(rows[0]["matrices"]):
             style = {**line_style(idx), "marker": line_style(matrix_idx)["marker"], "linewidth": 1}
-            ys = [row["matrices"][matrix] for row in group["layers"]]
-            right.plot(layers, ys, label=f"{group['name']}, {matrix}", **style)
-        for axes in (left, right):
-            axes.set_xticks(layers)
+            right.plot(layers, [row["matrices"][matrix] for row in rows], label=f"{group['name']}, {matrix}", **style)
+        left.set_xticks(layers)
+        right.set_xticks(layers)
     for axes in (left, right):
         for layer in values["thinking_layers"]:
             axes.axvline(layer, color=GREY, linewidth=5, alpha=0.12, zorder=0)
@@ -174,25 +252,23 @@ def draw_budgets(values: Values) -> Figure:
     """Perplexity against FLOPs by both counts; a third panel for accuracy where tasks were scored (Figure 6, left)."""
     points = values["points"]
     scored = [{**p, "accuracy": 100 * p["accuracy"]} for p in points if p.get("accuracy") is not None]
-    figure, [panels] = new_figure(1, 3 if scored else 2, width=13.5 if scored else 10, height=4.2)
-    for axes, key, name in ((panels[0], "flops", "executed"), (panels[1], "paper_flops", "as the paper counts")):
-        _draw_panel(axes, points, key, "perplexity")
-        _, unit = scaled_flops([point[key] for point in points])
-        axes.set_xlabel(f"{unit} of a sequence of {values['seq_length']:,} tokens ({name})")
-        axes.set_ylabel("perplexity")
-    panels[0].set_title("Thinking budgets of one checkpoint")
-    panels[1].set_title("The same, paper's FLOPs")
-    if scored:
-        _draw_panel(panels[2], scored, "flops", "accuracy")
-        panels[2].set_ylabel("mean accuracy, %")
-        panels[2].set_xlabel(panels[0].get_xlabel())
+    drawn = [
+        ("Thinking budgets of one checkpoint", points, "flops", "perplexity", "perplexity"),
+        ("The same, paper's FLOPs", points, "paper_flops", "perplexity", "perplexity"),
+        *([("Accuracy", scored, "flops", "accuracy", "mean accuracy, %")] if scored else []),
+    ]
+    figure, [panels] = new_figure(1, len(drawn), width=3.5 * len(drawn) + 3, height=4.2)
+    for axes, (title, rows, key, quantity, label) in zip(panels, drawn, strict=True):
+        unit = _draw_panel(axes, rows, key, quantity)
+        count = {"flops": "executed", "paper_flops": "as the paper counts"}[key]
+        axes.set(title=title, ylabel=label, xlabel=f"{unit} of a sequence of {values['seq_length']:,} tokens ({count})")
     panels[0].legend(loc="best")
     return figure
 
 
-def _draw_panel(axes: Any, points: Sequence[Values], key: str, quantity: str) -> None:
-    """Points by model and kind of budget, and the Pareto front as a dashed line."""
-    size, _ = scaled_flops([point[key] for point in points])
+def _draw_panel(axes: Any, points: Sequence[Values], key: str, quantity: str) -> str:
+    """Points by model and kind of budget, and the Pareto front as a dashed line. Returns the unit of FLOPs."""
+    size, unit = scaled_flops([point[key] for point in points])
     groups: dict[str, list[Values]] = {}
     for point in points:
         groups.setdefault(_group(point), []).append(point)
@@ -207,37 +283,32 @@ def _draw_panel(axes: Any, points: Sequence[Values], key: str, quantity: str) ->
     style = {"color": GREY, "linestyle": "--", "label": "Pareto front"}
     axes.plot([p[key] / size for p in front], [p[quantity] for p in front], **style)
     for idx, point in enumerate(p for p in points if p["budget"] and (p in front or p["as_trained"])):
-        axes.annotate(
-            percent(point["budget"]),
-            (point[key] / size, point[quantity]),
-            textcoords="offset points",
-            xytext=(5, 6 if idx % 2 else -11),
-            fontsize=7.5,
-        )
+        at, offset = (point[key] / size, point[quantity]), (5, 6 if idx % 2 else -11)
+        axes.annotate(percent(point["budget"]), at, textcoords="offset points", xytext=offset, fontsize=7.5)
     axes.margins(x=0.12, y=0.12)
+    return unit
 
 
 def _group(point: Values) -> str:
     if not point["budget"]:
         return str(point["name"])
-    if point["as_trained"]:
-        return f"{point['name']}, as trained"
-    return f"{point['name']}, {'equal' if len(set(point['budget'])) == 1 else 'unequal'} shares"
+    kind = "equal shares" if len(set(point["budget"])) == 1 else "unequal shares"
+    return f"{point['name']}, {'as trained' if point['as_trained'] else kind}"
 
 
 def draw_scaling(values: Values) -> Figure:
     """Perplexity (and accuracy, where measured) by number of thinking steps, a line per kind and size (Figure 5)."""
     points = values["points"]
-    scored = all(point["accuracy"] is not None for point in points)
-    figure, [panels] = new_figure(1, 2 if scored else 1, width=9.5 if scored else 5.5, height=3.8)
+    quantities: dict[str, Callable[[Values], float]] = {"validation perplexity": lambda point: math.exp(point["loss"])}
+    if all(point["accuracy"] is not None for point in points):
+        quantities["mean accuracy, %"] = lambda point: 100 * point["accuracy"]
+    figure, [panels] = new_figure(1, len(quantities), width=4 * len(quantities) + 1.5, height=3.8)
     steps = sorted({point["steps"] for point in points})
-    for axes, quantity in zip(panels, ("validation perplexity", "mean accuracy, %"), strict=False):
+    for axes, (label, quantity) in zip(panels, quantities.items(), strict=True):
         for idx, (name, line) in enumerate(_lines(points).items()):
-            ys = [math.exp(p["loss"]) if quantity.startswith("v") else 100 * p["accuracy"] for p in line]
-            axes.plot([point["steps"] for point in line], ys, label=name, **line_style(idx))
+            axes.plot([point["steps"] for point in line], [*map(quantity, line)], label=name, **line_style(idx))
         axes.set_xticks(steps, [f"x{count}" for count in steps])
-        axes.set_xlabel("thinking steps")
-        axes.set_ylabel(quantity)
+        axes.set(xlabel="thinking steps", ylabel=label)
         axes.legend()
     return figure
 
@@ -247,21 +318,13 @@ def _lines(points: Sequence[Values]) -> dict[str, list[Values]]:
     lines: dict[str, list[Values]] = {}
     for size in sorted({point["hidden_size"] for point in points}):
         own = {kind: [p for p in points if p["hidden_size"] == size and p["kind"] == kind] for kind in _KINDS}
-        base = own["none"]
-        for kind in ("loop", "itt"):
-            if own[kind]:
-                label = f"{_KINDS[kind]}, hidden size {size:,}"
-                lines[label] = sorted([*base, *own[kind]], key=lambda point: point["steps"])
-        if base and not own["loop"] and not own["itt"]:
-            lines[f"LLaMA, hidden size {size:,}"] = base
+        for kind in [kind for kind in ("loop", "itt") if own[kind]] or ["none"]:
+            line = own["none"] + own[kind] * (kind != "none")
+            lines[f"{_KINDS[kind]}, hidden size {size:,}"] = sorted(line, key=lambda point: point["steps"])
     return lines
 
 
-DRAW: dict[str, Callable[[Values], Figure]] = {
-    "routing": draw_routing,
-    "router_weights": draw_router_weights,
-    "router_history": draw_router_history,
-    "step_encoding": draw_step_encoding,
+DRAW: Mapping[str, Callable[[Values], Figure]] = {
     "budgets": draw_budgets,
     "scaling": draw_scaling,
     "gradients": draw_gradients,

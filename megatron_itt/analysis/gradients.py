@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -79,16 +79,11 @@ def measure_text_gradients(
 
 def read_questions(path: Path) -> list[Question]:
     """Read a JSONL file with `question`, `options` (a list) and `correct` (a letter, or an index from 0)."""
-    if not path.is_file():
-        raise DataError(f"questions {path} do not exist; give a JSONL file with question, options and correct")
-    questions = [
-        _parse_question(line, f"{path} line {number}")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-        if line.strip()
-    ]
-    if not questions:
-        raise DataError(f"questions {path} are empty; give a JSONL file with question, options and correct")
-    return questions
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not any(map(str.strip, lines)):
+        fault = "are empty" if path.is_file() else "do not exist"
+        raise DataError(f"questions {path} {fault}; give a JSONL file with question, options and correct")
+    return [_parse_question(line, f"{path} line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _parse_question(line: str, where: str) -> Question:
@@ -113,7 +108,7 @@ def sort_questions(export: ExportedModel, questions: Sequence[Question]) -> list
     samples = []
     for question in questions:
         answers = [_encode_answer(export, question, idx) for idx in range(len(question.options))]
-        losses = _answer_losses(export, answers)
+        losses = [float(sample_loss(export, answer)) for answer in answers]
         is_easy = min(range(len(losses)), key=losses.__getitem__) == question.correct
         samples.append(replace(answers[question.correct], is_easy=is_easy))
     return samples
@@ -125,16 +120,6 @@ def _encode_answer(export: ExportedModel, question: Question, answer: int) -> Sa
     letter = export.tokenizer.encode(f" {chr(ord('A') + answer)}", add_special_tokens=False)
     room = export.max_length - len(letter) - 1
     return Sample(tokens=[export.prefix_token_id, *prompt[-room:], *letter], num_scored=len(letter))
-
-
-def _answer_losses(export: ExportedModel, answers: Sequence[Sample]) -> list[float]:
-    """Loss of each option's letter; one forward pass where letters are single tokens."""
-    if any(answer.num_scored > 1 for answer in answers):
-        return [float(sample_loss(export, answer)) for answer in answers]
-    prompt = torch.tensor([answers[0].tokens[:-1]], device=export.device)
-    with torch.no_grad():
-        logits = export.model(input_ids=prompt, use_cache=False).logits[0, -1].float()
-    return (logits.logsumexp(0) - logits[[answer.tokens[-1] for answer in answers]]).tolist()
 
 
 def cut_text(export: ExportedModel, texts: Sequence[str], *, num_tokens: int, limit: int) -> list[Sample]:
@@ -172,30 +157,28 @@ def sample_loss(export: ExportedModel, sample: Sample, *, gradient: bool = False
 
 
 def nuclear_norms(model: torch.nn.Module) -> dict[int, dict[str, float]]:
-    """Return the sum of the singular values of the gradient of each attention matrix, by layer and matrix."""
+    """Return the sum of the singular values of the gradient of each attention matrix, by layer and matrix.
+
+    An unknown matrix of an attention module counts under its own name.
+    """
     norms: dict[int, dict[str, float]] = {}
     for name, parameter in model.named_parameters():
         match = _LAYER.search("." + name)
         if match is None or ("attn" not in match[2] and "attention" not in match[2]) or parameter.ndim != 2:
             continue
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        for matrix, part in _matrices(match[2], gradient):
-            norms.setdefault(int(match[1]), {})[matrix] = float(torch.linalg.svdvals(part.float()).sum())
+        module = match[2].removesuffix(".weight").rpartition(".")[2]
+        parts = {_NAMES.get(module, module): gradient}
+        if module == _FUSED:
+            parts = dict(zip(("query", "key", "value"), gradient.chunk(3, dim=1), strict=True))
+        own = norms.setdefault(int(match[1]), {})
+        own |= {matrix: float(torch.linalg.svdvals(part.float()).sum()) for matrix, part in parts.items()}
     if not norms:
         raise DataError(
             "no attention matrix was found among the model's parameters; models whose layers hold q_proj, k_proj, "
             "v_proj, o_proj or GPT-2's c_attn, c_proj can be measured"
         )
     return norms
-
-
-def _matrices(name: str, gradient: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The matrices of a parameter of an attention module; an unknown one counts under its own name."""
-    module = name.removesuffix(".weight").rpartition(".")[2]
-    if module == _FUSED:
-        yield from zip(("query", "key", "value"), gradient.chunk(3, dim=1), strict=True)
-    else:
-        yield _NAMES.get(module, module), gradient
 
 
 def _train(export: ExportedModel, questions: Sequence[Question], *, learning_rate: float) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_itt.errors import DataError
-from megatron_itt.files import atomic_write
+from megatron_itt.tables import write_json
 
 FORMAT = 1
 
@@ -32,8 +33,7 @@ class Measurement:
 def write_measurement(measurement: Measurement, path: Path, *, overwrite: bool = False) -> None:
     """Write the file atomically. Numbers that are not finite become null, as JSON has no name for them."""
     check_new(path, "measurement", overwrite=overwrite)
-    content = {"format": FORMAT, **asdict(measurement)}
-    write_new(path, json.dumps(_finite(content), indent=1) + "\n")
+    write_json(path, _finite({"format": FORMAT, **asdict(measurement)}))
 
 
 def read_measurement(path: Path) -> Measurement:
@@ -64,21 +64,10 @@ def check_new(path: Path, what: str, *, overwrite: bool) -> None:
         raise DataError(f"{what} {path} exists; choose another file or give --overwrite")
 
 
-def write_new(path: Path, content: str | bytes) -> None:
-    """Write a file atomically, in a folder that may not exist yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, content)
-
-
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Return the mean and its standard error; the error is None for one value, both are None without values."""
-    if not values:
-        return None, None
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_itt.errors import DataError, EvaluationError
-from megatron_itt.evaluation.exported_model import Budget, ExportedModel
+from megatron_itt.evaluation.exported_model import ExportedModel
+from megatron_itt.evaluation.options import Budget
 from megatron_itt.evaluation.perplexity import Window, sliding_windows
 from megatron_itt.hf.remote_code.routing_itt import thresholds
 

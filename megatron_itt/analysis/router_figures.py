@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from megatron_itt.analysis.figure_style import COLOURS, GREY, Figure, line_style, new_figure
-from megatron_itt.analysis.runs import percent
+from megatron_itt.analysis.figures import COLOURS, GREY, Figure, Values, line_style, new_figure
+from megatron_itt.evaluation.options import percent
 
-Values = dict[str, Any]
 _TOKENS_PER_ROW = 48
-MAX_TOKENS = 144  # of a passage that are drawn; the statistics are over all
 _PAPER_BAND = (0.6, 0.8)
+MAX_TOKENS = 144  # of a passage that are drawn; the statistics are over all
 _LABELS = {
     "threshold": "threshold (logit)",
     "share": "selected tokens, %",
@@ -187,3 +186,11 @@ def draw_router_history(values: Values) -> Figure:
     names = sorted(handles)
     figure.legend([handles[name] for name in names], names, loc="outside upper center", ncols=min(6, len(names)))
     return figure
+
+
+DRAW: Mapping[str, Callable[[Values], Figure]] = {
+    "routing": draw_routing,
+    "router_weights": draw_router_weights,
+    "router_history": draw_router_history,
+    "step_encoding": draw_step_encoding,
+}

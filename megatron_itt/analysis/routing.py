@@ -9,16 +9,16 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_itt.analysis.measurement import Measurement, mean_and_error
-from megatron_itt.analysis.passage import RoutingTrace, router_gate, run_routing, trace_passage
+from megatron_itt.analysis.passage import router_gate, run_routing, trace_passage
 from megatron_itt.analysis.runs import RunRecord, is_finite
 from megatron_itt.errors import DataError
-from megatron_itt.evaluation.exported_model import Budget, ExportedModel, check_budget
+from megatron_itt.evaluation.exported_model import ExportedModel
+from megatron_itt.evaluation.options import Budget, check_budget
 from megatron_itt.evaluation.perplexity import encode_documents, sliding_windows
 
 NUM_BINS = 60
@@ -54,7 +54,8 @@ def measure_routing(export: ExportedModel, text: str, *, budget: Budget | None, 
 
     Values: `tokens`, `layers`, `picked` (selected tokens) and `scores` (router weights) [layer][step][token], `shares`
     and `thresholds` [layer][step], `kinds` (tokens of each kind, and the mean share of routed steps that they take,
-    with its standard error), `pairs` (consecutive steps, see `compare_steps`).
+    with its standard error between tokens), `pairs` (each routed step with the next one, which may be the first of the
+    next thinking layer; see `compare_steps`).
     """
     if export.trained_budget is None:
         raise DataError(f"{export.folder} has no router, so there is no routing to show; give an ITT export")
@@ -62,6 +63,16 @@ def measure_routing(export: ExportedModel, text: str, *, budget: Budget | None, 
     passage = trace_passage(export, text, [chosen], max_tokens=max_tokens)
     [trace] = passage.traces
     kinds = token_kinds(passage.tokens)
+    most = len(trace.layers) * len(trace.budget)
+    shares = {
+        kind: [n / most for n, own in zip(trace.steps_per_token(), kinds, strict=True) if own == kind] for kind in KINDS
+    }
+    by_kind = {kind: (len(own), *mean_and_error(own)) for kind, own in shares.items() if own}
+    steps = [
+        (f"{layer}-{step + 1}", selected)
+        for layer, rows in zip(trace.layers, trace.selected, strict=True)
+        for step, selected in enumerate(rows)
+    ]
     values = {
         "budget": list(trace.budget),
         "tokens": passage.tokens,
@@ -71,8 +82,11 @@ def measure_routing(export: ExportedModel, text: str, *, budget: Budget | None, 
         "scores": [[[round(weight, 4) for weight in step] for step in layer] for layer in trace.weights],
         "thresholds": trace.thresholds,
         "shares": trace.capacity(),
-        "kinds": _by_kind(trace, kinds),
-        "pairs": _consecutive_pairs(trace),
+        "kinds": [
+            dict(zip(("kind", "num_tokens", "share", "share_stderr"), (kind, *row), strict=True))
+            for kind, row in by_kind.items()
+        ],
+        "pairs": [{"first": a[0], "second": b[0], **compare_steps(a[1], b[1])} for a, b in pairwise(steps)],
     }
     source = {"model": str(export.folder), "num_tokens": len(passage.tokens)}
     return Measurement(kind="routing", values=values, source=source, notes=passage.notes())
@@ -95,29 +109,6 @@ def compare_steps(first: Sequence[bool], second: Sequence[bool]) -> dict[str, fl
         "neither": 1 - share_a - share_b + both,
         "correlation": (both - share_a * share_b) / math.sqrt(spread) if spread > 0 else None,
     }
-
-
-def _by_kind(trace: RoutingTrace, kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean share of all routed steps that the tokens of each kind take; the standard error is between tokens."""
-    most = len(trace.layers) * len(trace.budget)
-    taken = trace.steps_per_token()
-    rows = []
-    for kind in KINDS:
-        shares = [steps / most for steps, own in zip(taken, kinds, strict=True) if own == kind]
-        mean, error = mean_and_error(shares)
-        if mean is not None:
-            rows.append({"kind": kind, "num_tokens": len(shares), "share": mean, "share_stderr": error})
-    return rows
-
-
-def _consecutive_pairs(trace: RoutingTrace) -> list[dict[str, Any]]:
-    """Each routed step with the next one, which may be the first of the next thinking layer."""
-    steps = [
-        (f"{layer}-{step + 1}", selected)
-        for layer, rows in zip(trace.layers, trace.selected, strict=True)
-        for step, selected in enumerate(rows)
-    ]
-    return [{"first": a[0], "second": b[0], **compare_steps(a[1], b[1])} for a, b in pairwise(steps)]
 
 
 def token_kinds(pieces: Sequence[str]) -> list[str]:

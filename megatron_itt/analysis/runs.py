@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_itt.errors import DataError
+from megatron_itt.config.load import parse_config
+from megatron_itt.config.run import RunConfig
+from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.evaluation.options import Budget
 
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
 ALL_DOMAINS = "all"  # the validation entry over all held-out tokens
-
-Budget = tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +62,22 @@ class RunRecord:
         last = max((point.step for point in self.validation), default=0)
         return [point for point in self.validation if point.step == last]
 
+    def main_validation(self) -> list[tuple[int, float]]:
+        """Return (step, loss over all domains) of every validation at the main budget."""
+        by_step: dict[int, list[ValidationPoint]] = {}
+        for point in self.validation:
+            if point.budget == self.main_budget:
+                by_step.setdefault(point.step, []).append(point)
+        return [(step, overall_loss(points)) for step, points in sorted(by_step.items())]
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The recipe, checked; None where it is missing or of another version."""
+        try:
+            return parse_config(self.recipe) if self.recipe else None
+        except ConfigError:
+            return None
+
     @property
     def trained_budget(self) -> Budget | None:
         """The thinking budget of the recipe; None without routing or without a recipe."""
@@ -86,24 +103,36 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def overall_loss(points: Sequence[ValidationPoint]) -> float:
+    """Return the loss of the domain "all", else the mean over domains with equal weights; NaN without points."""
+    losses = [point.loss for point in points if point.domain == ALL_DOMAINS] or [point.loss for point in points]
+    return sum(losses) / len(losses) if losses else math.nan
+
+
 def read_run(run_dir: Path | str) -> RunRecord:
     """Read a run folder. DataError if it does not exist; every other defect becomes a line of `problems`."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise DataError(f"run folder {run_dir} does not exist; give the logging.run_dir of a recipe")
     problems: list[str] = []
-    lines = _read_metrics(run_dir / METRICS_FILE, problems)
-    training = _training_lines(lines, problems)
-    validation = _validation_points(lines, problems)
-    recipe_text = _read_text(run_dir / RECIPE_FILE, problems, "the recipe of the run is unknown")
-    recipe = _parse_recipe(recipe_text, problems)
+
+    def read(name: str, consequence: str) -> str:
+        if (run_dir / name).is_file():
+            return (run_dir / name).read_text(encoding="utf-8", errors="replace")
+        problems.append(f"{name} is missing: {consequence}.")
+        return ""
+
+    lines = _parse_metrics(read(METRICS_FILE, "the run has no curves"), problems)
+    training, validation = _training_lines(lines, problems), _validation_points(lines, problems)
+    recipe_text = read(RECIPE_FILE, "the recipe of the run is unknown")
+    environment = read(ENVIRONMENT_FILE, "the versions of the training run are unknown")
     run = RunRecord(
         name=run_dir.resolve().name,
         training=training,
         validation=validation,
-        recipe=recipe,
+        recipe=_parse_mapping(recipe_text, yaml.safe_load, f"{RECIPE_FILE} is not valid YAML", problems),
         recipe_text=recipe_text,
-        environment=_read_environment(run_dir / ENVIRONMENT_FILE, problems),
+        environment=_parse_mapping(environment or "{}", json.loads, f"{ENVIRONMENT_FILE} is not valid JSON", problems),
         problems=problems,
     )
     num_steps = run.section("schedule").get("steps")
@@ -112,42 +141,28 @@ def read_run(run_dir: Path | str) -> RunRecord:
     return run
 
 
-def overall_loss(points: Sequence[ValidationPoint]) -> float:
-    """Return the loss of the domain "all", else the mean over domains with equal weights; NaN without points."""
-    losses = [point.loss for point in points if point.domain == ALL_DOMAINS] or [point.loss for point in points]
-    return sum(losses) / len(losses) if losses else math.nan
+def _parse_mapping(text: str, parse: Callable[[str], Any], fault: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        found = parse(text)
+    except (ValueError, yaml.YAMLError) as error:
+        problems.append(f"{fault} ({' '.join(str(error).split())[:120]}).")
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def percent(budget: Sequence[float] | None) -> str:
-    """Format a budget as "50%" where all steps are equal, else as "90/70/50%"; "-" without routing."""
-    if budget is None:
-        return "-"
-    shares = [f"{100 * share:g}" for share in budget]
-    return (shares[0] if len(set(shares)) == 1 else "/".join(shares)) + "%"
-
-
-def _read_text(path: Path, problems: list[str], consequence: str) -> str:
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
-    problems.append(f"{path.name} is missing: {consequence}.")
-    return ""
-
-
-def _read_metrics(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _parse_metrics(text: str, problems: list[str]) -> list[dict[str, Any]]:
     lines, damaged = [], []
-    for number, text in enumerate(_read_text(path, problems, "the run has no curves").splitlines(), start=1):
-        if not text.strip():
-            continue
+    for number, row in enumerate(text.splitlines(), start=1):
         try:
-            line = json.loads(text)
+            line = json.loads(row or "0")
         except ValueError:
             line = None
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
-        else:
+        elif row.strip():
             damaged.append(number)
     if damaged:
-        problems.append(f"{path.name}: {len(damaged)} unreadable line(s) left out (first: line {damaged[0]}).")
+        problems.append(f"{METRICS_FILE}: {len(damaged)} unreadable line(s) left out (first: line {damaged[0]}).")
     return lines
 
 
@@ -166,42 +181,19 @@ def _training_lines(lines: Sequence[dict[str, Any]], problems: list[str]) -> lis
 
 
 def _validation_points(lines: Sequence[dict[str, Any]], problems: list[str]) -> list[ValidationPoint]:
-    found: dict[tuple[int, Budget | None, str], ValidationPoint] = {}
     rows = [(line["step"], row) for line in lines for row in line.get("validation") or []]
+    found: dict[tuple[int, Budget | None, str], ValidationPoint] = {}
     for step, row in rows:
-        if not is_finite(row.get("loss")):
-            continue
-        budget = None if row.get("budget") is None else tuple(map(float, row["budget"]))
-        domain, loss, perplexity = str(row.get("domain", ALL_DOMAINS)), float(row["loss"]), row.get("perplexity")
-        found[(step, budget, domain)] = ValidationPoint(
-            step=step,
-            budget=budget,
-            domain=domain,
-            loss=loss,
-            perplexity=float(perplexity) if is_finite(perplexity) else math.exp(min(loss, 700.0)),
-        )
+        if is_finite(row.get("loss")):
+            budget = None if row.get("budget") is None else tuple(map(float, row["budget"]))
+            domain, loss, perplexity = str(row.get("domain", ALL_DOMAINS)), float(row["loss"]), row.get("perplexity")
+            perplexity = float(perplexity) if is_finite(perplexity) else math.exp(min(loss, 700.0))
+            found[step, budget, domain] = ValidationPoint(
+                step=step, budget=budget, domain=domain, loss=loss, perplexity=perplexity
+            )
     num_broken = sum(not is_finite(row.get("loss")) for _, row in rows)
     if num_broken:
         problems.append(f"Validation loss is not a finite number at {num_broken} point(s); these are not drawn.")
     if lines and not found:
         problems.append("metrics.jsonl has no validation line: there is no validation loss to show.")
     return sorted(found.values(), key=lambda point: (point.step, point.domain, point.budget or ()))
-
-
-def _parse_recipe(text: str, problems: list[str]) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problems.append(f"{RECIPE_FILE} is not valid YAML ({' '.join(str(error).split())[:120]}).")
-        return {}
-    return recipe if isinstance(recipe, dict) else {}
-
-
-def _read_environment(path: Path, problems: list[str]) -> dict[str, Any]:
-    text = _read_text(path, problems, "the versions of the training run are unknown")
-    try:
-        environment = json.loads(text or "{}")
-    except ValueError:
-        problems.append(f"{path.name} is not valid JSON.")
-        return {}
-    return environment if isinstance(environment, dict) else {}

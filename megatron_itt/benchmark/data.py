@@ -10,16 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from megatron_itt.benchmark.results import Section, markdown_table
+from megatron_itt.benchmark.results import Section
 from megatron_itt.benchmark.shapes import Shape, with_batch
 from megatron_itt.config.environment import disable_tokenizer_threads
 from megatron_itt.config.run import DataConfig, DomainConfig, RunConfig
@@ -32,6 +33,7 @@ from megatron_itt.data.text.sample_corpus import build_sample_corpus
 from megatron_itt.data.text.sources import Segment, find_sources
 from megatron_itt.data.text.tokenizer import load_tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.tables import with_error
 
 _VOCAB_SIZE = 4096
 _BATCH_CHARS = 1 << 20
@@ -64,27 +66,22 @@ def data_section(
         manifest = read_manifest(prefix)
         assert manifest is not None, "preprocessing has written its manifest"
         loader_rate = _loaded_tokens_per_second(shape.config, folder, tokenizer, num_batches)
-    stages: dict[str, tuple[float | None, float]] = {
-        f"engine alone ({engine}, {workers} workers)": (engine_rates[0], engine_rates[1]),
-        f"preprocessing ({manifest.text_bytes / 1e6:.1f} MB of text)": (
-            manifest.text_bytes / seconds,
-            manifest.tokens / seconds,
-        ),
-        "loader, torch": (None, loader_rate),
-    }
+    text_bytes, preprocessing = manifest.text_bytes, f"preprocessing ({manifest.text_bytes / 1e6:.1f} MB of text)"
+    stages = (
+        (f"engine alone ({engine}, {workers} workers)", *engine_rates),
+        (preprocessing, text_bytes / seconds, manifest.tokens / seconds),
+        ("loader, torch", None, loader_rate),
+    )
     return Section(
         title="Preprocessing and loading",
-        rows=[
-            {"stage": stage, "text_bytes_per_second": text, "tokens_per_second": tokens}
-            for stage, (text, tokens) in stages.items()
-        ],
-        table=markdown_table(
-            ("stage", "MB/s of text", "tokens/s"),
-            [
-                (stage, "-" if text is None else f"{text / 1e6:.1f}", f"{tokens:,.0f}")
-                for stage, (text, tokens) in stages.items()
-            ],
-        ),
+        rows=[dict(zip(("stage", "text_bytes_per_second", "tokens_per_second"), row, strict=True)) for row in stages],
+        columns={
+            "stage": "{stage}",
+            "MB/s of text": lambda row: with_error(
+                row["text_bytes_per_second"] and row["text_bytes_per_second"] / 1e6, None, ".1f"
+            ),
+            "tokens/s": "{tokens_per_second:,.0f}",
+        },
         notes=(
             f"Peak memory of all processes of preprocessing: {peak_bytes / 1e6:,.0f} MB.",
             "With so little text the start of the processes dominates: see docs/results/preprocessing.md.",
@@ -92,63 +89,40 @@ def data_section(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _EngineTask:
-    sources: tuple[Segment, ...]
-    tokenizer: str
-    max_text_bytes: int
-
-
 def measure_engine(
     inputs: Sequence[str], tokenizer: str, *, num_workers: int, max_text_bytes: int = _ENGINE_BYTES
 ) -> tuple[str, float, float]:
     """Return the engine's name, text bytes/s and tokens/s of `num_workers` processes with cold caches."""
     sources = find_sources(inputs)
-    tasks = [
-        _EngineTask(
-            sources=tuple(sources[idx % len(sources) :: num_workers]),
-            tokenizer=tokenizer,
-            max_text_bytes=max_text_bytes // num_workers,
-        )
-        for idx in range(num_workers)
-    ]
+    shares = [tuple(sources[idx % len(sources) :: num_workers]) for idx in range(num_workers)]
+    encode = partial(_encode_texts, tokenizer=tokenizer, max_text_bytes=max_text_bytes // num_workers)
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(_encode_texts, tasks))
-    return (
-        results[0][0],
-        sum(size / seconds for _, size, _, seconds in results),
-        sum(tokens / seconds for _, _, tokens, seconds in results),
-    )
+        names, text_rates, token_rates = zip(*pool.map(encode, shares), strict=True)
+    return names[0], sum(text_rates), sum(token_rates)
 
 
-def _encode_texts(task: _EngineTask) -> tuple[str, int, int, float]:
-    """Return the engine's name, bytes of text, tokens, seconds."""
+def _encode_texts(sources: Sequence[Segment], *, tokenizer: str, max_text_bytes: int) -> tuple[str, float, float]:
+    """The engine's name, bytes of text and tokens per second."""
     disable_tokenizer_threads()
-    engine = choose_engine(load_tokenizer(task.tokenizer), "auto")
-    batches = list(_batches(task))
+    engine = choose_engine(load_tokenizer(tokenizer), "auto")
+    batches: list[list[str]] = []
+    total = size = 0
+    for text in (item for source in sources for item in DocumentReader(source, text_key="text")):
+        if isinstance(text, str):
+            if total == 0 or size >= _BATCH_CHARS:
+                batches.append([])
+                size = 0
+            batches[-1].append(text)
+            size, total = size + len(text), total + len(text)
+            if total >= max_text_bytes:
+                break
     if not batches:
         raise DataError("the inputs contain no text to measure with; check --input")
-    size = sum(len(text.encode()) for batch in batches for text in batch)
+    num_bytes = sum(len(text.encode()) for batch in batches for text in batch)
     started = time.perf_counter()
     tokens = sum(len(engine.encode(batch)[0]) for batch in batches)
-    return engine.name, size, tokens, time.perf_counter() - started
-
-
-def _batches(task: _EngineTask) -> Iterator[list[str]]:
-    batch: list[str] = []
-    chars, total = 0, 0
-    for text in (item for source in task.sources for item in DocumentReader(source, text_key="text")):
-        if not isinstance(text, str):
-            continue
-        batch.append(text)
-        chars, total = chars + len(text), total + len(text)
-        if chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-        if total >= task.max_text_bytes:
-            break
-    if batch:
-        yield batch
+    seconds = time.perf_counter() - started
+    return engine.name, num_bytes / seconds, tokens / seconds
 
 
 def measure_command(command: Sequence[str]) -> tuple[float, int]:

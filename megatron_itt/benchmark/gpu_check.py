@@ -10,7 +10,7 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from typing import Any
 from megatron_itt.config.versions import check_megatron_core
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import silence_known_warnings
+from megatron_itt.tables import markdown_table
 
 # Import name -> name for pip. pydantic and pyyaml read the recipes, psutil is needed by megatron-core.
 PACKAGES = {
     **{name: name for name in ("torch", "numpy", "transformers", "pydantic", "psutil")},
     **{"megatron.core": "megatron-core", "yaml": "pyyaml"},
 }
-SHAPES = ("162m", "466m")
 _MODELS = ("ITT x4", "ITT x4, selected", "Loop x4")
 _TINY = (
     *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
@@ -74,15 +74,15 @@ def run_check(request: CheckRequest, *, show: Callable[[str], None] = print) -> 
     path = request.output / f"gpu-{slug(name)}-{time.strftime('%Y-%m-%d-%H%M', time.gmtime())}.jsonl"
     origin = {"check": "request", "command": request.command, "device": name, "torch": torch.__version__}
     rows: list[dict[str, Any]] = [origin]
-    _append(path, rows[0])
-    began, last = time.monotonic(), ""
-    for check, row in run_isolated(plan_check(request, num_gpus=num_gpus), total_s=60 * request.minutes):
-        rows.append({"check": check.name, "at_s": round(time.monotonic() - began, 1), **row})
-        _append(path, rows[-1])
-        show(json.dumps(rows[-1]))
-        if check.name != last:
-            render(path)
-            last = check.name
+    began = time.monotonic()
+    with path.open("a", encoding="utf-8") as file:
+        print(json.dumps(origin), file=file, flush=True)
+        for check, row in run_isolated(plan_check(request, num_gpus=num_gpus), total_s=60 * request.minutes):
+            if check.name != rows[-1]["check"]:
+                render(path)
+            rows.append({"check": check.name, "at_s": round(time.monotonic() - began, 1), **row})
+            print(json.dumps(rows[-1]), file=file, flush=True)
+            show(json.dumps(rows[-1]))
     page = render(path)
     failed = failed_checks(rows)
     show(f"written to {path} and {page}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
@@ -98,55 +98,54 @@ def plan_check(request: CheckRequest, *, num_gpus: int) -> list[Any]:
     import torch
 
     from megatron_itt.benchmark import gpu_kernels, gpu_rows
+    from megatron_itt.benchmark.decode import Decoding
     from megatron_itt.benchmark.isolated import Check
 
     device = torch.device("cpu") if request.device == "cpu" else torch.device("cuda", 0)
-    backends = usable_backends(request.device)
+    backends, dtype = usable_backends(request.device), torch.bfloat16
     small = _shape(request, "tiny", *(() if request.tiny else _TINY))
-    shapes = {"tiny": small} if request.tiny else {name: _shape(request, name) for name in SHAPES}
-    attention_models = (
-        {"tiny": small} if request.tiny else {name: _shape(request, name) for name in ("162m", "230m", "466m")}
-    )
+    whole = {"tiny": small} if request.tiny else {name: _shape(request, name) for name in ("162m", "230m", "466m")}
+    shapes = {name: shape for name, shape in whole.items() if name != "230m"}
+    first = next(iter(shapes.values()))
     cases = [
-        gpu_kernels.AttentionCase.of(f"{name}, {capacity:.0%}", shape.config.model, capacity, shape.config.batch.micro)
-        for name, shape in attention_models.items()
+        gpu_kernels.AttentionCase(f"{name}, {capacity:.0%}", shape.config.model, capacity, shape.config.batch.micro)
+        for name, shape in whole.items()
         for capacity in (0.5, 0.7)
     ]
-    rows_of = {name: (shape.config.model, shape.config.model.seq_length) for name, shape in shapes.items()}
-    new_tokens, prompt_tokens, dtype = (3, 8, "fp32") if request.tiny else (64, 512, "bf16")
-    decoding = {
-        **{"num_new_tokens": new_tokens, "num_prompt_tokens": prompt_tokens, "num_repeats": 3},
-        **{"device": request.device, "dtype": dtype},
-    }
-    first = next(iter(shapes.values()))
-
-    def check(name: str, backend: str, limit_s: float, function: Callable[..., Iterator[Any]], *given: Any) -> Check:
-        setup = (prepare, (backend, request.device))
-        return Check(name=name, function=function, arguments=given, limit_s=limit_s, setup=setup)
-
-    native = "native"
-    checks = [
-        check("machine", native, 20, gpu_rows.machine_rows, device),
-        check("attention, bf16", native, 90, gpu_kernels.attention_rows, cases, torch.bfloat16, device),
-        check("row operations, bf16", native, 30, gpu_kernels.row_kernel_rows, rows_of, torch.bfloat16, device),
-        *[
-            check(f"steps {name}", native, 90, gpu_rows.step_rows, shape, _MODELS, request.repeats, 15.0)
+    models = {name: shape.config.model for name, shape in shapes.items()}
+    lengths = (
+        {"num_new_tokens": 3, "num_prompt_tokens": 8}
+        if request.tiny
+        else {"num_new_tokens": 64, "num_prompt_tokens": 512}
+    )
+    decoding = Decoding(**lengths, num_repeats=3, device=request.device, dtype="fp32" if request.tiny else "bf16")
+    steps = (request.repeats, 15.0)
+    configs = {name: replace(small.config, precision=replace(small.config.precision, parts=name)) for name in backends}
+    # Name, backend, limit in seconds, function of rows, its arguments.
+    plan: list[tuple[str, str, float, Callable[..., Iterator[Any]], tuple[Any, ...]]] = [
+        ("machine", "native", 20, gpu_rows.machine_rows, (device,)),
+        ("attention, bf16", "native", 90, gpu_kernels.attention_rows, (cases, dtype, device)),
+        ("row operations, bf16", "native", 30, gpu_kernels.row_kernel_rows, (models, dtype, device)),
+        *(
+            (f"steps {name}", "native", 90, gpu_rows.step_rows, (shape, _MODELS, *steps))
             for name, shape in shapes.items()
-        ],
-        check("decode", native, 45, gpu_rows.decode_rows, first, (1, 2) if request.tiny else (1, 8, 64), decoding),
+        ),
+        ("decode", "native", 45, gpu_rows.decode_rows, (first, (1, 2) if request.tiny else (1, 8, 64), decoding)),
+        *(
+            (f"precision, {name}", name, 25, gpu_rows.precision_rows, (config, device))
+            for name, config in configs.items()
+        ),
+        ("steps, TE", "transformer_engine", 60, gpu_rows.step_rows, (first, _MODELS[:1], *steps)),
+        ("layouts", "native", 120, gpu_rows.layout_rows, (2, request.device)),
+        ("graphs", "native", 30, gpu_rows.graph_rows, (small.config, device)),
     ]
-    for backend in backends:
-        config = replace(small.config, precision=replace(small.config.precision, parts=backend))
-        checks.append(check(f"precision, {backend}", backend, 25, gpu_rows.precision_rows, config, device))
-    if "transformer_engine" in backends:
-        checks.append(
-            check("steps, TE", "transformer_engine", 60, gpu_rows.step_rows, first, _MODELS[:1], request.repeats, 15.0)
-        )
-    if num_gpus > 1:
-        checks.append(check("layouts", native, 120, gpu_rows.layout_rows, 2, request.device))
-    if request.device == "cuda":
-        checks.append(check("graphs", native, 30, gpu_rows.graph_rows, small.config, device))
-    return checks
+    left_out = {"layouts"} if num_gpus < 2 else set()
+    left_out |= {"graphs"} if request.device == "cpu" else set()
+    return [
+        Check(name=name, function=function, arguments=given, limit_s=limit, setup=(prepare, (backend, request.device)))
+        for name, backend, limit, function, given in plan
+        if backend in backends and name not in left_out
+    ]
 
 
 def usable_backends(device: str) -> list[str]:
@@ -178,7 +177,11 @@ def render(path: Path) -> Path:
         sections.setdefault(row["check"], []).append({key: row[key] for key in row if key not in ("check", "at_s")})
     failed = failed_checks(rows)
     heading = f"# {rows[0]['device']}\n\n{'FAILED: ' + ', '.join(failed) if failed else 'All rows agree.'}"
-    parts = [heading, *(f"## {name}\n\n{_table(entries)}" for name, entries in sections.items())]
+    parts = [heading]
+    for name, entries in sections.items():
+        columns = list(dict.fromkeys(key for row in entries for key in row))
+        table = markdown_table(columns, [[_cell(row.get(key, "")) for key in columns] for row in entries])
+        parts.append(f"## {name}\n\n{table}")
     page = path.with_suffix(".md")
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
@@ -204,18 +207,6 @@ def _shape(request: CheckRequest, name: str, *overrides: str) -> Any:
 
     settings = [f"runtime.device={request.device}", *(_TINY if request.tiny else ()), *overrides]
     return load_shape(name, settings, device=request.device)
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    from megatron_itt.benchmark.results import markdown_table
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return markdown_table(columns, [[_cell(row.get(key, "")) for key in columns] for row in rows])
 
 
 def _cell(value: object) -> str:

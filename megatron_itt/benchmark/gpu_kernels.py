@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from megatron_itt.benchmark.gpu_rows import guarded
 from megatron_itt.benchmark.isolated import Row
-from megatron_itt.benchmark.timing import synchronized_time
+from megatron_itt.benchmark.machine import time_interleaved
 from megatron_itt.config.model import ModelConfig
 
 # Relative to the largest value: sums of thousands of products in another order, in 24 and in 8 bits.
@@ -22,66 +21,49 @@ TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 _NUM_REPEATS = 5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionCase:
-    """Shape of one gathered attention."""
+class AttentionCase(NamedTuple):
+    """The gathered attention of a routed step of a model."""
 
     name: str
-    selected: int
-    keys: int
+    model: ModelConfig
+    capacity: float
     batch: int
-    heads: int
-    groups: int
-    head_size: int
 
-    @staticmethod
-    def of(name: str, model: ModelConfig, capacity: float, batch: int) -> AttentionCase:
-        """Return the attention of a routed step of a model."""
-        return AttentionCase(
-            name=name,
-            selected=max(1, int(capacity * model.seq_length + 0.5)),
-            keys=model.seq_length,
-            batch=batch,
-            heads=model.num_attention_heads,
-            groups=model.num_key_value_heads,
-            head_size=model.head_size,
-        )
+    @property
+    def num_selected(self) -> int:
+        """Selected tokens of each sequence."""
+        return max(1, int(self.capacity * self.model.seq_length + 0.5))
 
 
 def attention_rows(cases: Sequence[AttentionCase], dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
     """Compare the kernel of this device and FlexAttention with a dense mask; time both beside SDPA."""
     for case in cases:
-        given = _attention_inputs(case, dtype, device)
-        expected = _reference_attention(*given)
-        labels = {"shape": case.name, "selected": case.selected, "dtype": str(dtype).removeprefix("torch.")}
+        inputs, positions, weights = _attention_inputs(case, dtype, device)
+        expected = _reference_attention(inputs, positions, weights)
+        labels = {"shape": case.name, "selected": case.num_selected, "dtype": _name(dtype)}
         for name, kernel in attention_kernels(device).items():
-            yield guarded({"kernel": name, **labels}, partial(_measure_attention, kernel, *given, expected))
-        whole = replace(case, selected=case.keys)
+
+            def measure(
+                kernel: Callable[..., Tensor] = kernel, given: Any = (inputs, positions, weights, expected)
+            ) -> Row:
+                run = partial(_with_gradients, partial(kernel, positions=given[1]), given[0], given[2])
+                return {**_compare(run(), given[3], dtype), "ms": _median_ms(run, device)}
+
+            yield guarded({"kernel": name, **labels}, measure)
+        dense = partial(_masked_sdpa, positions=positions)
         for name, attend, timed in (
-            ("SDPA, dense mask", partial(_masked_sdpa, positions=given[1]), case),
-            ("SDPA, causal over all tokens", _causal_sdpa, whole),
+            ("SDPA, dense mask", dense, case),
+            ("SDPA, causal over all tokens", partial(_sdpa, is_causal=True), case._replace(capacity=1.0)),
         ):
-            labels["selected"] = timed.selected
+            labels["selected"] = timed.num_selected
             yield guarded({"kernel": name, **labels}, partial(_time_attention, attend, timed, dtype, device))
-
-
-def _measure_attention(
-    kernel: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    positions: Tensor,
-    weights: Tensor,
-    expected: Sequence[Tensor],
-) -> Row:
-    run = partial(_with_gradients, partial(kernel, positions=positions), inputs, weights)
-    row = _compare(run(), expected, inputs[0].dtype)
-    return {**row, "ms": 1e3 * _median_seconds(run, positions.device)}
 
 
 def _time_attention(
     attend: Callable[..., Tensor], case: AttentionCase, dtype: torch.dtype, device: torch.device
 ) -> Row:
     inputs, _, weights = _attention_inputs(case, dtype, device)
-    return {"ms": 1e3 * _median_seconds(partial(_with_gradients, attend, inputs, weights), device)}
+    return {"ms": _median_ms(partial(_with_gradients, attend, inputs, weights), device)}
 
 
 def attention_kernels(device: torch.device) -> dict[str, Callable[..., Tensor]]:
@@ -96,34 +78,30 @@ def attention_kernels(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     return {"blocked": blocked_attention}
 
 
-def row_kernel_rows(
-    models: dict[str, tuple[ModelConfig, int]], dtype: torch.dtype, device: torch.device
-) -> Iterator[Row]:
-    """Compare and time the row operations at (model, number of rows) of each shape."""
-    for shape, (model, num_rows) in models.items():
-        for name, (kernel, plain, inputs) in _row_cases(model, num_rows, dtype, device).items():
+def row_kernel_rows(models: dict[str, ModelConfig], dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """Compare and time the row operations of each shape, at as many rows as a sequence has tokens."""
+    for shape, model in models.items():
+        for name, (kernel, plain, inputs) in _row_cases(model, dtype, device).items():
 
             def measure(
                 kernel: Callable[..., Tensor] = kernel,
                 plain: Callable[..., Tensor] = plain,
                 inputs: tuple[Tensor, ...] = inputs,
             ) -> Row:
-                run = partial(_with_gradients, kernel, inputs, None)
+                run, same = (partial(_with_gradients, function, inputs, None) for function in (kernel, plain))
                 expected = _with_gradients(plain, tuple(part.float() for part in inputs), None)
                 row = _compare(run(), expected, dtype)
-                same = partial(_with_gradients, plain, inputs, None)
-                seconds = {"ms": run, "plain_ms": same}
-                return {**row, **{key: 1e3 * _median_seconds(each, device) for key, each in seconds.items()}}
+                return {**row, "ms": _median_ms(run, device), "plain_ms": _median_ms(same, device)}
 
-            yield guarded({"kernel": name, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}, measure)
+            yield guarded({"kernel": name, "shape": shape, "dtype": _name(dtype)}, measure)
 
 
 def _row_cases(
-    model: ModelConfig, num_rows: int, dtype: torch.dtype, device: torch.device
+    model: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]]:
     from megatron_itt.ops import rows
 
-    batch, width, size = 2, model.hidden_size, model.head_size
+    num_rows, batch, width, size = model.seq_length, 2, model.hidden_size, model.head_size
     per_group = model.num_attention_heads // model.num_key_value_heads
     random = partial(_random, dtype=dtype, device=device)
     hidden, weight, logits = random(num_rows, batch, width), random(width), random(num_rows, batch).float().sigmoid()
@@ -169,13 +147,13 @@ def _with_gradients(function: Callable[..., Tensor], values: Sequence[Tensor], w
     return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
 
 
-def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
-    seconds = []
-    for _ in range(_NUM_REPEATS):
-        started = synchronized_time(device)
-        run()
-        seconds.append(synchronized_time(device) - started)
-    return statistics.median(seconds)
+def _median_ms(run: Callable[[], object], device: torch.device) -> float:
+    times = time_interleaved({"run": lambda _: run()}, device=device, num_repeats=_NUM_REPEATS, warm_up=0)
+    return 1e3 * statistics.median(times["run"])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
@@ -186,12 +164,13 @@ def _attention_inputs(
     case: AttentionCase, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     """Return query [k, b, a, d], key and value [s, b, g, d]; positions [k, b]; and weights [k, b, a * d]."""
-    random = partial(_random, dtype=dtype, device=device)
-    query = random(case.selected, case.batch, case.heads, case.head_size, seed=1)
-    key, value = (random(case.keys, case.batch, case.groups, case.head_size, seed=seed) for seed in (2, 3))
+    random, model = partial(_random, dtype=dtype, device=device), case.model
+    selected, keys, batch, size = case.num_selected, model.seq_length, case.batch, model.head_size
+    query = random(selected, batch, model.num_attention_heads, size, seed=1)
+    key, value = (random(keys, batch, model.num_key_value_heads, size, seed=seed) for seed in (2, 3))
     generator = torch.Generator().manual_seed(4)
-    columns = [torch.randperm(case.keys, generator=generator)[: case.selected].sort().values for _ in range(case.batch)]
-    weights = random(case.selected, case.batch, case.heads * case.head_size, seed=5)
+    columns = [torch.randperm(keys, generator=generator)[:selected].sort().values for _ in range(batch)]
+    weights = random(selected, batch, model.num_attention_heads * size, seed=5)
     return (query, key, value), torch.stack(columns, dim=1).to(device), weights
 
 
@@ -211,10 +190,6 @@ def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -
     return _sdpa(query, key, value, attn_mask=visible.unsqueeze(1))
 
 
-def _causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return _sdpa(query, key, value, is_causal=True)
-
-
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
     """[k, b, a, d], [s, b, g, d] -> [k, b, a * d]."""
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -225,10 +200,10 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
 def _plain_split(qkv: Tensor, angles: Tensor) -> Tensor:
     """qkv [k, b, g, r + 2, d] -> rotated query and key, and value, side by side [k, b, g * r + 2 * g, d]."""
     query, key, value = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
-    return torch.cat((_plain_rotation(query, angles), _plain_rotation(key, angles), value), dim=2)
+    cos, sin = angles.cos().to(qkv.dtype), angles.sin().to(qkv.dtype)
 
+    def rotate(heads: Tensor) -> Tensor:
+        first, second = heads.chunk(2, dim=-1)
+        return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
-def _plain_rotation(heads: Tensor, angles: Tensor) -> Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotate(query), rotate(key), value), dim=2)

@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,10 @@ from torch.nn import functional
 
 from megatron_itt.benchmark.isolated import Row
 from megatron_itt.benchmark.layout_losses import layouts
-from megatron_itt.benchmark.machine import machine_facts
+from megatron_itt.benchmark.machine import machine_facts, paired_ratio, time_interleaved
 from megatron_itt.benchmark.results import describe_exception
 from megatron_itt.benchmark.shapes import Shape, choose_models, on_one_rank
 from megatron_itt.benchmark.steps import measure_steps
-from megatron_itt.benchmark.timing import paired_ratio, time_interleaved
 from megatron_itt.config.environment import single_process
 from megatron_itt.config.run import RunConfig
 
@@ -59,27 +58,24 @@ def step_rows(shape: Shape, models: Sequence[str], num_repeats: int, stop_after_
     for name in models:
         pair = choose_models(shape.config, [name])
         try:
-            measured = measure_steps(pair, num_repeats=num_repeats, stop_after_s=stop_after_s)
+            rows, left_out = measure_steps(pair, num_repeats=num_repeats, stop_after_s=stop_after_s)
         except Exception as error:
             yield {"name": name, "error": describe_exception(error)}
             continue
-        for row in measured.rows:
-            if row.name == name or name == models[0]:
-                yield {**asdict(row), "time_per_flops": row.time_per_flops}
-        for left_out, reason in measured.left_out.items():
-            yield {"name": left_out, "out_of_memory": reason}
+        yield from (row for row in rows if row["name"] == name or name == models[0])
+        yield from ({"name": missing, "out_of_memory": reason} for missing, reason in left_out.items())
 
 
-def _decode(shape: Shape, batch_size: int, arguments: dict[str, Any]) -> Row:
+def _first_row(measure: Callable[..., Any], *arguments: Any) -> Row:
+    return measure(*arguments).rows[0]
+
+
+def decode_rows(shape: Shape, batch_sizes: Sequence[int], decoding: Any) -> Iterator[Row]:
+    """Measure cached decoding, one batch size at a time."""
     from megatron_itt.benchmark.decode import decode_section
 
-    return decode_section(shape, batch_sizes=[batch_size], **arguments).rows[0]
-
-
-def decode_rows(shape: Shape, batch_sizes: Sequence[int], arguments: dict[str, Any]) -> Iterator[Row]:
-    """Measure cached decoding, one batch size at a time."""
     for size in batch_sizes:
-        yield guarded({"batch": size}, partial(_decode, shape, size, arguments))
+        yield guarded({"batch": size}, partial(_first_row, decode_section, shape, [size], decoding))
 
 
 def precision_rows(config: RunConfig, device: torch.device) -> Iterator[Row]:

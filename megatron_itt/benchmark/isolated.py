@@ -16,6 +16,7 @@ from typing import Any
 from megatron_itt.benchmark.results import describe_exception
 
 Row = dict[str, Any]
+Setup = tuple[Callable[..., object], tuple[Any, ...]] | None
 SETUP_LIMIT_S = 90.0  # imports of torch, transformers and megatron-core on a cold disk
 _JOIN_S = 2.0
 
@@ -31,7 +32,7 @@ class Check:
     function: Callable[..., Iterator[Row]]
     arguments: tuple[Any, ...]
     limit_s: float
-    setup: tuple[Callable[..., object], tuple[Any, ...]] | None = None
+    setup: Setup = None
 
 
 def run_isolated(checks: Sequence[Check], *, total_s: float) -> Iterator[tuple[Check, Row]]:
@@ -47,30 +48,31 @@ def run_isolated(checks: Sequence[Check], *, total_s: float) -> Iterator[tuple[C
                 yield check, {"error": f"not begun: the {total_s:.0f} s are over"}
                 continue
             if worker is None or worker.setup != check.setup:
-                _close(worker)
+                if worker is not None:
+                    worker.close()
                 worker = _Worker(check.setup)
             is_healthy = True
             for row in worker.run(check, deadline):
                 is_healthy = is_healthy and "error" not in row
                 yield check, row
             if not is_healthy:
-                _close(worker)
+                worker.close()
                 worker = None
     finally:
-        _close(worker)
+        if worker is not None:
+            worker.close()
 
 
 class _Worker:
     """One process, and this end of the pipe to it."""
 
-    def __init__(self, setup: tuple[Callable[..., object], tuple[Any, ...]] | None) -> None:
-        self.setup = setup
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self._is_ready = setup, False
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, setup))
         self._process.start()
         other.close()
-        self._is_ready = False
 
     def run(self, check: Check, deadline: float) -> Iterator[Row]:
         try:
@@ -103,12 +105,7 @@ class _Worker:
             self._process.join()
 
 
-def _close(worker: _Worker | None) -> None:
-    if worker is not None:
-        worker.close()
-
-
-def _serve(connection: Connection, setup: tuple[Callable[..., object], tuple[Any, ...]] | None) -> None:
+def _serve(connection: Connection, setup: Setup) -> None:
     """Run in the process: answer each request with its rows and an end mark."""
     try:
         if setup is not None:

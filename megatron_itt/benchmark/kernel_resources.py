@@ -23,13 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_itt.benchmark.results import markdown_table
 from megatron_itt.config import load_config
 from megatron_itt.config.load import find_recipe
 from megatron_itt.config.model import ModelConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.ops import rows_triton
 from megatron_itt.ops.attention_triton import triton_attention
+from megatron_itt.tables import markdown_table
 
 # Compute capability -> bytes of shared memory that one block may use, and that one multiprocessor has.
 # Source: CUDA C++ programming guide, table of technical specifications per compute capability.

@@ -1,19 +1,18 @@
-"""Facts about the machine, and its fastest matrix products, which MFU is relative to."""
+"""Facts about the machine, its fastest matrix products, which MFU is relative to, and interleaved timing."""
 
 from __future__ import annotations
 
 import os
 import platform
+import statistics
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-
-from megatron_itt.benchmark.timing import synchronized_time
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # (rows, inner, columns): squares, and the long and flat products of a layer. The fastest one counts.
@@ -25,30 +24,18 @@ WARM_UP_S, MEASURED_S = 0.2, 0.4  # per product
 _MIN_REPEATS = 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MatrixRates:
-    """FLOP/s of the fastest matrix product of each type."""
+def matrix_rates(device: torch.device) -> dict[str, float]:
+    """Return FLOP/s of the fastest matrix product by `precision.dtype`.
 
-    fp32: float
-    bf16: float
-
-    def of(self, dtype: str) -> float:
-        """Return the rate of `precision.dtype`."""
-        return self.bf16 if dtype == "bf16" else self.fp32
-
-
-def matrix_rates(device: torch.device) -> MatrixRates:
-    """Measure both types, once per process and number of threads, so that all sections use the same rates."""
+    Measured once per process and number of threads, so that all sections use the same rates.
+    """
     return _measure_rates(device, torch.get_num_threads())
 
 
 @cache
-def _measure_rates(device: torch.device, _num_threads: int) -> MatrixRates:
-    rates = {
-        name: max(product_rate(sizes, device, dtype) for sizes in _PRODUCTS[device.type])
-        for name, dtype in DTYPES.items()
-    }
-    return MatrixRates(**rates)
+def _measure_rates(device: torch.device, _num_threads: int) -> dict[str, float]:
+    sizes = _PRODUCTS[device.type]
+    return {name: max(product_rate(size, device, dtype) for size in sizes) for name, dtype in DTYPES.items()}
 
 
 def product_rate(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
@@ -76,7 +63,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "rates": asdict(matrix_rates(device)),
+        "rates": matrix_rates(device),
     }
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -89,10 +76,8 @@ def device_name(device: torch.device) -> str:
     """Return the GPU's name, or the processor's with its matrix extensions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = named[0] if named else platform.processor() or platform.machine()
     flags = next((line for line in lines if line.startswith("flags")), "").split()
@@ -103,3 +88,42 @@ def device_name(device: torch.device) -> str:
 def free_bytes(device: torch.device) -> int:
     """Return the memory that new models may take on the GPU or the machine."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def synchronized_time(device: torch.device) -> float:
+    """Return a steady clock's seconds after the device has finished its queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def time_interleaved(
+    actions: Mapping[str, Callable[[int], object]],
+    *,
+    device: torch.device,
+    num_repeats: int,
+    warm_up: int = 2,
+    stop_after_s: float | None = None,
+) -> dict[str, list[float]]:
+    """Return the seconds of each action per turn, with the turns of all actions aligned.
+
+    Compared actions alternate, because the speed of a machine drifts; every other turn runs them in reverse order, so
+    that a slowing machine favours none. An action receives the number of its turn. After `stop_after_s` no further turn
+    begins, but one is always measured.
+    """
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    started = time.perf_counter()
+    for turn in range(warm_up + num_repeats):
+        if turn > warm_up and stop_after_s is not None and time.perf_counter() - started > stop_after_s:
+            break
+        for name in list(actions) if turn % 2 == 0 else reversed(list(actions)):
+            began = synchronized_time(device)
+            actions[name](turn)
+            if turn >= warm_up:
+                times[name].append(synchronized_time(device) - began)
+    return times
+
+
+def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the median over turns of one action's time over another's in the same turn."""
+    return statistics.median(above / below for above, below in zip(numerators, denominators, strict=True))

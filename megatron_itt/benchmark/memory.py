@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_itt.accounting.memory import FLOAT32, activation_bytes, layer_activations, rank_memory
-from megatron_itt.benchmark.results import Section, markdown_table
+from megatron_itt.benchmark.results import Section
 from megatron_itt.benchmark.shapes import BASE, Shape, compared_models, random_batches, with_batch
 from megatron_itt.benchmark.steps import release
 from megatron_itt.config.run import RunConfig
@@ -35,25 +37,35 @@ class ActivationMemory:
 
 def memory_section(shape: Shape) -> Section:
     """Measure LLaMA, Loop x4, and ITT x4 in each recompute mode."""
-    rows = [measure_activations(name, config) for name, config in _cases(shape.config).items()]
-    columns = ("model", "kept MiB", "estimate", "kept/estimate", "peak MiB", "estimate", "peak/estimate")
-    lines = [
-        [
-            row.name,
-            f"{row.kept / _MEBI:.1f}",
-            f"{row.kept_estimate / _MEBI:.1f}",
-            f"{row.kept / row.kept_estimate:.2f}",
-            f"{row.peak / _MEBI:.1f}",
-            f"{row.peak_estimate / _MEBI:.1f}",
-            f"{row.peak / row.peak_estimate:.2f}",
-        ]
-        for row in rows
-    ]
-    return Section(
-        title=f"Activations of one micro-batch: {shape.describe()}",
-        rows=[asdict(row) for row in rows],
-        table=markdown_table(columns, lines),
-    )
+    base, micro = shape.config, shape.config.batch.micro
+    models = compared_models(with_batch(base, global_size=micro, micro=micro))
+    itt = models["ITT x4"]
+    cases = {
+        **{name: models[name] for name in (BASE, "Loop x4")},
+        **{
+            f"ITT x4, recompute {mode}": replace(itt, thinking=replace(itt.thinking, recompute=mode))
+            for mode in ("none", "routed", "layer")
+        },
+        "ITT x4, selected": models["ITT x4, selected"],
+    }
+    rows = [measure_activations(name, config) for name, config in cases.items()]
+    columns: dict[str, str | Callable[[Any], object]] = {"model": "{name}"}
+    for key in ("kept", "peak"):
+        columns |= {
+            f"{key} MiB": partial(_mebi, key=key),
+            f"{key} estimate": partial(_mebi, key=f"{key}_estimate"),
+            f"{key}/estimate": partial(_ratio, key=key),
+        }
+    title = f"Activations of one micro-batch: {shape.describe()}"
+    return Section(title=title, rows=[asdict(row) for row in rows], columns=columns)
+
+
+def _mebi(row: dict[str, Any], key: str) -> str:
+    return f"{row[key] / _MEBI:.1f}"
+
+
+def _ratio(row: dict[str, Any], key: str) -> str:
+    return f"{row[key] / row[f'{key}_estimate']:.2f}"
 
 
 def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
@@ -72,7 +84,13 @@ def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
 
         step(0)  # the optimizer's state appears with the first step
         gc.collect()
-        peak = _peak_on_gpu(step, place.device) if place.device.type == "cuda" else _peak_on_cpu(step)
+        if place.device.type == "cuda":
+            before = torch.cuda.memory_allocated(place.device)
+            torch.cuda.reset_peak_memory_stats(place.device)
+            step(1)
+            peak = torch.cuda.max_memory_allocated(place.device) - before
+        else:
+            peak = _peak_on_cpu(step)
         release(trainer)
     finally:
         stop_parallel()
@@ -105,23 +123,6 @@ def measure_kept_bytes(chunk: torch.nn.Module, tokens: torch.Tensor, positions: 
         output = chunk(tokens, positions, None)
     assert output.requires_grad, "the model is not trainable"
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def _cases(base: RunConfig) -> dict[str, RunConfig]:
-    models = compared_models(with_batch(base, global_size=base.batch.micro, micro=base.batch.micro))
-    cases = {name: models[name] for name in (BASE, "Loop x4")}
-    for mode in ("none", "routed", "layer"):
-        itt = models["ITT x4"]
-        cases[f"ITT x4, recompute {mode}"] = replace(itt, thinking=replace(itt.thinking, recompute=mode))
-    selected = models["ITT x4, selected"]
-    return {**cases, "ITT x4, selected": selected}
-
-
-def _peak_on_gpu(step: Any, device: torch.device) -> int:
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step(1)
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _peak_on_cpu(step: Any) -> int:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_itt.errors import IttError
+from megatron_itt.tables import Columns, table_of, write_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One measured part. `rows` are plain data; `table` is Markdown."""
+    """One measured part. `rows` are plain data; `columns` format them as a table."""
 
     title: str
     rows: list[dict[str, Any]]
-    table: str
-    notes: tuple[str, ...] = ()
+    columns: Columns
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +35,30 @@ class Outcome:
         """Format heading, table and notes, or the error."""
         if self.section is None:
             return f"## {self.name}\n\nFAILED after {self.seconds:.0f} s: {self.error}"
-        parts = [f"## {self.section.title}", self.section.table, *self.section.notes]
-        return "\n\n".join(part for part in parts if part)
+        table = table_of(self.section.columns, self.section.rows)
+        return "\n\n".join([f"## {self.section.title}", table, *self.section.notes])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        if self.section is None:
+            return {"seconds": self.seconds, "error": self.error}
+        section = self.section
+        return {"seconds": self.seconds, "title": section.title, "rows": section.rows, "notes": list(section.notes)}
 
 
 def run_sections(
-    actions: Mapping[str, Callable[[], Section]], *, report: Callable[[Outcome], None] | None = None
+    actions: Mapping[str, Callable[[], Section]], *, report: Callable[[Outcome], None] = lambda _: None
 ) -> list[Outcome]:
     """Run all actions in order; an exception becomes the outcome of its section, and the next one runs."""
     outcomes = []
     for name, action in actions.items():
-        started = time.perf_counter()
-        section: Section | None = None
-        error: str | None = None
+        started, found = time.perf_counter(), dict[str, Any]()
         try:
-            section = action()
+            found["section"] = action()
         except Exception as problem:  # one part's fault must not lose the others' figures
-            error = describe_exception(problem)
-        outcomes.append(Outcome(name=name, seconds=time.perf_counter() - started, section=section, error=error))
-        if report is not None:
-            report(outcomes[-1])
+            found["error"] = describe_exception(problem)
+        outcomes.append(Outcome(name=name, seconds=time.perf_counter() - started, **found))
+        report(outcomes[-1])
     return outcomes
 
 
@@ -70,40 +74,14 @@ def describe_exception(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {lines[0] if lines else ''}{place}"
 
 
-def write_results(
-    outcomes: Sequence[Outcome], *, facts: Mapping[str, Any], heading: str, folder: Path, name: str
-) -> tuple[Path, Path]:
-    """Write NAME.json and NAME.md; return both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data, text = folder / f"{name}.json", folder / f"{name}.md"
-    content = {**facts, "sections": {outcome.name: _plain(outcome) for outcome in outcomes}}
-    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    text.write_text("\n\n".join([heading, *(outcome.as_markdown() for outcome in outcomes)]) + "\n", encoding="utf-8")
-    return data, text
-
-
-def format_heading(facts: Mapping[str, Any], *, command: str) -> str:
-    """Format the first lines of a result: machine, date, fastest matrix products, command."""
+def write_results(outcomes: Sequence[Outcome], *, facts: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Write NAME.json and NAME.md; `facts` are of `machine_facts`, with the command."""
     rates = facts["rates"]
-    lines = [
-        f"# {facts['machine']}",
+    heading = (
+        f"# {facts['machine']}\n\n"
         f"{facts['date']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}, Python "
         f"{facts['python']}. Fastest matrix products: {rates['fp32'] / 1e9:,.0f} GFLOP/s in fp32, "
-        f"{rates['bf16'] / 1e9:,.0f} in bf16; MFU is relative to the one of the model's type.",
-        f"    {command}",
-    ]
-    return "\n\n".join(lines)
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format a table of text."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    if outcome.section is None:
-        return {"seconds": outcome.seconds, "error": outcome.error}
-    section = asdict(outcome.section)
-    del section["table"]
-    return {"seconds": outcome.seconds, **section}
+        f"{rates['bf16'] / 1e9:,.0f} in bf16; MFU is relative to the one of the model's type.\n\n    {facts['command']}"
+    )
+    write_json(folder / f"{name}.json", {**facts, "sections": {each.name: each.as_dict() for each in outcomes}})
+    write_text(folder / f"{name}.md", "\n\n".join([heading, *(each.as_markdown() for each in outcomes)]) + "\n")

@@ -5,8 +5,8 @@ Absolute times depend on the machine and its load; compare ratios within one run
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,50 +14,29 @@ import torch
 
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.accounting.memory import rank_memory
-from megatron_itt.benchmark.machine import MatrixRates, free_bytes, matrix_rates
-from megatron_itt.benchmark.results import Section, markdown_table
+from megatron_itt.benchmark.machine import free_bytes, matrix_rates, paired_ratio, time_interleaved
+from megatron_itt.benchmark.results import Section
 from megatron_itt.benchmark.shapes import BASE, STOCK, STOCK_SAME_PARTS, Shape, choose_models, random_batches
-from megatron_itt.benchmark.timing import Spread, paired_ratio, time_interleaved
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
+from megatron_itt.tables import Columns
 
 MEMORY_SHARE = 0.8  # of the free memory: the estimate has no workspaces and no fragmentation
 # Bytes per attention score of the stock attention: softmax and its input, in float32 and in the model's type.
 _STOCK_BYTES_PER_SCORE = 16
-COLUMNS = ("model", "step ms (fastest - slowest)", "tokens/s", f"time / {BASE}", f"FLOPs / {BASE}", "time/FLOPs", "MFU")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepTime:
-    """One model's optimizer step. `flops`: useful FLOPs of a step, backward included.
-
-    `slower` and `more_flops` are ratios to the first model. `mfu` is relative to the measured matrix rate of the same
-    type, `mfu_bf16` to that of bfloat16. `peak_bytes`: GPU memory; None on CPUs.
-    """
-
-    name: str
-    spread: Spread
-    tokens_per_second: float
-    flops: float
-    slower: float
-    more_flops: float
-    mfu: float
-    mfu_bf16: float
-    peak_bytes: int | None
-
-    @property
-    def time_per_flops(self) -> float:
-        """1 if time is proportional to FLOPs."""
-        return self.slower / self.more_flops
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    """Measured models in the requested order, and the reasons why others are missing."""
-
-    rows: list[StepTime]
-    left_out: dict[str, str]
+Row = dict[str, Any]
+COLUMNS: Columns = {
+    "model": "{name}",
+    "step ms (fastest - slowest)": lambda row: "{:.1f} ({:.1f} - {:.1f})".format(
+        *(1e3 * row["spread"][key] for key in ("median_s", "fastest_s", "slowest_s"))
+    ),
+    "tokens/s": "{tokens_per_second:,.0f}",
+    f"time / {BASE}": "{slower:.3f}",
+    f"FLOPs / {BASE}": "{more_flops:.3f}",
+    "time/FLOPs": "{time_per_flops:.3f}",
+    "MFU": "{mfu:.1%}",
+}
 
 
 def steps_section(
@@ -65,57 +44,111 @@ def steps_section(
 ) -> Section:
     """Measure training steps of the named models, or of all if none is named."""
     chosen = choose_models(shape.config, models)
-    measured = measure_steps(chosen, num_repeats=num_repeats, stop_after_s=stop_after_s)
-    by_name = {row.name: row for row in measured.rows}
-    notes = [f"Not measured: {name}: {reason}." for name, reason in measured.left_out.items()]
-    for itt in ("ITT x4", "ITT x4, selected"):
-        if {"Loop x4", itt} <= set(by_name):
-            ratio = by_name["Loop x4"].slower / by_name[itt].slower
-            notes.insert(0, f"Loop x4 takes {ratio:.2f} times the step of {itt}.")
-    for stock in (STOCK, STOCK_SAME_PARTS):
-        if stock in by_name:
-            notes.insert(0, f"{BASE} takes {1 / by_name[stock].slower:.3f} times the step of the {stock}.")
-    return Section(
-        title=f"Training step: {shape.describe()}",
-        rows=[{**asdict(row), "time_per_flops": row.time_per_flops} for row in measured.rows],
-        table=format_table(measured.rows),
-        notes=tuple(notes),
-    )
+    rows, left_out = measure_steps(chosen, num_repeats=num_repeats, stop_after_s=stop_after_s)
+    slower = {row["name"]: row["slower"] for row in rows}
+    notes = [f"{BASE} takes {1 / slower[name]:.3f} times the step of the {name}."
+             for name in (STOCK_SAME_PARTS, STOCK) if name in slower]  # fmt: skip
+    notes += [f"Loop x4 takes {slower['Loop x4'] / slower[name]:.2f} times the step of {name}."
+              for name in ("ITT x4, selected", "ITT x4") if {"Loop x4", name} <= set(slower)]  # fmt: skip
+    notes += [f"Not measured: {name}: {reason}." for name, reason in left_out.items()]
+    peak: Columns = {"peak GiB": lambda row: f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-"}
+    columns = {**COLUMNS, **(peak if any(row["peak_bytes"] for row in rows) else {})}
+    return Section(title=f"Training step: {shape.describe()}", rows=rows, columns=columns, notes=notes)
 
 
-def measure_steps(models: Mapping[str, RunConfig], *, num_repeats: int, stop_after_s: float | None = None) -> StepTimes:
+def measure_steps(
+    models: Mapping[str, RunConfig], *, num_repeats: int, stop_after_s: float | None = None
+) -> tuple[list[Row], dict[str, str]]:
     """Time `num_repeats` optimizer steps of each model on random tokens, interleaved.
 
-    Models that do not fit into memory together are measured in groups that each contain the first model. One that does
-    not fit alone is left out, with the reason.
+    Models that do not fit into memory together are measured in groups that each contain the first model. Returns the
+    measured models in order, and the reasons why others are missing. A row has name, `spread` (seconds: median,
+    fastest, slowest), tokens_per_second, `flops` (useful ones of a step, backward included), the ratios to the first
+    model `slower`, `more_flops` and `time_per_flops` (1 if time is proportional to FLOPs), `mfu` relative to the
+    measured matrix rate of the same type, `mfu_bf16`, and `peak_bytes` of GPU memory (None on CPUs).
     """
     if num_repeats < 1:
         raise ConfigError(f"--repeats is {num_repeats}; at least one step must be timed")
-    first = next(iter(models.values()))
-    place = start_parallel(first)
+    place = start_parallel(next(iter(models.values())))
     try:
         rates = matrix_rates(place.device)
         groups, left_out = group_by_memory(models, free_bytes(place.device) * MEMORY_SHARE)
-        rows: dict[str, StepTime] = {}
+        rows: dict[str, Row] = {}
         for group in groups:
-            limit = None if stop_after_s is None else stop_after_s / len(groups)
-            timed = _time_group({name: models[name] for name in group}, place, num_repeats, limit, left_out)
-            for name, row in _summarise(models, timed, rates).items():
-                rows.setdefault(name, row)
+            peaks: dict[str, int] = {}
+            trainers = _build_group({name: models[name] for name in group}, place, left_out)
+            seconds = time_interleaved(
+                {name: partial(_watched_step, trainer, name, peaks) for name, trainer in trainers.items()},
+                device=place.device,
+                num_repeats=num_repeats,
+                warm_up=1,
+                stop_after_s=None if stop_after_s is None else stop_after_s / len(groups),
+            )
+            for name, trainer in trainers.items():
+                release(trainer)
+                base = next(iter(seconds))
+                row = _summarise(models[name], seconds[name], rates)
+                row["slower"] = paired_ratio(seconds[name], seconds[base])
+                row["more_flops"] = row["flops"] / step_flops(models[base])
+                row["time_per_flops"] = row["slower"] / row["more_flops"]
+                rows.setdefault(name, {"name": name, **row, "peak_bytes": peaks.get(name)})
     finally:
         stop_parallel()
-    return StepTimes(rows=[rows[name] for name in models if name in rows], left_out=left_out)
+    return [rows[name] for name in models if name in rows], left_out
 
 
-def format_table(rows: Sequence[StepTime]) -> str:
-    """Format Markdown with ratios to the first row."""
-    columns = [*COLUMNS, *(["peak GiB"] if any(row.peak_bytes for row in rows) else [])]
-    lines = []
-    for row in rows:
-        line = [row.name, row.spread.milliseconds(), f"{row.tokens_per_second:,.0f}", f"{row.slower:.3f}"]
-        line += [f"{row.more_flops:.3f}", f"{row.time_per_flops:.3f}", f"{100 * row.mfu:.1f}%"]
-        lines.append(line + ([f"{row.peak_bytes / 2**30:.1f}"] if row.peak_bytes else []))
-    return markdown_table(columns, lines)
+def _build_group(models: Mapping[str, RunConfig], place: Any, left_out: dict[str, str]) -> dict[str, Any]:
+    """Trainers that have run one step; models that run out of memory are moved to `left_out`."""
+    from megatron_itt.model.builder import build_model, build_stock_model
+    from megatron_itt.training.trainer import build_trainer
+
+    builders: dict[str, Callable[..., Any]] = {
+        STOCK: build_stock_model,
+        STOCK_SAME_PARTS: partial(build_stock_model, same_backend=True),
+    }
+    trainers: dict[str, Any] = {}
+    for name, config in models.items():
+        trainer = None
+        try:
+            trainer = build_trainer(config, place, build=builders.get(name, build_model))
+            train_on_random_tokens(trainer, 0)
+            trainers[name] = trainer
+        except torch.OutOfMemoryError as error:
+            left_out[name] = f"out of memory ({str(error).splitlines()[0]})"
+            if trainer is not None:
+                release(trainer)
+    return trainers
+
+
+def train_on_random_tokens(trainer: Any, turn: int) -> None:
+    """Run one optimizer step."""
+    from megatron_itt.training.step import train_step
+
+    train_step(trainer, iter(random_batches(trainer.config, trainer.num_microbatches, seed=turn)), turn + 1)
+
+
+def _watched_step(trainer: Any, name: str, peaks: dict[str, int], turn: int) -> None:
+    """One step; records its peak of GPU memory, without that of the other models."""
+    device = trainer.place.device
+    if device.type != "cuda":
+        train_on_random_tokens(trainer, turn)
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    train_on_random_tokens(trainer, turn)
+    own = sum(parameter.nbytes for chunk in trainer.wrapped for parameter in chunk.parameters())
+    peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(device) - before + own)
+
+
+def _summarise(config: RunConfig, seconds: Sequence[float], rates: Mapping[str, float]) -> Row:
+    median, flops = statistics.median(seconds), step_flops(config)
+    return {
+        "spread": {"median_s": median, "fastest_s": min(seconds), "slowest_s": max(seconds)},
+        "tokens_per_second": config.tokens_per_step / median,
+        "flops": flops,
+        "mfu": flops / median / rates[config.precision.dtype],
+        "mfu_bf16": flops / median / rates["bf16"],
+    }
 
 
 def step_flops(config: RunConfig) -> float:
@@ -132,108 +165,27 @@ def release(trainer: Any) -> None:
         wrapped.grad_accs.clear()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Timed:
-    seconds: dict[str, list[float]]
-    peaks: dict[str, int]
-
-
-def _time_group(
-    models: Mapping[str, RunConfig], place: Any, num_repeats: int, stop_after_s: float | None, left_out: dict[str, str]
-) -> _Timed:
-    """Time the models of one group; models that run out of memory are moved to `left_out`."""
-    from megatron_itt.model.builder import build_model, build_stock_model
-    from megatron_itt.training.trainer import build_trainer
-
-    builders: dict[str, Callable[..., Any]] = {
-        STOCK: build_stock_model,
-        STOCK_SAME_PARTS: partial(build_stock_model, same_backend=True),
-    }
-    trainers: dict[str, Any] = {}
-    peaks: dict[str, int] = {}
-    for name, config in models.items():
-        trainer = None
-        try:
-            trainer = build_trainer(config, place, build=builders.get(name, build_model))
-            train_on_random_tokens(trainer, 0)
-        except torch.OutOfMemoryError as error:
-            left_out[name] = f"out of memory ({str(error).splitlines()[0]})"
-            if trainer is not None:
-                release(trainer)
-            continue
-        trainers[name] = trainer
-    actions = {name: _peak_watching(trainer, name, peaks) for name, trainer in trainers.items()}
-    seconds = time_interleaved(
-        actions, device=place.device, num_repeats=num_repeats, warm_up=1, stop_after_s=stop_after_s
-    )
-    for trainer in trainers.values():
-        release(trainer)
-    return _Timed(seconds=seconds, peaks=peaks)
-
-
-def train_on_random_tokens(trainer: Any, turn: int) -> None:
-    """Run one optimizer step."""
-    from megatron_itt.training.step import train_step
-
-    batches = random_batches(trainer.config, trainer.num_microbatches, seed=turn)
-    train_step(trainer, iter(batches), turn + 1)
-
-
-def _peak_watching(trainer: Any, name: str, peaks: dict[str, int]) -> Callable[[int], None]:
-    """Return a step that records its peak of GPU memory, without that of the other models."""
-    device = trainer.place.device
-
-    def act(turn: int) -> None:
-        if device.type != "cuda":
-            return train_on_random_tokens(trainer, turn)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        train_on_random_tokens(trainer, turn)
-        own = sum(parameter.nbytes for chunk in trainer.wrapped for parameter in chunk.parameters())
-        peaks[name] = max(peaks.get(name, 0), torch.cuda.max_memory_allocated(device) - before + own)
-        return None
-
-    return act
-
-
-def _summarise(models: Mapping[str, RunConfig], timed: _Timed, rates: MatrixRates) -> dict[str, StepTime]:
-    base = next(name for name in timed.seconds)
-    rows = {}
-    for name, seconds in timed.seconds.items():
-        config, spread = models[name], Spread.of(seconds)
-        flops = step_flops(config)
-        rows[name] = StepTime(
-            name=name,
-            spread=spread,
-            tokens_per_second=config.tokens_per_step / spread.median_s,
-            flops=flops,
-            slower=paired_ratio(seconds, timed.seconds[base]),
-            more_flops=flops / step_flops(models[base]),
-            mfu=flops / spread.median_s / rates.of(config.precision.dtype),
-            mfu_bf16=flops / spread.median_s / rates.bf16,
-            peak_bytes=timed.peaks.get(name),
-        )
-    return rows
-
-
 def group_by_memory(models: Mapping[str, RunConfig], room: float) -> tuple[list[list[str]], dict[str, str]]:
-    """Group names so that each group fits into `room` bytes with one model training; the first is in every group."""
+    """Group names so that each group fits into `room` bytes with one model training; the first is in every group.
+
+    Models that do not fit alone are returned with the reason.
+    """
     first, *others = models
     needs = {name: memory_needs(name, config) for name, config in models.items()}
+
+    def fits(*names: str) -> bool:
+        return sum(needs[name][0] for name in names) + max(needs[name][1] for name in names) <= room
+
     left_out: dict[str, str] = {}
     groups = [[first]]
     for name in others:
-        if not _fits([first, name], needs, room):
+        if not fits(first, name):
             left_out[name] = f"needs {sum(needs[name]) / 2**30:.1f} GiB"
-        elif _fits([*groups[-1], name], needs, room):
+        elif fits(*groups[-1], name):
             groups[-1].append(name)
         else:
             groups.append([first, name])
     return groups, left_out
-
-
-def _fits(names: Sequence[str], needs: Mapping[str, tuple[float, float]], room: float) -> bool:
-    return sum(needs[name][0] for name in names) + max(needs[name][1] for name in names) <= room
 
 
 def memory_needs(name: str, config: RunConfig) -> tuple[float, float]:

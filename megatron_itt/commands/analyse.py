@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from megatron_itt.commands.arguments import Count, Flag, Fractions, OptionalCount, Repeated
 from megatron_itt.errors import DataError
-from megatron_itt.evaluation.options import CausalitySettings
+from megatron_itt.evaluation.options import CausalitySettings, EvaluationRequest, parse_budget
 from megatron_itt.log import configure_logging
 
 if TYPE_CHECKING:
@@ -145,15 +145,15 @@ class Budgets(_Measuring):
     device: str = "auto"  # auto, cpu, cuda, ...
 
     def measure(self) -> Measurement:
-        from megatron_itt.analysis.budgets import GRID, Tasks, measure_budgets
-        from megatron_itt.evaluation.exported_model import parse_budget
+        from megatron_itt.analysis.budgets import GRID, measure_budgets
         from megatron_itt.evaluation.harness import choose_tasks
 
         texts, tasks = _texts(self.text), None
         if self.tasks or self.task_dir:
-            tasks = Tasks(
-                names=choose_tasks(self.tasks, self.task_dir),
-                folder=self.output.with_suffix(".tasks"),
+            tasks = EvaluationRequest(
+                model=self.model[0],
+                output=self.output.with_suffix(".tasks"),
+                tasks=choose_tasks(self.tasks, self.task_dir),
                 task_dirs=[self.task_dir] if self.task_dir else [],
                 data_root=self.data_root,
                 limit=self.limit,

@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,43 +75,35 @@ class Parts:
         shape = load_shape(self.shape, [f"runtime.device={self.device}", *self.overrides], device=device.type)
         print(use_backend(shape.config.precision.parts, device=device.type), end="\n\n", flush=True)
         from megatron_itt.benchmark.machine import machine_facts
-        from megatron_itt.benchmark.results import format_heading, run_sections, write_results
+        from megatron_itt.benchmark.results import run_sections, write_results
 
         facts = {**machine_facts(device), "command": command_line()}
         outcomes = run_sections(
             self._sections(shape, device), report=lambda outcome: print(outcome.as_markdown(), end="\n\n", flush=True)
         )
-        heading = format_heading(facts, command=facts["command"])
-        write_results(outcomes, facts=facts, heading=heading, folder=self.output, name=self.name)
+        write_results(outcomes, facts=facts, folder=self.output, name=self.name)
         print(f"written to {self.output}")
         return 1 if any(outcome.section is None for outcome in outcomes) else 0
 
     def _sections(self, shape: Any, device: Any) -> dict[str, Callable[[], Any]]:
         from megatron_itt.benchmark.data import data_section
-        from megatron_itt.benchmark.decode import decode_section
+        from megatron_itt.benchmark.decode import Decoding, decode_section
         from megatron_itt.benchmark.memory import memory_section
         from megatron_itt.benchmark.steps import steps_section
 
+        decoding = Decoding(
+            num_prompt_tokens=self.prompt_tokens,
+            num_new_tokens=self.new_tokens,
+            num_repeats=self.repeats,
+            device=str(device),
+            dtype=shape.config.precision.dtype,
+        )
+        limits: dict[str, Any] = {"num_repeats": self.repeats, "stop_after_s": self.seconds_per_part}
         sections: dict[str, Callable[[], Any]] = {
-            "steps": partial(
-                steps_section,
-                shape,
-                models=self.models,
-                num_repeats=self.repeats,
-                stop_after_s=self.seconds_per_part,
-            ),
-            "decode": partial(
-                decode_section,
-                shape,
-                batch_sizes=self.batches,
-                num_new_tokens=self.new_tokens,
-                num_prompt_tokens=self.prompt_tokens,
-                num_repeats=self.repeats,
-                device=str(device),
-                dtype=shape.config.precision.dtype,
-            ),
-            "data": partial(data_section, shape, inputs=self.input, tokenizer=self.tokenizer, num_workers=self.workers),
-            "memory": partial(memory_section, shape),
+            "steps": lambda: steps_section(shape, models=self.models, **limits),
+            "decode": lambda: decode_section(shape, self.batches, decoding),
+            "data": lambda: data_section(shape, inputs=self.input, tokenizer=self.tokenizer, num_workers=self.workers),
+            "memory": lambda: memory_section(shape),
         }
         return {part: sections[part] for part in PARTS if part in self.parts}
 

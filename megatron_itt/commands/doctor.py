@@ -33,8 +33,8 @@ class Doctor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # megatron-core warns about the same packages
             diagnosis = diagnose(self.folder, recipe=recipe, speed=self.speed)
-        print(json.dumps(diagnosis.as_dict(), indent=2) if self.json else format_diagnosis(diagnosis))
-        return 0 if diagnosis.is_healthy else 1
+        print(json.dumps(diagnosis, indent=2) if self.json else format_diagnosis(diagnosis))
+        return 0 if diagnosis["is_healthy"] else 1
 
 
 COMMAND = Doctor

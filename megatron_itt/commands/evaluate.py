@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from megatron_itt.commands.arguments import Count, Repeated
-from megatron_itt.evaluation.options import EvaluationOptions, EvaluationRequest
+from megatron_itt.evaluation.options import EvaluationOptions, EvaluationRequest, parse_budget
 from megatron_itt.log import configure_logging
 
 EXAMPLES = """
@@ -37,7 +37,6 @@ class Evaluate(EvaluationOptions):
         """Evaluate, and print where the table is."""
         configure_logging()
         # After parsing: --help must not wait for torch and lm-eval.
-        from megatron_itt.evaluation.exported_model import parse_budget
         from megatron_itt.evaluation.harness import choose_tasks, evaluate_export
         from megatron_itt.evaluation.heldout import parse_domains, prepare_heldout
 

@@ -38,7 +38,7 @@ def find_transformer_engine() -> OptionalPackage:
     # megatron-core imports the fp8 module to detect TransformerEngine.
     imports = ("transformer_engine.pytorch", "transformer_engine.pytorch.fp8")
     reason = _find_fault("transformer_engine", needs_gpu=True, imports=imports)
-    if not reason and (problem := transformer_engine_problem(_version("transformer-engine"))):
+    if not reason and (problem := transformer_engine_problem(find_version("transformer-engine"))):
         reason = f"installed, but {problem}"
     return _status("transformer-engine", reason, cost="layers and AdamW run on other kernels, slower on GPUs")
 
@@ -54,7 +54,7 @@ def find_apex() -> OptionalPackage:
 def find_dali() -> OptionalPackage:
     """NVIDIA DALI: an alternative data loader, on GPUs and CPUs."""
     distributions = [f"nvidia-dali-cuda{version}" for version in ("130", "120")]
-    installed = next((name for name in distributions if _version(name)), distributions[0])
+    installed = next((name for name in distributions if find_version(name)), distributions[0])
     cost = "data.loader: dali is not available; data.loader: torch gives the same batches"
     reason = _find_fault("nvidia.dali", needs_gpu=False, imports=("nvidia.dali",))
     return _status("nvidia-dali", reason, cost=cost, distribution=installed)
@@ -86,7 +86,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def _status(name: str, reason: str, *, cost: str, distribution: str | None = None) -> OptionalPackage:
-    version = _version(distribution or name)
+    version = find_version(distribution or name)
     return OptionalPackage(name=name, usable=not reason, version=version, reason=reason, cost=cost)
 
 
@@ -118,7 +118,8 @@ def _find_spec(module: str) -> ModuleSpec | None:
         return None
 
 
-def _version(distribution: str) -> str | None:
+def find_version(distribution: str) -> str | None:
+    """Return the version of an installed distribution; None if it is absent."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from megatron_itt.config.optional_packages import (
     find_apex,
     find_dali,
     find_transformer_engine,
+    find_version,
     has_nvidia_gpu,
     hide_unusable_packages,
 )
@@ -46,37 +45,11 @@ EXTRAS = {
 ENVIRONMENT = ("cuda_compiled_version", "nvidia_driver_version", "cudnn_version", "nvidia_gpu_models", "os")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Diagnosis:
-    """State of a machine. Training cannot work with `problems`; `warnings` say what it costs to go without."""
-
-    python: str
-    system: str
-    cpu_cores: int
-    memory_bytes: int | None
-    free_disk_bytes: int
-    gpus: list[str]
-    environment: dict[str, Any]  # torch.utils.collect_env
-    required: list[OptionalPackage]
-    optional: list[OptionalPackage]
-    speeds: list[Speed]
-    problems: list[str]
-    warnings: list[str]
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether training on this machine can work."""
-        return not self.problems
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {**asdict(self), "is_healthy": self.is_healthy}
-
-
-def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, speed: bool = False) -> Diagnosis:
+def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, speed: bool = False) -> dict[str, Any]:
     """Import every package and measure `folders` and those that `recipe` uses; takes seconds.
 
-    `speed` measures GPUs, and the links of a job of several processes, each of which must then call this.
+    `speed` measures GPUs, and the links of a job of several processes, each of which must then call this. Returns plain
+    data. Training cannot work with `problems`; `warnings` say what it costs to go without a package.
     """
     hide_unusable_packages()
     nvidia = [find_transformer_engine(), find_apex(), find_dali()]
@@ -85,63 +58,65 @@ def diagnose(folders: Sequence[str] = (), *, recipe: RunConfig | None = None, sp
     has_torch = next(package.usable for package in required if package.name == "torch")
     gpus, environment, hidden_gpu = _find_gpus() if has_torch else ([], {}, [])
     written, read = recipe_folders(recipe) if recipe is not None else ([], [])
-    speeds = [*map(measure_folder, [*folders, *written]), *map(measure_reading, read)]
-    gpu_speeds = _measure_gpus(len(gpus)) if speed else []
+    gpu_speeds = [measure_gpu(index) for index in range(len(gpus))] if speed else []
     job = process_info()
     links = [measure_links(job)] if speed and has_torch and job.world_size > 1 else []
-    speeds = [*gpu_speeds, *links, *speeds]
+    speeds = [*gpu_speeds, *links, *map(measure_folder, [*folders, *written]), *map(measure_reading, read)]
     supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    return Diagnosis(
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cpu_cores=os.cpu_count() or 1,
-        memory_bytes=_find_memory(),
-        free_disk_bytes=shutil.disk_usage(".").free,
-        gpus=gpus,
-        environment=environment,
-        required=required,
-        optional=optional,
-        speeds=speeds,
-        problems=[
-            *([] if supported else [f"Python is {platform.python_version()}; tested are 3.10 to 3.13"]),
-            *(f"{package.name}: {package.reason}; {_WAY_OUT}" for package in required if not package.usable),
-            *([problem] if (problem := find_megatron_core_problem()) else []),
-            *(f"{'links' if s.kind == 'links' else s.name}: {s.problem}" for s in speeds if s.problem),
-        ],
-        warnings=[
-            *hidden_gpu,
-            *gpu_warnings(gpu_speeds),
-            *(line for measured in speeds for line in measured.warnings),
-            *(f"{package.name}: {package.reason}. Cost: {package.cost}" for package in optional if not package.usable),
-        ],
-    )
-
-
-def format_diagnosis(diagnosis: Diagnosis) -> str:
-    """Format the state of the machine, then warnings, then problems, then the verdict."""
-    memory = "?" if diagnosis.memory_bytes is None else f"{diagnosis.memory_bytes / 2**30:.0f}"
-    disk = f"{diagnosis.free_disk_bytes / 2**30:.0f} GiB disk free here"
-    required, optional = (
-        ", ".join(f"{package.name} {package.version or '?'}" for package in packages if package.usable)
-        for packages in (diagnosis.required, diagnosis.optional)
-    )
-    found = [(key, diagnosis.environment.get(key)) for key in ENVIRONMENT]
-    environment = [
-        f"{key.removesuffix('_version')} {' / '.join(str(text).split(chr(10)))}" for key, text in found if text
+    problems = [
+        *([] if supported else [f"Python is {platform.python_version()}; tested are 3.10 to 3.13"]),
+        *(f"{package.name}: {package.reason}; {_WAY_OUT}" for package in required if not package.usable),
+        *([problem] if (problem := find_megatron_core_problem()) else []),
+        *(f"{'links' if s.kind == 'links' else s.name}: {s.problem}" for s in speeds if s.problem),
     ]
+    warnings = [
+        *hidden_gpu,
+        *gpu_warnings(gpu_speeds),
+        *(line for measured in speeds for line in measured.warnings),
+        *(f"{package.name}: {package.reason}. Cost: {package.cost}" for package in optional if not package.usable),
+    ]
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu_cores": os.cpu_count() or 1,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "free_disk_bytes": shutil.disk_usage(".").free,
+        "gpus": gpus,
+        "environment": environment,  # torch.utils.collect_env
+        "required": list(map(asdict, required)),
+        "optional": list(map(asdict, optional)),
+        "speeds": list(map(asdict, speeds)),
+        "problems": problems,
+        "warnings": warnings,
+        "is_healthy": not problems,
+    }
+
+
+def format_diagnosis(diagnosis: Mapping[str, Any]) -> str:
+    """Format the state of the machine, then warnings, then problems, then the verdict."""
+    memory, disk = (f"{diagnosis[key] / 2**30:.0f} GiB" for key in ("memory_bytes", "free_disk_bytes"))
+    required, optional = (
+        ", ".join(f"{package['name']} {package['version'] or '?'}" for package in diagnosis[kind] if package["usable"])
+        for kind in ("required", "optional")
+    )
+    found = [(key, diagnosis["environment"].get(key)) for key in ENVIRONMENT]
+    environment = [
+        f"{key.removesuffix('_version')} {' / '.join(str(text).splitlines())}" for key, text in found if text
+    ]
+    problems = diagnosis["problems"]
     lines = [
-        f"Python    {diagnosis.python} on {diagnosis.system}",
-        f"machine   {diagnosis.cpu_cores} cores, {memory} GiB memory, {disk}",
-        f"GPU       {', '.join(diagnosis.gpus) or 'none: training runs on CPU, for trying things out'}",
+        f"Python    {diagnosis['python']} on {diagnosis['system']}",
+        f"machine   {diagnosis['cpu_cores']} cores, {memory} memory, {disk} disk free here",
+        f"GPU       {', '.join(diagnosis['gpus']) or 'none: training runs on CPU, for trying things out'}",
         f"system    {', '.join(environment) or 'unknown without torch'}",
         f"required  {required}",
         f"optional  {optional or 'none'}",
-        *(measured.describe() for measured in diagnosis.speeds if not measured.problem),
-        *(f"warning: {warning}" for warning in diagnosis.warnings),
-        *(f"problem: {problem}" for problem in diagnosis.problems),
+        *(Speed(**speed).describe() for speed in diagnosis["speeds"] if not speed["problem"]),
+        *(f"warning: {warning}" for warning in diagnosis["warnings"]),
+        *(f"problem: {problem}" for problem in problems),
+        f"{len(problems)} problem(s): training cannot work here" if problems else "healthy",
     ]
-    verdict = "healthy" if diagnosis.is_healthy else f"{len(diagnosis.problems)} problem(s): training cannot work here"
-    return "\n".join([*lines, verdict])
+    return "\n".join(lines)
 
 
 def recipe_folders(config: RunConfig) -> tuple[list[str], list[str]]:
@@ -157,9 +132,7 @@ def recipe_folders(config: RunConfig) -> tuple[list[str], list[str]]:
 
 
 def _find_package(name: str, cost: str) -> OptionalPackage:
-    module, version, reason = _MODULES.get(name, name), None, ""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        version = importlib.metadata.version(name)
+    module, reason = _MODULES.get(name, name), ""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -168,7 +141,7 @@ def _find_package(name: str, cost: str) -> OptionalPackage:
     except Exception as error:  # a broken binary raises anything
         lines = str(error).strip().splitlines()
         reason = f"installed, but its import fails: {type(error).__name__}: {lines[0] if lines else ''}"
-    return OptionalPackage(name=name, usable=not reason, version=version, reason=reason, cost=cost)
+    return OptionalPackage(name=name, usable=not reason, version=find_version(name), reason=reason, cost=cost)
 
 
 def _find_gpus() -> tuple[list[str], dict[str, Any], list[str]]:
@@ -183,20 +156,3 @@ def _find_gpus() -> tuple[list[str], dict[str, Any], list[str]]:
     build = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
     warning = f"torch: this machine has an NVIDIA GPU that {build} cannot use. Cost: training runs on CPU"
     return [], environment, [warning]
-
-
-def _measure_gpus(count: int) -> list[Speed]:
-    """Speed of each GPU that torch can use, one after the other."""
-    if count == 0:
-        return []
-    import torch
-
-    return [measure_gpu(torch.device("cuda", index)) for index in range(count)]
-
-
-def _find_memory() -> int | None:
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return int(psutil.virtual_memory().total)

@@ -81,7 +81,7 @@ def measure_folder(folder: str, *, num_bytes: int = PROBE_BYTES) -> Speed:
         figures = {"write_mb_per_s": num_bytes / 1e6 / (time.perf_counter() - started)}
         figures |= _read(probe, num_bytes) | {"clock_ahead_s": ahead}
     except OSError as error:
-        return _unusable(folder, error)
+        return Speed(kind="folder", name=folder, problem=f"cannot be used: {error.strerror or error}")
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
@@ -93,7 +93,7 @@ def measure_reading(file: str, *, num_bytes: int = PROBE_BYTES) -> Speed:
     try:
         figures = _read(Path(file), num_bytes)
     except OSError as error:
-        return _unusable(file, error)
+        return Speed(kind="folder", name=file, problem=f"cannot be used: {error.strerror or error}")
     return Speed(kind="folder", name=file, figures=figures, warnings=folder_warnings(file, figures))
 
 
@@ -126,14 +126,11 @@ def _read(path: Path, num_bytes: int) -> dict[str, float]:
     return {"read_mb_per_s": count / 1e6 / elapsed} if count >= _BLOCK_BYTES else {}
 
 
-def _unusable(name: str, error: OSError) -> Speed:
-    return Speed(kind="folder", name=name, problem=f"cannot be used: {error.strerror or error}")
-
-
-def measure_gpu(device: Any, *, matrix_size: int = MATRIX_SIZE, copy_bytes: int = COPY_BYTES) -> Speed:
-    """Measure a torch device with `torch.utils.benchmark`: bf16 matrix products, its memory, copies from the host."""
+def measure_gpu(index: int | None, *, matrix_size: int = MATRIX_SIZE, copy_bytes: int = COPY_BYTES) -> Speed:
+    """Measure a GPU (None: the CPU) with `torch.utils.benchmark`: bf16 products, memory, copies from the host."""
     import torch
 
+    device = torch.device("cpu") if index is None else torch.device("cuda", index)
     on_gpu = device.type == "cuda"
     name = f"{device} {torch.cuda.get_device_name(device) if on_gpu else 'CPU'}"
     try:

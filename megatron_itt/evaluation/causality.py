@@ -6,11 +6,9 @@ depends on one token only. Both rules run on the same sequences at several lengt
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +16,13 @@ import torch
 from torch import Tensor
 
 from megatron_itt.errors import EvaluationError
-from megatron_itt.evaluation.exported_model import Budget, ExportedModel, check_budget, format_budget
-from megatron_itt.evaluation.options import CausalitySettings
+from megatron_itt.evaluation.exported_model import ExportedModel
+from megatron_itt.evaluation.options import Budget, CausalitySettings, check_budget, format_budget
 from megatron_itt.evaluation.results import publish_folder
+from megatron_itt.tables import Columns, table_of, write_json, write_text
 
 RULES = ("topk", "threshold")
-JSON_FILE = "causality.json"
-TABLE_FILE = "causality.md"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RuleComparison:
-    """A domain at one length. Losses in nats per token; shares and agreement per routed step, mean over layers."""
-
-    domain: str
-    length: int
-    num_tokens: int
-    topk_loss: float
-    threshold_loss: float
-    difference: float  # threshold - topk
-    difference_stderr: float  # between sequences
-    topk_shares: list[float]
-    threshold_shares: list[float]
-    agreement: list[float]  # share of tokens that both rules select, or both do not
-    agreement_per_layer: dict[str, list[float]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FutureTest:
-    """Changes of the logits of earlier tokens when later tokens are replaced, in float64."""
-
-    rule: str
-    num_cases: int
-    num_cases_moved: int
-    num_tokens: int
-    num_tokens_moved: int
-    max_change: float  # of a logit
-    max_logit: float
+Row = dict[str, Any]
 
 
 def report_causality(
@@ -75,14 +43,14 @@ def report_causality(
     content = {
         "model": str(export.folder),
         "budget": list(budget or ()),
-        "comparisons": [asdict(row) for row in comparisons],
-        "future_tokens": [asdict(row) for row in futures],
+        "comparisons": comparisons,
+        "future_tokens": futures,
     }
     text = _markdown(export, format_budget(budget), comparisons, futures)
 
     def write(folder: Path) -> None:
-        (folder / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (folder / TABLE_FILE).write_text(text, encoding="utf-8")
+        write_json(folder / "causality.json", content)
+        write_text(folder / "causality.md", text)
 
     publish_folder(output, write)
     return text
@@ -90,16 +58,25 @@ def report_causality(
 
 def measure_causality(
     export: ExportedModel, texts: Mapping[str, Sequence[str]], settings: CausalitySettings
-) -> tuple[list[RuleComparison], list[FutureTest]]:
-    """Compare both rules on every domain and length, and replace later tokens under both."""
+) -> tuple[list[Row], list[Row]]:
+    """Compare both rules on every domain and length, and replace later tokens under both.
+
+    Comparisons have domain, length, num_tokens, losses in nats per token (`difference` is threshold - topk, its stderr
+    between sequences), and per routed step, averaged over layers: the shares of selected tokens, and `agreement`, the
+    share of tokens that both rules select or both do not (also by layer). Tests of later tokens have the rule and the
+    numbers of cases and of earlier tokens whose logits moved, in float64.
+    """
     if export.trained_budget is None:
         raise EvaluationError(f"the model in {export.folder} has no routed thinking steps; there is nothing to compare")
     budget = check_budget(settings.budget or export.trained_budget, export.trained_budget)
-    lengths = _lengths(export, settings)
+    longest = export.max_length
+    if wrong := [length for length in settings.lengths if not 2 <= length <= longest]:
+        raise EvaluationError(f"length {wrong[0]} is not between 2 and the model's context of {longest} tokens")
+    lengths = settings.lengths or [length for length in (64, 256, 1024, longest) if length <= longest]
     streams = {domain: _encode(export, documents, settings.max_tokens) for domain, documents in texts.items()}
     comparisons = []
     for domain, stream in streams.items():
-        for length in lengths:
+        for length in sorted(set(lengths)):
             body = length - 1  # after the prefix token
             count = min(len(stream) // body, max(1, settings.max_tokens // body))
             if not count:
@@ -113,16 +90,6 @@ def measure_causality(
     return comparisons, [_replace_later_tokens(export, joined, rule, budget, settings) for rule in RULES]
 
 
-def _lengths(export: ExportedModel, settings: CausalitySettings) -> list[int]:
-    longest = export.max_length
-    if not settings.lengths:
-        return sorted({length for length in (64, 256, 1024, longest) if length <= longest})
-    wrong = [length for length in settings.lengths if not 2 <= length <= longest]
-    if wrong:
-        raise EvaluationError(f"length {wrong[0]} is not between 2 and the model's context of {longest} tokens")
-    return sorted(set(settings.lengths))
-
-
 def _encode(export: ExportedModel, documents: Sequence[str], max_tokens: int) -> list[int]:
     """Documents joined by the prefix token, up to about `max_tokens`."""
     stream: list[int] = []
@@ -133,7 +100,7 @@ def _encode(export: ExportedModel, documents: Sequence[str], max_tokens: int) ->
     return stream
 
 
-def _compare(export: ExportedModel, sequences: Tensor, domain: str, budget: Budget, batch_size: int) -> RuleComparison:
+def _compare(export: ExportedModel, sequences: Tensor, domain: str, budget: Budget, batch_size: int) -> Row:
     measured: dict[str, list[tuple[Tensor, Tensor]]] = {rule: [] for rule in RULES}
     for batch in sequences.to(export.device).split(batch_size):
         for rule in RULES:
@@ -146,19 +113,19 @@ def _compare(export: ExportedModel, sequences: Tensor, domain: str, budget: Budg
     alike = (selected["topk"] == selected["threshold"]).double().mean((0, 3))  # [layer, step]
     spread = float(difference.std(correction=1)) if len(difference) > 1 else math.nan
     layers = export.model.config.thinking["layers"]
-    return RuleComparison(
-        domain=domain,
-        length=sequences.shape[1],
-        num_tokens=sequences.numel() - len(sequences),
-        topk_loss=float(loss["topk"].mean()),
-        threshold_loss=float(loss["threshold"].mean()),
-        difference=float(difference.mean()),
-        difference_stderr=spread / math.sqrt(len(difference)),
-        topk_shares=selected["topk"].double().mean((0, 1, 3)).tolist(),
-        threshold_shares=selected["threshold"].double().mean((0, 1, 3)).tolist(),
-        agreement=alike.mean(0).tolist(),
-        agreement_per_layer={str(idx): row for idx, row in zip(layers, alike.tolist(), strict=True)},
-    )
+    return {
+        "domain": domain,
+        "length": sequences.shape[1],
+        "num_tokens": sequences.numel() - len(sequences),
+        "topk_loss": float(loss["topk"].mean()),
+        "threshold_loss": float(loss["threshold"].mean()),
+        "difference": float(difference.mean()),
+        "difference_stderr": spread / math.sqrt(len(difference)),
+        "topk_shares": selected["topk"].double().mean((0, 1, 3)).tolist(),
+        "threshold_shares": selected["threshold"].double().mean((0, 1, 3)).tolist(),
+        "agreement": alike.mean(0).tolist(),
+        "agreement_per_layer": {str(idx): row for idx, row in zip(layers, alike.tolist(), strict=True)},
+    }
 
 
 def _run(export: ExportedModel, batch: Tensor, rule: str, budget: Budget) -> tuple[Tensor, Tensor]:
@@ -180,13 +147,11 @@ def _forward(export: ExportedModel, tokens: Tensor, rule: str, budget: Budget, *
 
 def _replace_later_tokens(
     export: ExportedModel, stream: Sequence[int], rule: str, budget: Budget, settings: CausalitySettings
-) -> FutureTest:
+) -> Row:
     """Replace the tokens of random sequences from a random position on by random ones."""
     generator = torch.Generator().manual_seed(settings.seed)
-    longest = min(export.max_length, len(stream))
-    vocab_size = export.model.config.vocab_size
-    num_cases_moved = num_tokens = num_moved = 0
-    max_change = max_logit = 0.0
+    longest, vocab_size = min(export.max_length, len(stream)), export.model.config.vocab_size
+    changes, logit_sizes = [], []
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=generator))
@@ -201,21 +166,18 @@ def _replace_later_tokens(
             logits, others = (
                 _forward(export, item.to(export.device), rule, budget).logits[0] for item in (tokens, changed)
             )
-            change = (logits[:position] - others[:position]).abs().amax(-1)
-            num_cases_moved += bool(change.any())
-            num_tokens += position
-            num_moved += int((change > 0).sum())
-            max_change = max(max_change, float(change.max()))
-            max_logit = max(max_logit, float(logits.abs().max()))
-    return FutureTest(
-        rule=rule,
-        num_cases=settings.num_cases,
-        num_cases_moved=num_cases_moved,
-        num_tokens=num_tokens,
-        num_tokens_moved=num_moved,
-        max_change=max_change,
-        max_logit=max_logit,
-    )
+            changes.append((logits[:position] - others[:position]).abs().amax(-1))
+            logit_sizes.append(float(logits.abs().max()))
+    every = torch.cat(changes)  # [earlier tokens of all cases]
+    return {
+        "rule": rule,
+        "num_cases": settings.num_cases,
+        "num_cases_moved": sum(bool(change.any()) for change in changes),
+        "num_tokens": len(every),
+        "num_tokens_moved": int((every > 0).sum()),
+        "max_change": float(every.max()),
+        "max_logit": max(logit_sizes),
+    }
 
 
 @contextmanager
@@ -230,24 +192,20 @@ def _in_float64(model: Any) -> Iterator[None]:
             parameter.data = parameter.data.to(before[name])
 
 
-def _markdown(
-    export: ExportedModel, budget: str, comparisons: Sequence[RuleComparison], futures: Sequence[FutureTest]
-) -> str:
-    losses = [
-        f"| {row.domain} | {row.length:,} | {row.num_tokens:,} | {_perplexity(row.topk_loss)} | "
-        f"{_perplexity(row.threshold_loss)} | {row.difference:+.4f} +/- {row.difference_stderr:.4f} |"
-        for row in comparisons
-    ]
-    selections = [
-        f"| {row.domain} | {row.length:,} | {_percents(row.topk_shares)} | {_percents(row.threshold_shares)} | "
-        f"{_percents(row.agreement)} |"
-        for row in comparisons
-    ]
+def _markdown(export: ExportedModel, budget: str, comparisons: Sequence[Row], futures: Sequence[Row]) -> str:
+    first = {"domain": "{domain}", "tokens per sequence": "{length:,}"}
+    losses: Columns = {
+        **first,
+        "tokens": "{num_tokens:,}",
+        **{name: _perplexity_of(f"{rule}_loss") for name, rule in (("top-k", "topk"), ("threshold", "threshold"))},
+        "loss, threshold - top-k (nats)": "{difference:+.4f} +/- {difference_stderr:.4f}",
+    }
+    keys = {"share, top-k": "topk_shares", "share, threshold": "threshold_shares", "tokens routed alike": "agreement"}
+    selections: Columns = {**first, **{name: _percents_of(key) for name, key in keys.items()}}
     changes = [
-        f"- {row.rule}: in {row.num_cases} sequences the tokens from a random position on were replaced. Of "
-        f"{row.num_tokens:,} earlier tokens {f'{row.num_tokens_moved:,}' if row.num_tokens_moved else 'none'} changed, "
-        f"in {row.num_cases_moved} sequences; the largest change of a logit is {row.max_change:.3g} (largest logit "
-        f"{row.max_logit:.3g})."
+        "- {rule}: in {num_cases} sequences the tokens from a random position on were replaced. Of {num_tokens:,} "
+        "earlier tokens {moved} changed, in {num_cases_moved} sequences; the largest change of a logit is "
+        "{max_change:.3g} (largest logit {max_logit:.3g}).".format(**row, moved=row["num_tokens_moved"] or "none")
         for row in futures
     ]
     return f"""# Causality of {export.folder}
@@ -256,15 +214,11 @@ Thinking budget {budget}. Top-k compares all tokens of a sequence, as in trainin
 
 ## Perplexity under both rules
 
-| domain | tokens per sequence | tokens | top-k | threshold | loss, threshold - top-k (nats) |
-|---|---|---|---|---|---|
-{chr(10).join(losses)}
+{table_of(losses, comparisons)}
 
 ## Selected tokens (per routed step, mean over thinking layers)
 
-| domain | tokens per sequence | share, top-k | share, threshold | tokens routed alike |
-|---|---|---|---|---|
-{chr(10).join(selections)}
+{table_of(selections, comparisons)}
 
 ## Replacing later tokens (float64)
 
@@ -272,9 +226,9 @@ Thinking budget {budget}. Top-k compares all tokens of a sequence, as in trainin
 """
 
 
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):,.2f}" if loss < 700 else "inf"
+def _perplexity_of(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{math.exp(row[key]):,.2f}" if row[key] < 700 else "inf"
 
 
-def _percents(shares: Sequence[float]) -> str:
-    return " / ".join(f"{100 * share:.1f}" for share in shares) + " %"
+def _percents_of(key: str) -> Callable[[Row], str]:
+    return lambda row: " / ".join(f"{100 * share:.1f}" for share in row[key]) + " %"

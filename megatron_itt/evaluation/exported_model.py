@@ -1,8 +1,4 @@
-"""Loading of an exported Hugging Face folder, and its thinking budget.
-
-A thinking budget is one share of tokens in [0, 1] per routed thinking step; 0 skips the step (as in the paper's
-Table 2), None is the budget of training.
-"""
+"""Loading of an exported Hugging Face folder, and setting of its thinking budget."""
 
 from __future__ import annotations
 
@@ -81,7 +77,10 @@ def load_export(folder: Path | str, *, device: str = "auto", dtype: str = "auto"
     """
     folder = Path(folder).resolve()
     config = read_export_config(folder)
-    device = _resolve_device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EvaluationError(f"device is {device} but this machine has no usable GPU; use --device cpu")
     recorded = config.get("tokenizer_sha256")
     if recorded is not None and load_tokenizer(folder).sha256 != recorded:
         raise EvaluationError(
@@ -98,14 +97,6 @@ def load_export(folder: Path | str, *, device: str = "auto", dtype: str = "auto"
     return ExportedModel(folder=folder, model=model, tokenizer=tokenizer, trained_budget=trained_budget(config))
 
 
-def _resolve_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise EvaluationError(f"device is {device} but this machine has no usable GPU; use --device cpu")
-    return device
-
-
 def trained_budget(config: dict[str, Any]) -> Budget | None:
     """The thinking budget that an export was trained with; None for a model without routing (LLaMA, Loop)."""
     thinking = config.get("thinking")
@@ -113,40 +104,6 @@ def trained_budget(config: dict[str, Any]) -> Budget | None:
         return None
     capacity = thinking.get("capacity") or []
     return tuple(map(float, [capacity] if isinstance(capacity, int | float) else capacity)) or None
-
-
-def parse_budget(text: str) -> Budget:
-    """Parse "0.5,0.5,0.5" (or "50%,50%,50%")."""
-    try:
-        return tuple(
-            float(part[:-1]) / 100 if part.endswith("%") else float(part) for part in map(str.strip, text.split(","))
-        )
-    except ValueError:
-        raise EvaluationError(
-            f"budget {text!r} is not a list of shares; write one number per thinking step, as in 0.5,0.5,0.5"
-        ) from None
-
-
-def check_budget(budget: Sequence[float], trained: Budget | None) -> Budget:
-    """Return `budget` as floats. EvaluationError unless it has one share in [0, 1] per routed step."""
-    shown = format_budget(budget)
-    if trained is None:
-        raise EvaluationError(f"budget {shown} is given but the model has no routed thinking steps; leave --budget out")
-    if len(budget) != len(trained):
-        raise EvaluationError(
-            f"budget {shown} has {len(budget)} shares but the model has {len(trained)} routed thinking steps; give "
-            f"{len(trained)}, as in {format_budget(trained)}"
-        )
-    if any(not 0 <= share <= 1 for share in budget):
-        raise EvaluationError(
-            f"budget {shown} has a share outside [0, 1]; use 0.5 for half of the tokens, 0 to leave a step out"
-        )
-    return tuple(float(share) for share in budget)
-
-
-def format_budget(budget: Sequence[float] | None) -> str:
-    """Format a budget as "0.5,0.5,0.5"; None, the budget of a model without routing, as "none"."""
-    return "none" if budget is None else ",".join(f"{share:g}" for share in budget)
 
 
 @contextmanager

@@ -10,25 +10,22 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from megatron_itt.config.environment import set_offline, working_directory
+from megatron_itt.config.optional_packages import find_version
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.exported_model import (
-    Budget,
     ExportedModel,
-    check_budget,
-    format_budget,
     load_export,
     read_export_config,
     thinking_at,
     trained_budget,
 )
-from megatron_itt.evaluation.options import EvaluationRequest
+from megatron_itt.evaluation.options import Budget, EvaluationRequest, check_budget, format_budget
 from megatron_itt.evaluation.perplexity import measure_perplexity
 from megatron_itt.evaluation.results import PAPER_TASKS, publish_folder, write_results
 from megatron_itt.log import get_logger
@@ -88,7 +85,7 @@ def _measure(
     return {
         "trained_budget": None if export.trained_budget is None else list(export.trained_budget),
         "limit": request.limit,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: find_version(name) or "not installed" for name in _PACKAGES},
         "runs": runs,
         "perplexity": perplexity,
     }
@@ -101,7 +98,11 @@ def run_harness(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet_harness(), _count_truncations() as counter, thinking_at(export.model, budget) as model:
+    with (
+        _quiet_harness(),
+        _harness_log("lm_eval.models.huggingface", logging.WARNING) as counter,
+        thinking_at(export.model, budget) as model,
+    ):
         wrapped = HFLM(pretrained=model, tokenizer=export.tokenizer, batch_size=batch_size)
         outcome = lm_eval.simple_evaluate(
             model=wrapped,
@@ -257,42 +258,29 @@ def offline_hub() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """Show lm-eval's errors only: it warns about settings that are intended here."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _harness_log(name: str, level: int) -> Iterator[_TruncationCounter]:
+    """Show errors of an lm-eval logger only, and count its messages about truncated prompts instead of showing them.
 
-
-class _TruncationCounter(logging.Filter):
-    """Counts lm-eval's messages about truncated prompts instead of showing thousands of them."""
-
-    count = 0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        self.count += "Truncating" in record.getMessage()
-        return record.levelno >= logging.ERROR
-
-
-@contextmanager
-def _count_truncations() -> Iterator[_TruncationCounter]:
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    level, counter = logger.level, _TruncationCounter()
-    logger.setLevel(logging.WARNING)
+    lm-eval warns about settings that are intended here. `level`: of the messages that are counted or shown.
+    """
+    logger, counter = logging.getLogger(name), _TruncationCounter()
+    before = logger.level
+    logger.setLevel(level)
     logger.addFilter(counter)
     try:
         yield counter
     finally:
         logger.removeFilter(counter)
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _quiet_harness() -> AbstractContextManager[Any]:
+    return _harness_log("lm_eval", logging.ERROR)
+
+
+class _TruncationCounter(logging.Filter):
+    count = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.count += "Truncating" in record.getMessage()
+        return record.levelno >= logging.ERROR

@@ -1,4 +1,8 @@
-"""Options of evaluations. No torch: command lines are parsed before it is loaded."""
+"""Options of evaluations, and thinking budgets. No torch: command lines are parsed before it is loaded.
+
+A thinking budget is one share of tokens in [0, 1] per routed thinking step; 0 skips the step (as in the paper's
+Table 2), None is the budget of training.
+"""
 
 from __future__ import annotations
 
@@ -54,3 +58,45 @@ class CausalitySettings:
     batch_size: int = 8  # sequences at a time
     num_cases: int = 100  # sequences with replaced later tokens, per rule
     seed: int = 1234  # of the replaced tokens
+
+
+def parse_budget(text: str) -> Budget:
+    """Parse "0.5,0.5,0.5" (or "50%,50%,50%")."""
+    try:
+        return tuple(
+            float(part[:-1]) / 100 if part.endswith("%") else float(part) for part in map(str.strip, text.split(","))
+        )
+    except ValueError:
+        raise EvaluationError(
+            f"budget {text!r} is not a list of shares; write one number per thinking step, as in 0.5,0.5,0.5"
+        ) from None
+
+
+def check_budget(budget: Sequence[float], trained: Budget | None) -> Budget:
+    """Return `budget` as floats. EvaluationError unless it has one share in [0, 1] per routed step."""
+    shown = format_budget(budget)
+    if trained is None:
+        raise EvaluationError(f"budget {shown} is given but the model has no routed thinking steps; leave --budget out")
+    if len(budget) != len(trained):
+        raise EvaluationError(
+            f"budget {shown} has {len(budget)} shares but the model has {len(trained)} routed thinking steps; give "
+            f"{len(trained)}, as in {format_budget(trained)}"
+        )
+    if any(not 0 <= share <= 1 for share in budget):
+        raise EvaluationError(
+            f"budget {shown} has a share outside [0, 1]; use 0.5 for half of the tokens, 0 to leave a step out"
+        )
+    return tuple(float(share) for share in budget)
+
+
+def format_budget(budget: Sequence[float] | None) -> str:
+    """Format a budget as "0.5,0.5,0.5"; None, the budget of a model without routing, as "none"."""
+    return "none" if budget is None else ",".join(f"{share:g}" for share in budget)
+
+
+def percent(budget: Sequence[float] | None) -> str:
+    """Format a budget for people: "50%" where all steps are equal, else "90/70/50%"; "-" without routing."""
+    if budget is None:
+        return "-"
+    shares = [f"{100 * share:g}" for share in budget]
+    return (shares[0] if len(set(shares)) == 1 else "/".join(shares)) + "%"

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from megatron_itt.errors import EvaluationError
-from megatron_itt.evaluation.exported_model import Budget, ExportedModel, thinking_at
+from megatron_itt.evaluation.exported_model import ExportedModel, thinking_at
+from megatron_itt.evaluation.options import Budget
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

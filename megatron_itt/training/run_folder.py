@@ -7,12 +7,12 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_itt import __version__
 from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml
+from megatron_itt.config.optional_packages import find_version
 from megatron_itt.errors import ConfigError
 from megatron_itt.files import atomic_write
 from megatron_itt.launch.refusals import FINISHED_FILE, finished_step
@@ -78,11 +78,7 @@ def _record_environment(run_dir: Path) -> None:
 def describe_environment() -> dict[str, str | None]:
     """Return the versions of everything that determines a run's numbers."""
     facts: dict[str, str | None] = {"megatron_itt": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            facts[name] = version(name)
-        except PackageNotFoundError:
-            facts[name] = None
+    facts |= {name: find_version(name) for name in _PACKAGES}
     facts["platform"] = platform.platform()
     facts["git_commit"] = source_commit(Path(__file__).resolve().parents[2])
     return facts

@@ -16,6 +16,7 @@ FLOORS = {
     "log": 1,
     "locks": 2,
     "files": 1,
+    "tables": 2,
     "cli": 2,  # finds the commands by name, and imports the one that was asked for
     "config": 2,
     "accounting": 3,

@@ -10,11 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.analysis.report import measure, passage_budgets, render_report, write_report
-from megatron_itt.analysis.report_content import budget_table, evaluation_tables, short_number, summary, versions
-from megatron_itt.analysis.runs import percent, read_run
+from megatron_itt.analysis.report import (
+    budget_table,
+    measure,
+    passage_budgets,
+    render_report,
+    short_number,
+    summary,
+    versions,
+    write_report,
+)
+from megatron_itt.analysis.runs import read_run
 from megatron_itt.cli import run
 from megatron_itt.errors import DataError
+from megatron_itt.evaluation.options import percent
 from tests.unit.analysis.runs import run_lines, training_line, validation_line, write_run
 
 NASTY = '<script>alert(1)</script> & </span> "quoted" {{ 7 * 7 }} x = a < b\n'
@@ -50,30 +59,33 @@ def test_the_page_tells_what_happened_in_real_figures(run_dir: Path, itt_dir: Pa
     write_report(run_dir, output_html=output, export_dir=itt_dir, evaluation_json=evaluation, text=NASTY)
     page = output.read_text(encoding="utf-8")
     assert "Validation loss fell from 6.393 to 2.543 nats per token when 50/25% of the tokens are selected" in page
-    assert "for 20 steps on 20 k tokens of code and docs" in page
+    assert "Inner Thinking Transformer trained on code, docs." in page
+    assert "<dt>training tokens</dt><dd>20 k</dd>" in page and "<dt>steps</dt><dd>20</dd>" in page
     assert "50.0 \u00b1 5.0" in page
     assert "0.4.13" in page and "kind: itt" in page
-    assert page.count("<svg") > 8
+    assert page.count("<svg") == 7  # loss, three metrics, three domains by budget
     assert list(tmp_path.glob("*.partial")) == []
 
 
-def test_the_page_fetches_nothing(run_dir: Path, itt_dir: Path) -> None:
-    page = render_report(measure(run_dir, export_dir=itt_dir, text="import os"))
+@pytest.fixture(scope="module")
+def page(run_dir: Path, itt_dir: Path) -> str:
+    return render_report(measure(run_dir, export_dir=itt_dir, text=NASTY))
+
+
+def test_the_page_fetches_nothing(page: str) -> None:
     links = _Links()
     links.feed(page)
     assert links.found == ["data:,"]  # the empty icon
     assert not re.search(r"url\((?!#)|@import|https?://", page)
 
 
-def test_text_is_escaped_everywhere(run_dir: Path, itt_dir: Path) -> None:
-    page = render_report(measure(run_dir, export_dir=itt_dir, text=NASTY))
+def test_text_is_escaped_everywhere(page: str) -> None:
     assert "<script>alert" not in page
     assert "49" not in re.findall(r'class="prompt">(.*?)</span>', page, re.DOTALL)[0]
     assert page.count("<script") == 2  # the data and the code of the page
 
 
-def test_script_data_cannot_end_its_element(run_dir: Path, itt_dir: Path) -> None:
-    page = render_report(measure(run_dir, export_dir=itt_dir, text=NASTY))
+def test_script_data_cannot_end_its_element(page: str) -> None:
     data = re.findall(r'<script type="application/json" id="routing">(.*?)</script>', page, re.DOTALL)[0]
     parsed = json.loads(data)
     assert parsed["layers"] == [1, 3] and parsed["steps"] == 2
@@ -82,8 +94,8 @@ def test_script_data_cannot_end_its_element(run_dir: Path, itt_dir: Path) -> Non
     assert all(len(step) == num_tokens for trace in parsed["traces"] for layer in trace["selected"] for step in layer)
 
 
-def test_equal_data_gives_equal_bytes(run_dir: Path) -> None:
-    assert render_report(measure(run_dir)) == render_report(measure(run_dir))
+def test_equal_data_gives_equal_bytes(page: str, run_dir: Path, itt_dir: Path) -> None:
+    assert render_report(measure(run_dir, export_dir=itt_dir, text=NASTY)) == page
 
 
 def test_a_run_with_nan_is_drawn_and_the_defect_told(tmp_path: Path) -> None:
@@ -108,17 +120,17 @@ def test_a_model_without_router_has_a_page_without_passage(tmp_path: Path, llama
     page = render_report(data)
     assert "This model has no router" in page
     assert data.sample is not None and data.sample.prompt == "import os"
-    assert "a LLaMA transformer" in page and "no routing" in page
+    assert "LLaMA transformer trained on" in page and "no routing" in page
 
 
 def test_a_run_with_one_validation_claims_no_fall(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [validation_line(0), training_line(1)]))
-    assert "Validation loss at step 0, the only one validated, was 6.393 nats" in summary(run, None)
+    assert "Validation loss at step 0, the only one validated, was 6.393 nats" in summary(run)
 
 
 def test_a_run_without_validation_tells_its_training_loss(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [training_line(1), training_line(2)]))
-    assert "Training loss went from 5.700 to 5.415" in summary(run, None)
+    assert "Training loss went from 5.700 to 5.415" in summary(run)
     assert budget_table(run) is None
 
 
@@ -136,14 +148,7 @@ def test_budgets_and_numbers_are_written_for_readers(run_dir: Path) -> None:
 
 def test_versions_of_the_evaluation_are_listed_where_they_differ() -> None:
     pairs = versions({"packages": {"torch": "2.13.0"}}, {"versions": {"torch": "2.13.0", "lm_eval": "0.4.13"}})
-    assert pairs == [("torch", "2.13.0"), ("lm_eval (evaluation)", "0.4.13")]
-
-
-def test_the_papers_rows_stand_beside_its_tasks() -> None:
-    run = {"thinking_budget": None, "results": {"sciq": {"acc,none": 0.7, "acc_stderr,none": 0.01}}}
-    tables = evaluation_tables({"runs": [run]})
-    assert tables[-1].rows[0][:2] == ["this model, no thinking budget", "70.0 \u00b1 1.0"]
-    assert ["paper, LLaMA2 162M", "72.0"] in [row[:2] for row in tables[-1].rows]
+    assert pairs == {"torch": "2.13.0", "lm_eval (evaluation)": "0.4.13"}
 
 
 def test_empty_text_is_refused(run_dir: Path) -> None:
@@ -152,10 +157,10 @@ def test_empty_text_is_refused(run_dir: Path) -> None:
 
 
 def test_the_command_writes_the_page_and_keeps_an_existing_one(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "deep" / "report.html"
-    arguments = ["--run", str(run_dir), "--output", str(output)]
+    arguments = ["--run", str(tmp_path), "--output", str(output)]
     assert run(["report", *arguments]) == 0
     assert str(output) in capsys.readouterr().out
     with pytest.raises(DataError, match="--overwrite"):

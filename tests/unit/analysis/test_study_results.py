@@ -51,8 +51,8 @@ def verdicts(study: dict[str, Any]) -> dict[str, tuple[str, str]]:
 )
 def test_a_claim_needs_two_standard_errors_between_seeds(differences: list[float], verdict: str, reason: str) -> None:
     judged = judge("a beats b", "Table", differences)
-    assert judged.verdict == verdict
-    assert reason in judged.reason
+    assert judged["verdict"] == verdict
+    assert reason in judged["reason"]
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from megatron_itt.accounting.memory import rank_memory
-from megatron_itt.benchmark.decode import decode_section
+from megatron_itt.benchmark.decode import Decoding, decode_section
 from megatron_itt.benchmark.memory import memory_section
 from megatron_itt.benchmark.shapes import Shape, compared_models, with_batch
 from megatron_itt.cli import main, run
 from megatron_itt.errors import ConfigError
+from megatron_itt.tables import table_of
 from tests.helpers.one_rank import tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -75,9 +76,10 @@ def test_activation_memory_is_measured_beside_its_estimate() -> None:
 
 
 def test_decoding_is_measured_for_each_batch_size() -> None:
-    section = decode_section(TINY, batch_sizes=(1, 2), num_new_tokens=2, num_repeats=1, num_prompt_tokens=4)
+    decoding = Decoding(num_new_tokens=2, num_repeats=1, num_prompt_tokens=4)
+    section = decode_section(TINY, (1, 2), decoding)
     assert [row["batch"] for row in section.rows] == [1, 2]
-    assert section.table.count("\n") == 3
+    assert table_of(section.columns, section.rows).count("\n") == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -7,34 +7,36 @@ import time
 import pytest
 import torch
 
-from megatron_itt.benchmark.decode import DecodeCase, measure_decode_speed
-from megatron_itt.errors import ExportError
+from megatron_itt.benchmark.decode import Decoding, measure_decoding
+from megatron_itt.config.model import ModelConfig
+from megatron_itt.errors import ConfigError
 from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
 from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 
-SMALL = {"hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 50}
+SMALL = ModelConfig(
+    hidden_size=32, ffn_hidden_size=48, num_layers=2, num_attention_heads=4, num_query_groups=2, vocab_size=50
+)
 
 
 def test_a_budget_of_everything_needs_the_flops_that_can_be_counted_by_hand() -> None:
-    case = DecodeCase(**SMALL, capacity=(1.0,), batch_size=3, num_prompt_tokens=8, num_new_tokens=4, num_repeats=1)
-    times = measure_decode_speed(case)
+    row = measure_decoding(SMALL, (1.0,), 3, Decoding(num_prompt_tokens=8, num_new_tokens=4, num_repeats=1))
     key_value, other = 2 * 32 * 16, 2 * 32 * 32 + 3 * 32 * 48
     attention = 4 * 32 * (8 + 2.5)
     plain = 2 * (2 * (key_value + other) + attention) + 2 * 32 * 50
-    assert times.mean_share == 1.0
-    assert times.flops_ratio == pytest.approx(1 + (2 * (key_value + other) + attention + 2 * 32) / plain)
-    assert times.weight_bytes_ratio == pytest.approx(1 + (key_value + other) / (2 * (key_value + other) + 32 * 50))
-    assert times.itt_s > 0 and times.llama_s > 0
+    assert row["mean_share"] == 1.0
+    assert row["flops_ratio"] == pytest.approx(1 + (2 * (key_value + other) + attention + 2 * 32) / plain)
+    assert row["weight_bytes_ratio"] == pytest.approx(1 + (key_value + other) / (2 * (key_value + other) + 32 * 50))
+    assert row["itt_s"] > 0 and row["llama_s"] > 0
 
 
 def test_thresholds_are_fitted_to_the_random_routers() -> None:
-    case = DecodeCase(**SMALL, capacity=(0.5, 0.5), batch_size=8, num_prompt_tokens=24, num_new_tokens=6, num_repeats=1)
-    assert 0.25 < measure_decode_speed(case).mean_share < 0.75
+    decoding = Decoding(num_prompt_tokens=24, num_new_tokens=6, num_repeats=1)
+    assert 0.25 < measure_decoding(SMALL, (0.5, 0.5), 8, decoding)["mean_share"] < 0.75
 
 
 def test_a_case_without_tokens_is_refused() -> None:
-    with pytest.raises(ExportError, match="num_new_tokens is 0"):
-        measure_decode_speed(DecodeCase(**SMALL, num_new_tokens=0))
+    with pytest.raises(ConfigError, match="num_new_tokens is 0"):
+        measure_decoding(SMALL, (0.5,), 1, Decoding(num_new_tokens=0))
 
 
 @pytest.mark.slow

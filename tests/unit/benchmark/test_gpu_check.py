@@ -151,8 +151,10 @@ def test_the_plan_begins_with_bf16_kernels_and_the_papers_steps_and_its_limits_a
     assert sum(each.limit_s for each in plan.values()) <= 60 * request.minutes
     assert "layouts" in {each.name for each in plan_check(request, num_gpus=2)}
     cases = plan["attention, bf16"].arguments[0]
-    assert {(case.heads, case.groups, case.head_size) for case in cases} == {(32, 32, 32), (32, 32, 64), (32, 16, 48)}
-    assert {case.keys for case in cases} == {4096} and {case.selected for case in cases} == {2048, 2867}
+    heads = {(case.model.num_attention_heads, case.model.num_key_value_heads, case.model.head_size) for case in cases}
+    assert heads == {(32, 32, 32), (32, 32, 64), (32, 16, 48)}
+    assert {case.model.seq_length for case in cases} == {4096}
+    assert {case.num_selected for case in cases} == {2048, 2867}
     for name, hidden_size in (("162m", 1024), ("466m", 2048)):
         model = plan[f"steps {name}"].arguments[0].config.model
         assert (model.hidden_size, model.num_layers, model.seq_length) == (hidden_size, 8, 4096)

@@ -135,7 +135,7 @@ def test_a_kernel_that_is_wrong_is_a_marked_row_beside_the_others(monkeypatch: p
     kernels = gpu_kernels.attention_kernels(CPU)
     wrong = {"wrong": lambda q, k, v, positions: 1.5 * kernels["blocked"](q, k, v, positions), **kernels}
     monkeypatch.setattr(gpu_kernels, "attention_kernels", lambda device: wrong)
-    case = AttentionCase.of("tiny", tiny_recipe().model, 0.5, 2)
+    case = AttentionCase("tiny", tiny_recipe().model, 0.5, 2)
     rows = list(attention_rows([case], torch.bfloat16, CPU))
     assert {row["kernel"]: row.get("agrees") for row in rows} == {
         "wrong": False,
@@ -162,10 +162,7 @@ def test_a_graph_computes_what_the_eager_pass_does(config: RunConfig) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_on_a_gpu_agree_with_plain_pytorch(dtype: torch.dtype) -> None:
     device = torch.device("cuda", 0)
-    model = tiny_recipe().model
-    cases = [
-        replace(AttentionCase.of("a", model, 0.5, 2), selected=96, keys=200, heads=4, groups=2, head_size=size)
-        for size in (32, 48, 64, 128)
-    ]
-    rows = [*attention_rows(cases, dtype, device), *gpu_kernels.row_kernel_rows({"tiny": (model, 130)}, dtype, device)]
+    model = replace(tiny_recipe().model, num_attention_heads=4, num_query_groups=2, seq_length=200)
+    cases = [AttentionCase("a", replace(model, hidden_size=4 * size), 0.48, 2) for size in (32, 48, 64, 128)]
+    rows = [*attention_rows(cases, dtype, device), *gpu_kernels.row_kernel_rows({"tiny": model}, dtype, device)]
     assert [row for row in rows if "error" in row or row.get("agrees") is False] == []

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from megatron_itt.benchmark import machine
-from megatron_itt.benchmark.machine import DTYPES, MatrixRates, free_bytes, machine_facts, matrix_rates
+from megatron_itt.benchmark.machine import (
+    DTYPES,
+    free_bytes,
+    machine_facts,
+    matrix_rates,
+    paired_ratio,
+    time_interleaved,
+)
 
 CPU = torch.device("cpu")
 
@@ -15,8 +24,6 @@ def test_the_ceiling_is_the_best_of_both_types() -> None:
     facts = machine_facts(CPU)
     assert facts["rates"]["fp32"] > 1e8 and facts["rates"]["bf16"] > 1e8
     assert facts["machine"] and facts["threads"] >= 1 and facts["torch"] == torch.__version__
-    rates = MatrixRates(fp32=2e9, bf16=6e9)
-    assert (rates.of("fp32"), rates.of("bf16")) == (2e9, 6e9)
 
 
 def test_the_ceiling_is_measured_once_for_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +46,23 @@ def test_the_ceiling_is_measured_once_for_a_number_of_threads(monkeypatch: pytes
 
 def test_free_memory_is_less_than_all_memory() -> None:
     assert 1 << 20 < free_bytes(CPU) < 1 << 50
+
+
+def test_every_other_turn_runs_backwards_and_warm_up_is_not_counted() -> None:
+    calls: list[str] = []
+    actions = {name: lambda turn, name=name: calls.append(f"{name}{turn}") for name in ("a", "b")}
+    times = time_interleaved(actions, device=CPU, num_repeats=2, warm_up=1)
+    assert calls == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+
+
+def test_no_turn_begins_after_the_limit_but_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0.0, 10.0)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    times = time_interleaved({"a": lambda turn: None}, device=CPU, num_repeats=5, warm_up=1, stop_after_s=1.0)
+    assert times == {"a": [10.0]}
+
+
+def test_a_ratio_is_that_of_neighbours() -> None:
+    # The machine slows down tenfold; the second thing takes twice the first's time throughout.
+    assert paired_ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == 2.0

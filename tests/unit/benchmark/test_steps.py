@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from megatron_itt.benchmark import steps
 from megatron_itt.benchmark.shapes import BASE, STOCK, STOCK_SAME_PARTS, Shape, choose_models, compared_models
-from megatron_itt.benchmark.steps import format_table, measure_steps, step_flops, steps_section
+from megatron_itt.benchmark.steps import measure_steps, step_flops, steps_section
 from megatron_itt.errors import ConfigError
+from megatron_itt.tables import table_of
 from tests.helpers.one_rank import tiny_recipe
 
 
@@ -35,7 +34,8 @@ def test_all_models_are_timed_in_one_table() -> None:
         assert row["time_per_flops"] == pytest.approx(row["slower"] / row["more_flops"])
         assert row["mfu"] > 0 and row["peak_bytes"] is None
     assert rows[BASE]["slower"] == 1.0
-    assert section.table.count("\n") == 1 + len(rows)
+    table = table_of(section.columns, section.rows)
+    assert table.count("\n") == 1 + len(rows) and "peak GiB" not in table
     assert "times the step of the stock GPTModel" in section.notes[0]
     assert sum("Loop x4 takes" in note for note in section.notes) == 2
 
@@ -54,7 +54,7 @@ def test_models_that_do_not_fit_together_time_interleaved_in_groups(monkeypatch:
     assert groups == [[BASE, "Loop x4"], [BASE, "ITT x3"], [BASE, "ITT x4"]]
     assert left_out == {}
     monkeypatch.setattr(steps, "free_bytes", lambda device: int((2 * held + working) / steps.MEMORY_SHARE) + 1)
-    assert [row.name for row in measure_steps(models, num_repeats=1).rows] == list(models)
+    assert [row["name"] for row in measure_steps(models, num_repeats=1)[0]] == list(models)
 
 
 def test_a_model_that_memory_cannot_hold_is_left_out_with_the_reason() -> None:
@@ -74,15 +74,18 @@ def test_running_out_of_memory_loses_one_model_only(monkeypatch: pytest.MonkeyPa
         step(trainer, turn)
 
     monkeypatch.setattr(steps, "train_on_random_tokens", short_of_memory)
-    measured = measure_steps(choose_models(tiny_recipe(), ["Loop x4", "ITT x2"]), num_repeats=1)
-    assert [row.name for row in measured.rows] == [BASE, "ITT x2"]
-    assert measured.left_out == {"Loop x4": "out of memory (CUDA out of memory.)"}
+    rows, left_out = measure_steps(choose_models(tiny_recipe(), ["Loop x4", "ITT x2"]), num_repeats=1)
+    assert [row["name"] for row in rows] == [BASE, "ITT x2"]
+    assert left_out == {"Loop x4": "out of memory (CUDA out of memory.)"}
 
 
-def test_memory_of_a_gpu_is_a_column_where_there_is_one() -> None:
-    (row,) = measure_steps({BASE: compared_models(tiny_recipe())[BASE]}, num_repeats=1).rows
-    assert "peak GiB" not in format_table([row])
-    assert "peak GiB" in format_table([replace(row, peak_bytes=3 * 2**30)])
+def test_memory_of_a_gpu_is_a_column_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = measure_steps({BASE: compared_models(tiny_recipe())[BASE]}, num_repeats=1)
+    rows[0]["peak_bytes"] = 3 * 2**30
+    monkeypatch.setattr(steps, "measure_steps", lambda *arguments, **keys: (rows, {}))
+    section = steps_section(Shape(config=tiny_recipe(), cut=""), num_repeats=1)
+    assert table_of(section.columns, section.rows).splitlines()[0].endswith("| MFU | peak GiB |")
+    assert table_of(section.columns, section.rows).endswith("| 3.0 |")
 
 
 def test_no_repetition_is_refused() -> None:

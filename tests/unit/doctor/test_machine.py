@@ -75,8 +75,3 @@ def test_a_machine_without_torch_gets_a_diagnosis_too(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     problems = json.loads(done.stdout)["problems"]
     assert any(problem.startswith("torch: not installed") for problem in problems)
-
-
-def test_help_shows_an_example() -> None:
-    done = run_doctor("--help")
-    assert done.returncode == 0 and "itt doctor --json" in done.stdout

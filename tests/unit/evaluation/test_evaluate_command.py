@@ -1,39 +1,23 @@
-"""tools/evaluate.py as a user runs it."""
+"""itt evaluate as a user runs it."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_itt.cli import run
+from megatron_itt.cli import main, run
+from megatron_itt.errors import EvaluationError, IttError
 from megatron_itt.evaluation.heldout import read_texts
 from megatron_itt.evaluation.results import read_results
 from tests.unit.evaluation.exports import TRAINED_BUDGET, standard_library_texts, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[3]
 
-
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/evaluate.py", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # works with and without an installed package
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_help_shows_an_example() -> None:
-    done = _run("--help")
-    assert done.returncode == 0
-    assert "--budget 0.5,0.5,0.5" in done.stdout
-
-
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = _run("--model", str(tmp_path / "nowhere"), "--tasks", "sciq", "--output", str(tmp_path / "out"))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: model folder")
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(tmp_path / "nowhere"), "--tasks", "sciq", "--output", str(tmp_path / "out")]
+    assert main(["evaluate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model folder") and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -66,15 +50,11 @@ def test_heldout_text_becomes_tasks_and_perplexity_at_every_budget(
     ],
 )
 def test_held_out_text_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    from megatron_itt.errors import IttError
-
     (tmp_path / name).write_bytes(content)
     with pytest.raises(IttError, match=message):
         read_texts(tmp_path / name)
 
 
 def test_a_missing_held_out_file_is_named(tmp_path: Path) -> None:
-    from megatron_itt.errors import EvaluationError
-
     with pytest.raises(EvaluationError, match=r"gone\.jsonl does not exist"):
         read_texts(tmp_path / "gone.jsonl")

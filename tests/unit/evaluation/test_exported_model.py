@@ -11,15 +11,8 @@ import pytest
 import torch
 
 from megatron_itt.errors import EvaluationError, IttError
-from megatron_itt.evaluation.exported_model import (
-    ExportedModel,
-    check_budget,
-    format_budget,
-    load_export,
-    parse_budget,
-    read_export_config,
-    thinking_at,
-)
+from megatron_itt.evaluation.exported_model import ExportedModel, load_export, read_export_config, thinking_at
+from megatron_itt.evaluation.options import check_budget, format_budget, parse_budget
 from tests.unit.evaluation.exports import TRAINED_BUDGET
 
 

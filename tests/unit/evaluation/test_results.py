@@ -14,9 +14,9 @@ from megatron_itt.evaluation.results import (
     PAPER_TASKS,
     PaperRow,
     format_score,
-    markdown_report,
     paper_comparison,
     read_results,
+    result_tables,
     scores_of,
     write_results,
 )
@@ -34,6 +34,10 @@ def _run(budget: list[float] | None, **scores: tuple[float, float | str]) -> dic
         "n-shot": dict.fromkeys(scores, 0),
         "n-samples": samples,
     }
+
+
+def _page(*runs: dict[str, Any]) -> str:
+    return "\n\n".join(table.markdown() for table in result_tables(_results(*runs)))
 
 
 def _results(*runs: dict[str, Any], model: str = "export") -> dict[str, Any]:
@@ -56,19 +60,19 @@ def test_results_survive_the_file_and_each_budget_has_its_own(tmp_path: Path) ->
 
 
 def test_the_table_shows_every_budget_with_its_error_and_the_paper() -> None:
-    text = markdown_report(_results(_run([0.5], sciq=(0.25, 0.01)), _run([1.0], sciq=(0.5, 0.02))))
+    text = _page(_run([0.5], sciq=(0.25, 0.01)), _run([1.0], sciq=(0.5, 0.02)))
     assert "| sciq | acc | 0 | 25.0 +/- 1.0 | 50.0 +/- 2.0 |" in text
-    assert "0.5 (as trained)" in text
+    assert "50% (as trained)" in text
     assert "| paper, ITT x4 162M | 72.4 | 63.9 |" in text
 
 
 def test_the_paper_is_left_out_where_none_of_its_tasks_was_run() -> None:
-    assert "paper" not in markdown_report(_results(_run(None, heldout_last_word=(0.1, 0.01))))
+    assert "paper" not in _page(_run(None, heldout_last_word=(0.1, 0.01)))
 
 
 def test_our_scores_are_in_the_columns_of_the_paper() -> None:
     row = paper_comparison(_results(_run([0.5], mmlu=(0.25, 0.004), piqa=(0.6, "N/A"))))[0]
-    assert row == ["this model, 0.5 (as trained)", "-", "60.0", *["-"] * 7, "25.0 +/- 0.4", "-"]
+    assert row == ["this model, 50% (as trained)", "-", "60.0", *["-"] * 7, "25.0 +/- 0.4", "-"]
     whole = _run(None, **{task.task: (0.25 + 0.01 * n, 0.004) for n, task in enumerate(PAPER_TASKS)})
     assert paper_comparison(_results(whole))[0][-1] == "29.5"
 
@@ -83,8 +87,8 @@ def test_members_of_a_group_are_left_out_of_the_table() -> None:
 
 def test_cut_prompts_are_told() -> None:
     run = {**_run(None, sciq=(0.25, 0.01)), "num_truncated_requests": 1234}
-    assert "1,234 requests were longer" in markdown_report(_results(run))
-    assert "longer than" not in markdown_report(_results(_run(None, sciq=(0.25, 0.01))))
+    assert "1,234 requests were longer" in _page(run)
+    assert "longer than" not in _page(_run(None, sciq=(0.25, 0.01)))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,7 @@ def test_cut_prompts_are_told() -> None:
     ],
 )
 def test_scores_are_written_in_their_unit(value: float, stderr: float | None, metric: str, text: str) -> None:
-    assert format_score(value, stderr, metric) == text
+    assert format_score({"value": value, "stderr": stderr, "metric": metric}) == text
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "no list `runs`")])
