@@ -236,10 +236,7 @@ def _budget_charts(run: RunRecord) -> list[Markup]:
 
 
 def _draw(
-    title: str,
-    lines: Mapping[str, Sequence[tuple[Any, float]]],
-    *labels: str,
-    size: tuple[int, int] = (270, 180),
+    title: str, lines: Mapping[str, Sequence[tuple[Any, float]]], *labels: str, size: tuple[int, int] = (270, 180)
 ) -> Markup:
     """One line per entry; width and height in points."""
     from megatron_itt.analysis.figures import GREY, line_style, new_figure, render_inline, styled

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_itt.benchmark.isolated import Row
-from megatron_itt.benchmark.layout_losses import layouts
 from megatron_itt.benchmark.machine import machine_facts, paired_ratio, time_interleaved
 from megatron_itt.benchmark.results import describe_exception
-from megatron_itt.benchmark.shapes import Shape, choose_models, on_one_rank
+from megatron_itt.benchmark.shapes import Shape, choose_models, load_shape, on_one_rank, random_batches, with_batch
 from megatron_itt.benchmark.steps import measure_steps
-from megatron_itt.config.environment import single_process
-from megatron_itt.config.run import RunConfig
+from megatron_itt.config.environment import process_info, single_process
+from megatron_itt.config.run import ParallelConfig, PrecisionConfig, RunConfig
+from megatron_itt.log import silence_known_warnings
+from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
 # bfloat16 keeps 8 bits: logits differ by percents, and near-ties among router logits select other tokens, which changes
 # a token's gradient altogether. Measured on CPUs: half of these.
@@ -34,7 +35,17 @@ MAX_PRECISION_DIFFERENCE = {"logits": 0.1, "gradients": 0.35, "selected": 0.1}
 MAX_GRAPH_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 # float32 losses in another order of summation; a near-tie may select another token.
 MAX_LAYOUT_DIFFERENCE = 2e-3
-_NUM_REPLAYS, _GRAPH_WARM_UPS = 3, 3
+_NUM_REPLAYS, _GRAPH_WARM_UPS, _NUM_LAYOUT_STEPS = 3, 3, 3
+LAYOUTS = {
+    "DP": ParallelConfig(),
+    "TP": ParallelConfig(tensor=2),
+    "TP+SP": ParallelConfig(tensor=2, sequence=True),
+    "PP": ParallelConfig(pipeline=2),
+}
+_LAYOUT_MODEL = (
+    *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
+    *("model.num_query_groups=4", "model.vocab_size=256", "model.seq_length=64"),
+)
 
 
 def machine_rows(device: torch.device) -> Iterator[Row]:
@@ -84,10 +95,10 @@ def precision_rows(config: RunConfig, device: torch.device) -> Iterator[Row]:
         case = on_one_rank(config, replace(config.thinking, attend=attend))
 
         def measure(case: RunConfig = case) -> Row:
-            wide, narrow = (
-                _in_one_process(case, device, partial(_run_pass, case, dtype))
-                for dtype in (torch.float32, torch.bfloat16)
-            )
+            def outcome(dtype: torch.dtype) -> PassResults:
+                return _in_one_process(case, device, lambda tokens: training_pass(case, tokens, dtype=dtype)())
+
+            wide, narrow = outcome(torch.float32), outcome(torch.bfloat16)
             found = {
                 "logits": relative_difference([wide.logits], [narrow.logits]),
                 "gradients": relative_difference(wide.gradients, narrow.gradients),
@@ -99,13 +110,14 @@ def precision_rows(config: RunConfig, device: torch.device) -> Iterator[Row]:
 
 
 def layout_rows(num_ranks: int, device: str) -> Iterator[Row]:
-    """Compare the losses of every layout of `num_ranks` with those of one rank."""
+    """Compare the losses of a few steps in every layout of `num_ranks` with those of one rank."""
     expected: list[float] = []
-    for layout in ("one rank", *layouts(num_ranks)):
+    for layout, parallel in {"one rank": ParallelConfig(), **LAYOUTS}.items():
         count = 1 if layout == "one rank" else num_ranks
+        if count % (parallel.tensor * parallel.pipeline):
+            continue
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        command += ["-m", "megatron_itt.benchmark.layout_losses", layout, device]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, "-m", __name__, layout, device], capture_output=True, text=True, check=False)
         labels = {"layout": layout, "ranks": count}
         if done.returncode != 0:
             yield {**labels, "error": " ".join(done.stderr.split())[-300:]}
@@ -115,6 +127,31 @@ def layout_rows(num_ranks: int, device: str) -> Iterator[Row]:
         difference = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
         agrees = difference <= MAX_LAYOUT_DIFFERENCE
         yield {**labels, "losses": losses, "difference": difference, "allowed": MAX_LAYOUT_DIFFERENCE, "agrees": agrees}
+
+
+def print_losses(layout: str, device: str) -> None:
+    """Train in float32 as one rank of a layout; rank 0 prints the losses as a line of JSON."""
+    silence_known_warnings()
+    from megatron_itt.training.step import train_step
+    from megatron_itt.training.trainer import build_trainer
+
+    shape = load_shape("tiny", [f"runtime.device={device}", *_LAYOUT_MODEL], device=device)
+    config = replace(
+        with_batch(shape.config, global_size=16, micro=1),
+        parallel=LAYOUTS.get(layout, ParallelConfig()),
+        precision=PrecisionConfig(dtype="fp32", parts="native"),
+    )
+    place = start_parallel(config)
+    try:
+        trainer = build_trainer(config, place)
+        replicas, losses = place.data_parallel_size, []
+        for step in range(_NUM_LAYOUT_STEPS):
+            batches = random_batches(config, trainer.num_microbatches * replicas, seed=step)
+            losses.append(train_step(trainer, iter(batches[place.data_parallel_rank :: replicas]), step + 1).loss)
+    finally:
+        stop_parallel()
+    if process_info().rank == 0:
+        print(json.dumps(losses), flush=True)
 
 
 def graph_rows(config: RunConfig, device: torch.device) -> Iterator[Row]:
@@ -229,20 +266,18 @@ def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> 
     return math.sqrt(differences / whole) if whole else math.inf
 
 
-def _run_pass(config: RunConfig, dtype: torch.dtype, tokens: Tensor) -> PassResults:
-    return training_pass(config, tokens, dtype=dtype)()
-
-
 def _unequal_share(expected: PassResults, found: PassResults) -> float:
     pairs = zip(expected.selected, found.selected, strict=True)
     return float(torch.cat([(a != b).flatten() for a, b in pairs]).float().mean())
 
 
 def _in_one_process(config: RunConfig, device: torch.device, function: Callable[[Tensor], Any]) -> Any:
-    from megatron_itt.parallel.groups import start_parallel, stop_parallel
-
     start_parallel(config, process=single_process(device.index or 0))
     try:
         return function(random_tokens(config, seed=0).to(device))
     finally:
         stop_parallel()
+
+
+if __name__ == "__main__":
+    print_losses(*sys.argv[1:])

@@ -29,7 +29,7 @@ from megatron_itt.config.model import ModelConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.ops import rows_triton
 from megatron_itt.ops.attention_triton import triton_attention
-from megatron_itt.tables import markdown_table
+from megatron_itt.tables import Columns, table_of
 
 # Compute capability -> bytes of shared memory that one block may use, and that one multiprocessor has.
 # Source: CUDA C++ programming guide, table of technical specifications per compute capability.
@@ -110,42 +110,31 @@ def problems_of(found: Mapping[str, Sequence[KernelResources]]) -> list[str]:
 
 def kernel_page(found: Mapping[str, Sequence[KernelResources]], *, command: str) -> str:
     """Format all launches as a Markdown page."""
-    columns = ("shape, capacity", "GPU", "kernel", "warps", "registers", "STL", "LDL", "shared KiB", "warps per SM")
-    lines = [
-        (
-            *(shape, f"sm_{row.capability}", row.kernel, row.num_warps, row.registers, row.spill_stores),
-            *(row.spill_loads, f"{row.shared_bytes / 1024:.1f}", row.warps_per_multiprocessor),
-        )
-        for shape, rows in found.items()
-        for row in rows
-    ]
+    columns: Columns = {
+        **{"shape, capacity": "{shape}", "GPU": "sm_{row.capability}", "kernel": "{row.kernel}"},
+        **{"warps": "{row.num_warps}", "registers": "{row.registers}", "STL": "{row.spill_stores}"},
+        "LDL": "{row.spill_loads}",
+        "shared KiB": lambda line: f"{line['row'].shared_bytes / 1024:.1f}",
+        "warps per SM": "{row.warps_per_multiprocessor}",
+    }
+    lines = [{"shape": shape, "row": row} for shape, rows in found.items() for row in rows]
     text = (
         f"# Triton kernels, compiled ahead of time\n\nTriton {triton.__version__}, bfloat16, micro-batch 4. STL, LDL: "
         f"spill instructions (at most {MAX_SPILLS} stores are accepted).\n\n    {command}\n\n"
     )
-    return text + markdown_table(columns, lines) + "\n"
+    return text + table_of(columns, lines) + "\n"
 
 
 class _CompilerTarget:
     """Replacement of Triton's GPU driver; launches under it only compile."""
 
     def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return self._target.arch
-
-    def get_current_stream(self, _device: object) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def map_python_to_cpp_type(self, _type: str) -> str:
-        return "void*"
+        target = GPUTarget("cuda", capability, 32)
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: capability
+        self.get_current_stream = lambda _device: 0
+        self.get_active_torch_device = lambda: torch.device("meta")
+        self.map_python_to_cpp_type = lambda _type: "void*"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,8 +14,6 @@ from megatron_itt.config.model import ThinkingConfig
 from megatron_itt.config.run import BatchConfig, ParallelConfig, RunConfig
 from megatron_itt.errors import ConfigError
 
-Attend = Literal["all", "selected"]
-ATTENDS: tuple[Attend, ...] = ("all", "selected")
 BASE = "LLaMA"
 STOCK = "stock GPTModel"
 STOCK_SAME_PARTS = "stock GPTModel, same parts"
@@ -60,7 +58,13 @@ def load_shape(name: str, overrides: Iterable[str], *, device: str, cut: bool = 
             f"{path}: thinking.kind is {config.thinking.kind}; give the recipe of an ITT, such as "
             "recipes/162m/itt_x4.yaml: the other models are derived from it"
         )
-    return Shape(config=config, cut=_describe_cut(config, load_config(path)))
+    whole = load_config(path).model
+    parts = [
+        f"{getattr(config.model, key)} of {getattr(whole, key)} {label}"
+        for key, label in (("num_layers", "layers"), ("vocab_size", "tokens of the vocabulary"))
+        if getattr(config.model, key) != getattr(whole, key)
+    ]
+    return Shape(config=config, cut="cut: " + ", ".join(parts) if parts else "")
 
 
 def compared_models(base: RunConfig) -> dict[str, RunConfig]:
@@ -68,20 +72,12 @@ def compared_models(base: RunConfig) -> dict[str, RunConfig]:
 
     All run on one rank, without recomputation.
     """
-    plain = ThinkingConfig()
     itt = replace(base.thinking, kind="itt", recompute="none")
-    thinking = {
-        BASE: plain,
-        STOCK: plain,
-        STOCK_SAME_PARTS: plain,
-        "Loop x4": replace(itt, kind="loop", capacity=(1.0,) * 3),
-        "ITT x2": replace(itt, capacity=(0.9,), attend="all"),
-        "ITT x3": replace(itt, capacity=(0.7,) * 2, attend="all"),
-        "ITT x4": replace(itt, capacity=(0.5,) * 3, attend="all"),
-        "ITT x2, selected": replace(itt, capacity=(0.9,), attend="selected"),
-        "ITT x3, selected": replace(itt, capacity=(0.7,) * 2, attend="selected"),
-        "ITT x4, selected": replace(itt, capacity=(0.5,) * 3, attend="selected"),
-    }
+    thinking = {name: ThinkingConfig() for name in (BASE, STOCK, STOCK_SAME_PARTS)}
+    thinking["Loop x4"] = replace(itt, kind="loop", capacity=(1.0,) * 3)
+    capacities = {"ITT x2": (0.9,), "ITT x3": (0.7,) * 2, "ITT x4": (0.5,) * 3}
+    thinking |= {name: replace(itt, capacity=own, attend="all") for name, own in capacities.items()}
+    thinking |= {f"{name}, selected": replace(itt, capacity=own, attend="selected") for name, own in capacities.items()}
     return {name: on_one_rank(base, switches) for name, switches in thinking.items()}
 
 
@@ -119,13 +115,3 @@ def random_batches(config: RunConfig, num_microbatches: int, *, seed: int) -> li
     return [
         {"tokens": part[:, :-1], "labels": part[:, 1:], "loss_mask": mask, "position_ids": positions} for part in rows
     ]
-
-
-def _describe_cut(config: RunConfig, whole: RunConfig) -> str:
-    ours, theirs = config.model, whole.model
-    parts = [
-        f"{getattr(ours, key)} of {getattr(theirs, key)} {label}"
-        for key, label in (("num_layers", "layers"), ("vocab_size", "tokens of the vocabulary"))
-        if getattr(ours, key) != getattr(theirs, key)
-    ]
-    return "cut: " + ", ".join(parts) if parts else ""

@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ NUM_CHOICES = 4
 _SPACED_WORD = re.compile(r"(?<=[^\s]) ([A-Za-z_]{4,})(?![A-Za-z_0-9])")
 _SPACE = re.compile(r"(?<=\S) (?=\S)")
 _DRAWS_PER_RECORD = 60
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,56 +103,55 @@ def read_texts(path: Path, *, text_key: str = "text") -> list[str]:
     return texts
 
 
-def make_last_word_records(documents: Mapping[str, Sequence[str]], settings: HeldoutSettings) -> list[dict[str, Any]]:
+def make_last_word_records(documents: Mapping[str, Sequence[str]], settings: HeldoutSettings) -> list[Record]:
     """Sample passages that end in a word of four or more letters which occurs earlier in the passage."""
-    generator = random.Random(f"{settings.seed}/{LAST_WORD_TASK}")
     pool = _long_documents(documents, settings)
-    records: list[dict[str, Any]] = []
     seen: set[tuple[str, int, int]] = set()
-    for _ in range(settings.num_last_word * _DRAWS_PER_RECORD):
-        if len(records) == settings.num_last_word:
-            break
+
+    def draw(generator: random.Random) -> Record | None:
         domain = generator.choice(sorted(pool))
         document_idx, text = generator.choice(pool[domain])
         words = [m for m in _SPACED_WORD.finditer(text) if m.start() >= settings.num_context_characters // 2]
         if not words:
-            continue
+            return None
         word = generator.choice(words)
-        start = max(0, word.start() - settings.num_context_characters)
-        context, key = text[start : word.start()], (domain, document_idx, word.start())
+        context = text[max(0, word.start() - settings.num_context_characters) : word.start()]
+        key = (domain, document_idx, word.start())
         if key in seen or not re.search(rf"\b{re.escape(word[1])}\b", context):
-            continue
+            return None
         seen.add(key)
-        records.append({"domain": domain, "context": context, "word": word[1]})
-    return records
+        return {"domain": domain, "context": context, "word": word[1]}
+
+    return _draw_records(draw, settings.num_last_word, f"{settings.seed}/{LAST_WORD_TASK}")
 
 
-def make_continuation_records(
-    documents: Mapping[str, Sequence[str]], settings: HeldoutSettings
-) -> list[dict[str, Any]]:
+def make_continuation_records(documents: Mapping[str, Sequence[str]], settings: HeldoutSettings) -> list[Record]:
     """Sample passages with four continuations; the wrong ones are from other documents of the domain."""
-    generator = random.Random(f"{settings.seed}/{CONTINUATION_TASK}")
     pool = {domain: rows for domain, rows in _long_documents(documents, settings).items() if len(rows) >= NUM_CHOICES}
     if not pool:
         raise EvaluationError(
             f"{CONTINUATION_TASK} needs {NUM_CHOICES} documents of at least {_min_length(settings)} characters in one "
             "domain; give more held-out text or smaller lengths"
         )
-    records: list[dict[str, Any]] = []
-    for _ in range(settings.num_continuation * _DRAWS_PER_RECORD):
-        if len(records) == settings.num_continuation:
-            break
+
+    def draw(generator: random.Random) -> Record | None:
         domain = generator.choice(sorted(pool))
-        chosen = generator.sample(pool[domain], NUM_CHOICES)
-        spans = [_draw_span(text, settings, generator) for _, text in chosen]
-        continuations = [span[1] for span in spans if span is not None]
-        if len(continuations) < NUM_CHOICES or len(set(continuations)) < NUM_CHOICES:
-            continue
-        assert spans[0] is not None, "the first span is the true one"
+        drawn = [_draw_span(text, settings, generator) for _, text in generator.sample(pool[domain], NUM_CHOICES)]
+        spans = [span for span in drawn if span is not None]  # the first is the true one
+        if len({continuation for _, continuation in spans}) < NUM_CHOICES:
+            return None
         order = generator.sample(range(NUM_CHOICES), NUM_CHOICES)
-        choices = [continuations[idx] for idx in order]
-        records.append({"domain": domain, "context": spans[0][0], "choices": choices, "answer": order.index(0)})
-    return records
+        choices = [spans[idx][1] for idx in order]
+        return {"domain": domain, "context": spans[0][0], "choices": choices, "answer": order.index(0)}
+
+    return _draw_records(draw, settings.num_continuation, f"{settings.seed}/{CONTINUATION_TASK}")
+
+
+def _draw_records(draw: Callable[[random.Random], Record | None], count: int, seed: str) -> list[Record]:
+    """At most `count` records; a draw may fail."""
+    generator = random.Random(seed)
+    found = (draw(generator) for _ in range(count * _DRAWS_PER_RECORD))
+    return list(islice((record for record in found if record is not None), count))
 
 
 def write_heldout_tasks(

@@ -83,12 +83,10 @@ def test_decoding_is_measured_for_each_batch_size() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("module", [["megatron_itt.benchmark"], ["megatron_itt.cli", "benchmark", "gpu-check"]])
-def test_the_check_needs_a_gpu(module: list[str]) -> None:
-    command = [sys.executable, "-m", *module]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: torch sees no NVIDIA GPU here") and done.stderr.count("\n") == 1
+def test_the_check_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "gpu-check"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: torch sees no NVIDIA GPU here") and error.count("\n") == 1
 
 
 def test_the_check_of_a_bare_machine_has_the_options_of_the_command(tmp_path: Path) -> None:

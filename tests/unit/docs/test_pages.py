@@ -1,42 +1,53 @@
-"""The pages say what the tools say: figures of the scaling guide, recipes, links and commands that exist."""
+"""The pages say what the tools say: computed tables, results with their origin, links and commands that exist."""
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
-from megatron_itt.accounting.gpus import GIBI
-from megatron_itt.accounting.report import check_report, memory_report
-from megatron_itt.config import load_config
+from megatron_itt.accounting.roofline import ROUTING_OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCS = ROOT / "docs"
-GPUS_PER_NODE = 8
+TABLES = runpy.run_path(str(DOCS / "make_tables.py"))
 
 
-def scaling_rows() -> list[list[str]]:
-    lines = (DOCS / "scaling.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    return [row for row in rows if (ROOT / "recipes" / f"{row[0]}.yaml").is_file()]
+def test_computed_tables_are_up_to_date() -> None:
+    stale = [path.name for path, text in TABLES["updated_pages"]().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"{stale}: run python docs/make_tables.py"
 
 
 def test_the_scaling_guide_goes_from_162m_to_7b_and_from_1_to_16_nodes() -> None:
-    rows = scaling_rows()
+    rows = TABLES["cells_of"]((DOCS / "scaling.md").read_text(encoding="utf-8"), TABLES["SCALING"])
     assert {row[0].split("/")[0] for row in rows} >= {"162m", "230m", "466m", "scale"}
     assert {"scale/1b3_itt_x4", "scale/7b_itt_x4"} <= {row[0] for row in rows}
     assert {1, 16} <= {int(row[1]) for row in rows}
 
 
-@pytest.mark.parametrize("row", scaling_rows(), ids=lambda row: " ".join(row[:3]))
-def test_every_row_of_the_scaling_guide_is_what_the_accounting_says(row: list[str]) -> None:
-    recipe, nodes, settings, memory, data_parallel, micro_batches = row
-    config = load_config(ROOT / "recipes" / f"{recipe}.yaml", [] if settings == "-" else settings.split())
-    world_size = GPUS_PER_NODE * int(nodes)
-    assert memory == f"{memory_report(config, world_size)['worst_total'] / GIBI:.1f}"
-    report = check_report(config, world_size)
-    assert (int(data_parallel), int(micro_batches)) == (report["data_parallel"], report["microbatches_per_step"])
+def test_routing_takes_the_share_of_routed_steps_that_the_performance_page_names() -> None:
+    rows = TABLES["cells_of"]((DOCS / "performance.md").read_text(encoding="utf-8"), TABLES["ROOFLINE"])
+    shares: dict[tuple[str, str], float] = {}
+    for shape, attend, part, *_, share in rows:
+        if part in ROUTING_OPERATIONS:
+            shares[shape, attend] = shares.get((shape, attend), 0.0) + float(share.rstrip("%"))
+    assert len(shares) == 4 and all(7 <= round(share) <= 13 for share in shares.values())
+
+
+def test_every_result_says_where_it_comes_from_and_is_linked() -> None:
+    results = sorted(path for path in (DOCS / "results").glob("*.json") if path.stem.startswith(("cpu-", "gpu-")))
+    assert results, "figures are committed with the file that they come from"
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    for path in results:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("machine", "date", "command", "threads", "torch", "rates"):
+            assert content[key], (path.name, key)
+        assert path.with_suffix(".md").is_file()
+        assert f"results/{path.stem}.md" in page, path.name
+        assert not re.search(r"/work|/tmp", content["command"]), path.name
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)

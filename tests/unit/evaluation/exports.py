@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sysconfig
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def standard_library_texts(num_files: int = 12) -> list[str]:
     return [(folder / f"{name}.py").read_text(encoding="utf-8") for name in names[:num_files]]
 
 
-def make_tokenizer(folder: Path) -> None:
-    """Save a byte-level BPE tokenizer trained on the texts above."""
+@cache
+def train_tokenizer() -> Tokenizer:
+    """Train a byte-level BPE tokenizer on the texts above."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,6 +42,12 @@ def make_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(standard_library_texts(3), trainer)
+    return tokenizer
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Save the tokenizer."""
+    tokenizer = train_tokenizer()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     fast.save_pretrained(folder)
 
