@@ -11,7 +11,6 @@ ROOMS = {path.name for path in (ROOT / PACKAGE).iterdir() if path.is_dir()}
 # Tests that run a room through its commands or in a process of its own, and import nothing of it.
 INDIRECT = {
     "tests/unit/data/text/test_tools.py",
-    "tests/unit/doctor/test_machine.py",
     "tests/unit/hf/remote_code/test_cache_itt.py",
     "tests/unit/parallel/test_host_device.py",
 }
