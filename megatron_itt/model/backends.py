@@ -129,8 +129,11 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     """
     query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, tokens, d]
     group = query.shape[1] // key.shape[1]
-    if group > 1:
+    reads_groups = query.is_cuda and mask is None  # FlashAttention does; kernels with a dense mask do not
+    if group > 1 and not reads_groups:
         key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
     attended = None if mask is None else ~mask
-    context = functional.scaled_dot_product_attention(query, key, value, attn_mask=attended, is_causal=mask is None)
+    context = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attended, is_causal=mask is None, enable_gqa=group > 1 and reads_groups
+    )
     return context.permute(2, 0, 1, 3).flatten(2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,8 +106,8 @@ SelectedTokens = GatheredTokens | MaskedTokens
 
 
 def gather_tokens(hidden_states: Tensor, positions: Tensor) -> Tensor:
-    """hidden_states [s, b, ...], positions [k, b] -> [k, b, ...]."""
-    return hidden_states.gather(0, _expand(positions, hidden_states))
+    """hidden_states [s, b, ...], positions [k, b], each at most once -> [k, b, ...]."""
+    return _GatherTokens.apply(hidden_states, _expand(positions, hidden_states))
 
 
 def scatter_tokens(hidden_states: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
@@ -116,8 +116,37 @@ def scatter_tokens(hidden_states: Tensor, positions: Tensor, rows: Tensor) -> Te
 
 
 def scatter_add_tokens(hidden_states: Tensor, positions: Tensor, increments: Tensor) -> Tensor:
-    """Add increments [k, b, h] to the tokens at `positions`; all others stay bit-identical."""
-    return hidden_states.scatter_add(0, _expand(positions, hidden_states), increments)
+    """Add increments [k, b, h] to the tokens at `positions`, each at most once; all others stay bit-identical."""
+    return _AddToTokens.apply(hidden_states, _expand(positions, hidden_states), increments)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """A gather whose gradient is written, not added up: torch's would use atomic additions on GPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = hidden_states.shape
+        return hidden_states.gather(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter_(0, index, grad), None
+
+
+class _AddToTokens(torch.autograd.Function):
+    """Gather, add, scatter: deterministic on GPUs, unlike `scatter_add`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, index: Tensor, increments: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return hidden_states.scatter(0, index, hidden_states.gather(0, index).add_(increments))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return grad, None, grad.gather(0, index)
 
 
 def _expand(positions: Tensor, hidden_states: Tensor) -> Tensor:
