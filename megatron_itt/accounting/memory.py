@@ -22,7 +22,7 @@ from megatron_itt.config.model import SampledCapacity, ThinkingConfig
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 
-FLOAT32 = 4  # bytes; gradients, optimizer state, norm statistics and the softmax of the loss are always float32
+FLOAT32 = 4  # bytes; optimizer state, norm statistics and the softmax of the loss are always float32
 ADAM_MOMENTS = 2
 # Heap of the C library beyond tensors, relative to the activations that layers keep for backward: freed blocks that
 # nothing fits into. Measured with glibc: 0.6 (30 layers of 192), 0.7 (4 of 512), 1.2 (30 of 576). Separate mappings
@@ -221,7 +221,7 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int, *, on_cpu: boo
         pipeline_stage=stage,
         parameters=parameters,
         weights=element * parameters,
-        gradients=FLOAT32 * parameters,
+        gradients=(FLOAT32 if config.optimizer.grad_reduce_dtype == "fp32" else element) * parameters,
         optimizer=state * parameters / num_shards,
         activations=kept + max(transient),
         kept=kept,

@@ -145,8 +145,25 @@ def _parallel_problems(parallel: ParallelConfig) -> Iterator[str]:
             f"parallel.virtual_pipeline is {parallel.virtual_pipeline} but parallel.pipeline is 1; interleaving needs "
             "at least 2 stages"
         )
+    if parallel.overlap_p2p and parallel.virtual_pipeline == 1:
+        yield (
+            "parallel.overlap_p2p is true but parallel.virtual_pipeline is 1; only an interleaved schedule overlaps "
+            "messages with computation: set parallel.virtual_pipeline or leave it out"
+        )
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence is true but parallel.tensor is 1; sequence parallelism splits within a tensor group"
+
+
+def _optimizer_problems(config: RunConfig) -> Iterator[str]:
+    settings = config.optimizer
+    for needed in ("distributed", "overlap_grad_reduce"):
+        if settings.overlap_param_gather and not getattr(settings, needed):
+            yield (
+                f"optimizer.overlap_param_gather is true but optimizer.{needed} is false; weights are gathered bucket "
+                "by bucket only with both, so set it to true"
+            )
+    if settings.grad_reduce_dtype == "bf16" and config.precision.dtype == "fp32":
+        yield "optimizer.grad_reduce_dtype is bf16 but precision.dtype is fp32; use precision.dtype: bf16, or fp32 here"
 
 
 def _division_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
@@ -231,6 +248,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig], Iterable[str]]], ...]
     (("thinking",), lambda config: _thinking_problems(config.thinking)),
     (("thinking", "model"), lambda config: _layer_problems(config.thinking, config.model)),
     (("parallel",), lambda config: _parallel_problems(config.parallel)),
+    (("optimizer", "precision"), _optimizer_problems),
     (("parallel", "model"), lambda config: _division_problems(config.parallel, config.model)),
     (("validation", "thinking"), lambda config: _budget_problems(config.validation, config.thinking)),
     (("thinking", "model"), lambda config: _rounding_problems(config, "thinking")),

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFF
 _PR_SET_PDEATHSIG = 1  # Linux prctl
 _MAX_PORT = 65535
 _MAX_DIGITS = 9
+_BLACKWELL = 10.0  # compute capability
 _WAY_OUT = "torchrun, srun and slurm/launch.sh set such variables; unset them for a run of one process"
 
 
@@ -146,10 +148,33 @@ def disable_tokenizer_threads() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def set_cuda_determinism() -> None:
-    """Request deterministic reductions of cuBLAS and TransformerEngine; call it before the first CUDA call."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+def set_cuda_variables(*, tensor_parallel: bool, varying_shapes: bool, deterministic: bool) -> None:
+    """Configure CUDA, NCCL and torch's allocator; call it before the first CUDA call. Variables that are set stay.
+
+    Source: Megatron-LM, which requires the first and the fourth in the same cases.
+    """
+    variables: dict[str, str] = {}
+    if tensor_parallel and _compute_capability() < _BLACKWELL:
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # starts collectives before the kernels launched after them
+    if varying_shapes and not _text("PYTORCH_CUDA_ALLOC_CONF"):
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        variables["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # its name before torch 2.9
+    if deterministic:
+        variables["NCCL_ALGO"] = "^NVLS"  # sums in the switch have no fixed order
+        variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        variables["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def _compute_capability() -> float:
+    """The lowest compute capability of this machine's GPUs, without starting CUDA; 0 if the driver does not say."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        return min(map(float, answer.split()), default=0.0)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0.0
 
 
 def find_c_compiler() -> str | None:

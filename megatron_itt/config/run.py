@@ -23,6 +23,7 @@ class ParallelConfig:
     pipeline: PositiveInt = 1
     virtual_pipeline: PositiveInt = 1  # model chunks per pipeline stage (interleaved schedule)
     sequence: bool = False  # sequence parallelism, within the tensor-parallel group
+    overlap_p2p: bool = setting(False, free_on_resume=True)  # send between stages while computing, if interleaved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -55,7 +56,9 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.0
     clip_grad_norm: NonNegativeFloat = 1.0  # 0 turns clipping off
     distributed: bool = True  # shard the optimizer state over data-parallel ranks
-    overlap_grad_reduce: bool = setting(False, free_on_resume=True)
+    overlap_grad_reduce: bool = setting(False, free_on_resume=True)  # reduce gradients during backward
+    overlap_param_gather: bool = setting(False, free_on_resume=True)  # gather updated weights during the next forward
+    grad_reduce_dtype: Literal["fp32", "bf16"] = setting("fp32", free_on_resume=True)  # type of gradients in bf16 runs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -156,6 +159,8 @@ class RuntimeConfig:
     spike_window: Annotated[int, Field(ge=8)] = 64
     max_recoveries: NonNegativeInt = 5  # rollbacks, or consecutive skipped steps, before the run ends as diverged
     replica_check_steps: NonNegativeInt = 1000  # interval of comparing replicas, also done before saves; 0: never
+    # Interval of garbage collections, so that all ranks stop for them in the same step; 0: Python decides.
+    gc_interval_steps: NonNegativeInt = setting(0, free_on_resume=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)

@@ -99,6 +99,7 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.d
         # With two stages a rank's neighbours on both sides are the same rank, and batched messages to it would be
         # matched in the wrong order.
         batch_p2p_comm=False,
+        overlap_p2p_comm=parallel.overlap_p2p,
         deallocate_pipeline_outputs=True,  # a stage's output is not needed once it is sent
         # Plain and thinking layers alternate, so layers cannot be stacked into one tensor on disk.
         hetereogenous_dist_checkpoint=True,

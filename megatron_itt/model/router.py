@@ -38,6 +38,14 @@ class ThinkingParameters(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.uses_step_encoding = thinking.step_encoding and thinking.residual == "accumulate"
 
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """phi_0 * hidden_states [s, b, h], after the base pass.
+
+        A call of the module: with `optimizer.overlap_param_gather`, it waits for all its parameters.
+        """
+        phi = self.step_encoding_of(0)
+        return hidden_states if phi is None else phi.to(hidden_states.dtype) * hidden_states
+
     def router_of(self, step: int) -> Tensor:
         """The predictor [h] of routed step 1 .. T-1."""
         assert self.router is not None, "a model with one thinking step has no router"

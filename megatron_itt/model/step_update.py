@@ -64,7 +64,7 @@ class GatheredTokens:
 
     def own(self, logits: Tensor) -> Tensor:
         """logits [s, b] -> those of this rank's selected tokens, [q, b]."""
-        return logits.gather(0, self.shards.own(self.positions))
+        return gather_tokens(logits, self.shards.own(self.positions))
 
     def skipped(self, logits: Tensor) -> Tensor:
         """The other tokens. logits [s, b] -> bool [s, b]."""

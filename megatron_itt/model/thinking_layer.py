@@ -82,9 +82,7 @@ class ThinkingLayer(TransformerLayer):
 
     def _think(self, hidden_states: Tensor, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
         """phi_0 and all routed steps. [p, b, h] -> [p, b, h]."""
-        phi = self.thinking.step_encoding_of(0)
-        if phi is not None:
-            hidden_states = phi.to(hidden_states.dtype) * hidden_states
+        hidden_states = self.thinking(hidden_states)
         if plan.steps:
             run_steps = self._gathered_steps if plan.rule.is_static else self._masked_steps
             hidden_states = run_steps(hidden_states, plan, kwargs)

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_itt.config.check import find_layout_problems
-from megatron_itt.config.environment import ProcessInfo, gpu_index, process_info
+from megatron_itt.config.environment import ProcessInfo, gpu_index, process_info, set_cuda_variables
+from megatron_itt.config.model import SampledCapacity
+from megatron_itt.config.optional_packages import has_nvidia_gpu
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.parallel.megatron_compat.host_device import install_host_device, remove_host_device
 from megatron_itt.parallel.megatron_compat.process_groups import release_process_groups
-from megatron_itt.parallel.seeding import end_determinism, seed_everything
+from megatron_itt.parallel.seeding import fix_numerics, restore_numerics, seed_everything
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,12 @@ def start_parallel(config: RunConfig, *, process: ProcessInfo | None = None) -> 
     problems = find_layout_problems(config, process.world_size, world_size_from=process.world_size_from)
     if problems:
         raise ConfigError("; ".join(problems))
+    if config.runtime.device != "cpu" and has_nvidia_gpu():
+        set_cuda_variables(
+            tensor_parallel=config.parallel.tensor > 1,
+            varying_shapes=isinstance(config.thinking.capacity, SampledCapacity),
+            deterministic=config.runtime.deterministic,
+        )
     device = choose_device(config.runtime.device, process.local_rank)
     had_job = dist.is_initialized()
     if device.type == "cpu":
@@ -75,7 +83,8 @@ def _build_groups(config: RunConfig, process: ProcessInfo, device: torch.device)
         distributed_timeout_minutes=_group_timeout_minutes(config.runtime.timeout_minutes),
         create_gloo_process_groups=dist.get_backend() != "fake",  # gloo would wait for ranks that do not exist
     )
-    seed_everything(config.runtime.seed, deterministic=config.runtime.deterministic)
+    fix_numerics(deterministic=config.runtime.deterministic)
+    seed_everything(config.runtime.seed)
     return ParallelContext(
         rank=process.rank,
         world_size=process.world_size,
@@ -108,7 +117,7 @@ def stop_parallel() -> None:
     release_process_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
-    end_determinism()
+    restore_numerics()
     remove_host_device()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -150,10 +151,15 @@ def _run_to_end(run: Run) -> bool:
     watchdog = start_watchdog(
         run.watch.heartbeat, limit_s=60 * config.runtime.timeout_minutes, device=trainer.place.device
     )
+    collects_automatically = gc.isenabled()
+    if config.runtime.gc_interval_steps:
+        gc.disable()
     try:
         step, is_complete = _train_until_stopped(run, loader)
         run.checkpointer.finish()
     finally:
+        if collects_automatically:
+            gc.enable()
         watchdog.stop()
         loader.close()
         run.report.close()
@@ -172,12 +178,15 @@ def _train_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
     A stop puts validation off until the run continues: the checkpoint comes first.
     """
     config, batches = run.trainer.config, _TimedBatches(loader, run.report)
+    gc_interval = config.runtime.gc_interval_steps
     step, validation_due, stop_requested = run.first_step, run.validation_due, False
     if validation_due:
         stop_requested = validation_due = _validate(run, step) is None
     while step < config.schedule.steps and not stop_requested:
         step += 1
         result = _train_step(run, batches, step)
+        if gc_interval and step % gc_interval == 0:
+            gc.collect()
         stop_requested = result.statistics.stop_requested
         has_recovered = result.verdict.action != "accept" and _recover(run, step, result.verdict)
         validation_due, loss = bool(run.datasets.validation) and should_validate(config, step), None
@@ -186,6 +195,7 @@ def _train_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
             stop_requested = validation_due = loss is None
         saving = stop_requested or has_recovered or should_save(config, step)
         if should_compare_replicas(config, step, saving=saving):
+            run.trainer.gather_weights()
             check_replicas(run.trainer.built)
         if saving:
             _save(run, step, validation_loss=loss, validation_due=validation_due)
@@ -222,6 +232,7 @@ def _train_step(run: Run, batches: Iterator[Batch], step: int) -> StepResult:
 
 def _save(run: Run, step: int, *, validation_loss: float | None, validation_due: bool) -> None:
     run.watch.heartbeat.beat("saving", step)
+    run.trainer.gather_weights()
     if not are_weights_finite(run.trainer.built):
         _give_up(run, step, "the weights are no longer finite, so they are not saved")
     memory = {"guard": run.watch.guard.state(), "validation_due": validation_due}

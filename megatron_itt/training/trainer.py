@@ -49,6 +49,12 @@ class Trainer:
         """Forward passes of this data-parallel rank per optimizer step."""
         return self.config.batch.global_size // (self.config.batch.micro * self.place.data_parallel_size)
 
+    def gather_weights(self) -> None:
+        """Gather what `optimizer.overlap_param_gather` has left for the next forward pass, before weights are read."""
+        if self.config.optimizer.overlap_param_gather:
+            for chunk in self.wrapped:
+                chunk.start_param_sync(force_sync=True)
+
 
 def build_trainer(
     config: RunConfig, place: ParallelContext, *, build: Callable[..., BuiltModel] = build_model
@@ -75,7 +81,9 @@ def apply_data_parallel(built: BuiltModel, config: RunConfig) -> list[Distribute
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.distributed,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
-        grad_reduce_in_fp32=built.config.bf16,  # other weights have gradients of their own type
+        overlap_param_gather=config.optimizer.overlap_param_gather,
+        # Other weights have gradients of their own type.
+        grad_reduce_in_fp32=built.config.bf16 and config.optimizer.grad_reduce_dtype == "fp32",
     )
     chunks: list[Any] = [Float16Module(built.config, chunk) if built.config.bf16 else chunk for chunk in built.chunks]
     # Buckets let reduction overlap with backward; only the first chunk's are waited for early.

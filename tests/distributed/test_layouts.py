@@ -46,7 +46,7 @@ def layouts(world_size: int) -> list[dict[str, Any]]:
     return found
 
 
-def recipe(kind: str, parallel: dict[str, Any], *, distributed: bool = True, overlap: bool = False) -> Any:
+def recipe(kind: str, parallel: dict[str, Any], **optimizer: Any) -> Any:
     """Shares of its 32 tokens are multiples of four: no layout rounds them (`routing.count_selected`).
 
     Drawn shares are twentieths; of 40 tokens they are even, which layouts of two ranks do not round.
@@ -62,7 +62,7 @@ def recipe(kind: str, parallel: dict[str, Any], *, distributed: bool = True, ove
         thinking=THINKING[kind],
         parallel=parallel,
         batch={"global": 8, "micro": 1},
-        optimizer={"distributed": distributed, "overlap_grad_reduce": overlap},
+        optimizer=optimizer,
     )
 
 
@@ -89,19 +89,24 @@ def assert_same(observed: list[Observed], expected: Observed) -> None:
     assert {key for rank in observed for key in rank.picks} == set(expected.picks)
 
 
+OVERLAPPED = {"overlap_grad_reduce": True}
+ALL_OVERLAPPED = {**OVERLAPPED, "overlap_param_gather": True}
 REDUCED = [
     ("itt", {"tensor": 2, "sequence": True}, {}),
     ("itt", {"tensor": 2}, {}),
     ("itt", {"pipeline": 2}, {}),
     ("itt", {"pipeline": 2, "virtual_pipeline": 2}, {}),
-    ("itt", {}, {"overlap": True}),
-    ("itt", {"pipeline": 2}, {"overlap": True}),
+    ("itt", {}, OVERLAPPED),
+    ("itt", {"pipeline": 2}, OVERLAPPED),
     ("itt", {}, {"distributed": False}),
+    ("itt", {}, ALL_OVERLAPPED),
+    ("itt_recompute", {}, ALL_OVERLAPPED),
+    ("itt_tied", {"pipeline": 2, "virtual_pipeline": 2, "overlap_p2p": True}, ALL_OVERLAPPED),
     ("itt_selected", {"tensor": 2, "sequence": True}, {}),
     ("itt_symmetric", {"tensor": 2, "sequence": True}, {}),
     ("itt_threshold", {"tensor": 2, "sequence": True}, {}),
-    ("itt_elastic", {}, {"overlap": True}),
-    ("itt_recompute", {}, {"overlap": True}),
+    ("itt_elastic", {}, OVERLAPPED),
+    ("itt_recompute", {}, OVERLAPPED),
     ("itt_recompute", {"tensor": 2, "sequence": True}, {}),
     ("itt_topp", {"tensor": 2, "sequence": True}, {}),
     ("itt_delta_recompute_all", {"tensor": 2, "sequence": True}, {}),
@@ -110,7 +115,7 @@ REDUCED = [
     ("none", {"tensor": 2, "sequence": True}, {}),
     ("none_tied", {"pipeline": 2}, {}),
     ("itt_tied", {"pipeline": 2, "virtual_pipeline": 2}, {}),
-    ("itt_tied", {"pipeline": 2}, {"overlap": True}),
+    ("itt_tied", {"pipeline": 2}, OVERLAPPED),
     ("itt_tied", {"pipeline": 2}, {"distributed": False}),
     ("itt_tied", {"tensor": 2, "sequence": True}, {}),
 ]
@@ -139,7 +144,7 @@ def test_every_layout_computes_what_one_rank_computes(kind: str, world_size: int
 @pytest.mark.timeout(1800)
 def test_pipelines_of_four_ranks_compute_the_same_while_gradients_are_reduced() -> None:
     cases: list[dict[str, Any]] = [{"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}]
-    jobs = [(recipe("itt", parallel, overlap=True),) for parallel in cases]
+    jobs = [(recipe("itt", parallel, **OVERLAPPED),) for parallel in cases]
     expected = observe_on_one_rank("itt")
     for observed in run_ranks(4, observe_steps, jobs):
         assert_same(observed, expected)

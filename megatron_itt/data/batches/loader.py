@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,11 +86,20 @@ class Loader:
 class TrainLoader(Loader):
     """Micro-batches from `consumed_samples` on, up to the last whole global batch; a thread gathers them ahead.
 
-    An error in the thread is raised by `next`, after the batches before it.
+    An error in the thread is raised by `next`, after the batches before it. `pin_memory` puts batches into page-locked
+    memory, from which a copy to a GPU does not make the host wait.
     """
 
-    def __init__(self, dataset: Any, *, consumed_samples: int, num_samples: int | None = None, **layout: int) -> None:
-        self._dataset = dataset
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        consumed_samples: int,
+        num_samples: int | None = None,
+        pin_memory: bool = False,
+        **layout: int,
+    ) -> None:
+        self._gather = partial(gather, dataset, pin_memory=pin_memory)
         self._layout = BatchLayout(**layout)
         self._samples = self._micro_batches(consumed_samples, len(dataset) if num_samples is None else num_samples)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -122,7 +132,7 @@ class TrainLoader(Loader):
     def _gather_next(self) -> None:
         samples = next(self._samples, None)
         if samples is not None:
-            self._pending.append(self._pool.submit(gather, self._dataset, samples))
+            self._pending.append(self._pool.submit(self._gather, samples))
 
     def _micro_batches(self, consumed_samples: int, num_samples: int) -> Iterator[list[int]]:
         while consumed_samples + self._layout.global_batch_size <= num_samples:
@@ -136,12 +146,11 @@ def open_loader(backend: str, dataset: Any, *, device: torch.device, **arguments
     Both give identical batches; dali's are on `device` already. Raises `ConfigError` where nvidia-dali is wanted and
     cannot be used.
     """
-    gathered = TrainLoader(dataset, **arguments)
     if backend == "torch":
-        return gathered
+        return TrainLoader(dataset, pin_memory=device.type == "cuda", **arguments)
     from megatron_itt.data.batches.dali_loader import DaliLoader
 
-    return DaliLoader(gathered, device=device)
+    return DaliLoader(TrainLoader(dataset, **arguments), device=device)
 
 
 def check_loader(backend: str) -> None:
@@ -152,12 +161,12 @@ def check_loader(backend: str) -> None:
         check_dali()
 
 
-def gather(dataset: Any, samples: Sequence[int | None]) -> Batch:
+def gather(dataset: Any, samples: Sequence[int | None], *, pin_memory: bool = False) -> Batch:
     """Stack samples into a batch [b, s]; None gives sample 0 with a loss mask of zeros, as padding."""
     found = [dataset[0 if idx is None else idx] for idx in samples]
     batch: Batch = {key: torch.stack([sample[key] for sample in found]) for key in BATCH_KEYS}
     batch["loss_mask"][torch.tensor([idx is None for idx in samples], dtype=torch.bool)] = 0.0
-    return batch
+    return {key: tensor.pin_memory() for key, tensor in batch.items()} if pin_memory else batch
 
 
 def validation_batches(

@@ -49,3 +49,25 @@ def test_a_model_without_a_thinking_layer_is_refused(kind: str) -> None:
         tiny_recipe(model={"num_layers": 1}, thinking=thinking)
     config = tiny_recipe(model={"num_layers": 1}, thinking={**thinking, "layers": [0]})
     assert config.thinking.layer_indices(1) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "problem"),
+    [
+        ("parallel", {"overlap_p2p": True}, r"parallel\.overlap_p2p is true but parallel\.virtual_pipeline is 1"),
+        (
+            "optimizer",
+            {"overlap_param_gather": True},
+            r"overlap_param_gather is true but optimizer\.overlap_grad_reduce",
+        ),
+        (
+            "optimizer",
+            {"overlap_param_gather": True, "overlap_grad_reduce": True, "distributed": False},
+            r"overlap_param_gather is true but optimizer\.distributed is false",
+        ),
+        ("optimizer", {"grad_reduce_dtype": "bf16"}, r"grad_reduce_dtype is bf16 but precision\.dtype is fp32"),
+    ],
+)
+def test_overlaps_without_what_they_need_are_refused(section: str, values: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        tiny_recipe(**{section: values})

@@ -18,6 +18,7 @@ from megatron_itt.config.environment import (
     gpu_index,
     keep_compiled_kernels_local,
     process_info,
+    set_cuda_variables,
 )
 from megatron_itt.errors import ConfigError
 
@@ -140,3 +141,36 @@ def test_compiled_kernels_go_to_local_scratch_unless_a_folder_is_named(
     own, *others = folders.values()
     assert own.is_relative_to(tmp_path)
     assert all(folder.is_relative_to(tempfile.gettempdir()) and folder.name == "triton" for folder in others)
+
+
+def set_variables(monkeypatch: pytest.MonkeyPatch, folder: Path, capabilities: str, **settings: bool) -> dict[str, str]:
+    """What `set_cuda_variables` sets on a machine whose driver reports these compute capabilities."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{capabilities}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin"}
+    monkeypatch.setattr(os, "environ", environment)
+    off = {"tensor_parallel": False, "varying_shapes": False, "deterministic": False}
+    set_cuda_variables(**{**off, **settings})
+    return {name: value for name, value in environment.items() if name != "PATH"}
+
+
+def test_cuda_variables_follow_the_recipe_and_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def variables(capabilities: str, **settings: bool) -> dict[str, str]:
+        return set_variables(monkeypatch, tmp_path, capabilities, **settings)
+
+    one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert variables("8.0") == {}
+    assert variables("9.0\\n8.0\\n", tensor_parallel=True) == one_queue
+    assert variables("10.0\\n", tensor_parallel=True) == {}
+    assert variables("no driver", tensor_parallel=True) == one_queue
+    assert set(variables("9.0", varying_shapes=True).values()) == {"expandable_segments:True"}
+    assert variables("9.0", deterministic=True)["NCCL_ALGO"] == "^NVLS"
+
+
+def test_a_variable_that_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"NCCL_ALGO": "Ring", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
+    monkeypatch.setattr(os, "environ", environment)
+    set_cuda_variables(tensor_parallel=False, varying_shapes=True, deterministic=True)
+    assert environment["NCCL_ALGO"] == "Ring"
+    assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512"
+    assert "PYTORCH_ALLOC_CONF" not in environment

@@ -40,7 +40,7 @@ def keys_of(section: Any, prefix: str) -> dict[str, Any]:
 
 
 def table() -> dict[str, str]:
-    rows = re.findall(r"^\| `([a-z_.]+)` \| (.+?) \| .+ \|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (.+?) \| .+ \|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return dict(rows)
 
 

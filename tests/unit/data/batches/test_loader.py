@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from megatron_itt.data.batches.loader import (
+    BATCH_KEYS,
     BatchLayout,
     TrainLoader,
+    open_loader,
     step_samples,
     validation_batches,
     validation_samples,
@@ -81,6 +83,23 @@ def test_closing_early_ends_the_thread() -> None:
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(loader)
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_loaders_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:  # torch's own needs a GPU
+        threads.append(threading.current_thread().name)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    place = {"consumed_samples": 0, "micro_batch_size": 2, "num_microbatches": 2}
+    place |= {"data_parallel_rank": 0, "data_parallel_size": 1}
+    for device, pinned in (("cpu", 0), ("cuda", 4 * len(BATCH_KEYS))):
+        loader = open_loader("torch", CountingDataset(8), device=torch.device(device), **place)
+        assert len(sample_numbers(loader)) == 4
+        assert len(threads) == pinned
+    assert all(name.startswith("loader") for name in threads)
 
 
 def test_an_error_while_gathering_reaches_the_consumer() -> None:
