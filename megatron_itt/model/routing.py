@@ -78,8 +78,15 @@ def select_topp(logits: Tensor, capacity: float) -> Tensor:
         return torch.ones_like(logits, dtype=torch.bool)
     order = _ranking(logits)
     ranked = torch.softmax(logits.double(), dim=0).gather(0, order)
-    before = functional.pad(torch.cumsum(ranked, dim=0)[:-1], (0, 0, 1, 0))
+    before = functional.pad(_prefix_sum(ranked)[:-1], (0, 0, 1, 0))
     return torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before < capacity)
+
+
+def _prefix_sum(values: Tensor) -> Tensor:
+    """Sums up to each row of [s, b]. torch's `cumsum` refuses to run where GPUs have to be deterministic."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.cumsum(values, dim=0)
+    return values.new_ones(len(values), len(values)).tril() @ values
 
 
 def select_above(logits: Tensor, threshold: Tensor) -> Tensor:

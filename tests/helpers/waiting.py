@@ -22,14 +22,20 @@ WAITING = {
     "aten::bincount",
     "aten::repeat_interleave",
 }
+# Source: torch.use_deterministic_algorithms, operations that raise RuntimeError on CUDA tensors.
+REFUSED = {"aten::cumsum", "aten::histc", "aten::kthvalue", "aten::median", "aten::put_", "aten::nll_loss2d_forward"}
 
 
 class WatchOperations(TorchDispatchMode):
-    """Within the block: `waiting` lists what would wait, `shapes` every operation with the shapes of its results."""
+    """Within the block: `waiting` lists what would wait, `shapes` every operation with the shapes of its results.
+
+    `refused` lists what a GPU refuses with deterministic algorithms.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.waiting: list[str] = []
+        self.refused: list[str] = []
         self.shapes: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
 
     def __torch_dispatch__(
@@ -38,6 +44,8 @@ class WatchOperations(TorchDispatchMode):
         name = func._schema.name
         if name in WAITING or self._indexes_by_mask(name, args):
             self.waiting.append(name)
+        if name in REFUSED and args[0].is_floating_point():
+            self.refused.append(name)
         results = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
         self.shapes.append((name, tuple(tuple(tensor.shape) for tensor in tensors)))

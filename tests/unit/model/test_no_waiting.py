@@ -37,6 +37,12 @@ def test_training_a_thinking_layer_waits_for_nothing(switches: dict[str, Any], m
     watch_training(switches)
 
 
+@pytest.mark.parametrize("routing", ["topk", "topp", "threshold"])
+def test_a_deterministic_run_uses_nothing_that_a_gpu_refuses(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_gathered_attention", lambda query: None)
+    watch_training({"routing": routing}, deterministic=True)
+
+
 def test_training_with_kernels_in_triton_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from megatron_itt.ops.attention_triton import Tiles, triton_attention
@@ -46,9 +52,9 @@ def test_training_with_kernels_in_triton_waits_for_nothing(monkeypatch: pytest.M
     watch_training({"capacity": [0.5], "layers": [1]})
 
 
-def watch_training(switches: dict[str, Any]) -> None:
+def watch_training(switches: dict[str, Any], *, deterministic: bool = False) -> None:
     """Train a layer three times on other data: nothing waits, and the second and third time have equal shapes."""
-    config = tiny_recipe(thinking=switches)
+    config = tiny_recipe(thinking=switches, runtime={"deterministic": deterministic})
     seen = []
     with built_model(config, dtype=torch.float32) as built:
         layer = built.thinking_layers()[0]
@@ -64,6 +70,7 @@ def watch_training(switches: dict[str, Any]) -> None:
                 output.square().sum().backward()
             seen.append(watch)
     assert [watch.waiting for watch in seen] == [[], [], []]
+    assert not deterministic or [watch.refused for watch in seen] == [[], [], []]
     assert seen[1].shapes == seen[2].shapes
     assert len(seen[1].shapes) > 100  # the watch did see the layer, backward included
     # Positions are unique, so nothing is added atomically, which on GPUs is slow and not deterministic.
