@@ -100,7 +100,8 @@ def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.d
         # matched in the wrong order.
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.overlap_p2p,
-        deallocate_pipeline_outputs=True,  # a stage's output is not needed once it is sent
+        # A stage's output is not needed once it is sent; an overlapped message may still be under way.
+        deallocate_pipeline_outputs=not parallel.overlap_p2p,
         # Plain and thinking layers alternate, so layers cannot be stacked into one tensor on disk.
         hetereogenous_dist_checkpoint=True,
         deterministic_mode=config.runtime.deterministic,
