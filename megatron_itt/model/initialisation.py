@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -37,19 +38,25 @@ def initialise_weights(model: GPTModel, config: ModelConfig, thinking: ThinkingC
     biases 0; router N(0, router_init_std); step encoding 1 for the base pass and `step_init` for the routed steps.
     """
     rank, degree = model.pg_collection.tp.rank(), model.pg_collection.tp.size()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            whole_name = global_name(name, model)
-            if name.endswith("thinking.step_encoding"):
-                _fill_step_encoding(parameter, thinking)
-            elif parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
-            else:
-                std = _std_of(whole_name, config, thinking)
-                whole = _draw(parameter, whole_name, std=std, seed=seed, degree=degree)
-                parameter.copy_(own_shard(whole, whole_name, rank=rank, degree=degree))
-                if _sharded_dim(name) is not None:
-                    _mark_sharded(parameter, whole_name, _sharded_dim(name))
+
+    @torch.no_grad()
+    def initialise(item: tuple[str, Tensor]) -> None:
+        name, parameter = item
+        whole_name = global_name(name, model)
+        if name.endswith("thinking.step_encoding"):
+            _fill_step_encoding(parameter, thinking)
+        elif parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+        else:
+            std = _std_of(whole_name, config, thinking)
+            whole = _draw(parameter, whole_name, std=std, seed=seed, degree=degree)
+            parameter.copy_(own_shard(whole, whole_name, rank=rank, degree=degree))
+            if _sharded_dim(name) is not None:
+                _mark_sharded(parameter, whole_name, _sharded_dim(name))
+
+    # A generator draws on one thread, so tensors are drawn side by side: at 7B that saves minutes of every start.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(initialise, model.named_parameters()))
 
 
 def _mark_sharded(parameter: Tensor, name: str, dim: int | None) -> None:

@@ -61,7 +61,7 @@ def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) ->
         params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
     )
     overrides = {**get_standard_config_overrides(wanted), _NOT_DECAYED: ParamGroupOverride(wd_mult=0.0)}
-    optimizer = get_megatron_optimizer(wanted, chunks, config_overrides=overrides)
+    optimizer = get_megatron_optimizer(wanted, chunks, config_overrides=overrides, use_gloo_process_groups=False)
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             shard_optimizer_state(part)
