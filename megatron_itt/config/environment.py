@@ -114,7 +114,7 @@ def end_with_parent() -> None:
     if parent is None:
         return
     _end_with_starter()
-    if sys.platform == "linux" and os.getppid() != parent.pid:  # the parent has ended already
+    if sys.platform == "linux" and not parent.is_alive():  # it has ended already; a fork server is another parent
         os.kill(os.getpid(), signal.SIGKILL)
 
 

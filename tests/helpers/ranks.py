@@ -24,6 +24,7 @@ from megatron_itt.log import silence_known_warnings
 # Below the range that the system takes outgoing connections from, which gloo uses many of.
 _PORTS = range(10_000, 32_000)
 _LEAVING_S = 5.0
+_IMPORTED = ["megatron_itt.training.loop", "megatron_itt.checkpoint.save", "torch._dynamo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,15 @@ def run_jobs(
     stores = [host_store() for _ in jobs]
     ports = [store.port for store in stores]
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.spawn(
-            _run_process, args=(function, list(zip(jobs, ports, strict=True)), threads, folder), nprocs=num_processes,
+        # Processes are forked from a server that has done the imports, which take seconds.
+        multiprocessing.set_forkserver_preload(_IMPORTED)
+        context = multiprocessing.start_processes(
+            _run_process,
+            args=(function, list(zip(jobs, ports, strict=True)), threads, folder),
+            nprocs=num_processes,
             join=False,
-        )  # fmt: skip
+            start_method="forkserver",
+        )
         try:
             deadline = time.monotonic() + timeout_s
             while not context.join(timeout=max(0.0, min(_LEAVING_S, deadline - time.monotonic()))):

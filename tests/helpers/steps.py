@@ -13,7 +13,7 @@ from megatron_itt.config import RunConfig
 from megatron_itt.config.environment import ProcessInfo
 from tests.helpers.float64 import build_in_float64, float64_is_float32
 
-NUM_STEPS = 5
+NUM_STEPS = 3
 
 
 @dataclass
