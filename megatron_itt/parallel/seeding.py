@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ def fix_numerics(*, deterministic: bool) -> None:
     torch.set_float32_matmul_precision("highest")
     if not deterministic:
         return
-    cudnn, filling = torch.backends.cudnn, torch.utils.deterministic
+    cudnn = torch.backends.cudnn
+    filling: Any = torch.utils.deterministic
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     keep(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warn_only)
     keep(setattr, cudnn, "deterministic", cudnn.deterministic)
