@@ -19,7 +19,9 @@ from megatron_itt.data.text.tokenizer_folder import with_end_of_document, write_
 from megatron_itt.errors import DataError, ExportError
 from megatron_itt.hf.load import INDEX_FILE, read_weights
 
-REMOTE_CODE_FILES = ("configuration_itt.py", "routing_itt.py", "cache_itt.py", "layers_itt.py", "modeling_itt.py")
+REMOTE_CODE_FILES = tuple(
+    f"{name}_itt.py" for name in ("configuration", "routing", "cache", "static_cache", "layers", "inputs", "modeling")
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_itt.ITTConfig",
     "AutoModel": "modeling_itt.ITTModel",

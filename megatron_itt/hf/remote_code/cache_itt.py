@@ -21,11 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.utils import logging
 
 from .routing_itt import UNUSED, CallInputs, Selection
 
-logger = logging.get_logger(__name__)
 GROWTH = 1.5
 PLACES_MULTIPLE = 16
 
@@ -140,7 +138,7 @@ class LayerCache:
     supports_early_init = False
 
     def __init__(self) -> None:
-        self.stores: dict[str, KVStore] = {}
+        self.stores: dict[str, Any] = {}
 
     def store(self, name: str, num_read_steps: int = 1) -> KVStore:
         """Return the store of that name, created on first use."""
@@ -255,11 +253,30 @@ class ITTCache(Cache):
                 )
         self.made_for = entries
 
-    def record_call(self, call: CallInputs) -> None:
-        """Append the tokens of one call."""
+    @property
+    def is_static(self) -> bool:
+        """Whether the next call runs in static shapes."""
+        return False
+
+    @property
+    def num_past(self) -> int | Tensor:
+        """Tokens per row so far, padding included, without synchronisation."""
+        return self.get_seq_length()
+
+    def key_values(self, call: CallInputs, layer_idx: int, num_steps: int) -> CallKeyValues:
+        """Keys and values of a layer of `num_steps` thinking steps in one call."""
+        return CachedKeyValues(call, self.layers[layer_idx], num_steps)
+
+    @staticmethod
+    def describe_call(call: CallInputs) -> Tensor:
+        """Position ids and document starts of the tokens of one call, [2, b, s]."""
         positions = call.position_ids.masked_fill(~call.unpadded.mask, UNUSED)
         starts = torch.zeros_like(positions) if call.document_starts is None else call.document_starts
-        tokens = torch.stack((positions, starts))
+        return torch.stack((positions, starts))
+
+    def record_call(self, call: CallInputs) -> None:
+        """Append the tokens of one call."""
+        tokens = self.describe_call(call)
         self.tokens = tokens if self.tokens is None else torch.cat((self.tokens, tokens), dim=2)
 
     def last_tokens(self) -> tuple[Tensor, Tensor]:
@@ -337,46 +354,3 @@ class ITTCache(Cache):
     @property
     def max_batch_size(self) -> int:
         return self.batch_size
-
-
-def resolve_cache(
-    model: Any, past_key_values: ITTCache | None, use_cache: bool | None, batch: int
-) -> tuple[ITTCache | None, bool]:
-    """Return the cache to read and extend, and whether the call returns it.
-
-    As in transformers' models, a given cache is read and extended whatever `use_cache` is.
-    """
-    check_cache_type(past_key_values)
-    use_cache = bool(model.config.use_cache if use_cache is None else use_cache)
-    if model.gradient_checkpointing and model.training:
-        if past_key_values is not None and past_key_values.get_seq_length():
-            raise ValueError("past_key_values cannot be continued under gradient checkpointing; call eval() first.")
-        if use_cache:
-            logger.warning_once("use_cache=True does not go with gradient checkpointing; no cache is returned.")
-        return None, False
-    if past_key_values is None and not use_cache:
-        return None, False
-    config = model.config
-    cache = ITTCache(config.num_hidden_layers) if past_key_values is None else past_key_values
-    if cache.batch_size not in (-1, batch):
-        raise ValueError(f"past_key_values holds {cache.batch_size} rows, but the input has {batch}.")
-    entries = {name: getattr(config, name) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")}
-    thinking = {**config.thinking, "capacity": config.num_routed_steps}
-    cache.claim({**entries, "dtype": str(model.dtype), "thinking": thinking})
-    return cache, use_cache
-
-
-def check_cache_type(past_key_values: Any) -> None:
-    if past_key_values is not None and not isinstance(past_key_values, ITTCache):
-        raise ValueError(
-            f"past_key_values is a {type(past_key_values).__name__}; this model needs its own ITTCache, which "
-            "generate() and use_cache=True create."
-        )
-
-
-def check_cache_implementation(name: str | None) -> None:
-    if name not in (None, "dynamic"):
-        raise ValueError(
-            f"cache_implementation is {name!r}; leave it unset and use generate(), this model makes its own "
-            "ITTCache (and has no continuous batching)."
-        )

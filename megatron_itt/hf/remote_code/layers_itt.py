@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_itt import CachedKeyValues, CallKeyValues, ITTCache, KeyValues
+from .cache_itt import CallKeyValues, ITTCache, KeyValues
 from .configuration_itt import ITTConfig
 from .routing_itt import (
     NUM_QUANTILE_INTERVALS,
@@ -197,6 +197,8 @@ class ITTThinking(nn.Module):
         assert self.router is not None, "a routed step has a router"
         logits = router_logits(hidden_states, self.router[step - 1])
         mask = ROUTING_RULES[call.routing](logits, limits[:, step - 1], call.unpadded.mask)
+        if call.is_static:
+            return call.all_tokens.masked(mask), logits
         selected = Selection.from_mask(mask, call.multiple_of)
         is_all = selected.num_tokens == call.all_tokens.num_tokens and call.multiple_of == 1
         return call.all_tokens if is_all else selected, logits
@@ -227,8 +229,9 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         self, hidden_states: Tensor, call: CallInputs, past_key_values: ITTCache | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """hidden_states [b, s, h] -> [b, s, h]; of a thinking layer also selected and router logits, [b, T-1, s]."""
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        kv = CallKeyValues(call) if cache is None else CachedKeyValues(call, cache, self.num_steps)
+        kv = CallKeyValues(call)
+        if past_key_values is not None:
+            kv = past_key_values.key_values(call, self.layer_idx, self.num_steps)
         hidden_states = self._pass_all(hidden_states, 0, call, kv)
         if self.kind == "itt":
             return self._think(hidden_states, call, kv)
@@ -308,7 +311,7 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         if weight is not None:
             weight = alpha * selected.take(weight)
         elif alpha != 1.0:
-            weight = tokens.new_tensor(alpha).expand(tokens.shape[0])
+            weight = tokens.new_full((tokens.shape[0],), alpha)
         return residual(tokens, output, weight=weight, step_encoding=self._phi(step))
 
     def _update_unselected(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,10 +17,20 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cache_itt import ITTCache, check_cache_implementation, check_cache_type, resolve_cache
+from .cache_itt import ITTCache
 from .configuration_itt import ITTConfig, complete_thinking
-from .layers_itt import ITTDecoderLayer, ITTRMSNorm, ITTThinking, rotary_cos_sin
-from .routing_itt import UNUSED, CallInputs, Selection, budget_tensor, resolve_budget, resolve_routing
+from .inputs_itt import (
+    check_cache_implementation,
+    check_cache_type,
+    check_generated_length,
+    describe_tokens,
+    refuse_arguments,
+    refuse_cache_position,
+    resolve_cache,
+)
+from .layers_itt import ITTDecoderLayer, ITTRMSNorm, ITTThinking
+from .routing_itt import CallInputs, budget_tensor, resolve_budget, resolve_routing
+from .static_cache_itt import ITTStaticCache, choose_cache
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 PREFILL_MULTIPLE = 32  # see Selection.multiple_of
@@ -114,20 +123,15 @@ class ITTModel(ITTPreTrainedModel):
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch, width = hidden_states.shape[:2]
         cache, use_cache = resolve_cache(self, past_key_values, use_cache, batch)
-        past = 0 if cache is None else cache.get_seq_length()
-        if cache_position is not None and cache_position.tolist() != list(range(past, past + width)):
-            raise ValueError(
-                f"cache_position must be the {width} positions after the {past} of the cache; leave it out."
-            )
-        routing = resolve_routing(thinking, routing, training=self.training, has_past=bool(past))
-        budget = resolve_budget(self.config, thinking_budget, routing, batch)
-        if routing == "threshold" and not past and bool(((budget > 0) & (budget < 1)).any()):
-            self._require_quantiles()
+        has_past = cache is not None and cache.tokens is not None
+        refuse_cache_position(cache_position, width, cache)
+        routing = resolve_routing(thinking, routing, training=self.training, has_past=has_past)
         call = CallInputs(
             **describe_tokens(self.config, hidden_states, attention_mask, position_ids, cache=cache),
-            thinking_budget=budget.to(hidden_states.device),
+            thinking_budget=self._budget(thinking_budget, routing, hidden_states, cache),
             routing=routing,
-            multiple_of=1 if self.training or past else PREFILL_MULTIPLE,
+            multiple_of=1 if self.training or has_past else PREFILL_MULTIPLE,
+            is_static=cache is not None and cache.is_static,
         )
         all_hidden_states, all_selected, all_logits = [], [], []
         for layer in self.layers[: self.config.num_hidden_layers]:  # lowered temporarily by assistant_early_exit
@@ -156,6 +160,20 @@ class ITTModel(ITTPreTrainedModel):
                 "[rows, tokens] or inputs_embeds [rows, tokens, hidden], with at least one row."
             )
         return hidden_states
+
+    def _budget(self, thinking_budget: Any, routing: str, hidden_states: Tensor, cache: ITTCache | None) -> Tensor:
+        """Thinking budget [b, T-1] of a call, on its device; the quantiles that it needs are there."""
+        given = self.config.thinking_budget or self.config.thinking["capacity"]
+        given = given if thinking_budget is None else thinking_budget
+        keeps = isinstance(cache, ITTStaticCache) and isinstance(given, (list, tuple))
+        if keeps and (kept := cache.kept_budget(given)) is not None:
+            return kept
+        has_past, is_static = cache is not None and cache.tokens is not None, cache is not None and cache.is_static
+        budget = resolve_budget(self.config, thinking_budget, routing, hidden_states.shape[0], is_static=is_static)
+        if routing == "threshold" and not has_past and bool(((budget > 0) & (budget < 1)).any()):
+            self._require_quantiles()
+        budget = budget.to(hidden_states.device)
+        return cache.keep_budget(given, budget) if keeps else budget
 
     def _require_quantiles(self) -> None:
         """ValueError if the quantiles of a thinking layer are empty."""
@@ -237,11 +255,15 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         )
 
     def generate(self, *args: Any, thinking_budget: Any = None, **kwargs: Any) -> Any:
-        """As in transformers, with `thinking_budget` as in `forward`."""
+        """As in transformers, with `thinking_budget` as in `forward`.
+
+        cache_implementation: "dynamic" skips unselected tokens, "static" decodes in fixed shapes without waiting for
+        the device, and is compiled where transformers compiles; see `choose_cache` for the default.
+        """
         if thinking_budget is not None:
             budget = budget_tensor(thinking_budget)
             # generate() repeats tensors per row for beams; a flat list serves all rows.
-            kwargs["thinking_budget"] = budget if budget.dim() == 2 else budget.tolist()
+            kwargs["thinking_budget"] = budget.to(self.device) if budget.dim() == 2 else budget.tolist()
         settings = kwargs.get("generation_config")
         check_cache_implementation(
             kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
@@ -268,124 +290,14 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         if given is not None:
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = ITTCache(self.config.num_hidden_layers)
+            implementation = generation_config.cache_implementation
+            cache: ITTCache = ITTCache(self.config.num_hidden_layers)
+            if choose_cache(implementation, self.device, batch_size) == "static":
+                layers, capture = self.config.num_hidden_layers, implementation == "static"
+                cache = ITTStaticCache(layers, max_cache_length, capture=capture)
+            model_kwargs["past_key_values"] = cache
 
-
-def refuse_arguments(config: ITTConfig, output_attentions: bool | None, others: dict[str, Any]) -> None:
-    """ValueError for attention weights and for unknown keyword arguments that are not None."""
-    if config.output_attentions if output_attentions is None else output_attentions:
-        raise ValueError("output_attentions is true, but this model keeps no attention weights; leave it out.")
-    unknown = sorted(name for name, value in others.items() if value is not None)
-    if unknown:
-        raise ValueError(
-            f"forward takes no {', '.join(unknown)}; budgets are given as thinking_budget=, and documents of a packed "
-            "sequence by position_ids that restart."
-        )
-
-
-def describe_tokens(
-    config: ITTConfig,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    *,
-    cache: ITTCache | None,
-) -> dict[str, Any]:
-    """Fields of CallInputs that describe tokens: padding, cache positions, position ids and documents."""
-    (batch, width), device = hidden_states.shape[:2], hidden_states.device
-    past = 0 if cache is None else cache.get_seq_length()
-    everything = torch.ones((batch, width), dtype=torch.bool, device=device)
-    all_tokens = unpadded = Selection.from_mask(everything)
-    mask = bool_attention_mask(attention_mask, batch, width, cache)
-    if mask is not None:
-        unpadded = Selection.from_mask(mask)
-    cache_position = torch.arange(past, past + width, device=device).expand(batch, width)
-    last = cache_position.new_full((batch,), UNUSED), cache_position.new_zeros(batch)
-    if cache is not None and past:
-        last = cache.last_tokens()
-    if position_ids is None:
-        position_ids = (unpadded.mask.cumsum(dim=1) - 1).clamp(min=0) + (last[0] + 1)[:, None]
-        starts = last[1][:, None].expand(batch, width) if bool(last[1].any()) else None
-    else:
-        if position_ids.is_floating_point() or position_ids.shape not in ((width,), (1, width), (batch, width)):
-            raise ValueError(
-                f"position_ids has shape {list(position_ids.shape)} and type {position_ids.dtype}; give whole numbers "
-                f"of shape [{batch}, {width}], one for each token of this call."
-            )
-        position_ids = position_ids.expand(batch, width)
-        jumps = attention_mask is None and not past
-        starts = document_starts(position_ids, unpadded.mask, cache_position, last, jumps=jumps)
-    if width and int(position_ids.max()) >= config.max_position_embeddings:
-        raise ValueError(
-            f"a sequence reaches position {int(position_ids.max())}, but the model was trained for "
-            f"{config.max_position_embeddings} positions; shorten the input or max_new_tokens."
-        )
-    return {
-        "position_embeddings": rotary_cos_sin(config, position_ids, hidden_states.dtype),
-        "position_ids": position_ids,
-        "cache_position": cache_position,
-        "document_starts": starts,
-        "all_tokens": all_tokens,
-        "unpadded": unpadded,
-    }
-
-
-def bool_attention_mask(attention_mask: Tensor | None, batch: int, width: int, cache: ITTCache | None) -> Tensor | None:
-    """Mask [b, s] of this call, false on padding; None without padding."""
-    if attention_mask is None:
-        return None
-    past = 0 if cache is None else cache.get_seq_length()
-    if not isinstance(attention_mask, Tensor):
-        raise ValueError(
-            f"attention_mask is a {type(attention_mask).__name__}; give a tensor [{batch}, {past + width}]."
-        )
-    if attention_mask.shape not in ((batch, width), (batch, past + width)):
-        raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}; give [{batch}, {past + width}] with 1 for "
-            "tokens and 0 for padding."
-        )
-    mask = attention_mask != 0
-    if cache is not None and cache.tokens is not None and mask.shape[1] > width:
-        cached = cache.tokens[0] >= 0
-        if not torch.equal(mask[:, :past].to(cached.device), cached):
-            raise ValueError(
-                "attention_mask calls other tokens padding than it did when past_key_values was made; start again with "
-                "the whole sequence."
-            )
-    mask = mask[:, -width:]
-    return None if bool(mask.all()) else mask
-
-
-def document_starts(
-    position_ids: Tensor, mask: Tensor, cache_position: Tensor, last: tuple[Tensor, Tensor], *, jumps: bool
-) -> Tensor | None:
-    """Cache position at which each token's document starts [b, s]; None if every row is one document.
-
-    A document starts where the position id is not greater than that of the token before; with `jumps`, also where it is
-    greater by more than 1, as transformers reads position ids without a mask. Padding (`mask` false) is skipped.
-    last: position id (UNUSED: none) and document start of each row's last token in earlier calls, [b].
-    """
-    column = torch.arange(position_ids.shape[1], device=position_ids.device)
-    before = torch.where(mask, column, UNUSED).cummax(dim=1).values.roll(1, dims=1)
-    before[:, 0] = UNUSED
-    first = (before < 0).logical_and((last[0] < 0)[:, None])
-    previous = torch.where(before < 0, last[0][:, None], position_ids.gather(1, before.clamp(min=0)))
-    distance = position_ids - previous
-    begins = mask & ~first & ((distance != 1) if jumps else (distance < 1))
-    starts = torch.where(begins, cache_position, last[1][:, None]).cummax(dim=1).values
-    return starts if bool(starts.any()) else None
-
-
-def check_generated_length(config: ITTConfig, model_kwargs: dict[str, Any], num_tokens: int) -> None:
-    """ValueError if a generation over `num_tokens` tokens, padding included, reaches untrained positions."""
-    positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
-    needed, trained = num_tokens, config.max_position_embeddings
-    if positions is not None:
-        needed += int(positions.max()) + 1 - positions.shape[-1]
-    elif mask is not None:
-        needed -= int((mask == 0).sum(dim=1).min())
-    if needed > trained:
-        raise ValueError(
-            f"this generation would reach {needed} positions, but the model was trained for {trained}; lower "
-            f"max_new_tokens (or max_length) by {needed - trained}, or shorten the prompt."
-        )
+    @staticmethod
+    def create_masks_for_generate(*, inputs_embeds: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """Padding mask [b, s] of the tokens of this call, of fixed shape; causality is the cache's concern."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]

@@ -48,6 +48,19 @@ class Selection:
             rank, counts = (mask.cumsum(dim=1) - 1)[row, col], tuple(mask.sum(dim=1).tolist())
         return Selection(mask, row, col, rank, counts, _round_up(max(counts), multiple_of), multiple_of)
 
+    @staticmethod
+    def all_of(batch: int, length: int, device: torch.device, multiple_of: int = 1) -> Selection:
+        """Select all tokens of a block, without waiting for the device."""
+        col = torch.arange(length, device=device).repeat(batch)
+        row = torch.arange(batch, device=device).repeat_interleave(length)
+        mask = torch.ones((batch, length), dtype=torch.bool, device=device)
+        return Selection(mask, row, col, col, (length,) * batch, length, multiple_of)
+
+    def masked(self, mask: Tensor) -> MaskedSelection:
+        """The tokens of a whole block where mask [b, s] is true, in static shapes."""
+        shape = {name: getattr(self, name) for name in ("row", "col", "rank", "counts", "width", "multiple_of")}
+        return MaskedSelection(mask=mask, **shape)
+
     @property
     def num_tokens(self) -> int:
         return self.row.shape[0]
@@ -86,13 +99,23 @@ class Selection:
         return torch.cat((flat, flat.new_zeros((missing, *flat.shape[1:])))) if missing else flat
 
 
+class MaskedSelection(Selection):
+    """A selection in static shapes: all tokens are taken and computed, and those of the mask are put back."""
+
+    def put(self, block: Tensor, flat: Tensor) -> Tensor:
+        """As Selection.put; flat [b * s, ...] holds all tokens."""
+        mask = self.mask.reshape(*self.mask.shape, *(1 for _ in block.shape[2:]))
+        return torch.where(mask, flat.reshape(block.shape), block)
+
+
 @dataclass(frozen=True)
 class CallInputs:
     """Inputs that all layers of one forward call share.
 
     position_embeddings: cos, sin [b, s, d]; position_ids, cache_position [b, s], the latter counts padding too;
     document_starts [b, s]: cache position of the first token of each token's document, None without packed documents;
-    unpadded: the tokens that are not padding, the same object as all_tokens without padding; thinking_budget [b, T-1].
+    unpadded: the tokens that are not padding, the same object as all_tokens without padding; thinking_budget [b, T-1];
+    is_static: no shape depends on the data, selections are masks.
     """
 
     position_embeddings: tuple[Tensor, Tensor]
@@ -104,6 +127,7 @@ class CallInputs:
     thinking_budget: Tensor
     routing: str
     multiple_of: int
+    is_static: bool = False
 
 
 def _round_up(count: int, multiple_of: int) -> int:
@@ -223,8 +247,16 @@ def resolve_routing(thinking: dict[str, Any], routing: str | None, *, training: 
     return routing
 
 
-def resolve_budget(config: Any, thinking_budget: Any, routing: str, batch: int) -> Tensor:
-    """Thinking budget [b, T-1] float64 from a list, a list per row, or the model's default."""
+def require_later(condition: Tensor, message: str) -> None:
+    """Fail with `message` unless `condition` holds on the device, without waiting for it."""
+    torch._assert_async(condition, message)
+
+
+def resolve_budget(config: Any, thinking_budget: Any, routing: str, batch: int, *, is_static: bool = False) -> Tensor:
+    """Thinking budget [b, T-1] float64 from a list, a list per row, or the model's default.
+
+    is_static: check the values of a tensor without waiting for its device.
+    """
     if thinking_budget is not None and routing == "none":
         raise ValueError("thinking_budget was given, but this model has no router that could follow it.")
     if thinking_budget is None:
@@ -235,7 +267,10 @@ def resolve_budget(config: Any, thinking_budget: Any, routing: str, batch: int) 
             f"thinking_budget has shape {list(budget.shape)}; give {num_routed} fractions of tokens, one per routed "
             f"step, or {batch} rows of {num_routed}."
         )
-    if not bool(((budget >= 0) & (budget <= 1)).all()):
+    is_valid = ((budget >= 0) & (budget <= 1)).all()
+    if is_static:
+        require_later(is_valid, "each fraction of thinking_budget must be in [0, 1]")
+    elif not bool(is_valid):
         raise ValueError(f"thinking_budget is {budget.tolist()}; each fraction of tokens must be in [0, 1].")
     return budget.expand(batch, num_routed)
 
@@ -243,9 +278,10 @@ def resolve_budget(config: Any, thinking_budget: Any, routing: str, batch: int) 
 def budget_tensor(thinking_budget: Any) -> Tensor:
     """A caller's budget as float64. ValueError unless it is a list of numbers or of rows of equal length."""
     try:
+        if isinstance(thinking_budget, Tensor):
+            return thinking_budget.to(torch.float64)
         rows = [row.tolist() if isinstance(row, Tensor) else row for row in thinking_budget]
-        values = thinking_budget if isinstance(thinking_budget, Tensor) else rows
-        return torch.as_tensor(values, dtype=torch.float64)
+        return torch.as_tensor(rows, dtype=torch.float64)
     except (TypeError, ValueError):
         raise ValueError(
             f"thinking_budget is {thinking_budget!r}; give a list of fractions of tokens, one per routed step, or one "

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_itt.hf.remote_code import modeling_itt
+from megatron_itt.hf.remote_code import inputs_itt
 from megatron_itt.hf.weight_map import hf_to_megatron
 from tests.helpers.reference import reference_forward
 
@@ -46,7 +46,7 @@ def float64_tables(config: Any, positions: torch.Tensor, dtype: torch.dtype) -> 
 def test_logits_equal_the_oracle(
     switches: dict[str, Any], build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modeling_itt, "rotary_cos_sin", float64_tables)
+    monkeypatch.setattr(inputs_itt, "rotary_cos_sin", float64_tables)
     model = build(**switches)
     shape, thinking = describe(model)
     weights = hf_to_megatron(model.state_dict(), shape)
@@ -70,7 +70,7 @@ def test_logits_equal_the_oracle(
 def test_a_budget_replaces_the_training_capacity(
     budget: list[float], routing: str, build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modeling_itt, "rotary_cos_sin", float64_tables)
+    monkeypatch.setattr(inputs_itt, "rotary_cos_sin", float64_tables)
     model = build()
     shape, thinking = describe(model)
     tokens = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(2))

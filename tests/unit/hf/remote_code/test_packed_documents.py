@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from megatron_itt.hf.remote_code import modeling_itt
+from megatron_itt.hf.remote_code import inputs_itt
 from megatron_itt.hf.weight_map import hf_to_megatron
 from tests.helpers.reference import reference_forward
 from tests.unit.hf.remote_code.test_layers_itt import float64_tables
@@ -139,7 +139,7 @@ def test_packed_documents_equal_the_reference_in_every_routing(
     routing: str, build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Top-k and top-p choose over the whole row, in training as here."""
-    monkeypatch.setattr(modeling_itt, "rotary_cos_sin", float64_tables)
+    monkeypatch.setattr(inputs_itt, "rotary_cos_sin", float64_tables)
     model = build(routing=routing)
     shape, thinking = describe(model)
     starts = (torch.arange(20) - POSITIONS[0]).tolist()
