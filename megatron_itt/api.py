@@ -62,15 +62,21 @@ def export_hf(checkpoint: str | Path, output: str | Path, **options: Any) -> Exp
     return export_checkpoint(checkpoint, output, ExportOptions(**options))
 
 
-def import_hf(model: str | Path, recipe: Recipe, output: str | Path, overrides: Iterable[str] = ()) -> ImportReport:
-    """Write a checkpoint with the weights of a Hugging Face folder into the run folder `output`."""
-    config = recipe if isinstance(recipe, RunConfig) else load_config(recipe, overrides)
+def import_hf(
+    model: str | Path, recipe: Recipe | None, output: str | Path, overrides: Iterable[str] = (), **options: Any
+) -> ImportReport:
+    """Write a checkpoint with the weights of a Hugging Face folder into the run folder `output`.
+
+    Without a recipe the shape is the folder's; the options are the fields of `hf.options.ImportOptions`.
+    """
     silence_known_warnings()
     check_megatron_core()
     hide_unusable_packages()
-    from megatron_itt.hf.import_weights import import_folder
+    from megatron_itt.hf.import_weights import ImportOptions, import_folder, import_model
 
-    return import_folder(model, config, output)
+    if isinstance(recipe, RunConfig):
+        return import_folder(model, recipe, output, options=ImportOptions(**options))
+    return import_model(model, output, recipe=recipe, overrides=overrides, options=ImportOptions(**options))
 
 
 def evaluate(model: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:

@@ -22,13 +22,17 @@ TRAINING_FACTOR = 3  # backward multiplies by every matrix twice: for the inputs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerParameters:
-    """Parameters of one base layer: RMSNorm, fused QKV, projection and SwiGLU, without biases."""
+    """Parameters of one base layer: RMSNorm, fused QKV, projection and SwiGLU.
+
+    biases: of the fused QKV projection; norms: of the hidden states and of query and key heads.
+    """
 
     query: int
     key_value: int
     projection: int
     mlp: int
     norms: int
+    biases: int
 
     @property
     def attention(self) -> int:
@@ -85,13 +89,15 @@ class ForwardFlops:
 
 def layer_parameters(model: ModelConfig) -> LayerParameters:
     """Return the parameters of one base layer of this shape."""
-    hidden, width = model.hidden_size, model.num_attention_heads * model.head_size
+    hidden, width = model.hidden_size, model.attention_width
+    key_value_width = 2 * model.num_key_value_heads * model.head_size
     return LayerParameters(
         query=hidden * width,
-        key_value=2 * hidden * model.num_key_value_heads * model.head_size,
+        key_value=hidden * key_value_width,
         projection=width * hidden,
         mlp=3 * hidden * model.ffn_hidden_size,
-        norms=2 * hidden,
+        norms=2 * hidden + (2 * model.head_size if model.qk_norm else 0),
+        biases=width + key_value_width if model.qkv_bias else 0,
     )
 
 
@@ -106,7 +112,7 @@ def count_parameters(model: ModelConfig, thinking: ThinkingConfig) -> ParameterC
     table = model.vocab_size * model.hidden_size
     return ParameterCount(
         embedding=table,
-        attention=model.num_layers * layer.attention,
+        attention=model.num_layers * (layer.attention + layer.biases),
         mlp=model.num_layers * layer.mlp,
         norms=model.num_layers * layer.norms + model.hidden_size,
         thinking=len(thinking.layer_indices(model.num_layers)) * thinking_layer_parameters(model, thinking),
@@ -119,8 +125,8 @@ def paper_flops(model: ModelConfig, thinking: ThinkingConfig, *, budget: Sequenc
 
     Source: paper, Tables 1 and 2. The formula is deduced from their columns and matches them within 0.01 TFLOPs.
     """
-    s, h, num_layers = model.seq_length, model.hidden_size, model.num_layers
-    base = s * (2 * count_parameters(model, thinking).base + 4 * num_layers * s * h)
+    s, num_layers = model.seq_length, model.num_layers
+    base = s * (2 * count_parameters(model, thinking).base + 4 * num_layers * s * model.attention_width)
     return base * (1 + len(thinking.layer_indices(num_layers)) * sum(_step_budgets(thinking, budget)) / num_layers)
 
 
@@ -146,7 +152,7 @@ def forward_flops(
     routes = thinking.kind == "itt" and thinking.routing != "none"
     return ForwardFlops(
         matrices=model.num_layers * 2 * s * layer.matrices + num_thinking_layers * sum(step_matrices),
-        attention=4 * h * pairs,
+        attention=4 * model.attention_width * pairs,
         router=num_thinking_layers * 2 * s * h * len(selected) if routes else 0,
         head=2 * s * h * model.vocab_size,
     )

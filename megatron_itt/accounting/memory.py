@@ -130,6 +130,7 @@ class _Sizes:
     ffn: float
     heads: float
     head_size: int
+    qk_norm: bool
     seq_length: int
     element: int  # bytes
     sequence_degree: int
@@ -139,11 +140,12 @@ class _Sizes:
         model, tensor = config.model, config.parallel.tensor
         return _Sizes(
             hidden=model.hidden_size,
-            query=model.num_attention_heads * model.head_size / tensor,
+            query=model.attention_width / tensor,
             key=model.num_key_value_heads * model.head_size / tensor,
             ffn=model.ffn_hidden_size / tensor,
             heads=model.num_attention_heads / tensor,
             head_size=model.head_size,
+            qk_norm=model.qk_norm,
             seq_length=model.seq_length,
             element=activation_bytes(config),
             sequence_degree=tensor if config.parallel.sequence else 1,
@@ -165,6 +167,9 @@ class _Sizes:
         """
         repeated = repeats and self.query != self.key
         kept = 2 * queries * self.query + keys * (2 * self.query if repeated else self.key + projected)
+        if self.qk_norm:  # heads before their norms, and a statistic of each
+            kept += queries * self.query + keys * self.key
+            kept += FLOAT32 / self.element * (queries * self.query + keys * self.key) / self.head_size
         return self.element * kept + FLOAT32 * queries * self.heads
 
     def rotary_cos_sin(self, tokens: float) -> float:
@@ -238,7 +243,7 @@ def _stage_parameters(config: RunConfig, layers: Iterable[int], *, num_tables: i
     thinking_layers = set(config.thinking.layer_indices(model.num_layers))
     total = num_tables * model.vocab_size * model.hidden_size // tensor
     for layer_idx in layers:
-        total += layer.matrices // tensor + layer.norms
+        total += (layer.matrices + layer.biases) // tensor + layer.norms
         if layer_idx in thinking_layers:
             total += thinking_layer_parameters(model, config.thinking)
         if layer_idx == model.num_layers - 1:

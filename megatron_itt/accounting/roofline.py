@@ -56,14 +56,14 @@ def routed_step_roofline(model: ModelConfig, thinking: ThinkingConfig, *, elemen
 def _attention_elements(model: ModelConfig, thinking: ThinkingConfig, k: int) -> int:
     """Queries, keys and values read, context written."""
     keys = model.seq_length if thinking.attend == "all" else k
-    width = model.num_attention_heads * model.head_size
+    width = model.attention_width
     return 2 * k * width + 2 * keys * model.num_key_value_heads * model.head_size
 
 
 def _layer_elements(model: ModelConfig, thinking: ThinkingConfig, selected: list[int]) -> int:
     """Weights once per step, and the inputs and results of each norm, product and activation."""
     h, ffn, weights = model.hidden_size, model.ffn_hidden_size, layer_parameters(model)
-    width, key_width = model.num_attention_heads * model.head_size, 2 * model.num_key_value_heads * model.head_size
+    width, key_width = model.attention_width, 2 * model.num_key_value_heads * model.head_size
     attends_all, total, num_stale = thinking.attend == "all", 0, model.seq_length
     for k in selected:
         num_keys = num_stale if attends_all else k

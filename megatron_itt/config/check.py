@@ -57,21 +57,32 @@ def find_layout_problems(
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
-    if model.hidden_size % model.num_attention_heads:
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
         yield (
             f"model.num_attention_heads is {model.num_attention_heads}, which does not divide model.hidden_size = "
-            f"{model.hidden_size}"
+            f"{model.hidden_size}; change one, or set model.head_dim"
         )
     elif model.head_size % 2:
-        yield (
-            f"model.hidden_size / model.num_attention_heads is {model.head_size}; rotary embeddings need an even head "
-            "size"
-        )
+        key = "model.head_dim" if model.head_dim else "model.hidden_size / model.num_attention_heads"
+        yield f"{key} is {model.head_size}; rotary embeddings need an even head size"
     if model.num_attention_heads % model.num_key_value_heads:
         yield (
             f"model.num_query_groups is {model.num_query_groups}, which does not divide model.num_attention_heads = "
             f"{model.num_attention_heads}"
         )
+
+
+def _rope_problems(model: ModelConfig) -> Iterator[str]:
+    if model.rope_scaling is None:
+        return
+    settings = model.rope_scaling.settings
+    kind = settings["rope_type"]
+    required, optional = ROPE_KEYS[kind]
+    for key in required:
+        if key not in settings:
+            yield f"model.rope_scaling.{key} is missing; {kind} needs {', '.join(required)}"
+    for key in settings.keys() - {"rope_type", *required, *optional}:
+        yield f"model.rope_scaling.{key} is {settings[key]}, which {kind} does not have; remove it"
 
 
 def _thinking_problems(thinking: ThinkingConfig) -> Iterator[str]:
@@ -242,9 +253,19 @@ def _batch_problems(batch: BatchConfig) -> Iterator[str]:
         yield f"batch.global is {batch.global_size}, not a multiple of batch.micro = {batch.micro}"
 
 
+# Required and optional keys of `model.rope_scaling` by type.
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
 # Sections that a rule reads, and the rule.
 _RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig], Iterable[str]]], ...] = (
     (("model",), lambda config: _model_problems(config.model)),
+    (("model",), lambda config: _rope_problems(config.model)),
     (("thinking",), lambda config: _thinking_problems(config.thinking)),
     (("thinking", "model"), lambda config: _layer_problems(config.thinking, config.model)),
     (("parallel",), lambda config: _parallel_problems(config.parallel)),

@@ -61,21 +61,26 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def load_config(
-    path: str | Path,
+    path: str | Path | None,
     overrides: Iterable[str] = (),
     *,
+    below: dict[str, Any] | None = None,
     world_size: int | Literal["fewest"] | None = None,
     world_size_from: str = "",
 ) -> RunConfig:
     """Read a recipe, apply its chain of `base:` and the overrides, and check every rule.
 
     Layout rules need a `world_size`: a number of processes, or the fewest that hold one replica of the model;
-    `world_size_from` names the source of the number. Raises ConfigError naming all problems at once.
+    `world_size_from` names the source of the number. `below` holds values that the recipe (None: there is none) may
+    replace. Raises ConfigError naming all problems at once.
     """
-    data = _read_with_base(find_recipe(path))
+    data = {} if path is None else _read_with_base(find_recipe(path))
+    data = _merge(below or {}, data)
     for override in overrides:
         _apply_override(data, override)
-    return parse_config(data, source=str(path), world_size=world_size, world_size_from=world_size_from)
+    return parse_config(
+        data, source="recipe" if path is None else str(path), world_size=world_size, world_size_from=world_size_from
+    )
 
 
 def find_recipe(name: str | Path) -> Path:

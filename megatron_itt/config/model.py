@@ -5,7 +5,7 @@ Data and derived values. Rules between fields are in `check.py`, field propertie
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
@@ -35,8 +35,31 @@ def setting(default: Any, *, exported: bool = False, free_on_resume: bool = Fals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class RopeScaling:
+    """Scaling of the rotary frequencies to longer sequences. Keys are those of transformers' `rope_parameters`."""
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: PositiveFloat
+    original_max_position_embeddings: PositiveInt | None = None  # llama3, yarn: trained length before the scaling
+    low_freq_factor: PositiveFloat | None = None  # llama3
+    high_freq_factor: PositiveFloat | None = None  # llama3
+    beta_fast: PositiveFloat | None = None  # yarn, and all below
+    beta_slow: PositiveFloat | None = None
+    attention_factor: PositiveFloat | None = None  # of cosines and sines; None: from factor
+    mscale: PositiveFloat | None = None
+    mscale_all_dim: PositiveFloat | None = None
+    truncate: bool | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys that are set."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class ModelConfig:
-    """Shape of the base model: RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
+    """Shape of the base model: RMSNorm, SwiGLU, RoPE, grouped-query attention; biases of the QKV projection alone."""
 
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
@@ -49,11 +72,20 @@ class ModelConfig:
     norm_eps: PositiveFloat = 1.0e-5
     init_std: PositiveFloat = setting(0.02, free_on_resume=True)
     tie_embeddings: bool = False
+    head_dim: PositiveInt | None = None  # width of one head; None: hidden_size / num_attention_heads
+    qkv_bias: bool = False  # as in Qwen2
+    qk_norm: bool = False  # RMSNorm of every query and key head, as in Qwen3
+    rope_scaling: RopeScaling | None = None  # as in LLaMA 3.1
 
     @property
     def head_size(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads."""
+        return self.num_attention_heads * self.head_size
 
     @property
     def num_key_value_heads(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.checkpoint.state import RunState
@@ -145,8 +145,10 @@ def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options
 def build_hf_model(settings: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """Build the Hugging Face model from mapped float32 tensors, in evaluation mode."""
     fields = {key: value for key, value in settings.items() if key not in ("architectures", "model_type", "auto_map")}
-    is_itt = settings["model_type"] == "itt"
-    model: nn.Module = ITTForCausalLM(ITTConfig(**fields)) if is_itt else LlamaForCausalLM(LlamaConfig(**fields))
+    if settings["model_type"] == "itt":
+        model: nn.Module = ITTForCausalLM(ITTConfig(**fields))
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings["model_type"], **fields))
     result = model.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if settings["tie_word_embeddings"] else set()
     missing = sorted(set(result.missing_keys) - tied)

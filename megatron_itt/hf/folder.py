@@ -43,18 +43,27 @@ SHAPE_FIELDS = {
     "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
-# Fields of a stock LLaMA with a fixed value here. A folder with another value cannot be imported.
-FIXED_FIELDS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+# transformers' classes of models without thinking, by `model.qkv_bias` and `model.qk_norm`, with fields of fixed value.
+STOCK_MODELS: dict[tuple[bool, bool], dict[str, Any]] = {
+    (False, False): {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False},
+    (True, False): {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
+    (False, True): {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False},
+}
+STOCK_FIELDS = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 # 8 bits of mantissa are too few for thresholds, so this tensor is stored in float32 always.
 FLOAT32_SUFFIX = "logit_quantiles"
 
 
 def model_settings(model: ModelConfig, thinking: ThinkingConfig) -> dict[str, Any]:
-    """Return the shape and thinking part of config.json; a model without thinking is a stock LLaMA."""
+    """Return the shape and thinking part of config.json; a model without thinking has a class of transformers."""
     settings = {field: getattr(model, attribute) for field, attribute in SHAPE_FIELDS.items()}
     settings["rope_theta"] = float(model.rope_base)
-    if thinking.kind == "none":
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **settings, **FIXED_FIELDS}
+    scaling = {} if model.rope_scaling is None else model.rope_scaling.settings
+    stock = STOCK_MODELS.get((model.qkv_bias, model.qk_norm))
+    if thinking.kind == "none" and stock is not None:
+        return {**stock, **settings, **STOCK_FIELDS, **({"rope_scaling": scaling} if scaling else {})}
+    switches = {"qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm, "rotary_scaling": scaling}
+    settings |= {key: value for key, value in switches.items() if value}
     settings["thinking"] = exported_thinking(thinking, model.num_layers)
     return {"architectures": ["ITTForCausalLM"], "model_type": "itt", "auto_map": AUTO_MAP, **settings}
 
@@ -68,6 +77,11 @@ def write_configs(folder: Path, settings: dict[str, Any], *, dtype: str, special
             shutil.copyfile(Path(__file__).parent / "remote_code" / name, folder / name)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds tokenizer files."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def copy_tokenizer(tokenizer: str | Path, folder: Path, *, eod: int | None = None) -> Tokenizer:
     """Write the tokenizer so that AutoTokenizer encodes as the training data was encoded, and return it.
 
@@ -75,7 +89,7 @@ def copy_tokenizer(tokenizer: str | Path, folder: Path, *, eod: int | None = Non
     is no such tokenizer.
     """
     source = Path(tokenizer)
-    if source.is_dir() and not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if source.is_dir() and not has_tokenizer(source):
         raise ExportError(
             f"tokenizer folder {source} holds no tokenizer files (tokenizer.json or tokenizer.model); pass --tokenizer "
             "with one that does."

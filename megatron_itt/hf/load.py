@@ -67,6 +67,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / INDEX_FILE).is_file():
             index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
             names = sorted(set(index["weight_map"].values()))
+            if missing := [name for name in names if not (folder / name).is_file()]:
+                raise ExportError(f"{', '.join(missing)} is missing in {folder}; copy the folder again.")
         elif (folder / SINGLE_FILE).is_file():
             names = [SINGLE_FILE]
         elif _holds_pickles(folder):

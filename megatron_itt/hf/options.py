@@ -1,9 +1,63 @@
-"""Options of export and generation. No torch: commands read them before it is imported."""
+"""Options of import, export and generation. No torch: commands read them before it is imported."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from megatron_itt.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Options of an import."""
+
+    think: str | None = None  # thinking layers to add: every_other, middle, 9-19:2, or 3,5,7
+    steps: int = 4  # thinking steps including the base pass
+    capacity: tuple[float, ...] = (0.5,)  # of every routed step, or one per routed step
+    start: str = "identity"  # of new steps: identity (the source's logits), or scaled=0.1
+    calibrate: str = "samples"  # text of the router-logit quantiles: samples of the model, normal, or a text file
+
+    def thinking(self, num_layers: int) -> dict[str, Any]:
+        """Return the section `thinking` of a recipe. ConfigError for options that do not fit together."""
+        routed = self.steps - 1
+        if routed < 1:
+            raise ConfigError(f"--steps is {self.steps}; give at least 2, the base pass and one routed step")
+        capacity = self.capacity * routed if len(self.capacity) == 1 else self.capacity
+        if len(capacity) != routed:
+            raise ConfigError(
+                f"--capacity has {len(capacity)} values; give 1, or one for each of {routed} routed steps"
+            )
+        kind, _, number = self.start.partition("=")
+        try:
+            step_init = 0.0 if self.start == "identity" else float(number)
+        except ValueError:
+            kind = ""
+        if kind not in ("identity", "scaled"):
+            raise ConfigError(f"--start is {self.start!r}; use identity, or scaled= and a number, such as scaled=0.1")
+        layers = parse_layers(str(self.think), num_layers)
+        return {"kind": "itt", "layers": layers, "capacity": list(capacity), "step_init": step_init}
+
+
+def parse_layers(text: str, num_layers: int) -> list[int]:
+    """Return 0-based layers of `every_other`, `middle` (all but the first and last quarter), `9-19:2` or `3,5,7`."""
+    quarter = num_layers // 4
+    named = {"every_other": range(1, num_layers, 2), "middle": range(quarter, num_layers - quarter)}
+    try:
+        layers = list(named[text]) if text in named else [each for part in text.split(",") for each in _span(part)]
+    except ValueError:
+        raise ConfigError(f"--think is {text!r}; use every_other, middle, a range such as 9-19:2, or 3,5,7") from None
+    outside = sorted({each for each in layers if not 0 <= each < num_layers})
+    if outside or not layers:
+        raise ConfigError(f"--think is {text!r} with layers {outside}; this model has layers 0 to {num_layers - 1}")
+    return sorted(set(layers))
+
+
+def _span(part: str) -> range:
+    """9-19:2 -> 9, 11, .., 19; 3 -> 3."""
+    bounds, _, step = part.partition(":")
+    first, _, last = bounds.partition("-")
+    return range(int(first), int(last or first) + 1, int(step or 1))
 
 
 @dataclass(frozen=True, kw_only=True)

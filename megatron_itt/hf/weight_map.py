@@ -23,12 +23,16 @@ MAX_NAMES = 12  # in messages
 
 @dataclass(frozen=True)
 class Rule:
-    """A megatron-core tensor and the Hugging Face tensors fused in it. `optional`: absent from some models."""
+    """A megatron-core tensor and the Hugging Face tensors fused in it.
+
+    `optional`: absent from some models; `switch`: key of `model` without which no model has it.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     fused: Literal["qkv", "gate_up"] | None = None
     optional: bool = False
+    switch: str | None = None
 
 
 GLOBAL_RULES = (
@@ -36,10 +40,13 @@ GLOBAL_RULES = (
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
 )
 HEAD_RULE = Rule("output_layer.weight", ("lm_head.weight",))  # absent from models with tied embeddings
-QKV = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 LAYER_RULES = (
     Rule("input_layernorm.weight", ("input_layernorm.weight",)),
-    Rule("self_attention.linear_qkv.weight", QKV, fused="qkv"),
+    Rule("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in QKV), fused="qkv"),
+    Rule("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in QKV), fused="qkv", switch="qkv_bias"),
+    Rule("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), switch="qk_norm"),
+    Rule("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), switch="qk_norm"),
     Rule("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
     Rule("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
     Rule("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), fused="gate_up"),
@@ -53,8 +60,9 @@ LAYER_RULES = (
 def rules_of_model(model: ModelConfig) -> list[Rule]:
     """Return the table for one shape, with the rules of every layer."""
     rules = [*GLOBAL_RULES, *([] if model.tie_embeddings else [HEAD_RULE])]
+    of_layer = [rule for rule in LAYER_RULES if rule.switch is None or getattr(model, rule.switch)]
     for layer_idx in range(model.num_layers):
-        for rule in LAYER_RULES:
+        for rule in of_layer:
             hf = tuple(f"model.layers.{layer_idx}.{name}" for name in rule.hf)
             rules.append(replace(rule, megatron=f"decoder.layers.{layer_idx}.{rule.megatron}", hf=hf))
     return rules
@@ -68,21 +76,24 @@ def _blocks(rule: Rule, model: ModelConfig) -> tuple[int, list[int]]:
 
 
 def split(rule: Rule, tensor: Tensor, model: ModelConfig) -> list[Tensor]:
-    """Split a megatron-core tensor: [(n + 2g) d, h] -> q [n d, h], k, v [g d, h]; [2 ffn, h] -> gate, up [ffn, h]."""
+    """Split a megatron-core tensor: [(n + 2g) d, h] -> q [n d, h], k, v [g d, h]; [2 ffn, h] -> gate, up [ffn, h].
+
+    A bias has no dimension h.
+    """
     if rule.fused is None:
         return [tensor]
     groups, sizes = _blocks(rule, model)
-    grouped = tensor.reshape(groups, sum(sizes), -1, tensor.shape[-1])
-    return [part.reshape(-1, tensor.shape[-1]) for part in grouped.split(sizes, dim=1)]
+    grouped = tensor.reshape(groups, sum(sizes), -1, *tensor.shape[1:])
+    return [part.reshape(-1, *tensor.shape[1:]) for part in grouped.split(sizes, dim=1)]
 
 
 def merge(rule: Rule, tensors: list[Tensor], model: ModelConfig) -> Tensor:
     """Fuse Hugging Face tensors; the inverse of `split`."""
     if rule.fused is None:
         return tensors[0]
-    groups, hidden_size = _blocks(rule, model)[0], tensors[0].shape[-1]
-    grouped = [tensor.reshape(groups, -1, hidden_size) for tensor in tensors]
-    return torch.cat(grouped, dim=1).reshape(-1, hidden_size)
+    groups, hidden = _blocks(rule, model)[0], tensors[0].shape[1:]
+    grouped = [tensor.reshape(groups, -1, *hidden) for tensor in tensors]
+    return torch.cat(grouped, dim=1).reshape(-1, *hidden)
 
 
 def megatron_to_hf(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -105,13 +116,9 @@ def hf_to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
     left = _known(state)
     result: dict[str, Tensor] = {}
     missing: list[str] = []
+    _check_head(left, model)
     if model.tie_embeddings:  # some writers store a tied head as well
-        head, embedding = left.pop(HEAD_RULE.hf[0], None), left.get(GLOBAL_RULES[0].hf[0])
-        if head is not None and embedding is not None and not torch.equal(head, embedding):
-            raise ExportError(
-                "lm_head.weight differs from model.embed_tokens.weight, but model.tie_embeddings is true; set it to "
-                "false."
-            )
+        left.pop(HEAD_RULE.hf[0], None)
     for rule in rules_of_model(model):
         absent = [name for name in rule.hf if name not in left]
         if not absent:
@@ -120,6 +127,24 @@ def hf_to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
             missing.extend(absent)
     _refuse_mismatch(list(left), missing, "Hugging Face")
     return result
+
+
+def _check_head(state: Mapping[str, Tensor], model: ModelConfig) -> None:
+    """ExportError for a head that does not fit the embedding or `model.tie_embeddings`."""
+    head, embedding = state.get(HEAD_RULE.hf[0]), state.get(GLOBAL_RULES[0].hf[0])
+    if embedding is None or (head is None and model.tie_embeddings):
+        return
+    if head is None:
+        raise ExportError("lm_head.weight is missing, but the embeddings are not tied; set model.tie_embeddings=true.")
+    if head.shape != embedding.shape:
+        raise ExportError(
+            f"lm_head.weight has {head.shape[0]} rows and model.embed_tokens.weight {embedding.shape[0]}: they are "
+            "padded differently; cut both to the vocabulary and save the model again."
+        )
+    if model.tie_embeddings and not torch.equal(head, embedding):
+        raise ExportError(
+            "lm_head.weight differs from model.embed_tokens.weight, but model.tie_embeddings is true; set it to false."
+        )
 
 
 def _known(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -38,14 +38,15 @@ class RotaryTable(NamedTuple):
     sin: Tensor
 
     @staticmethod
-    def of(rotary_pos_emb: Tensor, dtype: torch.dtype) -> RotaryTable:
-        """From megatron-core's angles, in the type of the heads.
+    def of(rotary_pos_emb: Tensor, dtype: torch.dtype, factor: float = 1.0) -> RotaryTable:
+        """From megatron-core's angles, in the type of the heads; `factor` is that of YaRN.
 
         megatron-core passes one tensor to all layers and keeps it between passes, so the table is cached on it.
         """
         cached: dict[torch.dtype, RotaryTable] = vars(rotary_pos_emb).setdefault("rotary_cos_sin", {})
         if dtype not in cached:
-            cached[dtype] = RotaryTable(torch.cos(rotary_pos_emb).to(dtype), torch.sin(rotary_pos_emb).to(dtype))
+            tables = torch.cos(rotary_pos_emb), torch.sin(rotary_pos_emb)
+            cached[dtype] = RotaryTable(*((table if factor == 1.0 else factor * table).to(dtype) for table in tables))
         return cached[dtype]
 
     def at(self, positions: Tensor) -> RotaryTable:
@@ -70,11 +71,15 @@ class RotarySelfAttention(SelfAttention):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor | None]:
         """Base pass. hidden_states [s, b, h] -> same shape, and the bias of linear_proj; angles [s, 1 or b, 1, d]."""
         _refuse("a forward pass", [name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None])
-        self._rotary = RotaryTable.of(rotary_pos_emb, hidden_states.dtype)
+        self._rotary = self.rotary_table(rotary_pos_emb, hidden_states.dtype)
         try:
             return super().forward(hidden_states, *args, rotary_pos_emb=None, **kwargs)
         finally:
             self._rotary = None
+
+    def rotary_table(self, rotary_pos_emb: Tensor, dtype: torch.dtype) -> RotaryTable:
+        """Cosine and sine of this model's angles, in the type of the heads."""
+        return RotaryTable.of(rotary_pos_emb, dtype, self.config.rotary_factor)
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """hidden_states [s, b, h] -> query [s, b, a, d], key and value [s, b, g, d]; rotated during a base pass."""

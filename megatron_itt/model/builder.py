@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config.backends import NATIVE, choose_backend
-from megatron_itt.config.model import ThinkingConfig
+from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.model.attention import angles_at, document_mask
 from megatron_itt.model.backends import LayerModules, import_backend
@@ -66,21 +66,48 @@ def build_model(config: RunConfig, *, dtype: torch.dtype, device: torch.device) 
     return BuiltModel(chunks=chunks, control=control, config=transformer)
 
 
-def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
-    """megatron-core's configuration for a recipe: a LLaMA-shaped decoder without biases and dropout."""
+@dataclass
+class DecoderConfig(TransformerConfig):  # type: ignore[misc]
+    """megatron-core's configuration, and the factor of rotary cosines and sines (YaRN)."""
+
+    rotary_factor: float = 1.0
+
+
+def scaled_rotary_frequencies(model: ModelConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies [d / 2] float32 and the factor of cosines and sines, by transformers' rule."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    assert model.rope_scaling is not None, "unscaled frequencies are megatron-core's own"
+    shape = LlamaConfig(
+        hidden_size=model.head_size,
+        num_attention_heads=1,
+        max_position_embeddings=model.seq_length,
+        rope_theta=float(model.rope_base),
+        rope_scaling=model.rope_scaling.settings,
+    )
+    return ROPE_INIT_FUNCTIONS[model.rope_scaling.rope_type](shape, torch.device("cpu"))
+
+
+def transformer_config(config: RunConfig, *, dtype: torch.dtype, device: torch.device) -> DecoderConfig:
+    """megatron-core's configuration for a recipe: a LLaMA-shaped decoder without dropout."""
     model, parallel = config.model, config.parallel
-    return TransformerConfig(
+    return DecoderConfig(
+        rotary_factor=1.0 if model.rope_scaling is None else scaled_rotary_frequencies(model)[1],
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_size,
+        qk_layernorm=model.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
         activation_func=functional.silu,
         use_te_activation_func=True,  # use the activation of the specs, see `backends.py`
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # The other fusions, which need CUDA kernels or compile on first use, are off by default.
@@ -146,7 +173,7 @@ def _build_chunk(
 def _gpt_model(config: RunConfig, transformer: TransformerConfig, specs: Any, **stage: Any) -> GPTModel:
     model = config.model
     model_class = DocumentMaskedModel if config.data.reset_at_document_end else GPTModel
-    return model_class(
+    chunk = model_class(
         config=transformer,
         transformer_layer_spec=specs,
         vocab_size=model.vocab_size,
@@ -156,6 +183,10 @@ def _gpt_model(config: RunConfig, transformer: TransformerConfig, specs: Any, **
         rotary_base=model.rope_base,
         **stage,
     )
+    if model.rope_scaling is not None:
+        rotary = chunk.rotary_pos_emb
+        rotary.inv_freq = scaled_rotary_frequencies(model)[0].to(rotary.inv_freq.device)
+    return chunk
 
 
 class DocumentMaskedModel(GPTModel):  # type: ignore[misc]
@@ -188,7 +219,7 @@ def build_stock_model(
     transformer = transformer_config(plain, dtype=dtype, device=device)
     transformer.use_te_activation_func = same_backend  # its own specs name no activation
     control = RoutingControl()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=plain.model.qk_norm)
     if same_backend:
         backend = import_backend(choose_backend(plain.precision.parts, device=device.type).name)
         spec = layer_spec(0, transformer, plain.thinking, control, backend)

@@ -22,6 +22,7 @@ from megatron_itt.config.model import ModelConfig, ThinkingConfig
 _SHARDED_DIMS = {
     "word_embeddings.weight": 0,
     "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0,
     "linear_proj.weight": 1,
     "linear_fc1.weight": 0,
     "linear_fc2.weight": 1,

@@ -59,7 +59,7 @@ def layer_spec(
     layer_idx: int, config: TransformerConfig, thinking: ThinkingConfig, control: RoutingControl, backend: LayerModules
 ) -> ModuleSpec:
     """Spec of the layer with this 0-based index in the whole model."""
-    submodules = _submodules(backend)
+    submodules = _submodules(backend, qk_norm=config.qk_layernorm)
     if layer_idx not in thinking.layer_indices(config.num_layers):
         return ModuleSpec(module=TransformerLayer, submodules=submodules)
     if thinking.kind == "loop":
@@ -68,8 +68,9 @@ def layer_spec(
     return ModuleSpec(module=ThinkingLayer, submodules=submodules, params=params)
 
 
-def _submodules(backend: LayerModules) -> TransformerLayerSubmodules:
-    """A LLaMA layer from these backend."""
+def _submodules(backend: LayerModules, *, qk_norm: bool) -> TransformerLayerSubmodules:
+    """A LLaMA layer from the modules of a backend; qk_norm: with norms of query and key heads."""
+    head_norm = backend.norm if qk_norm else None
     return TransformerLayerSubmodules(
         input_layernorm=backend.norm,
         self_attention=ModuleSpec(
@@ -79,6 +80,8 @@ def _submodules(backend: LayerModules) -> TransformerLayerSubmodules:
                 linear_qkv=backend.column_linear,
                 core_attention=backend.attention,
                 linear_proj=backend.row_linear,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from megatron_itt.config.model import ThinkingConfig
 from megatron_itt.model import step_update
-from megatron_itt.model.attention import ATTEND, RotaryTable, selected_keys_mask
+from megatron_itt.model.attention import ATTEND, selected_keys_mask
 from megatron_itt.model.router import ThinkingParameters
 from megatron_itt.model.routing import positions_to_mask
 from megatron_itt.model.routing_control import RoutingControl, RoutingPlan
@@ -93,7 +93,7 @@ class ThinkingLayer(TransformerLayer):
         wait_for_logits = self.shards.begin_gather(self._router_logits(hidden_states, plan.steps[0]))
         wait_for_states = self.shards.begin_gather(hidden_states)
         # Before the hidden states arrive: everything that needs the weights and the logits alone.
-        rotary = RotaryTable.of(kwargs["rotary_pos_emb"], hidden_states.dtype)
+        rotary = self.self_attention.rotary_table(kwargs["rotary_pos_emb"], hidden_states.dtype)
         attend = self.attend(self.self_attention, self.input_layernorm, rotary, kwargs.get("attention_mask"))
         logits = wait_for_logits()  # [s, b]
         positions = self._select(logits, plan.steps[0], plan)

@@ -33,7 +33,9 @@ THINKING: dict[str, dict[str, Any]] = {
     "none": {"kind": "none", "capacity": []},
     "itt_tied": {},
     "none_tied": {"kind": "none", "capacity": []},
+    "itt_qwen": {},
 }
+QWEN = {"qkv_bias": True, "qk_norm": True, "head_dim": 12}
 
 
 def layouts(world_size: int) -> list[dict[str, Any]]:
@@ -58,6 +60,7 @@ def recipe(kind: str, parallel: dict[str, Any], **optimizer: Any) -> Any:
             "num_layers": num_layers(parallel),
             "seq_length": seq_length,
             "tie_embeddings": kind.endswith("_tied"),
+            **(QWEN if kind == "itt_qwen" else {}),
         },
         thinking=THINKING[kind],
         parallel=parallel,
@@ -118,6 +121,8 @@ REDUCED = [
     ("itt_tied", {"pipeline": 2}, OVERLAPPED),
     ("itt_tied", {"pipeline": 2}, {"distributed": False}),
     ("itt_tied", {"tensor": 2, "sequence": True}, {}),
+    ("itt_qwen", {"tensor": 2, "sequence": True}, {}),
+    ("itt_qwen", {"pipeline": 2}, {}),
 ]
 
 
@@ -156,6 +161,8 @@ def test_every_gradient_is_that_of_one_rank() -> None:
         *(("itt", parallel) for parallel in ({"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {})),
         ("itt_symmetric", {"tensor": 2, "sequence": True}),  # its logits are gathered with their gradient
         ("itt_tied", {"pipeline": 2}),
+        ("itt_qwen", {"tensor": 2}),
+        ("itt_qwen", {"tensor": 2, "sequence": True}),
     ]
     expected = {kind: observe_gradients(ONE_PROCESS, recipe(kind, {}, distributed=False)) for kind, _ in cases}
     jobs = [(recipe(kind, parallel, distributed=False),) for kind, parallel in cases]

@@ -10,6 +10,7 @@ import torch
 
 from megatron_itt.config import RunConfig, parse_config
 from megatron_itt.config.environment import ProcessInfo
+from tests.helpers.reference import rotary_frequencies
 
 TINY_MODEL = {
     "hidden_size": 32,
@@ -65,8 +66,9 @@ def built_model(
 
 def use_exact_angles(chunk: Any, config: RunConfig) -> None:
     """megatron-core keeps rotary frequencies in float32; the float64 reference does not."""
-    exponents = torch.arange(0, config.model.head_size, 2, dtype=torch.float64) / config.model.head_size
-    chunk.rotary_pos_emb.inv_freq = 1.0 / config.model.rope_base**exponents
+    model = config.model
+    frequencies, _factor = rotary_frequencies(model.head_size, model.rope_base, model.rope_scaling)
+    chunk.rotary_pos_emb.inv_freq = torch.tensor(frequencies, dtype=torch.float64)
 
 
 def random_tokens(config: RunConfig, batch: int = 2, seed: int = 0) -> torch.Tensor:

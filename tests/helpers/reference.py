@@ -189,10 +189,14 @@ class BaseLayer:
         own = {name.removeprefix(prefix): value for name, value in matrices.items() if name.startswith(prefix)}
         self.num_heads = shape.num_attention_heads
         self.num_groups = shape.num_query_groups or shape.num_attention_heads
-        self.head_size = shape.hidden_size // shape.num_attention_heads
-        self.eps, self.rope_base = shape.norm_eps, shape.rope_base
+        self.head_size = shape.head_dim or shape.hidden_size // shape.num_attention_heads
+        self.eps = shape.norm_eps
+        self.frequencies, self.rotary_factor = rotary_frequencies(self.head_size, shape.rope_base, shape.rope_scaling)
         self.input_norm, self.mlp_norm = own["input_layernorm.weight"], own["pre_mlp_layernorm.weight"]
         self.qkv, self.projection = own["self_attention.linear_qkv.weight"], own["self_attention.linear_proj.weight"]
+        self.qkv_bias = own.get("self_attention.linear_qkv.bias", 0.0)
+        self.query_norm = own.get("self_attention.q_layernorm.weight")
+        self.key_norm = own.get("self_attention.k_layernorm.weight")
         missing = np.empty((0, shape.hidden_size))  # a plain layer has none of these
         self.fc1, self.fc2 = own["mlp.linear_fc1.weight"], own["mlp.linear_fc2.weight"]
         self.router = own.get("thinking.router", missing)
@@ -220,13 +224,15 @@ class BaseLayer:
 
         The fused weight holds, group after group, the query heads of the group, then its key, then its value.
         """
-        heads = (self.qkv @ _rms_norm(row, self.input_norm, self.eps)).reshape(-1, self.head_size)
+        heads = self.qkv @ _rms_norm(row, self.input_norm, self.eps) + self.qkv_bias
+        heads = heads.reshape(-1, self.head_size)
         per_group = self.num_heads // self.num_groups
         queries, keys, values = [], [], []
         for group in range(self.num_groups):
             start = group * (per_group + 2)
-            queries += [self._rotate(heads[start + head], self._count(position)) for head in range(per_group)]
-            keys.append(self._rotate(heads[start + per_group], self._count(position)))
+            count = self._count(position)
+            queries += [self._rotate(heads[start + head], self.query_norm, count) for head in range(per_group)]
+            keys.append(self._rotate(heads[start + per_group], self.key_norm, count))
             values.append(heads[start + per_group + 1])
         return queries, keys, values
 
@@ -247,16 +253,48 @@ class BaseLayer:
         """The token's position in its document."""
         return position if self.starts is None else position - self.starts[position]
 
-    def _rotate(self, head: Array, position: int) -> Array:
-        """Rotary embedding by the token's position; channel j pairs with j + d/2."""
+    def _rotate(self, head: Array, norm: Array | None, position: int) -> Array:
+        """Norm of the head, if there is one, and rotary embedding by the position; channel j pairs with j + d/2."""
         half = self.head_size // 2
+        head = self.rotary_factor * (head if norm is None else _rms_norm(head, norm, self.eps))
         rotated = np.empty_like(head)
-        for channel in range(half):
-            angle = position * self.rope_base ** (-2 * channel / self.head_size)
+        for channel, frequency in enumerate(self.frequencies):
+            angle = position * frequency
             first, second = head[channel], head[channel + half]
             rotated[channel] = first * math.cos(angle) - second * math.sin(angle)
             rotated[channel + half] = second * math.cos(angle) + first * math.sin(angle)
         return rotated
+
+
+def rotary_frequencies(head_size: int, base: float, scaling: Any | None) -> tuple[list[float], float]:
+    """Frequency of each pair of channels, and the factor of a rotated head.
+
+    llama3 divides frequencies with less than low_freq_factor turns in the trained length by `factor`, keeps those with
+    more than high_freq_factor, and interpolates between them. yarn interpolates linearly in the channel, between the
+    channels with beta_fast and with beta_slow turns.
+    """
+    plain = [base ** (-2 * channel / head_size) for channel in range(head_size // 2)]
+    if scaling is None:
+        return plain, 1.0
+    if scaling.rope_type == "linear":
+        return [frequency / scaling.factor for frequency in plain], 1.0
+    length, shares = scaling.original_max_position_embeddings, []
+    if scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        shares = [(length * frequency / (2 * math.pi) - low) / (high - low) for frequency in plain]
+        factor = 1.0
+    else:
+        edges = []
+        for turns in (scaling.beta_fast or 32, scaling.beta_slow or 1):
+            edges.append(head_size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base)))
+        first, last = (edges[0], edges[1]) if scaling.truncate is False else (math.floor(edges[0]), math.ceil(edges[1]))
+        first, last = max(first, 0), min(last, head_size - 1)
+        shares = [1 - (channel - first) / (last - first) for channel in range(len(plain))]
+        factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    shares = [min(max(share, 0.0), 1.0) for share in shares]
+    return [
+        frequency * (share + (1 - share) / scaling.factor) for frequency, share in zip(plain, shares, strict=True)
+    ], factor
 
 
 def _rms_norm(row: Array, weight: Array, eps: float) -> Array:

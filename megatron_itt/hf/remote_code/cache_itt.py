@@ -300,7 +300,7 @@ class ITTCache(Cache):
         length = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.get_seq_length() + length, 0
 
-    def _stores(self) -> list[KVStore]:
+    def _stores(self) -> list[Any]:
         return [store for layer in self.layers for store in layer.stores.values()]
 
     def num_entries(self) -> dict[str, int]:

@@ -59,6 +59,8 @@ def complete_thinking(thinking: dict[str, Any] | None, num_hidden_layers: int) -
 class ITTConfig(PretrainedConfig):
     """Shape and thinking settings of an exported model.
 
+    qkv_bias, qk_norm: biases of the QKV projection, norms of query and key heads. rotary_scaling:
+    scaling of rotary frequencies, as transformers' `rope_parameters` without `rope_theta`.
     thinking_budget: default budget, one fraction of tokens in [0, 1] per routed step (0 skips the step); None means the
     training capacity. thinking: see `complete_thinking` and layers_itt.py.
     """
@@ -82,6 +84,9 @@ class ITTConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        rotary_scaling: dict[str, Any] | None = None,
         thinking: dict[str, Any] | None = None,
         thinking_budget: list[float] | None = None,
         pad_token_id: int | None = None,
@@ -101,6 +106,8 @@ class ITTConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
+        self.rotary_scaling = rotary_scaling
         self.thinking = complete_thinking(thinking, num_hidden_layers)
         self.thinking_budget = thinking_budget
         if self.num_attention_heads % self.num_key_value_heads:

@@ -50,6 +50,7 @@ def describe_tokens(
     position_ids: Tensor | None,
     *,
     cache: ITTCache | None,
+    frequencies: tuple[Tensor, float],
 ) -> dict[str, Any]:
     """Fields of CallInputs that describe tokens: padding, cache positions, position ids and documents."""
     (batch, width), device = hidden_states.shape[:2], hidden_states.device
@@ -87,7 +88,7 @@ def describe_tokens(
             "positions; shorten the input or max_new_tokens."
         )
     return {
-        "position_embeddings": rotary_cos_sin(config, position_ids, hidden_states.dtype),
+        "position_embeddings": rotary_cos_sin(position_ids, frequencies, hidden_states.dtype),
         "position_ids": position_ids,
         "cache_position": cache_position,
         "document_starts": starts if is_static or bool(starts.any()) else None,

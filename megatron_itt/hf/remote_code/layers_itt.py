@@ -35,7 +35,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_itt import CallKeyValues, ITTCache, KeyValues
@@ -65,12 +67,32 @@ class ITTRMSNorm(nn.Module):
         return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_cos_sin(config: ITTConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_frequencies(config: ITTConfig, device: torch.device) -> tuple[Tensor, float]:
+    """Inverse frequencies [d / 2] in float32, and the factor of cos and sin."""
+    scaling = config.rotary_scaling
+    if not scaling:
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        return 1.0 / config.rope_theta**exponent, 1.0
+    shape = LlamaConfig(
+        hidden_size=config.head_dim,
+        num_attention_heads=1,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_theta=config.rope_theta,
+        rope_scaling=dict(scaling),
+    )
+    return ROPE_INIT_FUNCTIONS[scaling["rope_type"]](shape, device)
+
+
+def rotary_cos_sin(
+    position_ids: Tensor, frequencies: tuple[Tensor, float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin [b, s, d] of position_ids [b, s], computed in float32."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device) / config.head_dim
-    angles = position_ids[..., None].float() * (1.0 / config.rope_theta**exponent)
+    inverse, factor = frequencies
+    angles = position_ids[..., None].float() * inverse
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    tables = angles.cos(), angles.sin()
+    cos, sin = tables if factor == 1.0 else (factor * table for table in tables)
+    return cos.to(dtype), sin.to(dtype)
 
 
 class ITTAttention(nn.Module):
@@ -86,27 +108,29 @@ class ITTAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         query_size, key_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm: nn.Module | None = ITTRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm: nn.Module | None = ITTRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def key_values(self, hidden_states: Tensor, tokens: Selection, call: CallInputs) -> tuple[Tensor, Tensor]:
         """Project normed hidden_states [m, h] of `tokens` to k, v [n, g, d], k rotated."""
         v = self.v_proj(hidden_states)[: tokens.num_tokens].unflatten(-1, (-1, self.head_dim))
-        return self._project_rotated(self.k_proj, hidden_states, tokens, call), v
+        return self._rotated(self.k_proj(hidden_states), self.k_norm, tokens, call), v
 
     def forward(self, hidden_states: Tensor, queries: Selection, kv: KeyValues, call: CallInputs) -> Tensor:
         """Attend from normed hidden_states [m, h] of `queries` to `kv` -> [m, h]."""
-        q = queries.pad(self._project_rotated(self.q_proj, hidden_states, queries, call)).transpose(1, 2)
+        q = self._rotated(self.q_proj(hidden_states), self.q_norm, queries, call)
+        q = queries.pad(q).transpose(1, 2)
         output = queries.unpad(self._attend(q, kv, self._mask(queries, kv, call)).flatten(2))
         return self.o_proj(queries.pad_rows(output))
 
-    def _project_rotated(
-        self, projection: nn.Linear, hidden_states: Tensor, tokens: Selection, call: CallInputs
-    ) -> Tensor:
-        """Project [m, h] to heads [n, heads, d] and apply the rotary embedding, halves paired as in LLaMA."""
-        heads = projection(hidden_states)[: tokens.num_tokens].unflatten(-1, (-1, self.head_dim))
+    def _rotated(self, projected: Tensor, norm: nn.Module | None, tokens: Selection, call: CallInputs) -> Tensor:
+        """projected [m, heads * d] -> heads [n, heads, d] with norm and rotary embedding, halves paired as in LLaMA."""
+        heads = projected[: tokens.num_tokens].unflatten(-1, (-1, self.head_dim))
+        heads = heads if norm is None else norm(heads)
         cos, sin = (tokens.take(table)[:, None] for table in call.position_embeddings)
         first, second = heads.chunk(2, dim=-1)
         return heads * cos + torch.cat((-second, first), dim=-1) * sin

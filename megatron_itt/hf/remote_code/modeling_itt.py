@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ from .inputs_itt import (
     refuse_cache_position,
     resolve_cache,
 )
-from .layers_itt import ITTDecoderLayer, ITTRMSNorm, ITTThinking
+from .layers_itt import ITTDecoderLayer, ITTRMSNorm, ITTThinking, rotary_frequencies
 from .routing_itt import CallInputs, budget_tensor, resolve_budget, resolve_routing
 from .static_cache_itt import ITTStaticCache, choose_cache
 
@@ -91,6 +92,7 @@ class ITTModel(ITTPreTrainedModel):
         self.layers = nn.ModuleList(ITTDecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
         self.norm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self._rotary_frequencies: dict[torch.device, tuple[Tensor, float]] = {}
         self.post_init()
 
     @can_return_tuple
@@ -127,7 +129,14 @@ class ITTModel(ITTPreTrainedModel):
         refuse_cache_position(cache_position, width, cache)
         routing = resolve_routing(thinking, routing, training=self.training, has_past=has_past)
         call = CallInputs(
-            **describe_tokens(self.config, hidden_states, attention_mask, position_ids, cache=cache),
+            **describe_tokens(
+                self.config,
+                hidden_states,
+                attention_mask,
+                position_ids,
+                cache=cache,
+                frequencies=self._frequencies(hidden_states.device),
+            ),
             thinking_budget=self._budget(thinking_budget, routing, hidden_states, cache),
             routing=routing,
             multiple_of=1 if self.training or has_past else PREFILL_MULTIPLE,
@@ -161,19 +170,25 @@ class ITTModel(ITTPreTrainedModel):
             )
         return hidden_states
 
+    def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        """Rotary frequencies, computed once per device."""
+        if device not in self._rotary_frequencies:
+            self._rotary_frequencies[device] = rotary_frequencies(self.config, device)
+        return self._rotary_frequencies[device]
+
     def _budget(self, thinking_budget: Any, routing: str, hidden_states: Tensor, cache: ITTCache | None) -> Tensor:
         """Thinking budget [b, T-1] of a call, on its device; the quantiles that it needs are there."""
         given = self.config.thinking_budget or self.config.thinking["capacity"]
         given = given if thinking_budget is None else thinking_budget
-        keeps = isinstance(cache, ITTStaticCache) and isinstance(given, (list, tuple))
-        if keeps and (kept := cache.kept_budget(given)) is not None:
+        keeper = cache if isinstance(cache, ITTStaticCache) and isinstance(given, (list, tuple)) else None
+        if keeper is not None and (kept := keeper.kept_budget(given)) is not None:
             return kept
         has_past, is_static = cache is not None and cache.tokens is not None, cache is not None and cache.is_static
         budget = resolve_budget(self.config, thinking_budget, routing, hidden_states.shape[0], is_static=is_static)
         if routing == "threshold" and not has_past and bool(((budget > 0) & (budget < 1)).any()):
             self._require_quantiles()
         budget = budget.to(hidden_states.device)
-        return cache.keep_budget(given, budget) if keeps else budget
+        return budget if keeper is None else keeper.keep_budget(given, budget)
 
     def _require_quantiles(self) -> None:
         """ValueError if the quantiles of a thinking layer are empty."""

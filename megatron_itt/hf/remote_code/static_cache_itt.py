@@ -41,7 +41,8 @@ class StaticStore:
 
     def read(self, step: int = 1) -> KeyValues:
         """Entries at the reading step `step` (1-based)."""
-        return KeyValues(*self.key_values[step - 1], self.positions)
+        k, v = self.key_values[step - 1].unbind()
+        return KeyValues(k, v, self.positions)
 
 
 class StaticKeyValues(CallKeyValues):
@@ -140,7 +141,9 @@ class ITTStaticCache(ITTCache):
 
     def kept_budget(self, given: Any) -> Tensor | None:
         """The kept budget, None for another or a changed list."""
-        kept, copy, budget = self._budget or (None, None, None)
+        if self._budget is None:
+            return None
+        kept, copy, budget = self._budget
         return budget if kept is given and copy == list(given) else None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -11,9 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from megatron_itt.config.model import ModelConfig, ThinkingConfig
+from megatron_itt.config.model import ModelConfig, RopeScaling, ThinkingConfig
+from megatron_itt.hf.remote_code import modeling_itt
 from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
 from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
+from tests.helpers.reference import rotary_frequencies
 
 SHAPE = {
     "vocab_size": 61,
@@ -24,6 +26,8 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 160,
 }
+
+OPTIONAL = ("tie_word_embeddings", "head_dim", "qkv_bias", "qk_norm", "rotary_scaling")
 
 
 def _randomise(model: ITTForCausalLM) -> None:
@@ -47,11 +51,11 @@ def build() -> Callable[..., ITTForCausalLM]:
 
     def make(dtype: torch.dtype = torch.float64, seed: int = 0, **keys: Any) -> ITTForCausalLM:
         shape = {key: keys.pop(key, value) for key, value in SHAPE.items()}
-        tied = keys.pop("tie_word_embeddings", False)
+        shape |= {key: keys.pop(key) for key in OPTIONAL if key in keys}
         pattern = {"kind": "itt", "layers": [0, 2], "capacity": [0.6, 0.5, 0.4], "alpha": [1.0, 0.8, 1.2]} | keys
         thinking = {"kind": "none"} if pattern["kind"] == "none" else pattern
         torch.manual_seed(seed)
-        model = ITTForCausalLM(ITTConfig(**shape, tie_word_embeddings=tied, thinking=thinking)).eval()
+        model = ITTForCausalLM(ITTConfig(**shape, thinking=thinking)).eval()
         _randomise(model)
         return model.to(dtype)
 
@@ -94,10 +98,26 @@ def describe() -> Callable[[ITTForCausalLM], tuple[ModelConfig, ThinkingConfig]]
             vocab_size=config.vocab_size,
             seq_length=config.max_position_embeddings,
             tie_embeddings=config.tie_word_embeddings,
+            head_dim=config.head_dim,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            rope_scaling=RopeScaling(**config.rotary_scaling) if config.rotary_scaling else None,
         )
         return shape, ThinkingConfig(**thinking)
 
     return sections
+
+
+@pytest.fixture
+def exact_angles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary frequencies of the Hugging Face model in float64, as the reference has them."""
+
+    def frequencies(config: ITTConfig, _device: torch.device) -> tuple[torch.Tensor, float]:
+        scaling = RopeScaling(**config.rotary_scaling) if config.rotary_scaling else None
+        inverse, factor = rotary_frequencies(config.head_dim, config.rope_theta, scaling)
+        return torch.tensor(inverse, dtype=torch.float64), factor
+
+    monkeypatch.setattr(modeling_itt, "rotary_frequencies", frequencies)
 
 
 @pytest.fixture

@@ -48,9 +48,28 @@ def _name(switches: dict[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in switches.items()) or "default"
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=_name)
-def test_logits_and_selected_tokens_equal_the_reference(switches: dict[str, Any]) -> None:
-    config = tiny_recipe(thinking=switches)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS: list[dict[str, Any]] = [
+    {"qkv_bias": True},
+    {"qk_norm": True, "head_dim": 12},
+    {"qkv_bias": True, "qk_norm": True, "head_dim": 6, "tie_embeddings": True},
+    {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 16}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "beta_fast": 4.0}},
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "switches"),
+    [
+        *(({}, switches) for switches in SWITCHES),
+        *((model, {}) for model in MODELS),
+        (MODELS[2], {"attend": "selected"}),
+    ],
+    ids=_name,
+)
+def test_logits_and_selected_tokens_equal_the_reference(model: dict[str, Any], switches: dict[str, Any]) -> None:
+    config = tiny_recipe(model=model, thinking=switches)
     weights = make_weights(config.model, config.thinking, seed=1)
     tokens = random_tokens(config)
     recorder = RoutingRecorder()

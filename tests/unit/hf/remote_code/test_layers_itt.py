@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_itt.hf.remote_code import inputs_itt
 from megatron_itt.hf.weight_map import hf_to_megatron
 from tests.helpers.reference import reference_forward
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40, "beta_fast": 4.0}
 SWITCHES: list[dict[str, Any]] = [
     {},
     {"attend": "selected"},
@@ -31,22 +33,19 @@ SWITCHES: list[dict[str, Any]] = [
     {"capacity": [], "alpha": []},
     {"tie_word_embeddings": True},
     {"num_key_value_heads": 4},
+    {"qkv_bias": True},
+    {"qk_norm": True, "head_dim": 12},
+    {"qkv_bias": True, "qk_norm": True, "attend": "selected"},
+    {"rotary_scaling": {"rope_type": "linear", "factor": 4.0}},
+    {"rotary_scaling": LLAMA3, "kind": "loop"},
+    {"rotary_scaling": YARN, "head_dim": 16},
 ]
-
-
-def float64_tables(config: Any, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """RoPE angles in float64, as the oracle has them."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = positions[..., None].double() * (1.0 / config.rope_theta**exponent)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_logits_equal_the_oracle(
-    switches: dict[str, Any], build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
+    switches: dict[str, Any], build: Callable, describe: Callable, exact_angles: None
 ) -> None:
-    monkeypatch.setattr(inputs_itt, "rotary_cos_sin", float64_tables)
     model = build(**switches)
     shape, thinking = describe(model)
     weights = hf_to_megatron(model.state_dict(), shape)
@@ -68,9 +67,8 @@ def test_logits_equal_the_oracle(
 @pytest.mark.parametrize("budget", [[0.0, 0.7, 0.2], [1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
 @pytest.mark.parametrize("routing", ["topk", "threshold"])
 def test_a_budget_replaces_the_training_capacity(
-    budget: list[float], routing: str, build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
+    budget: list[float], routing: str, build: Callable, describe: Callable, exact_angles: None
 ) -> None:
-    monkeypatch.setattr(inputs_itt, "rotary_cos_sin", float64_tables)
     model = build()
     shape, thinking = describe(model)
     tokens = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(2))

@@ -9,10 +9,8 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from megatron_itt.hf.remote_code import inputs_itt
 from megatron_itt.hf.weight_map import hf_to_megatron
 from tests.helpers.reference import reference_forward
-from tests.unit.hf.remote_code.test_layers_itt import float64_tables
 
 PATTERNS: list[dict[str, Any]] = [
     {},
@@ -136,10 +134,9 @@ def test_a_flattened_batch_trains_like_its_documents(start: int, build: Callable
 
 @pytest.mark.parametrize("routing", ["topk", "topp", "threshold"])
 def test_packed_documents_equal_the_reference_in_every_routing(
-    routing: str, build: Callable, describe: Callable, monkeypatch: pytest.MonkeyPatch
+    routing: str, build: Callable, describe: Callable, exact_angles: None
 ) -> None:
     """Top-k and top-p choose over the whole row, in training as here."""
-    monkeypatch.setattr(inputs_itt, "rotary_cos_sin", float64_tables)
     model = build(routing=routing)
     shape, thinking = describe(model)
     starts = (torch.arange(20) - POSITIONS[0]).tolist()
