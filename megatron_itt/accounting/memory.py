@@ -167,10 +167,13 @@ class _Sizes:
         """
         repeated = repeats and self.query != self.key
         kept = 2 * queries * self.query + keys * (2 * self.query if repeated else self.key + projected)
-        if self.qk_norm:  # heads before their norms, and a statistic of each
-            kept += queries * self.query + keys * self.key
-            kept += FLOAT32 / self.element * (queries * self.query + keys * self.key) / self.head_size
-        return self.element * kept + FLOAT32 * queries * self.heads
+        if not self.qk_norm:
+            return self.element * kept + FLOAT32 * queries * self.heads
+        # The norms keep a copy of the queries, and of keys and values the product, of which they are views; statistics.
+        product = 2 * self.key if queries != keys else self.query + 2 * self.key
+        kept += queries * self.query + keys * (product if repeated else product - projected)
+        statistics = queries * self.heads + keys * self.key / self.head_size
+        return self.element * kept + FLOAT32 * (queries * self.heads + statistics)
 
     def rotary_cos_sin(self, tokens: float) -> float:
         return self.element * tokens * 2 * self.head_size
