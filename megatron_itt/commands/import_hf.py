@@ -14,6 +14,8 @@ EXAMPLES = """\
   itt import --model SmolLM2-135M --think every_other --steps 4 --capacity 0.5 --output runs/smol
   itt import --model runs/quickstart/hf --recipe recipes/debug/itt_tiny.yaml --output runs/imported"""
 
+NAMES = 6  # of tensors, in the output
+
 
 @dataclass(frozen=True, kw_only=True)
 class Import(ImportOptions):
@@ -27,7 +29,8 @@ class Import(ImportOptions):
         """Import and print where the checkpoint is."""
         report = api.import_hf(**asdict(self))
         if report.fresh:
-            print(f"{len(report.fresh)} tensors are initialised as the recipe says: {', '.join(report.fresh)}")
+            shown = ", ".join(report.fresh[:NAMES]) + (", ..." if len(report.fresh) > NAMES else "")
+            print(f"{len(report.fresh)} tensors are initialised as the recipe says: {shown}")
         if report.changed:
             print(f"not as the folder was trained: {'; '.join(report.changed)}")
         if report.calibrated:
