@@ -86,9 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         return AutoConfig.from_pretrained(str(folder)).to_dict()
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = " ".join(str(error).split())[:200]
-        raise ExportError(
-            f"{folder}/config.json cannot be read ({message}); name a Hugging Face model folder."
-        ) from None
+        raise ExportError(f"{folder}/config.json cannot be used ({message}); correct it.") from None
 
 
 def model_section(hf: dict[str, Any], seq_length: int | None = None) -> dict[str, Any]:

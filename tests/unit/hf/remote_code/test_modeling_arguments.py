@@ -219,7 +219,7 @@ def test_the_cache_of_another_model_is_refused(keys: dict, message: str, build: 
 
 def test_cache_implementations_of_transformers_are_refused_before_generation(build: Callable) -> None:
     model = build()
-    for name in ("static", "quantized", "paged"):
+    for name in ("sliding_window", "quantized", "paged"):
         with pytest.raises(ValueError, match=f"cache_implementation is '{name}'"):
             model.generate(TOKENS, max_new_tokens=3, cache_implementation=name)
         with pytest.raises(ValueError, match=f"cache_implementation is '{name}'"):
