@@ -128,15 +128,10 @@ class ITTModel(ITTPreTrainedModel):
         has_past = cache is not None and cache.tokens is not None
         refuse_cache_position(cache_position, width, cache)
         routing = resolve_routing(thinking, routing, training=self.training, has_past=has_past)
+        frequencies = self._frequencies(hidden_states.device)
+        given = hidden_states, attention_mask, position_ids
         call = CallInputs(
-            **describe_tokens(
-                self.config,
-                hidden_states,
-                attention_mask,
-                position_ids,
-                cache=cache,
-                frequencies=self._frequencies(hidden_states.device),
-            ),
+            **describe_tokens(self.config, *given, cache=cache, frequencies=frequencies),
             thinking_budget=self._budget(thinking_budget, routing, hidden_states, cache),
             routing=routing,
             multiple_of=1 if self.training or has_past else PREFILL_MULTIPLE,
