@@ -22,7 +22,7 @@ REQUIRED = [
     "httpx2>=2.14,<3",
     "pydantic>=2",
     "tokenizers>=0.22",
-    "transformers>=5.20,<6",
+    "transformers>=5.20,<5.24",  # 5.24 renames past_key_values, which generation with an export's cache passes on
     "safetensors>=0.5",
     "zstandard>=0.25",
     "orjson>=3.11",
@@ -40,7 +40,10 @@ EXTRAS = {
     "eval": ["lm-eval[hf]==0.4.13", "datasets>=5.2,<6"],
     "analysis": ["matplotlib>=3.9"],
     "dali": ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"],
-    "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12; platform_system == 'Linux'"],
+    "te": [  # config/versions.py has the ranges that were tried with each megatron-core
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.12; platform_system == 'Linux' and python_version < '3.12'",
+        "transformer-engine[core_cu13,pytorch]>=2.9,<2.21; platform_system == 'Linux' and python_version >= '3.12'",
+    ],
     "wandb": ["wandb>=0.21"],
     "dev": [
         "mypy>=2.4,<3",

@@ -13,7 +13,8 @@ from megatron_itt.errors import ConfigError
 
 # First and first excluded release.
 MEGATRON_CORE = ((0, 16), (0, 20))
-TRANSFORMER_ENGINE = ((2, 9), (2, 12))
+# By the end of megatron-core's range. 0.16 says below 2.12; newer ones give no bound, and 2.20 has been tried.
+TRANSFORMER_ENGINE = {(0, 17): ((2, 9), (2, 12)), (0, 20): ((2, 9), (2, 21))}
 
 
 def check_megatron_core() -> None:
@@ -39,12 +40,24 @@ def find_megatron_core_problem() -> str:
     )
 
 
-def transformer_engine_problem(version: str | None) -> str:
-    """Describe why a version of TransformerEngine is outside the tested range, or return an empty string."""
-    if version is None or is_within(version, TRANSFORMER_ENGINE):
+def transformer_engine_problem(version: str | None, megatron_core: str | None = None) -> str:
+    """Describe why a version of TransformerEngine is outside the range tested with a megatron-core (the one that Python
+    would import), or return an empty string.
+    """
+    core = megatron_core or installed_megatron_core() or ""
+    ranges = (tested for end, tested in TRANSFORMER_ENGINE.items() if is_within(core, (MEGATRON_CORE[0], end)))
+    tested = next(ranges, TRANSFORMER_ENGINE[MEGATRON_CORE[1]])
+    if version is None or is_within(version, tested):
         return ""
-    first, end = (_text(release) for release in TRANSFORMER_ENGINE)
-    return f"version {version} is outside the tested range, {first} up to but not including {end}"
+    first, end = (_text(release) for release in tested)
+    with_core = f" with megatron-core {core}" if core else ""
+    return f"version {version} is outside the range tested{with_core}, {first} up to but not including {end}"
+
+
+def installed_megatron_core() -> str | None:
+    """The version of the megatron-core that Python would import; None if there is none."""
+    folder = _find_folder()
+    return None if folder is None else _version_in(folder)
 
 
 def is_within(version: str, tested: tuple[tuple[int, int], tuple[int, int]]) -> bool:

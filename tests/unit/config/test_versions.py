@@ -12,6 +12,7 @@ from megatron_itt.config.versions import (
     MEGATRON_CORE,
     check_megatron_core,
     find_megatron_core_problem,
+    installed_megatron_core,
     is_within,
     transformer_engine_problem,
 )
@@ -66,9 +67,24 @@ def test_versions_are_compared_by_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "fits"), [("2.9", True), ("2.11.0+abc", True), ("2.8.0", False), ("2.18.0", False)]
+    ("version", "core", "end"),
+    [
+        ("2.9", "0.16.1", ""),
+        ("2.11.0+abc", "0.16.1", ""),
+        ("2.8.0", "0.16.1", "2.12"),
+        ("2.18.0", "0.16.1", "2.12"),
+        ("2.20.2", "0.19.2", ""),
+        ("2.8.0", "0.19.2", "2.21"),
+        ("2.21.0", "0.17.0", "2.21"),
+    ],
 )
-def test_a_transformer_engine_outside_its_range_is_named(version: str, fits: bool) -> None:
-    problem = transformer_engine_problem(version)
-    assert (problem == "") == fits
-    assert fits or f"version {version} is outside the tested range, 2.9 up to but not including 2.12" in problem
+def test_a_transformer_engine_outside_its_range_is_named(version: str, core: str, end: str) -> None:
+    problem = transformer_engine_problem(version, core)
+    assert (problem == "") == (end == "")
+    if end:
+        tested = f"the range tested with megatron-core {core}, 2.9 up to but not including {end}"
+        assert problem == f"version {version} is outside {tested}"
+
+
+def test_the_range_of_transformer_engine_is_that_of_the_installed_megatron_core() -> None:
+    assert f"tested with megatron-core {installed_megatron_core()}, 2.9 up to" in transformer_engine_problem("2.8")
