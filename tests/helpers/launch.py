@@ -18,10 +18,15 @@ __all__ = ["free_port", "run_ranks", "start_rank"]
 TIMEOUT_S = 3600.0  # the tests have limits of their own
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
-    """Call `function(place, *job)` for every job in turn, on all ranks; results[job][rank]."""
+def run_ranks(
+    world_size: int, function: Callable[..., Any], jobs: list[tuple[Any, ...]], *, start_method: str = "forkserver"
+) -> list[list[Any]]:
+    """Call `function(place, *job)` for every job in turn, on all ranks; results[job][rank]. `start_method`: as in
+    `run_jobs`.
+    """
     wanted = [Job(world_size=world_size, arguments=job) for job in jobs]
-    return run_jobs(partial(_run_and_free, function), wanted, timeout_s=TIMEOUT_S)
+    call = partial(_run_and_free, function)
+    return run_jobs(call, wanted, timeout_s=TIMEOUT_S, start_method=start_method)
 
 
 def _run_and_free(function: Callable[..., Any], place: ProcessInfo, *job: Any) -> Any:

@@ -36,12 +36,18 @@ class Job:
 
 
 def run_jobs(
-    function: Callable[..., Any], jobs: Sequence[Job], *, threads: int = 1, timeout_s: float = 600.0
+    function: Callable[..., Any],
+    jobs: Sequence[Job],
+    *,
+    threads: int = 1,
+    timeout_s: float = 600.0,
+    start_method: str = "forkserver",
 ) -> list[list[Any]]:
     """Call `function(place, *job.arguments)` for every job in turn; results[job][rank].
 
-    A process that is in no job waits for its next one. Raises ConfigError when the processes have not ended after
-    `timeout_s`; they are killed then. What a process raises is raised here.
+    `start_method` "spawn": in new interpreters, which have imported nothing. A process that is in no job waits for
+    its next one. Raises ConfigError when the processes have not ended after `timeout_s`; they are killed then. What
+    a process raises is raised here.
     """
     num_processes = max(job.world_size for job in jobs)
     stores = [host_store() for _ in jobs]
@@ -54,7 +60,7 @@ def run_jobs(
             args=(function, list(zip(jobs, ports, strict=True)), threads, folder),
             nprocs=num_processes,
             join=False,
-            start_method="forkserver",
+            start_method=start_method,
         )
         try:
             deadline = time.monotonic() + timeout_s
