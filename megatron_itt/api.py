@@ -79,6 +79,16 @@ def import_hf(
     return import_model(model, output, recipe=recipe, overrides=overrides, options=ImportOptions(**options))
 
 
+def average_checkpoints(run: str | Path, output: str | Path, **options: Any) -> Path:
+    """Write the mean of a run's last checkpoints into the run folder `output`; options: `last`, or `steps`."""
+    silence_known_warnings()
+    check_megatron_core()
+    hide_unusable_packages()
+    from megatron_itt.checkpoint.average import average_checkpoints
+
+    return average_checkpoints(run, output, **options)
+
+
 def evaluate(model: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
     """Evaluate an exported folder; the options are the fields of `evaluation.options.EvaluationRequest`."""
     from megatron_itt.evaluation.harness import EvaluationRequest, evaluate_export

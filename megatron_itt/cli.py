@@ -20,7 +20,7 @@ from megatron_itt.log import run_command
 GROUPS = {
     "data": ("download", "tokenizer", "preprocess", "verify"),
     "training": ("recipe", "train", "launch", "status", "study", "quickstart"),
-    "models": ("export", "import", "evaluate", "generate"),
+    "models": ("average", "export", "import", "evaluate", "generate"),
     "analysis": ("report", "analyse", "benchmark", "doctor"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)

@@ -268,12 +268,14 @@ def _loss_activations(config: RunConfig, *, on_cpu: bool) -> float:
     """The final norm, and the loss of one micro-batch.
 
     A fused loss on a GPU may hold the logits, their softmax and its gradient at once. On the CPU the softmax becomes
-    its gradient in place and overwrites float32 logits; the gradient of the head adds to the rest.
+    its gradient in place and overwrites float32 logits; the gradient of the head adds to the rest. A soft cap keeps its
+    output, and a z-loss does not overwrite float32 logits.
     """
     model, sizes = config.model, _Sizes.of(config)
     tokens, vocab = config.batch.micro * model.seq_length, model.vocab_size / config.parallel.tensor
     norm, logits = sizes.norm(sizes.local(tokens)), tokens * vocab
+    norm += 0 if model.logit_soft_cap is None else sizes.element * logits
     if not on_cpu:
         return norm + logits * (2 * FLOAT32 + sizes.element)
-    softmax = 0 if sizes.element == FLOAT32 else FLOAT32 * logits
+    softmax = 0 if sizes.element == FLOAT32 and config.optimizer.z_loss == 0.0 else FLOAT32 * logits
     return norm + sizes.element * logits + max(softmax, sizes.element * vocab * model.hidden_size)

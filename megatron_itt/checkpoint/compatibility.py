@@ -41,16 +41,24 @@ def check_resumable(
     `allow_changed` names sections or keys (`data`, `data.blend`, `schedule.steps`) that may differ; it cannot override
     an architecture mismatch.
     """
+    if state.averaged_steps:
+        raise CheckpointError(
+            f"the checkpoint is an average of steps {state.averaged_steps}, without optimizer state; start a new run "
+            "from it with checkpoint.initial_weights"
+        )
     saved, wanted = state.recipe, dump_config(config)
     found = _differences(saved, wanted)
     updates = [(name, key) for name in _UPDATE_SECTIONS for key in wanted[name] if key not in _FREE_KEYS.get(name, ())]
+    defaults = dump_config(state.config)  # of keys that a checkpoint's version did not have
     for section, key in (*_ORDER_KEYS, *updates):
-        if saved[section][key] != wanted[section][key]:
-            found.append((f"{section}.{key}", f"was {saved[section][key]!r} and is now {wanted[section][key]!r}"))
+        before, now = saved[section].get(key, defaults[section][key]), wanted[section][key]
+        if before != now:
+            found.append((f"{section}.{key}", f"was {before!r} and is now {now!r}"))
     separate = saved["data"].get("reset_at_document_end", False)
     if separate != wanted["data"]["reset_at_document_end"]:
         found.append(("data.reset_at_document_end", f"was {separate!r} and is now {not separate!r}"))
-    now = fingerprint_at(saved["schedule"]["steps"] * saved["batch"]["global"])
+    order_steps = saved["schedule"].get("trunk_steps") or saved["schedule"]["steps"]
+    now = fingerprint_at(order_steps * saved["batch"]["global"])
     if state.data_fingerprint != now:
         change = f"was {state.data_fingerprint} and is now {now}"
         found.append(("data", f"fingerprint {change} (files, weights, sequence length or seed changed)"))

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_itt.checkpoint.store import STATE_FILE, CheckpointStore, step_of
+from megatron_itt.checkpoint.store import STATE_FILE, LocalStore, step_of
 from megatron_itt.errors import CheckpointError
 
 HASHES_FILE = "hashes.json"
@@ -137,7 +137,7 @@ class Retention:
         return kept
 
 
-def prune(store: CheckpointStore, retention: Retention) -> list[Path]:
+def prune(store: LocalStore, retention: Retention) -> list[Path]:
     """Remove the intact checkpoints that need not stay; returns what went."""
     intact = {step_of(path): path for path in store.published() if not compare_sizes(path)[0]}
     kept = retention.choose({step: _validation_loss(path) for step, path in intact.items()})

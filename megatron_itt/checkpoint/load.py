@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_itt.checkpoint.integrity import SMALL_FILE_BYTES, FileRecord, compare_contents, compare_sizes
 from megatron_itt.checkpoint.state import RunState, load_model_state, read_run_state, sharded_model_state
-from megatron_itt.checkpoint.store import CheckpointStore, resolve_checkpoint
+from megatron_itt.checkpoint.store import LocalStore, resolve_checkpoint
 from megatron_itt.config.environment import single_process
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.errors import CheckpointError, StorageError
@@ -97,7 +97,7 @@ def _load_common(folder: Any) -> Any:
     return torch.load(Path(folder) / COMMON_STATE_FILE, map_location="cpu", weights_only=True)
 
 
-def find_intact(store: CheckpointStore, *, contents: bool = True) -> Path | None:
+def find_intact(store: LocalStore, *, contents: bool = True) -> Path | None:
     """The newest intact checkpoint of a store; None if none was ever saved. All ranks call this; none may be saving.
 
     Damaged newer ones are logged with the reason and set aside. CheckpointError, and nothing changes, when all are
@@ -158,13 +158,13 @@ def assign_files(records: Mapping[str, FileRecord], rank: int, size: int) -> dic
     return shares[rank]
 
 
-def _prepare(store: CheckpointStore) -> list[Path]:
+def _prepare(store: LocalStore) -> list[Path]:
     for path in store.remove_leftovers():
         get_logger().info("removed %s, which an interrupted save left", path)
     return store.candidates()
 
 
-def _set_aside(store: CheckpointStore, damaged: Mapping[Path, list[str]], chosen: Path) -> None:
+def _set_aside(store: LocalStore, damaged: Mapping[Path, list[str]], chosen: Path) -> None:
     for path in damaged:
         get_logger().info("set %s aside as %s; continuing from %s", path.name, store.set_aside(path).name, chosen.name)
     if damaged:

@@ -37,7 +37,7 @@ from megatron_itt.checkpoint.integrity import (
     write_hashes,
 )
 from megatron_itt.checkpoint.state import RunState, write_run_state
-from megatron_itt.checkpoint.store import CheckpointStore, LocalStore, checkpoint_name
+from megatron_itt.checkpoint.store import LocalStore, checkpoint_name
 from megatron_itt.checkpoint.tensor_files import SavePlans
 from megatron_itt.config.environment import end_with_parent
 from megatron_itt.errors import CheckpointError, StorageError
@@ -58,7 +58,7 @@ def count_bytes(sharded_state: dict[str, Any]) -> int:
     return total
 
 
-def check_space(sharded_state: dict[str, Any], store: CheckpointStore, step: int) -> None:
+def check_space(sharded_state: dict[str, Any], store: LocalStore, step: int) -> None:
     """Raise CheckpointError on all ranks when the save of all ranks together does not fit. A collective call.
 
     A quota does not show here; running into one while writing is reported by the save itself.
@@ -92,7 +92,7 @@ class _Save:
 class CheckpointWriter:
     """Saves the checkpoints of a run, one at a time. All ranks call every method at the same point."""
 
-    def __init__(self, store: CheckpointStore, retention: Retention, *, asynchronous: bool = False) -> None:
+    def __init__(self, store: LocalStore, retention: Retention, *, asynchronous: bool = False) -> None:
         self._store = store
         self._retention = retention
         self._asynchronous = asynchronous
@@ -159,7 +159,7 @@ def save_checkpoint(sharded_state: dict[str, Any], state: RunState, root: Path, 
     return root / checkpoint_name(state.step)
 
 
-def _open_staging(store: CheckpointStore, sharded_state: dict[str, Any], step: int) -> Path:
+def _open_staging(store: LocalStore, sharded_state: dict[str, Any], step: int) -> Path:
     """Check that there is room, and create the folder to write into."""
     check_space(sharded_state, store, step)
     return on_rank_zero(lambda: store.open_staging(step))
@@ -213,7 +213,7 @@ def _write_hashes(staging: Path) -> None:
         flush(staging / name)
 
 
-def _check_room(store: CheckpointStore) -> None:
+def _check_room(store: LocalStore) -> None:
     if dist.get_rank() == 0 and store.free_bytes() < _FULL_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

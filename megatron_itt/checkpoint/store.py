@@ -13,7 +13,6 @@ import shutil
 import time
 import uuid
 from pathlib import Path
-from typing import Protocol
 
 from megatron_itt.errors import CheckpointError
 from megatron_itt.files import atomic_write, flush
@@ -69,43 +68,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{given} holds no complete checkpoint; name a run folder or one of its checkpoints")
 
 
-class CheckpointStore(Protocol):
-    """Where the checkpoints of one run are kept. Saving, loading, resuming and retention go through it.
-
-    Checkpoints are written to and read from local folders: a store of objects uploads in `publish` and downloads in
-    `candidates`. Only rank 0 calls a store.
-    """
-
-    def published(self) -> list[Path]:
-        """Published checkpoints, oldest first. Their files may have been damaged since."""
-
-    def candidates(self) -> list[Path]:
-        """Published checkpoints in the order in which to resume from them."""
-
-    def open_staging(self, step: int) -> Path:
-        """Create an empty folder in which all ranks write a checkpoint before it is published."""
-
-    def publish(self, staging: Path, step: int) -> Path:
-        """Make a complete checkpoint visible and the latest one. Durable when it returns."""
-
-    def mark_latest(self, checkpoint: Path) -> None:
-        """Make a published checkpoint the first candidate."""
-
-    def set_aside(self, checkpoint: Path) -> Path:
-        """Rename a damaged checkpoint so that it is no candidate; return its new path."""
-
-    def remove(self, checkpoint: Path) -> None:
-        """Delete a published checkpoint."""
-
-    def remove_leftovers(self) -> list[Path]:
-        """Remove what interrupted saves left and return it. Nothing may be saving meanwhile."""
-
-    def free_bytes(self) -> int:
-        """Bytes that can still be written."""
-
-
 class LocalStore:
-    """Checkpoints in a folder of a local or shared file system."""
+    """Where the checkpoints of one run are kept: a folder of a local or shared file system. Only rank 0 calls it.
+
+    Saving, loading, resuming and retention go through these methods. A store of objects would upload in `publish` and
+    download in `candidates`: checkpoints are written to and read from local folders.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -114,11 +82,11 @@ class LocalStore:
         return str(self.root)
 
     def published(self) -> list[Path]:
-        """Published checkpoints, oldest first."""
+        """Published checkpoints, oldest first. Their files may have been damaged since."""
         return list_checkpoints(self.root)
 
     def candidates(self) -> list[Path]:
-        """Published checkpoints: the one `latest` names, then newest first."""
+        """Published checkpoints in the order to resume from: the one `latest` names, then newest first."""
         try:
             marked = (self.root / LATEST_FILE).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
@@ -126,13 +94,13 @@ class LocalStore:
         return sorted(self.published(), key=lambda path: (path.name != marked, -step_of(path)))
 
     def open_staging(self, step: int) -> Path:
-        """Create a new folder each time, into which no dead writer still writes."""
+        """Create an empty folder for all ranks to write into: a new one each time, which no dead writer knows."""
         staging = self.root / f"{_WRITING}{checkpoint_name(step)}_{uuid.uuid4().hex[:8]}"
         staging.mkdir(parents=True)
         return staging
 
     def publish(self, staging: Path, step: int) -> Path:
-        """Rename a complete checkpoint to its final name, then point `latest` at it."""
+        """Rename a complete checkpoint to its final name, then point `latest` at it. Durable when it returns."""
         final = self.root / checkpoint_name(step)
         replaced = self.root / f"{_REPLACED}{final.name}"
         flush(staging)
@@ -145,12 +113,12 @@ class LocalStore:
         return final
 
     def mark_latest(self, checkpoint: Path) -> None:
-        """Write the `latest` marker atomically."""
+        """Make a published checkpoint the first candidate, atomically."""
         atomic_write(self.root / LATEST_FILE, checkpoint.name + "\n", durable=True)
         flush(self.root)
 
     def set_aside(self, checkpoint: Path) -> Path:
-        """Rename to damaged_step_..."""
+        """Rename a damaged checkpoint to damaged_step_..., so that it is no candidate; return its new path."""
         place = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
         if place.exists():
             place = checkpoint.with_name(f"{place.name}_{uuid.uuid4().hex[:8]}")
@@ -161,7 +129,7 @@ class LocalStore:
         shutil.rmtree(checkpoint)
 
     def remove_leftovers(self) -> list[Path]:
-        """Remove incomplete checkpoints; a replaced one returns where the new one was never published."""
+        """Remove what interrupted saves left; a replaced checkpoint returns where the new one is missing."""
         if not self.root.is_dir():
             return []
         for path in self.root.glob(f"{_REPLACED}*"):

@@ -9,22 +9,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_itt.accounting.report import check_report, format_check
 from megatron_itt.api import load_for_this_job, train
 from megatron_itt.cli import run
-from megatron_itt.commands.arguments import Flag, Overrides, Recipe, Repeated
+from megatron_itt.commands.arguments import Flag, OptionalCount, Overrides, Recipe, Repeated
 from megatron_itt.config import load_config
 from megatron_itt.config.backends import use_backend
 from megatron_itt.config.environment import end_with_torchrun, process_info
 from megatron_itt.config.load import config_to_yaml
-from megatron_itt.errors import IttError
+from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import silence_known_warnings
 
 EXAMPLES = """
   itt train recipes/debug/itt_tiny.yaml schedule.steps=20
   torchrun --nproc-per-node 2 -m megatron_itt.train recipes/debug/itt_tiny.yaml parallel.tensor=2 parallel.sequence=true
   itt train 466m/itt_x4 --check
+  itt train recipe.yaml --branch-from runs/trunk --at 40000 schedule.decay_steps=5000 logging.run_dir=runs/branch
 """
 
 
@@ -34,6 +36,8 @@ class Train:
     overrides: Overrides = ()
     check: Flag = False  # check recipe, layout and data, then stop
     print_config: Flag = False  # print the resolved recipe as YAML, then stop
+    branch_from: Path | None = None  # run folder of a wsd run, whose learning rate this run decays
+    at: OptionalCount = None  # the step of its checkpoint to branch from
     allow_changed: Repeated = ()  # data, a key of data, or schedule.steps, which may differ from the checkpoint's
 
     def execute(self) -> int:
@@ -41,11 +45,11 @@ class Train:
         silence_known_warnings()
         end_with_torchrun()
         if self.print_config:
-            print(config_to_yaml(load_config(self.recipe, self.overrides)), end="")
+            print(config_to_yaml(load_config(self.recipe, self._overrides())), end="")
             return 0
         process = process_info()
         try:
-            config = load_for_this_job(self.recipe, self.overrides)
+            config = load_for_this_job(self.recipe, self._overrides())
             if self.check:
                 backend = use_backend(config.precision.parts, device=config.runtime.device)
                 from megatron_itt.training.loop import check_inputs
@@ -62,6 +66,16 @@ class Train:
                 return error.exit_code  # the first process of each node reports the error
             raise
         return 0
+
+    def _overrides(self) -> tuple[str, ...]:
+        """Those given, and those of a branch."""
+        if self.branch_from is None and self.at is None:
+            return self.overrides
+        if self.branch_from is None or self.at is None:
+            raise ConfigError("--branch-from RUN and --at STEP go together")
+        from megatron_itt.checkpoint.branch import branch_overrides
+
+        return branch_overrides(self.recipe, self.overrides, trunk=self.branch_from, step=self.at)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from megatron_itt.config.model import ModelConfig, SampledCapacity, ThinkingConfig
-from megatron_itt.config.run import BatchConfig, ParallelConfig, RunConfig, ScheduleConfig, ValidationConfig
+from megatron_itt.config.run import (
+    BatchConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    ValidationConfig,
+)
 from megatron_itt.config.switches import find_idle_settings
 
 
@@ -246,6 +254,31 @@ def _schedule_problems(schedule: ScheduleConfig) -> Iterator[str]:
             f"schedule.warmup_steps is {schedule.warmup_steps}, but the run has schedule.steps = {schedule.steps}; the "
             "warm-up must end before the run does"
         )
+    if schedule.trunk_steps is not None and schedule.trunk_steps < schedule.steps:
+        yield (
+            f"schedule.trunk_steps is {schedule.trunk_steps}, but the branch ends at schedule.steps = "
+            f"{schedule.steps}; branch earlier, use fewer schedule.decay_steps, or train a longer trunk"
+        )
+    if schedule.decay != "wsd":
+        for key, default in (("decay_steps", None), ("decay_shape", "linear")):
+            value = getattr(schedule, key)
+            if value != default:
+                yield f"schedule.{key} is {value} but schedule.decay is {schedule.decay}; it belongs to wsd, remove it"
+    elif schedule.decay_steps is None:
+        yield "schedule.decay is wsd but schedule.decay_steps is not set; give the length of the decay, such as a tenth"
+    elif schedule.warmup_steps + schedule.decay_steps > schedule.steps:
+        yield (
+            f"schedule.decay_steps is {schedule.decay_steps}, but schedule.steps - schedule.warmup_steps is "
+            f"{schedule.steps - schedule.warmup_steps}; the decay must fit after the warm-up"
+        )
+
+
+def _warmup_problems(schedule: ScheduleConfig, peak: float) -> Iterator[str]:
+    first = schedule.warmup_init_learning_rate
+    if first is not None and schedule.warmup_steps == 0:
+        yield f"schedule.warmup_init_learning_rate is {first} but schedule.warmup_steps is 0; set both or neither"
+    elif first is not None and first > peak:
+        yield f"schedule.warmup_init_learning_rate is {first}, above optimizer.learning_rate = {peak}; a warm-up rises"
 
 
 def _batch_problems(batch: BatchConfig) -> Iterator[str]:
@@ -262,6 +295,32 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
+
+
+def _start_problems(config: RunConfig) -> Iterator[str]:
+    checkpoint, trunk_steps = config.checkpoint, config.schedule.trunk_steps
+    if checkpoint.branch_from is not None and checkpoint.initial_weights is not None:
+        yield "checkpoint.branch_from and checkpoint.initial_weights are both set; a run starts from one of them"
+    if checkpoint.branch_from is not None and trunk_steps is None:
+        yield "checkpoint.branch_from is set but schedule.trunk_steps is not; use --branch-from RUN --at STEP"
+
+
+_MULTIPLE = re.compile(r"x\d+(\.\d*)?(e-?\d+)?")
+
+
+def _group_problems(optimizer: OptimizerConfig) -> Iterator[str]:
+    for position, group in enumerate(optimizer.groups):
+        key = f"optimizer.groups[{position}]"
+        values = {"learning_rate": group.learning_rate, "weight_decay": group.weight_decay}
+        if not any(value is not None for value in values.values()):
+            yield f"{key} ({group.match}) sets nothing; give it a learning_rate or a weight_decay, or remove it"
+        for name, value in values.items():
+            if isinstance(value, str) and not _MULTIPLE.fullmatch(value):
+                yield f"{key}.{name} is {value!r}; give a number, or a multiple of optimizer.{name} such as x0.3"
+            elif isinstance(value, float) and value < 0:
+                yield f"{key}.{name} is {value}, below 0; give 0 or more, or a multiple such as x0.3"
+
+
 # Sections that a rule reads, and the rule.
 _RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig], Iterable[str]]], ...] = (
     (("model",), lambda config: _model_problems(config.model)),
@@ -275,5 +334,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig], Iterable[str]]], ...]
     (("thinking", "model"), lambda config: _rounding_problems(config, "thinking")),
     (("validation", "model"), lambda config: _rounding_problems(config, "validation")),
     (("schedule",), lambda config: _schedule_problems(config.schedule)),
+    (
+        ("schedule", "optimizer"),
+        lambda config: _warmup_problems(config.schedule, config.optimizer.learning_rate),
+    ),
     (("batch",), lambda config: _batch_problems(config.batch)),
+    (("checkpoint", "schedule"), _start_problems),
+    (("optimizer",), lambda config: _group_problems(config.optimizer)),
 )

@@ -76,6 +76,7 @@ class ModelConfig:
     qkv_bias: bool = False  # as in Qwen2
     qk_norm: bool = False  # RMSNorm of every query and key head, as in Qwen3
     rope_scaling: RopeScaling | None = None  # as in LLaMA 3.1
+    logit_soft_cap: PositiveFloat | None = None  # squash logits into (-cap, cap)
 
     @property
     def head_size(self) -> int:
@@ -163,6 +164,11 @@ class ThinkingConfig:
     recompute: Literal["none", "routed", "layer"] = setting("none", free_on_resume=True, idle=_THINKING)
     # decay of the moving average of router-logit quantiles
     quantile_decay: Annotated[float, Field(ge=0, lt=1)] = setting(0.99, free_on_resume=True, idle=_SELECTION)
+
+    # coefficient of the mean square of router logits in the loss, per layer and routed step
+    router_z_loss: Annotated[float, Field(ge=0)] = setting(
+        0.0, free_on_resume=True, idle=(*_SELECTION, "residual replace")
+    )
 
     @property
     def num_routed_steps(self) -> int:

@@ -47,14 +47,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class ParameterGroupConfig:
+    """Settings of the parameters whose name in a checkpoint contains `match`, or fits it as a pattern with `*`.
+
+    Each is a value, or a multiple ("x0.3") of the optimizer's; None: the default of these parameters.
+    """
+
+    match: Annotated[str, Field(min_length=1)]
+    learning_rate: float | str | None = None  # a multiple follows the schedule; a value replaces its peak
+    weight_decay: float | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class OptimizerConfig:
     """AdamW. Defaults: the settings of the code base that the paper names."""
 
+    kind: Literal["adamw"] = "adamw"
     learning_rate: PositiveFloat = 3.0e-4
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1.0e-8
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0  # of matrices; norms, biases, routers and step encodings are exempt
+    groups: tuple[ParameterGroupConfig, ...] = ()  # exceptions to the learning rate and the weight decay
     clip_grad_norm: NonNegativeFloat = 1.0  # 0 turns clipping off
+    z_loss: NonNegativeFloat = 0.0  # coefficient of the mean squared log-partition function of the logits in the loss
     distributed: bool = True  # shard the optimizer state over data-parallel ranks
     overlap_grad_reduce: bool = setting(False, free_on_resume=True)  # reduce gradients during backward
     overlap_param_gather: bool = setting(False, free_on_resume=True)  # gather updated weights during the next forward
@@ -67,8 +82,17 @@ class ScheduleConfig:
 
     steps: PositiveInt
     warmup_steps: NonNegativeInt = 0
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_init_learning_rate: NonNegativeFloat | None = None  # of step 1; None: one part of warmup_steps + 1
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_steps: PositiveInt | None = None  # of wsd (warm-up, stable, decay): the last steps of the run
+    decay_shape: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"  # of wsd
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    trunk_steps: PositiveInt | None = None  # of a branch: the steps of its trunk, whose order of samples continues
+
+    @property
+    def order_steps(self) -> int:
+        """Steps that the order of samples and a ramp of capacities are laid out for: the run's, or its trunk's."""
+        return self.trunk_steps or self.steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -104,6 +128,7 @@ class CheckpointConfig:
     save_interval_steps: PositiveInt = 1000
     keep_last: PositiveInt = 3
     initial_weights: str | None = None  # run folder or checkpoint that initialises the weights of a new run
+    branch_from: str | None = None  # checkpoint of another run from which a new one continues, to decay
     keep_every_steps: PositiveInt | None = None  # also keep checkpoints at multiples of this
     keep_best: bool = True  # also keep the one with the lowest validation loss
     asynchronous: bool = False  # write in the background, from a copy in host memory
@@ -182,8 +207,8 @@ class RunConfig:
 
     @property
     def num_training_samples(self) -> int:
-        """Sequences that the whole run reads."""
-        return self.schedule.steps * self.batch.global_size
+        """Sequences whose order is laid out: those that the run, or the trunk of a branch, reads as a whole."""
+        return self.schedule.order_steps * self.batch.global_size
 
     @property
     def tokens_per_step(self) -> int:

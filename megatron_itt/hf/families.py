@@ -113,6 +113,7 @@ def model_section(hf: dict[str, Any], seq_length: int | None = None) -> dict[str
     section |= {"init_std": float(section["init_std"] or 0.02), **FAMILIES[hf["model_type"]].switches}
     section |= {key: True for key in ("qkv_bias", "qk_norm") if hf.get(key)}
     section |= {"rope_scaling": scaling} if scaling else {}
+    section |= {"logit_soft_cap": cap} if (cap := hf.get("final_logit_softcapping")) else {}
     length = seq_length or section["seq_length"]
     window = hf.get("sliding_window")
     if window is not None and hf.get("use_sliding_window", True) and window < length:
@@ -127,13 +128,15 @@ def model_section(hf: dict[str, Any], seq_length: int | None = None) -> dict[str
 
 def find_differences(section: dict[str, Any], model: ModelConfig) -> list[str]:
     """Return the keys in which a recipe's model differs from the folder's; floats are compared as float32."""
-    names = [*(RECIPE_KEYS.get(name, name) for name in SHAPE_FIELDS.values()), "qkv_bias", "qk_norm", "rope_scaling"]
+    names = [RECIPE_KEYS.get(name, name) for name in SHAPE_FIELDS.values()]
+    names += ["qkv_bias", "qk_norm", "rope_scaling", "logit_soft_cap"]
     read: dict[str, Callable[[], Any]] = {
         "num_query_groups": lambda: model.num_key_value_heads,
         "head_dim": lambda: model.head_size,
         "rope_scaling": lambda: model.rope_scaling and model.rope_scaling.settings,
     }
-    default = {"head_dim": section["hidden_size"] // section["num_attention_heads"], "rope_scaling": None}
+    default = {"head_dim": section["hidden_size"] // section["num_attention_heads"]}
+    default |= {"rope_scaling": None, "logit_soft_cap": None}
     problems = []
     for name in names:
         wanted, found = read.get(name, lambda: getattr(model, name))(), section.get(name, default.get(name, False))  # noqa: B023

@@ -59,10 +59,11 @@ def model_settings(model: ModelConfig, thinking: ThinkingConfig) -> dict[str, An
     settings = {field: getattr(model, attribute) for field, attribute in SHAPE_FIELDS.items()}
     settings["rope_theta"] = float(model.rope_base)
     scaling = {} if model.rope_scaling is None else model.rope_scaling.settings
-    stock = STOCK_MODELS.get((model.qkv_bias, model.qk_norm))
+    stock = STOCK_MODELS.get((model.qkv_bias, model.qk_norm)) if model.logit_soft_cap is None else None
     if thinking.kind == "none" and stock is not None:
         return {**stock, **settings, **STOCK_FIELDS, **({"rope_scaling": scaling} if scaling else {})}
     switches = {"qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm, "rotary_scaling": scaling}
+    switches["final_logit_softcapping"] = model.logit_soft_cap
     settings |= {key: value for key, value in switches.items() if value}
     settings["thinking"] = exported_thinking(thinking, model.num_layers)
     return {"architectures": ["ITTForCausalLM"], "model_type": "itt", "auto_map": AUTO_MAP, **settings}

@@ -68,7 +68,7 @@ def plan_job(config: RunConfig, shape: JobShape, gpu: Gpu, *, mfu: float) -> Job
         training_tokens=config.schedule.steps * config.tokens_per_step,
         memory_bytes=tuple(stage.total for stage in rank_memory(config, shape.world_size)),
         tokens_per_s=sequences_per_s * config.model.seq_length,
-        seconds=config.num_training_samples / sequences_per_s,
+        seconds=config.schedule.steps * config.batch.global_size / sequences_per_s,
     )
 
 

@@ -20,6 +20,7 @@ from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.config.run import ParallelConfig, RunConfig
 from megatron_itt.model.attention import angles_at, document_mask
 from megatron_itt.model.backends import LayerModules, import_backend
+from megatron_itt.model.head_loss import install_head_loss
 from megatron_itt.model.initialisation import initialise_weights
 from megatron_itt.model.routing_control import RoutingControl
 from megatron_itt.model.specs import decoder_specs, layer_spec
@@ -167,7 +168,10 @@ def _build_chunk(
     stage = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
     specs = decoder_specs(transformer, config.thinking, control, backend=backend, virtual_stage=virtual_stage)
     is_first, is_last = parallel_state.is_pipeline_first_stage(**stage), parallel_state.is_pipeline_last_stage(**stage)
-    return _gpt_model(config, transformer, specs, pre_process=is_first, post_process=is_last, vp_stage=virtual_stage)
+    chunk = _gpt_model(config, transformer, specs, pre_process=is_first, post_process=is_last, vp_stage=virtual_stage)
+    if is_last:
+        install_head_loss(chunk, config)
+    return chunk
 
 
 def _gpt_model(config: RunConfig, transformer: TransformerConfig, specs: Any, **stage: Any) -> GPTModel:

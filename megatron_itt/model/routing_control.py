@@ -47,7 +47,8 @@ class RoutingRecorder:
 class RoutingPlan:
     """The routing of one layer in one forward pass, fixed at its start so that recomputing it gives the same.
 
-    `capacity` per routed step (0 omits the step), `temperature` of the gate; `padding_mask` as in `StepRecord`.
+    `capacity` per routed step (0 omits the step), `temperature` of the gate; `padding_mask` as in `StepRecord`;
+    `z_loss`: coefficient of the squares of router logits in the loss of one micro-batch.
     """
 
     capacity: tuple[float, ...]
@@ -56,6 +57,7 @@ class RoutingPlan:
     recorder: RoutingRecorder | None
     microbatch: int
     padding_mask: Tensor | None = None
+    z_loss: float = 0.0
 
     @property
     def steps(self) -> list[int]:
@@ -74,7 +76,8 @@ class RoutingPlan:
 class RoutingControl:
     """Overrides for the next forward passes; None selects the recipe's value.
 
-    `padding_mask` describes the next micro-batch: bool [s, b], false on padding, or None without padding.
+    `padding_mask` describes the next micro-batch: bool [s, b], false on padding, or None without padding; `z_loss` is
+    the coefficient of the router logits' squares in its loss.
     """
 
     capacity: tuple[float, ...] | None = None
@@ -82,6 +85,7 @@ class RoutingControl:
     temperature: float = 1.0
     recorder: RoutingRecorder | None = None
     padding_mask: Tensor | None = None
+    z_loss: float = 0.0
 
     def plan(self, switches: ThinkingConfig) -> RoutingPlan:
         """The routing of a layer with these switches in the pass that begins."""
@@ -92,6 +96,7 @@ class RoutingControl:
             recorder=self.recorder,
             microbatch=0 if self.recorder is None else self.recorder.microbatch,
             padding_mask=self.padding_mask,
+            z_loss=self.z_loss,
         )
 
     @contextmanager
@@ -107,6 +112,7 @@ class RoutingControl:
         saved = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         self.capacity = None if capacity is None else tuple(capacity)
         self.routing, self.temperature, self.recorder, self.padding_mask = routing, temperature, recorder, None
+        self.z_loss = 0.0
         try:
             yield
         finally:

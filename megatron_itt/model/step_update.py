@@ -40,6 +40,23 @@ def step_increment(rows: Tensor, weights: Tensor | None, alpha: float, step_enco
     return increment if alpha == 1.0 else alpha * increment
 
 
+def add_squares(values: Tensor, weights: Tensor) -> Tensor:
+    """The same values, the squares of which, times `weights` of the same shape, are a part of the loss."""
+    return _AddSquares.apply(values, weights)
+
+
+class _AddSquares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(values, weights)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        values, weights = ctx.saved_tensors
+        return gradient + 2.0 * weights * values, None
+
+
 def rescale_skipped(
     hidden_states: Tensor, skipped: Tensor, *, reweight: str, weights: Tensor, step_encoding: Tensor | None
 ) -> Tensor:

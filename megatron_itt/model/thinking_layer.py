@@ -90,7 +90,9 @@ class ThinkingLayer(TransformerLayer):
 
     def _gathered_steps(self, hidden_states: Tensor, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
         """Routed steps with static numbers of tokens: only the selected rows are computed. [p, b, h] -> [p, b, h]."""
-        wait_for_logits = self.shards.begin_gather(self._router_logits(hidden_states, plan.steps[0]))
+        wait_for_logits = self.shards.begin_gather(
+            self._router_logits(hidden_states, plan.steps[0], plan, is_whole=False)
+        )
         wait_for_states = self.shards.begin_gather(hidden_states)
         # Before the hidden states arrive: everything that needs the weights and the logits alone.
         rotary = self.self_attention.rotary_table(kwargs["rotary_pos_emb"], hidden_states.dtype)
@@ -101,7 +103,7 @@ class ThinkingLayer(TransformerLayer):
         changed: Tensor | None = None
         for step in plan.steps:
             if step > plan.steps[0]:
-                logits = self._router_logits(hidden_states, step)
+                logits = self._router_logits(hidden_states, step, plan, is_whole=True)
                 positions = self._select(logits, step, plan)
             selected = step_update.gather_tokens(hidden_states, positions)  # [k, b, h]
             attended = attend(selected, positions, hidden_states, changed)
@@ -123,7 +125,7 @@ class ThinkingLayer(TransformerLayer):
             logits: Tensor | None = None
             tokens, step_kwargs = MaskedTokens(None), kwargs
             if plan.rule.select is not None:
-                logits = self.thinking.router_logits(hidden_states, step)  # [p, b]
+                logits = self._with_z_loss(self.thinking.router_logits(hidden_states, step), plan)  # [p, b]
                 selected = self._select(self.shards.gather(logits.detach()), step, plan)  # [s, b]
                 tokens = MaskedTokens(self.shards.own(selected))
                 if self.switches.attend == "selected":
@@ -134,13 +136,33 @@ class ThinkingLayer(TransformerLayer):
             hidden_states = self.update(self, hidden_states, tokens, hidden_states, result, **scaling)
         return hidden_states
 
-    def _router_logits(self, hidden_states: Tensor, step: int) -> Tensor:
+    def _router_logits(self, hidden_states: Tensor, step: int, plan: RoutingPlan, *, is_whole: bool) -> Tensor:
         """Router logits of any rows, [s, b, h] -> [s, b].
 
-        Only the selected rows train the router (`_accumulate`), unless skipped ones are scaled by their logits too.
+        Only the selected rows train the router (`_accumulate`), unless skipped ones are scaled by their logits too, or
+        all are kept small by a z-loss.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.switches.reweight == "symmetric"):
-            return self.thinking.router_logits(hidden_states, step)
+        trains_all = self.switches.reweight == "symmetric" or plan.z_loss > 0.0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_all):
+            return self._with_z_loss(self.thinking.router_logits(hidden_states, step), plan, is_whole=is_whole)
+
+    def _with_z_loss(self, logits: Tensor, plan: RoutingPlan, *, is_whole: bool = False) -> Tensor:
+        """The same logits, [s, b] or [p, b], the mean of whose squares over the micro-batch adds to the loss.
+
+        Of whole sequences under sequence parallelism each rank adds its own shard.
+        """
+        if plan.z_loss == 0.0 or not logits.requires_grad:
+            return logits
+        weights = torch.ones_like(logits, requires_grad=False)
+        if plan.padding_mask is not None:
+            weights *= plan.padding_mask if is_whole else self.shards.own(plan.padding_mask)
+        num_tokens = weights.numel() * (1 if is_whole else self.shards.num)
+        total = num_tokens if plan.padding_mask is None else plan.padding_mask.sum()
+        if is_whole and self.shards.num > 1:
+            own = torch.zeros_like(weights)
+            self.shards.own(own).fill_(1.0)
+            weights *= own
+        return step_update.add_squares(logits, plan.z_loss / total * weights)
 
     def _select(self, logits: Tensor, step: int, plan: RoutingPlan) -> Tensor:
         """Select and record the tokens of a step. logits [s, b] -> positions [k, b] of a static rule, else [s, b]."""

@@ -94,7 +94,7 @@ def _possible_capacities(config: RunConfig) -> Iterator[float]:
 
 def _risen(config: RunConfig, step: int) -> float:
     """Return the progress of the ramp, from 0 to 1 along half a cosine."""
-    length = config.thinking.ramp_steps or max(1, config.schedule.steps // 2)
+    length = config.thinking.ramp_steps or max(1, config.schedule.order_steps // 2)
     return 0.5 - 0.5 * math.cos(math.pi * min(1.0, (step - 1) / length))
 
 

@@ -11,9 +11,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
+from megatron_itt.checkpoint.branch import find_branch_point, record_branch
 from megatron_itt.checkpoint.compatibility import check_resumable
 from megatron_itt.checkpoint.integrity import Retention
-from megatron_itt.checkpoint.load import SafeShardedStrategy, find_intact, load_sharded_state
+from megatron_itt.checkpoint.load import SafeShardedStrategy, check_together, find_intact, load_sharded_state
 from megatron_itt.checkpoint.save import CheckpointWriter
 from megatron_itt.checkpoint.state import (
     RANDOM_STATES,
@@ -25,13 +26,12 @@ from megatron_itt.checkpoint.state import (
     sharded_model_state,
     sharded_random_states,
 )
-from megatron_itt.checkpoint.store import CheckpointStore, LocalStore, checkpoint_root, resolve_checkpoint
+from megatron_itt.checkpoint.store import LocalStore, checkpoint_root, resolve_checkpoint
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import CheckpointError
 from megatron_itt.log import get_logger
-from megatron_itt.parallel.collectives import gather_objects
-from megatron_itt.training.optimizer import load_optimizer_state, sharded_optimizer_state
-from megatron_itt.training.schedule import resume_schedule
+from megatron_itt.parallel.collectives import gather_objects, on_rank_zero
+from megatron_itt.training.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_itt.training.trainer import Trainer
 
 
@@ -57,7 +57,7 @@ class Checkpointer:
         allow_changed: Sequence[str] = (),
     ) -> None:
         self._config, self._allow_changed = config, tuple(allow_changed)
-        self._store: CheckpointStore = LocalStore(checkpoint_root(run_dir))
+        self._store = LocalStore(checkpoint_root(run_dir))
         self._fingerprint_at = fingerprint_at
         self._facts: dict[str, Any] = {
             "data_fingerprint": fingerprint_at(config.num_training_samples),
@@ -77,15 +77,26 @@ class Checkpointer:
         """
         self._writer.finish()
         folder = find_intact(self._store, contents=self._config.checkpoint.verify)
+        return None if folder is None else self._checked(folder, self._allow_changed)
+
+    def find_branch_point(self) -> ResumePoint | None:
+        """Return the checkpoint that a new run branches from, if it is a branch. CheckpointError if it cannot."""
+        folder = find_branch_point(self._config)
         if folder is None:
             return None
+        check_together(folder, contents=self._config.checkpoint.verify)
+        point = self._checked(folder, ("schedule", *self._allow_changed))
+        on_rank_zero(lambda: record_branch(self._config, point.state.step))
+        return point
+
+    def _checked(self, folder: Path, allow_changed: Sequence[str]) -> ResumePoint:
         state = read_run_state(folder)
         check_resumable(
             state,
             self._config,
             fingerprint_at=self._fingerprint_at,
             end_of_document=self._facts["end_of_document"],
-            allow_changed=self._allow_changed,
+            allow_changed=allow_changed,
         )
         return ResumePoint(folder=folder, state=state)
 
@@ -140,7 +151,7 @@ def load_trainer(trainer: Trainer, checkpoint: Path, *, with_random_states: bool
     loaded = load_sharded_state(wanted, checkpoint)
     load_model_state(trainer.built.chunks, loaded)
     load_optimizer_state(trainer.optimizer, loaded["optimizer"])
-    resume_schedule(trainer.schedule, loaded["schedule"])
+    trainer.schedule.load_state_dict(loaded["schedule"])
     if with_random_states:
         restore_random_states(loaded[RANDOM_STATES])
 

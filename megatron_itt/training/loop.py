@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_itt.checkpoint.branch import find_branch_point
+from megatron_itt.checkpoint.store import checkpoint_root, list_checkpoints
 from megatron_itt.config.backends import ChosenBackend
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.batches.blend import resolve_blend
@@ -78,6 +80,8 @@ def check_inputs(config: RunConfig) -> Tokenizer:
     """What can be wrong with data and tokenizer, before any process group exists. Returns the tokenizer."""
     if not config.data.blend:
         raise ConfigError("data.blend is empty; name at least one domain with its path and weight")
+    if not list_checkpoints(checkpoint_root(config.logging.run_dir)):  # else it resumes, and needs its trunk no more
+        find_branch_point(config)
     tokenizer = recipe_tokenizer(config)
     check_loader(config.data.loader)
     check_sinks(config)
@@ -107,7 +111,7 @@ def _start_or_resume(
         end_of_document=tokenizer.eod,
         allow_changed=allow_changed,
     )
-    point = checkpointer.find_resume_point()
+    point = checkpointer.find_resume_point() or checkpointer.find_branch_point()
     weights = find_initial_weights(config) if point is None else None
     datasets = build_datasets(config, tokenizer=tokenizer)
     trainer = build_trainer(config, place)
@@ -160,7 +164,8 @@ def _run_to_end(run: Run) -> bool:
     finally:
         if collects_automatically:
             gc.enable()
-        watchdog.stop()
+        if watchdog is not None:
+            watchdog.stop()
         loader.close()
         run.report.close()
     if not is_complete:
@@ -177,7 +182,7 @@ def _train_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
 
     A stop puts validation off until the run continues: the checkpoint comes first.
     """
-    config, batches = run.trainer.config, _TimedBatches(loader, run.report)
+    config, batches = run.trainer.config, _timed(loader, run.report)
     gc_interval = config.runtime.gc_interval_steps
     step, validation_due, stop_requested = run.first_step, run.validation_due, False
     if validation_due:
@@ -269,26 +274,19 @@ def _give_up(run: Run, step: int, problem: str) -> None:
     raise TrainingDivergedError(reason)
 
 
-class _TimedBatches:
+def _timed(loader: Loader, report: Reporter) -> Iterator[Batch]:
     """The loader's batches; how long each was waited for goes to the report."""
-
-    def __init__(self, loader: Loader, report: Reporter) -> None:
-        self._loader, self._report = loader, report
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
+    while True:
         started = time.perf_counter()
         try:
-            batch = next(self._loader)
+            batch = next(loader)
         except StopIteration:  # megatron-core's schedules would take it for an end of their own
             raise DataError(
                 "the training data ended before the last step; the index of the samples is that of a shorter run: "
                 "remove data.cache_dir (it is built again) and start again"
             ) from None
-        self._report.waited(time.perf_counter() - started)
-        return batch
+        report.waited(time.perf_counter() - started)
+        yield batch
 
 
 def _validate(run: Run, step: int) -> float | None:

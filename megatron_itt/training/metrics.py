@@ -33,11 +33,13 @@ if TYPE_CHECKING:
 class StepView:
     """What a statistic is computed from: this rank's part of a step before the update, then the finished step.
 
-    `loss` is the mean over this rank's micro-batches, None before the last pipeline stage. `memory_bytes` is 0 in steps
+    `loss` is the mean over this rank's micro-batches, None before the last pipeline stage; `z_loss` is what the recipe
+    adds to it. `memory_bytes` is 0 in steps
     that are not logged. The fields from `step` on are known when the record is made.
     """
 
     loss: Tensor | None = None
+    z_loss: Tensor | None = None
     grad_norm: float = 0.0
     stop_requested: bool = False
     memory_bytes: int = 0
@@ -52,14 +54,13 @@ class Statistic:
     """A statistic of a step: its value on a rank, its reduction over the ranks that have one, and where it is written.
 
     Without a `reduction` the value is that of rank 0, taken after the step. `console` formats it for people; a value of
-    None is not shown.
+    None is not shown. `written`: a part of training records.
     """
 
     name: str
     value: Callable[[StepView], Any]
     reduction: Callable[[Tensor], float] | None = None
-    jsonl: bool = True
-    tensorboard: bool = True
+    written: bool = True
     console: Callable[[Any], str] | None = None
 
 
@@ -71,13 +72,13 @@ def _first_non_finite(values: Tensor) -> float:
 # Adding a statistic takes one line here. The order is that of metrics.jsonl and of the console.
 STATISTICS = (
     Statistic(name="loss", value=lambda v: v.loss, reduction=lambda x: float(x.mean()), console="loss {:.4f}".format),
+    Statistic(name="z_loss", value=lambda v: v.z_loss, reduction=lambda x: float(x.mean())),
     Statistic(name="grad_norm", value=lambda v: v.grad_norm, reduction=_first_non_finite, console="grad {:.3f}".format),
     Statistic(
         name="stop_requested",
         value=lambda v: v.stop_requested,
         reduction=lambda x: float(x.max()),
-        jsonl=False,
-        tensorboard=False,
+        written=False,
     ),
     Statistic(name="learning_rate", value=lambda v: v.learning_rate, console="lr {:.2e}".format),
     Statistic(name="consumed_tokens", value=lambda v: v.step * v.clock.config.tokens_per_step),
@@ -98,10 +99,6 @@ STATISTICS = (
         console=lambda value: f"{value / 2**30:.1f} GiB",
     ),
 )
-HIDDEN = {
-    "jsonl": frozenset(statistic.name for statistic in STATISTICS if not statistic.jsonl),
-    "tensorboard": frozenset(statistic.name for statistic in STATISTICS if not statistic.tensorboard),
-}
 _REDUCED = tuple(statistic for statistic in STATISTICS if statistic.reduction is not None)
 
 
@@ -157,7 +154,9 @@ def reduce_statistics(view: StepView, device: torch.device) -> StepStatistics:
     values = {}
     for column, statistic in enumerate(_REDUCED):
         assert statistic.reduction is not None
-        values[statistic.name] = statistic.reduction(table[table[:, 1, column] > 0, 0, column])
+        has_one = table[:, 1, column] > 0
+        if has_one.any():
+            values[statistic.name] = statistic.reduction(table[has_one, 0, column])
     losses = table[:, 0, [statistic.name for statistic in _REDUCED].index("loss")]
     return StepStatistics(values=values, broken_ranks=tuple((~torch.isfinite(losses)).nonzero().flatten().tolist()))
 
@@ -209,9 +208,11 @@ class StepClock:
         reduced = result.statistics.values
         record: Record = {"step": step}
         for statistic in STATISTICS:
-            if statistic.name != "memory_bytes" or result.recorder is not None:
-                own = statistic.reduction is None
-                record[statistic.name] = statistic.value(view) if own else reduced[statistic.name]
+            is_due = statistic.name != "memory_bytes" or result.recorder is not None
+            if statistic.reduction is None:
+                record[statistic.name] = statistic.value(view)
+            elif statistic.written and is_due and statistic.name in reduced:
+                record[statistic.name] = reduced[statistic.name]
         return {**record, **({} if result.verdict.action == "accept" else {"skipped": True})}
 
     def time_left_s(self, step: int) -> float:
@@ -263,7 +264,7 @@ class Reporter:
     def __init__(self, trainer: Trainer, *, resume_step: int) -> None:
         config, place = trainer.config, trainer.place
         self._trainer, self._resume_step = trainer, resume_step
-        self._sinks = Sinks(config, enabled=place.is_main, resume_step=resume_step, hidden=HIDDEN)
+        self._sinks = Sinks(config, enabled=place.is_main, resume_step=resume_step)
         self._clock = StepClock(config, place.world_size, peak_flops_per_s(place.device))
         self._profiler = Profiler(
             config.logging.profile, Path(config.logging.run_dir), rank=place.rank, device=place.device
@@ -306,6 +307,9 @@ class Reporter:
             entries = routing_entries(self._trainer, result.recorder, step) if accepted else []
             if entries:
                 record["routing"] = entries
+            if entries and (coefficient := self._trainer.config.thinking.router_z_loss) > 0.0:
+                squares = (entry["score_mean"] ** 2 + entry["score_std"] ** 2 for entry in entries if "share" in entry)
+                record["router_z_loss"] = coefficient * sum(squares)
         self._profiler.after_step(step)
         self._sinks.write(record)
         if result.recorder is not None:

@@ -59,20 +59,16 @@ def opened_run_folder(config: RunConfig, *, allow_changed: Sequence[str] = ()) -
 
 
 def _describe_start(run_dir: Path) -> None:
-    try:
-        (run_dir / DIVERGED_FILE).unlink(missing_ok=True)
-        _record_environment(run_dir)
-    except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
-        raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
-
-
-def _record_environment(run_dir: Path) -> None:
     """Write the versions of this start, and add them to those of all starts."""
     facts = describe_environment()
-    atomic_write(run_dir / ENVIRONMENT_FILE, json.dumps(facts, indent=2) + "\n")
     start = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), **facts}
-    with (run_dir / ENVIRONMENT_HISTORY_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    try:
+        (run_dir / DIVERGED_FILE).unlink(missing_ok=True)
+        atomic_write(run_dir / ENVIRONMENT_FILE, json.dumps(facts, indent=2) + "\n")
+        with (run_dir / ENVIRONMENT_HISTORY_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(start) + "\n")
+    except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+        raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
 
 
 def describe_environment() -> dict[str, str | None]:

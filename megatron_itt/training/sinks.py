@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,8 +30,6 @@ def check_sinks(config: RunConfig) -> None:
 
 
 class _Sink(Protocol):
-    output: str
-
     def write(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
@@ -40,16 +38,8 @@ class _Sink(Protocol):
 class Sinks:
     """All outputs of a run's records; on other processes than the main one, nothing."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        enabled: bool,
-        resume_step: int,
-        hidden: Mapping[str, Collection[str]] | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, *, enabled: bool, resume_step: int) -> None:
         self._sinks: list[_Sink] = []
-        self._hidden = hidden or {}
         run_dir = Path(config.logging.run_dir)
         if not enabled:
             return
@@ -63,8 +53,7 @@ class Sinks:
         """Write one training, validation or event record everywhere, with the time of day (UTC)."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         for sink in self._sinks:
-            hidden = self._hidden.get(sink.output, ())
-            sink.write({**{name: value for name, value in record.items() if name not in hidden}, "time": now})
+            sink.write({**record, "time": now})
 
     def close(self) -> None:
         """Flush and close."""
@@ -89,8 +78,6 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 class _JsonlSink:
     """One JSON object per line, in full precision; lines after the step that a run resumes from are dropped first."""
-
-    output = "jsonl"
 
     def __init__(self, path: Path, resume_step: int) -> None:
         _drop_after(path, resume_step)
@@ -122,8 +109,6 @@ def _drop_after(path: Path, resume_step: int) -> None:
 class _TensorBoardSink:
     """Scalars under train/, routing/ and validation/; events as text."""
 
-    output = "tensorboard"
-
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -142,8 +127,6 @@ class _TensorBoardSink:
 
 class _WandbSink:
     """The same scalars at Weights & Biases; a resumed run continues its own, unless it restarts from step 0."""
-
-    output = "tensorboard"  # the same
 
     def __init__(self, settings: WandbConfig, run_dir: Path, recipe: dict[str, Any], *, is_new: bool) -> None:
         import wandb

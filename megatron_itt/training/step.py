@@ -82,14 +82,15 @@ def train_step(
         losses = _run_schedule(trainer, batches, trainer.num_microbatches, forward)
     grad_norm = gradient_norm(trainer.optimizer)
     view = StepView(
-        loss=torch.stack([entry["loss"] for entry in losses]).double().mean() if losses else None,
+        loss=_mean_over(losses, "loss"),
+        z_loss=_mean_over(losses, "z_loss"),
         grad_norm=grad_norm,
         stop_requested=watch is not None and watch.stop.is_requested,
         memory_bytes=peak_memory_bytes(trainer.place.device) if log_routing else 0,
     )
     statistics = reduce_statistics(view, trainer.place.device)
     verdict = ACCEPTED if watch is None else watch.guard.judge(statistics)
-    learning_rate = trainer.optimizer.param_groups[0]["lr"]
+    learning_rate = trainer.schedule.learning_rate
     if verdict is ACCEPTED:
         _update(trainer, recorder, grad_norm, step)
     trainer.schedule.step(increment=1)
@@ -99,6 +100,12 @@ def train_step(
         verdict=verdict,
         recorder=recorder if log_routing else None,
     )
+
+
+def _mean_over(losses: Sequence[dict[str, Tensor]], name: str) -> Tensor | None:
+    """The mean over this rank's micro-batches; None where there is no such loss."""
+    found = [entry[name] for entry in losses if name in entry]
+    return torch.stack(found).double().mean() if found else None
 
 
 def averaging_decay(limit: float, step: int) -> float:
@@ -181,6 +188,8 @@ class ForwardStep:
         self.control = trainer.built.control
         self.recorder = recorder
         self.heartbeat = heartbeat
+        self.z_loss = trainer.config.optimizer.z_loss
+        self.router_z_loss = trainer.config.thinking.router_z_loss / trainer.num_microbatches  # the schedule's mean
         self.calls: dict[int, int] = {}
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
@@ -189,12 +198,13 @@ class ForwardStep:
         gathered = next(data_iterator)
         batch = {name: value.to(self.device, non_blocking=True) for name, value in gathered.items()}
         mask = find_padding(gathered["loss_mask"])
+        self.control.z_loss = self.router_z_loss
         self.control.padding_mask = None if mask is None else mask.to(self.device)
         if self.recorder is not None:
             self.recorder.microbatch = self.calls.get(id(model), 0)
             self.calls[id(model)] = self.recorder.microbatch + 1
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return output, partial(_reduce_loss, batch["loss_mask"])
+        return output, partial(_reduce_loss, batch["loss_mask"], z_loss=self.z_loss)
 
 
 def find_padding(loss_mask: Tensor) -> Tensor | None:
@@ -213,14 +223,19 @@ def find_padding(loss_mask: Tensor) -> Tensor | None:
     return None if bool(padding_mask.all()) else padding_mask.t().contiguous()
 
 
-def _reduce_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean loss over the tokens that count. Both [b, s]."""
+def _reduce_loss(loss_mask: Tensor, token_losses: Tensor, *, z_loss: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss over the tokens that count, [b, s]; with a z-loss [2, b, s], of which the second is its part."""
     mask = loss_mask.to(torch.float32)
+    token_losses, *squares = token_losses.unbind() if token_losses.dim() == 3 else (token_losses,)
     loss_sum = (token_losses.float() * mask).sum()
     num_tokens = mask.sum()
     loss = loss_sum / num_tokens.clamp(min=1.0)
     # The schedule scales the returned loss in place, so the report gets its own copy.
-    return loss, {"loss": loss.detach().clone(), "loss_sum": loss_sum.detach(), "num_tokens": num_tokens}
+    report = {"loss": loss.detach().clone(), "loss_sum": loss_sum.detach(), "num_tokens": num_tokens}
+    for of_tokens in squares:
+        added = z_loss * (of_tokens.float() * mask).sum() / num_tokens.clamp(min=1.0)
+        report["z_loss"], loss = added.detach(), loss + added
+    return loss, report
 
 
 def _sum_over_job(values: Tensor) -> Tensor:

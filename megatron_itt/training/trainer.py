@@ -16,7 +16,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -27,9 +26,10 @@ from megatron_itt.config.environment import ProcessInfo
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.model.builder import BuiltModel, build_model
+from megatron_itt.model.initialisation import global_name
 from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel
-from megatron_itt.training.optimizer import build_optimizer
-from megatron_itt.training.schedule import build_schedule
+from megatron_itt.training.optimizer import build_optimizer, check_groups
+from megatron_itt.training.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class Trainer:
     built: BuiltModel
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
+    schedule: Schedule
     forward_backward: Any
 
     @property
@@ -63,7 +63,7 @@ def build_trainer(
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     built = build(config, dtype=dtype, device=place.device)
     wrapped = apply_data_parallel(built, config)
-    optimizer = build_optimizer(config, wrapped)
+    optimizer = build_optimizer(config, wrapped, built.chunks)
     _connect(built, wrapped, optimizer, config)
     return Trainer(
         config=config,
@@ -71,7 +71,7 @@ def build_trainer(
         built=built,
         wrapped=wrapped,
         optimizer=optimizer,
-        schedule=build_schedule(config, optimizer),
+        schedule=Schedule(config, optimizer),
         forward_backward=get_forward_backward_func(),
     )
 
@@ -130,32 +130,38 @@ def dry_build(config: RunConfig, world_size: int) -> list[BuiltRank]:
     """Build the first and the last tensor-parallel rank of every pipeline stage; the last is listed if it differs.
 
     Ranks that differ in their data-parallel place alone are alike. Must run outside of a job. Raises ConfigError for a
-    layout that cannot be built, and MiscountedRankError where a rank is not what `accounting` counts.
+    layout that cannot be built or parameter groups that do not fit, and MiscountedRankError where a rank is not what
+    `accounting` counts.
     """
     assert not dist.is_initialized(), "a dry build needs a process that belongs to no job"
     found: list[BuiltRank] = []
+    names: set[str] = set()
     for memory in rank_memory(config, world_size):
-        built = [_build_rank(config, world_size, memory, tensor) for tensor in sorted({0, config.parallel.tensor - 1})]
-        found.append(built[0])
-        found += [rank for rank in built[1:] if _content(rank) != _content(built[0])]
+        first, *others = (
+            _build_rank(config, world_size, memory, tensor_rank=tensor, names=names)
+            for tensor in sorted({0, config.parallel.tensor - 1})
+        )
+        content = first.layers, first.parameters
+        found += [first, *(rank for rank in others if (rank.layers, rank.parameters) != content)]
+    check_groups(config.optimizer.groups, names)
     return found
 
 
-def _content(rank: BuiltRank) -> tuple[object, ...]:
-    return rank.layers, rank.parameters
-
-
-def _build_rank(config: RunConfig, world_size: int, memory: RankMemory, tensor_rank: int) -> BuiltRank:
-    """Build the rank of a stage and tensor-parallel place that is the first of its data-parallel group."""
+def _build_rank(
+    config: RunConfig, world_size: int, memory: RankMemory, *, tensor_rank: int, names: set[str]
+) -> BuiltRank:
+    """Build the first rank of a data-parallel group; add the names of its parameters to `names`."""
     # megatron-core counts ranks by tensor, then data, then pipeline place.
     stage = memory.pipeline_stage
     rank = stage * (world_size // config.parallel.pipeline) + tensor_rank
     name = f"rank {rank} of {world_size} (pipeline stage {stage}, tensor rank {tensor_rank})"
     try:
-        layers, parameters = _measure(config, world_size, rank, place=(stage, tensor_rank))
+        layers, counts = _measure(config, world_size, rank, place=(stage, tensor_rank))
     except (ValueError, RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name} cannot be built: {reason}; change parallel.* or model.*") from error
+    names.update(name for name, _ in counts)
+    parameters = sum(count for _, count in counts)
     counted = tuple(stage_layers(config, stage))
     if (layers, parameters) != (counted, memory.parameters):
         raise MiscountedRankError(
@@ -172,8 +178,10 @@ def _build_rank(config: RunConfig, world_size: int, memory: RankMemory, tensor_r
     )
 
 
-def _measure(config: RunConfig, world_size: int, rank: int, *, place: tuple[int, int]) -> tuple[tuple[int, ...], int]:
-    """Layers and parameters of a rank at `place` (pipeline stage, tensor rank)."""
+def _measure(
+    config: RunConfig, world_size: int, rank: int, *, place: tuple[int, int]
+) -> tuple[tuple[int, ...], list[tuple[str, int]]]:
+    """Layers of a rank at `place` (pipeline stage, tensor rank); names and sizes of its parameters."""
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     with _pretended_job(config, world_size, rank):
         stood = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
@@ -182,7 +190,8 @@ def _measure(config: RunConfig, world_size: int, rank: int, *, place: tuple[int,
         with meta:
             chunks = build_model(config, dtype=dtype, device=meta).chunks
     layers = tuple(layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers)
-    return layers, sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    named = ((chunk, name, parameter) for chunk in chunks for name, parameter in chunk.named_parameters())
+    return layers, [(global_name(name, chunk), parameter.numel()) for chunk, name, parameter in named]
 
 
 @contextmanager

@@ -74,19 +74,10 @@ class RankStatus:
         return f"rank {self.rank} (process {self.pid} on {self.host}): step {self.step}, {self.phase}, at {self.place}"
 
 
-class NoWatchdog:
-    """The watchdog of a job of one process."""
-
-    def stop(self) -> None:
-        """Do nothing."""
-
-
-def start_watchdog(heartbeat: Heartbeat, *, limit_s: float, device: torch.device) -> Watchdog | NoWatchdog:
-    """Start a watchdog of the main thread, which must be the calling one; `stop` ends it."""
+def start_watchdog(heartbeat: Heartbeat, *, limit_s: float, device: torch.device) -> Watchdog | None:
+    """Start a watchdog of the main thread, which must be the calling one; None for a job of one process."""
     place = process_info()
-    if place.world_size == 1:
-        return NoWatchdog()
-    return Watchdog(heartbeat, place, limit_s=limit_s, device=device)
+    return None if place.world_size == 1 else Watchdog(heartbeat, place, limit_s=limit_s, device=device)
 
 
 class Watchdog:

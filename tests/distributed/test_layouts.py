@@ -24,9 +24,9 @@ THINKING: dict[str, dict[str, Any]] = {
     "itt": {},
     "itt_selected": {"attend": "selected", "routing": "topk"},
     "itt_symmetric": {"reweight": "symmetric"},
-    "itt_threshold": {"routing": "threshold"},
+    "itt_threshold": {"routing": "threshold", "router_z_loss": 0.1},
     "itt_elastic": {"capacity": {"sample": [0.3, 0.9]}},
-    "itt_recompute": {"recompute": "routed"},
+    "itt_z_losses": {"recompute": "routed", "router_z_loss": 0.1},
     "itt_topp": {"routing": "topp"},
     "itt_delta_recompute_all": {"update": "delta", "recompute": "layer"},
     "loop": {"kind": "loop", "capacity": [1.0, 1.0, 1.0]},
@@ -61,11 +61,12 @@ def recipe(kind: str, parallel: dict[str, Any], **optimizer: Any) -> Any:
             "seq_length": seq_length,
             "tie_embeddings": kind.endswith("_tied"),
             **(QWEN if kind == "itt_qwen" else {}),
+            "logit_soft_cap": 2.0 if kind == "itt_z_losses" else None,
         },
         thinking=THINKING[kind],
         parallel=parallel,
         batch={"global": 8, "micro": 1},
-        optimizer=optimizer,
+        optimizer={"z_loss": 0.1 if kind == "itt_z_losses" else 0.0, **optimizer},
     )
 
 
@@ -109,8 +110,8 @@ REDUCED = [
     ("itt_symmetric", {"tensor": 2, "sequence": True}, {}),
     ("itt_threshold", {"tensor": 2, "sequence": True}, {}),
     ("itt_elastic", {}, OVERLAPPED),
-    ("itt_recompute", {}, OVERLAPPED),
-    ("itt_recompute", {"tensor": 2, "sequence": True}, {}),
+    ("itt_z_losses", {}, OVERLAPPED),
+    ("itt_z_losses", {"tensor": 2, "sequence": True}, {}),
     ("itt_topp", {"tensor": 2, "sequence": True}, {}),
     ("itt_delta_recompute_all", {"tensor": 2, "sequence": True}, {}),
     ("itt_elastic", {"tensor": 2, "sequence": True}, {}),
@@ -163,6 +164,8 @@ def test_every_gradient_is_that_of_one_rank() -> None:
         ("itt_tied", {"pipeline": 2}),
         ("itt_qwen", {"tensor": 2}),
         ("itt_qwen", {"tensor": 2, "sequence": True}),
+        *(("itt_z_losses", parallel) for parallel in ({"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2})),
+        ("itt_threshold", {"tensor": 2, "sequence": True}),
     ]
     expected = {kind: observe_gradients(ONE_PROCESS, recipe(kind, {}, distributed=False)) for kind, _ in cases}
     jobs = [(recipe(kind, parallel, distributed=False),) for kind, parallel in cases]

@@ -52,7 +52,15 @@ def recipe(layout: Layout, *, distributed: bool, dtype: str = "fp32", overlap: b
         model={"num_query_groups": 4},
         parallel=layout.parallel,
         batch={"global": 8, "micro": 1},
-        optimizer={"distributed": distributed, "weight_decay": 0.1, "overlap_grad_reduce": overlap},
+        optimizer={
+            "distributed": distributed,
+            "weight_decay": 0.1,
+            "overlap_grad_reduce": overlap,
+            "groups": [  # of the second, one of two pipeline stages has none
+                {"match": "router", "learning_rate": "x0.5", "weight_decay": 0.2},
+                {"match": "embedding", "learning_rate": 0.02},
+            ],
+        },
         precision={"dtype": dtype},
     )
 

@@ -62,7 +62,8 @@ class ITTConfig(PretrainedConfig):
     qkv_bias, qk_norm: biases of the QKV projection, norms of query and key heads. rotary_scaling:
     scaling of rotary frequencies, as transformers' `rope_parameters` without `rope_theta`.
     thinking_budget: default budget, one fraction of tokens in [0, 1] per routed step (0 skips the step); None means the
-    training capacity. thinking: see `complete_thinking` and layers_itt.py.
+    training capacity. final_logit_softcapping: squash logits into (-cap, cap), as Gemma 2 does; None: do not.
+    thinking: see `complete_thinking` and layers_itt.py.
     """
 
     model_type = "itt"
@@ -87,6 +88,7 @@ class ITTConfig(PretrainedConfig):
         qkv_bias: bool = False,
         qk_norm: bool = False,
         rotary_scaling: dict[str, Any] | None = None,
+        final_logit_softcapping: float | None = None,
         thinking: dict[str, Any] | None = None,
         thinking_budget: list[float] | None = None,
         pad_token_id: int | None = None,
@@ -108,6 +110,8 @@ class ITTConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
         self.rotary_scaling = rotary_scaling
+        if final_logit_softcapping is not None:
+            self.final_logit_softcapping = final_logit_softcapping
         self.thinking = complete_thinking(thinking, num_hidden_layers)
         self.thinking_budget = thinking_budget
         if self.num_attention_heads % self.num_key_value_heads:

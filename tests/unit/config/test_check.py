@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from megatron_itt.config.check import find_layout_problems
@@ -71,3 +73,34 @@ def test_a_model_without_a_thinking_layer_is_refused(kind: str) -> None:
 def test_overlaps_without_what_they_need_are_refused(section: str, values: dict[str, object], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         tiny_recipe(**{section: values})
+
+
+WSD = {"decay": "wsd", "warmup_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"schedule": WSD}, "schedule.decay is wsd but schedule.decay_steps is not set"),
+        ({"schedule": {**WSD, "decay_steps": 5}}, "schedule.steps - schedule.warmup_steps is 4; the decay must fit"),
+        ({"schedule": {"decay_steps": 2}}, "schedule.decay_steps is 2 but schedule.decay is cosine; it belongs to wsd"),
+        (
+            {"schedule": {"warmup_init_learning_rate": 0.1}},
+            "0.1, above optimizer.learning_rate = 0.01; a warm-up rises",
+        ),
+        ({"schedule": {"warmup_steps": 0, "warmup_init_learning_rate": 0.0}}, "set both or neither"),
+        ({"optimizer": {"groups": [{"match": "router"}]}}, "optimizer.groups[0] (router) sets nothing"),
+        (
+            {"optimizer": {"groups": [{"match": "router", "learning_rate": "3x"}]}},
+            "optimizer.groups[0].learning_rate is '3x'; give a number, or a multiple of optimizer.learning_rate",
+        ),
+        (
+            {"optimizer": {"groups": [{"match": "router", "weight_decay": -0.1}]}},
+            "optimizer.groups[0].weight_decay is -0.1, below 0",
+        ),
+    ],
+)
+def test_settings_of_optimizer_and_schedule_that_do_not_fit_are_named(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_recipe(**sections)
+    assert message in str(caught.value)

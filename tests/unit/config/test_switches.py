@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "skip": "literal",
     "recompute": "layer",
     "quantile_decay": 0.5,
+    "router_z_loss": 0.1,
     "threshold_phase": 0.25,
 }
 

@@ -147,7 +147,9 @@ def test_logits_equal_the_training_model(
 
 
 @pytest.mark.parametrize(
-    "shape", [{"num_query_groups": 1}, {"num_query_groups": None}, {"tie_embeddings": True}], ids=str
+    "shape",
+    [{"num_query_groups": 1, "logit_soft_cap": 0.1}, {"num_query_groups": None}, {"tie_embeddings": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("thinking", [{"kind": "none"}, {"kind": "loop", "capacity": [1.0]}, ITT], ids=str)
 def test_logits_equal_the_training_model_with_grouped_and_tied_weights(

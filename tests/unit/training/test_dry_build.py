@@ -73,3 +73,10 @@ def test_what_megatron_core_refuses_names_the_rank(monkeypatch: pytest.MonkeyPat
 def test_a_world_size_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="the world size is 6"):
         dry_build(recipe({"tensor": 2, "pipeline": 2}), 6)
+
+
+def test_parameter_groups_are_checked_over_all_stages() -> None:
+    groups = [{"match": "embedding", "learning_rate": "x2"}, {"match": "output_layer", "weight_decay": 0.0}]
+    assert len(dry_build(recipe({"pipeline": 2}, optimizer={"groups": groups}), WORLD_SIZE)) == 2
+    with pytest.raises(ConfigError, match="head matches no parameter"):
+        dry_build(recipe({"pipeline": 2}, optimizer={"groups": [{"match": "head", "weight_decay": 0.0}]}), WORLD_SIZE)

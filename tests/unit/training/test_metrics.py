@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_itt.training.metrics import HIDDEN, STATISTICS, StepClock, StepView, console_line, reduce_statistics
-from megatron_itt.training.sinks import Sinks
+from megatron_itt.model.routing_control import RoutingRecorder
+from megatron_itt.training.metrics import (
+    STATISTICS,
+    StepClock,
+    StepStatistics,
+    StepView,
+    console_line,
+    reduce_statistics,
+)
+from megatron_itt.training.step import StepResult
 from tests.helpers.one_rank import opened, tiny_recipe
 
 
@@ -44,11 +50,11 @@ def test_statistics_are_reduced_over_the_ranks_that_have_them() -> None:
         assert reduce_statistics(StepView(loss=torch.tensor(torch.nan)), device).broken_ranks == (0,)
 
 
-def test_a_statistic_is_written_where_its_declaration_says(tmp_path: Path) -> None:
-    config = tiny_recipe(logging={"run_dir": str(tmp_path), "tensorboard": False})
-    sinks = Sinks(config, enabled=True, resume_step=0, hidden=HIDDEN)
-    sinks.write({"step": 1, **{statistic.name: 1.0 for statistic in STATISTICS}})
-    sinks.close()
-    written = json.loads((tmp_path / "metrics.jsonl").read_text("utf-8"))
-    assert written.keys() - {"step", "time"} == {statistic.name for statistic in STATISTICS if statistic.jsonl}
-    assert "stop_requested" not in written
+def test_a_statistic_is_written_where_its_declaration_says() -> None:
+    clock = StepClock(tiny_recipe(), world_size=1, peak=None)
+    reduced = StepStatistics(values={statistic.name: 1.0 for statistic in STATISTICS if statistic.reduction})
+    record = clock.record(1, StepResult(statistics=reduced, learning_rate=0.1, recorder=RoutingRecorder()))
+    assert record.keys() - {"step"} == {statistic.name for statistic in STATISTICS if statistic.written}
+    assert "stop_requested" not in record
+    unlogged = clock.record(2, StepResult(statistics=StepStatistics(values={"loss": 2.0}), learning_rate=0.1))
+    assert unlogged["loss"] == 2.0 and not {"memory_bytes", "z_loss"} & unlogged.keys()

@@ -7,7 +7,7 @@ from operator import add
 import pytest
 import torch
 
-from megatron_itt.training.optimizer import split_into_boxes
+from megatron_itt.training.optimizer_state import split_into_boxes
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4), (1, 6), (6, 1)])

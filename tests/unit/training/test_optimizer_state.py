@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_itt.config import RunConfig
-from megatron_itt.training.optimizer import from_portable_state, to_portable_state
+from megatron_itt.training.optimizer_state import from_portable_state, to_portable_state
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import observe_steps
 
@@ -131,9 +131,9 @@ def test_a_reader_keeps_its_own_switches_and_counts_its_own_way() -> None:
     plain: dict[str, Any] = {"state": {0: {}, "common_step": torch.tensor(3.0)}, "param_groups": [{"fused": None}]}
     to_portable_state(plain)
     assert plain == {"state": {0: {}}, "param_groups": [{"step": 3}]}
-    from_portable_state(plain, {"fused": True, "lr": 9.0}, counts_per_tensor=True)
-    assert plain["param_groups"] == [{"step": 3, "fused": True}]
+    from_portable_state(plain, [{"fused": True, "lr": 9.0}], counts_per_tensor=True)
+    assert plain["param_groups"] == [{"step": 3, "fused": True, "lr": 9.0}]
     assert float(plain["state"]["common_step"]) == 3
     old: dict[str, Any] = {"state": {"common_step": torch.tensor(3.0)}, "param_groups": [{"foreach": None}]}
-    from_portable_state(old, {"bias_correction": True}, counts_per_tensor=False)
+    from_portable_state(old, [{"bias_correction": True}], counts_per_tensor=False)
     assert old == {"state": {}, "param_groups": [{"step": 3, "bias_correction": True}]}

@@ -1,0 +1,45 @@
+"""A run that branches from a checkpoint of another one computes what one run would have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from megatron_itt.commands.train import main
+
+Z_LOSSES = ["optimizer.z_loss=0.01", "thinking.router_z_loss=0.01"]
+WSD = [
+    *Z_LOSSES,
+    "schedule.decay=wsd",
+    "schedule.decay_steps=2",
+    "schedule.warmup_steps=1",
+    "validation.interval_steps=100",
+]
+SAVING = ["checkpoint.save_interval_steps=1", "checkpoint.keep_last=20"]
+
+
+def losses_of(run_dir: Path) -> dict[int, tuple[float, ...]]:
+    """Losses and learning rate by step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    keys = ("loss", "z_loss", "router_z_loss", "learning_rate")
+    return {line["step"]: tuple(line[key] for key in keys) for line in lines if "loss" in line}
+
+
+def test_a_branch_is_bit_for_bit_the_run_that_decays_there_and_survives_a_restart(recipe: Path, tmp_path: Path) -> None:
+    def run(name: str, *arguments: str) -> dict[int, tuple[float, ...]]:
+        assert main([str(recipe), *WSD, *SAVING, f"logging.run_dir={tmp_path / name}", *arguments]) == 0
+        return losses_of(tmp_path / name)
+
+    trunk = run("trunk", "schedule.steps=6")
+    whole = run("whole", "schedule.steps=5", "schedule.trunk_steps=6")
+    branch = ["--branch-from", str(tmp_path / "trunk"), "--at", "3"]
+    branched = run("branch", *branch)
+    assert {**{step: trunk[step] for step in (1, 2, 3)}, **branched} == whole
+    assert sorted(branched) == [4, 5]
+    assert json.loads((tmp_path / "trunk" / "branches.jsonl").read_text())["run_dir"] == str(tmp_path / "branch")
+
+    shutil.rmtree(tmp_path / "branch" / "checkpoints" / "step_0000005")  # as if killed after step 4
+    (tmp_path / "branch" / "finished").unlink()
+    shutil.rmtree(tmp_path / "trunk" / "checkpoints")  # no longer needed
+    assert run("branch", *branch) == branched
