@@ -147,7 +147,8 @@ def find_differences(section: dict[str, Any], model: ModelConfig) -> list[str]:
 
 def _unsupported(hf: dict[str, Any]) -> list[str]:
     """Fields with a value that the layers do not have."""
-    return [key for key, value in FIXED_FIELDS.items() if hf.get(key) not in (None, value)]
+    own = ("final_logit_softcapping",) if hf.get("model_type") == "itt" else ()
+    return [key for key, value in FIXED_FIELDS.items() if key not in own and hf.get(key) not in (None, value)]
 
 
 def _rope_scaling(rope: dict[str, Any], hf: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
