@@ -94,7 +94,7 @@ class LocalStore:
         return sorted(self.published(), key=lambda path: (path.name != marked, -step_of(path)))
 
     def open_staging(self, step: int) -> Path:
-        """Create an empty folder for all ranks to write into: a new one each time, which no dead writer knows."""
+        """Create a new folder for all ranks to write into, into which no dead writer still writes."""
         staging = self.root / f"{_WRITING}{checkpoint_name(step)}_{uuid.uuid4().hex[:8]}"
         staging.mkdir(parents=True)
         return staging
