@@ -41,7 +41,7 @@ class Shape:
         return f"{text} ({self.cut})" if self.cut else text
 
 
-def load_shape(name: str, overrides: Iterable[str], *, device: str, cut: bool = True) -> Shape:
+def load_shape(name: str, overrides: Iterable[str], *, device: str) -> Shape:
     """Load a shape of the paper, `tiny`, or a recipe's path; the paper's are cut to what the device can take.
 
     Overrides have the last word. ConfigError for names that are neither, and for recipes that are no ITT.
@@ -50,7 +50,7 @@ def load_shape(name: str, overrides: Iterable[str], *, device: str, cut: bool = 
     if name not in SHAPES and not path.is_file():
         raise ConfigError(f"{name} is neither a shape ({', '.join(SHAPES)}) nor a recipe's path")
     cuts: Sequence[str] = ()
-    if cut and name in SHAPES and name != "tiny":
+    if name in SHAPES and name != "tiny":
         cuts = _CPU_CUT if device == "cpu" else _GPU_CUT
     config = load_config(path, [*cuts, *overrides])
     if config.thinking.kind != "itt" or config.thinking.num_routed_steps == 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.exported_model import ExportedModel
 from megatron_itt.evaluation.options import Budget, CausalitySettings, check_budget, format_budget
+from megatron_itt.evaluation.perplexity import encode_documents
 from megatron_itt.evaluation.results import publish_folder
 from megatron_itt.tables import Columns, table_of, write_json, write_text
 
@@ -73,7 +74,10 @@ def measure_causality(
     if wrong := [length for length in settings.lengths if not 2 <= length <= longest]:
         raise EvaluationError(f"length {wrong[0]} is not between 2 and the model's context of {longest} tokens")
     lengths = settings.lengths or [length for length in (64, 256, 1024, longest) if length <= longest]
-    streams = {domain: _encode(export, documents, settings.max_tokens) for domain, documents in texts.items()}
+    streams = {  # documents joined by the prefix token
+        domain: [token for document in encode_documents(export, own, settings.max_tokens)[0] for token in document][1:]
+        for domain, own in texts.items()
+    }
     comparisons = []
     for domain, stream in streams.items():
         for length in sorted(set(lengths)):
@@ -88,16 +92,6 @@ def measure_causality(
             comparisons.append(_compare(export, torch.tensor(tokens), domain, budget, settings.batch_size))
     joined = [token for stream in streams.values() for token in stream]
     return comparisons, [_replace_later_tokens(export, joined, rule, budget, settings) for rule in RULES]
-
-
-def _encode(export: ExportedModel, documents: Sequence[str], max_tokens: int) -> list[int]:
-    """Documents joined by the prefix token, up to about `max_tokens`."""
-    stream: list[int] = []
-    for text in documents:
-        stream += [*export.tokenizer.encode(text, add_special_tokens=False), export.prefix_token_id]
-        if len(stream) > max_tokens:
-            break
-    return stream
 
 
 def _compare(export: ExportedModel, sequences: Tensor, domain: str, budget: Budget, batch_size: int) -> Row:

@@ -52,16 +52,14 @@ def measure_perplexity(
     domain: str = "all",
     batch_size: int = 8,
     max_tokens: int | None = None,
-    window: int | None = None,
 ) -> PerplexityResult:
-    """Measure at most `max_tokens` of `texts` at one thinking budget; `window` defaults to the model's context."""
-    length = min(window or export.max_length, export.max_length)
+    """Measure at most `max_tokens` of `texts` at one thinking budget."""
     documents, num_bytes = encode_documents(export, texts, max_tokens)
     if not documents:
         raise EvaluationError(f"held-out text of domain {domain!r} is empty; perplexity needs at least two tokens")
     losses = [0.0] * len(documents)
     with thinking_at(export.model, budget) as model, torch.inference_mode():
-        windows = sorted(sliding_windows(documents, length), key=lambda window: -len(window.tokens))
+        windows = sorted(sliding_windows(documents, export.max_length), key=lambda window: -len(window.tokens))
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
             for item, loss in zip(batch, _window_losses(model, batch), strict=True):

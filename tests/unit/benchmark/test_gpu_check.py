@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,15 @@ from megatron_itt.benchmark.gpu_check import (
 from megatron_itt.benchmark.gpu_rows import guarded
 from megatron_itt.benchmark.isolated import Check, Row
 from megatron_itt.errors import ConfigError
+from tests.unit.benchmark.checks import (
+    die,
+    disagree,
+    fail,
+    fail_to_prepare,
+    hang,
+    prepare_nothing,
+    report_process,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 # Packages of this project that a bare GPU machine lacks.
@@ -36,44 +44,12 @@ ABSENT = (
 TINY = CheckRequest(device="cpu", tiny=True, repeats=1, command="the command")
 
 
-def report_process() -> Iterator[Row]:
-    yield {"process": os.getpid()}
-
-
-def die() -> Iterator[Row]:
-    yield {"figure": 1}
-    os._exit(7)
-
-
-def hang() -> Iterator[Row]:
-    yield {"figure": 2}
-    time.sleep(600)
-
-
-def fail() -> Iterator[Row]:
-    yield {"figure": 3}
-    raise ConfigError("no such thing")
-
-
 def run_out_of_memory() -> Iterator[Row]:
     def measure() -> Row:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     yield guarded({"model": "large"}, measure)
     yield {"process": os.getpid()}
-
-
-def disagree() -> Iterator[Row]:
-    yield {"difference": 3.0, "allowed": 1.0, "agrees": False}
-    yield {"process": os.getpid()}
-
-
-def prepare_nothing() -> None:
-    """Importing this module in the new process counts as its setup."""
-
-
-def fail_to_prepare() -> None:
-    raise ConfigError("no backend")
 
 
 def check(name: str, function: object, limit_s: float = 60.0, **keys: object) -> Check:
