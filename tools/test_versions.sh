@@ -26,6 +26,7 @@ TESTS=(
     tests/unit/hf/test_export.py
     tests/distributed/test_layouts.py
     tests/distributed/test_save_load.py
+    tests/distributed/test_transformer_engine.py
     tests/integration/test_other_version.py
     tests/integration/test_training_run.py::test_every_kind_trains_with_the_same_command
     tests/integration/test_training_run.py::test_an_interrupted_run_continues_bit_for_bit
