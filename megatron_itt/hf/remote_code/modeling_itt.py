@@ -310,6 +310,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = cache
 
     @staticmethod
-    def create_masks_for_generate(*, inputs_embeds: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **others: Any) -> Tensor | None:
         """Padding mask [b, s] of the tokens of this call, of fixed shape; causality is the cache's concern."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        embedded = others["inputs_embeds" if "inputs_embeds" in others else "input_embeds"]  # by version; sizes only
+        return None if attention_mask is None else attention_mask[:, -embedded.shape[1] :]

@@ -94,7 +94,7 @@ class ITTStaticCache(ITTCache):
 
     def __init__(self, num_layers: int, max_cache_len: int, *, capture: bool = False) -> None:
         super().__init__(num_layers)
-        self.max_cache_len = -(-max_cache_len // PLACES_MULTIPLE) * PLACES_MULTIPLE
+        self.num_places = -(-max_cache_len // PLACES_MULTIPLE) * PLACES_MULTIPLE
         self.capture = capture
         self.length = torch.zeros((), dtype=torch.long)  # tokens per row so far, on the device of the entries
         self._budget: tuple[Any, list[Any], Tensor] | None = None
@@ -102,6 +102,10 @@ class ITTStaticCache(ITTCache):
     @property
     def is_compileable(self) -> bool:
         return self.capture
+
+    @property
+    def max_cache_len(self) -> int:
+        return self.num_places
 
     @property
     def is_static(self) -> bool:
@@ -115,21 +119,21 @@ class ITTStaticCache(ITTCache):
 
     def check_size(self, cache_position: Tensor) -> None:
         """Fail if the tokens at cache_position [b, s] have no place."""
-        size = self.max_cache_len
+        size = self.num_places
         require_later(
             (cache_position < size).all(), f"this ITTStaticCache holds {size} tokens per row; make a larger one"
         )
 
     def key_values(self, call: CallInputs, layer_idx: int, num_steps: int) -> CallKeyValues:
         """As ITTCache.key_values."""
-        return StaticKeyValues(call, self.layers[layer_idx], num_steps, self.max_cache_len)
+        return StaticKeyValues(call, self.layers[layer_idx], num_steps, self.num_places)
 
     def record_call(self, call: CallInputs) -> None:
         """Write the tokens of one call."""
         tokens = self.describe_call(call)
         if self.tokens is None:
             self.length = self.length.to(tokens.device, copy=True)
-            self.tokens = tokens.new_full((2, tokens.shape[1], self.max_cache_len), UNUSED)
+            self.tokens = tokens.new_full((2, tokens.shape[1], self.num_places), UNUSED)
             _fix_address(self.length, self.tokens)
         self.tokens.index_copy_(2, call.cache_position[0], tokens)
         self.length.add_(tokens.shape[2])
@@ -151,10 +155,10 @@ class ITTStaticCache(ITTCache):
         return 0 if self.tokens is None else int(self.length)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        return self.max_cache_len
+        return self.num_places
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return self.max_cache_len
+        return self.num_places
 
     def num_entries(self) -> dict[str, int]:
         """Entries by layer and store, unselected tokens of a routed step left out; "states" counts one per step."""

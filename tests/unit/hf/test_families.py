@@ -21,15 +21,15 @@ from megatron_itt.model.builder import forward_logits
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 160, "rms_norm_eps": 1e-6}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 40}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
 FAMILIES: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "smollm2": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_theta=100000.0),
-    "llama3": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
-    "linear": lambda: LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-    "yarn": lambda: LlamaConfig(**SHAPE, rope_parameters=YARN),
+    "llama3": lambda: LlamaConfig(**SHAPE, rope_theta=500000.0, rope_scaling=LLAMA3),
+    "linear": lambda: LlamaConfig(**SHAPE, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    "yarn": lambda: LlamaConfig(**SHAPE, rope_scaling=YARN),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=12),
