@@ -100,13 +100,14 @@ def _routed_activations(config: RunConfig) -> float:
     sizes, thinking, s = _Sizes.of(config), config.thinking, config.model.seq_length
     total = sizes.step_encoding(sizes.local(s)) if thinking.step_encoding else 0
     attends_all, masks = thinking.attend == "all", config.data.reset_at_document_end
-    if thinking.routing != "topk":
+    slack = thinking.threshold_slack
+    if thinking.routing != "topk" and slack is None:
         return total + thinking.num_routed_steps * sizes.masked_step(s, masks_attention=thinking.attend == "selected")
     if attends_all:  # slices of the fused QKV weight: one copy for all sequences of a micro-batch
         total += sizes.element * sizes.hidden * (sizes.query + 2 * sizes.key) / config.batch.micro
     num_stale = s
     for share in _largest_capacity(thinking):
-        k = count_selected_tokens(thinking, share, s)
+        k = count_selected_tokens(thinking, min(1.0, share + (slack or 0.0)), s)
         total += sizes.hidden_states(s) if changes_skipped(thinking) else 0
         total += sizes.routed_step(k, num_stale, attends_all=attends_all, masks_attention=masks)
         num_stale = s if changes_skipped(thinking) else k

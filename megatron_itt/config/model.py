@@ -152,6 +152,10 @@ class ThinkingConfig:
     threshold_phase: Annotated[float, Field(ge=0, lt=1)] = setting(
         0.0, free_on_resume=True, idle=(*_SELECTION, "routing threshold")
     )
+    # what training by thresholds may compute beyond the capacity, a fraction of the tokens; null computes every token
+    threshold_slack: Annotated[float, Field(ge=0, le=1)] | None = setting(
+        None, free_on_resume=True, idle=(*_SELECTION, "no thresholds", "routing topp")
+    )
     step_encoding: bool = setting(True, exported=True, idle=(*_THINKING, "residual replace"))
     gate: Literal["sigmoid", "tanh"] = setting("sigmoid", exported=True, idle=(*_SELECTION, "residual replace"))
     reweight: Literal["selected", "symmetric"] = setting(

@@ -27,6 +27,11 @@ IDLE_CONDITIONS: dict[str, tuple[Callable[[ThinkingConfig], bool], str]] = {
         lambda thinking: thinking.routing == "threshold",
         "thinking.routing is threshold, which selects by thresholds from the first step",
     ),
+    "routing topp": (lambda thinking: thinking.routing == "topp", "thinking.routing is topp, which has no thresholds"),
+    "no thresholds": (
+        lambda thinking: thinking.routing != "threshold" and thinking.threshold_phase == 0,
+        "no step is trained by thresholds: thinking.routing is not threshold and thinking.threshold_phase is 0",
+    ),
     "residual replace": (
         lambda thinking: thinking.residual == "replace",
         "thinking.residual is replace, which has neither updates nor weights",

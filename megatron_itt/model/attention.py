@@ -20,7 +20,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_itt.model.step_update import gather_tokens, scatter_tokens
+from megatron_itt.model.step_update import GatheredTokens, gather_tokens, scatter_tokens
 from megatron_itt.ops.attention import find_gathered_attention
 from megatron_itt.ops.rows import apply_rotary, split_qkv_and_rotate
 
@@ -135,9 +135,9 @@ class RoutedAttention:
     mask: Tensor | None
 
     def __call__(
-        self, selected: Tensor, positions: Tensor, hidden_states: Tensor, changed: Tensor | None
+        self, states: Tensor, tokens: GatheredTokens, hidden_states: Tensor, changed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """selected [k, b, h] at positions [k, b] -> linear_proj's output and bias.
+        """states [k, b, h] of the gathered tokens -> linear_proj's output and bias.
 
         hidden_states [s, b, h]: all tokens; changed [j, b]: positions that changed since the last call, None for all.
         """
@@ -157,10 +157,11 @@ class AttendToAll(RoutedAttention):
         self._cached: tuple[Tensor, Tensor] | None = None  # key and value of every token, each [s, b, g, d]
 
     def __call__(
-        self, selected: Tensor, positions: Tensor, hidden_states: Tensor, changed: Tensor | None
+        self, states: Tensor, tokens: GatheredTokens, hidden_states: Tensor, changed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        positions = tokens.positions
         key, value = self._cached = self._updated_key_value(hidden_states, changed)
-        heads = self.attention.project(self.norm(selected), self._query)
+        heads = self.attention.project(self.norm(states), self._query)
         query = self.attention.finish_query(heads, self.rotary.at(positions))
         if self.mask is None and (attend := find_gathered_attention(query)) is not None:
             context = attend(query, key, value, positions)
@@ -186,13 +187,16 @@ class AttendToSelected(RoutedAttention):
     """Selected queries over the keys of selected tokens."""
 
     def __call__(
-        self, selected: Tensor, positions: Tensor, hidden_states: Tensor, changed: Tensor | None
+        self, states: Tensor, tokens: GatheredTokens, hidden_states: Tensor, changed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        positions = tokens.positions
         attention, rotary = self.attention, self.rotary.at(positions)
         (qkv,) = attention.qkv_projections(slice(None))
-        heads = attention.project(self.norm(selected), qkv)  # [k, b, g, r + 2, d]
+        heads = attention.project(self.norm(states), qkv)  # [k, b, g, r + 2, d]
         query, key = attention.finish_query(heads[..., :-2, :], rotary), attention.finish_key(heads[..., -2, :], rotary)
         mask = None if self.mask is None else mask_columns(mask_rows(self.mask, positions), positions)
+        if tokens.selected is not None:
+            mask = selected_keys_mask(tokens.selected, mask)
         return attention.linear_proj(attention.core_attention(query, key, heads[..., -1, :], mask))
 
 

@@ -26,10 +26,13 @@ class RoutingRule:
     Further arguments: padding_mask, bool [s, b] or None, false on padding; multiple, which divides the number of
     selected tokens; quantiles [1025] of the step's router logits. Static rules compute only the selected tokens, the
     others a masked base pass. Without `select` every token is selected, with weight 1.
+    `slack` is set for a static rule that computes `capacity + slack` of the tokens and selects those of them that are
+    above the threshold.
     """
 
     select: Callable[..., Tensor] | None
     is_static: bool = False
+    slack: float | None = None
 
 
 def count_selected(capacity: float, seq_length: int, *, multiple: int = 1) -> int:
@@ -112,10 +115,13 @@ def threshold_for(capacity: float, logit_quantiles: Tensor) -> Tensor:
     return torch.lerp(logit_quantiles[low], logit_quantiles[high], index - low)
 
 
-def positions_to_mask(positions: Tensor, seq_length: int) -> Tensor:
-    """positions [k, b] -> bool [s, b], true where a token is selected."""
+def positions_to_mask(positions: Tensor, seq_length: int, selected: Tensor | None = None) -> Tensor:
+    """positions [k, b] -> bool [s, b], true where a token is selected: at all positions, or those that `selected` says.
+
+    selected: bool [k, b].
+    """
     mask = torch.zeros(seq_length, positions.shape[1], dtype=torch.bool, device=positions.device)
-    return mask.scatter(0, positions, True)
+    return mask.scatter(0, positions, True if selected is None else selected)
 
 
 def _ranking(logits: Tensor) -> Tensor:
@@ -149,6 +155,18 @@ def _threshold_rule(
 ) -> Tensor:
     selected = select_above(logits, threshold_for(capacity, quantiles).to(logits.dtype))
     return selected if padding_mask is None else selected & padding_mask
+
+
+def bounded_thresholds(slack: float) -> RoutingRule:
+    """Threshold routing that computes at most `capacity + slack` of the tokens, those with the highest logits.
+
+    Ours: all shapes are static, and a step costs what a top-k step of that size costs.
+    """
+
+    def select(logits: Tensor, capacity: float, **arguments: Any) -> Tensor:
+        return _topk_rule(logits, min(1.0, capacity + slack), **arguments)
+
+    return RoutingRule(select=select, is_static=True, slack=slack)
 
 
 # `thinking.routing`. Source: paper, Table 3 (Router Sampling; w/o ATR is none).

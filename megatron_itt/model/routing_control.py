@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_itt.config.model import ThinkingConfig
-from megatron_itt.model.routing import ROUTING_RULES, RoutingRule
+from megatron_itt.model.routing import ROUTING_RULES, RoutingRule, bounded_thresholds
 from megatron_itt.model.step_update import choose
 
 
@@ -22,12 +22,14 @@ from megatron_itt.model.step_update import choose
 class StepRecord:
     """One routed step of one micro-batch: detached router logits [s, b] float32 and the selected tokens, bool [s, b].
 
-    padding_mask: bool [s, b], false on padding; None without padding.
+    padding_mask: bool [s, b], false on padding; None without padding. dropped: bool [s, b], tokens above the threshold
+    for which `thinking.threshold_slack` left no room; None without it.
     """
 
     logits: Tensor
     selected: Tensor
     padding_mask: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -64,11 +66,14 @@ class RoutingPlan:
         """The routed steps that run, 1-based."""
         return [step for step, capacity in enumerate(self.capacity, start=1) if capacity > 0]
 
-    def record(self, layer_idx: int, step: int, logits: Tensor, selected: Tensor) -> None:
+    def record(
+        self, layer_idx: int, step: int, logits: Tensor, selected: Tensor, *, dropped: Tensor | None = None
+    ) -> None:
         """Store one step's router logits and selected tokens, if a recorder is set."""
         if self.recorder is not None:
             own = selected if self.padding_mask is None else selected & self.padding_mask
-            entry = StepRecord(logits=logits.detach().to(torch.float32), selected=own, padding_mask=self.padding_mask)
+            wide = logits.detach().to(torch.float32)
+            entry = StepRecord(logits=wide, selected=own, padding_mask=self.padding_mask, dropped=dropped)
             self.recorder.records[self.microbatch, layer_idx, step] = entry
 
 
@@ -87,11 +92,15 @@ class RoutingControl:
     padding_mask: Tensor | None = None
     z_loss: float = 0.0
 
-    def plan(self, switches: ThinkingConfig) -> RoutingPlan:
+    def plan(self, switches: ThinkingConfig, *, training: bool) -> RoutingPlan:
         """The routing of a layer with these switches in the pass that begins."""
+        routing, slack = self.routing or switches.routing, switches.threshold_slack
+        rule = choose("routing", routing, ROUTING_RULES)
+        if training and routing == "threshold" and slack is not None and self.padding_mask is None:
+            rule = bounded_thresholds(slack)
         return RoutingPlan(
             capacity=switches.nominal_capacity if self.capacity is None else self.capacity,
-            rule=choose("routing", self.routing or switches.routing, ROUTING_RULES),
+            rule=rule,
             temperature=self.temperature,
             recorder=self.recorder,
             microbatch=0 if self.recorder is None else self.recorder.microbatch,

@@ -74,10 +74,14 @@ def rescale_skipped(
 
 @dataclass(frozen=True, slots=True)
 class GatheredTokens:
-    """Selected tokens by position, [k, b]: only their rows are computed, [q, b, h] on this rank."""
+    """Tokens by position, [k, b]: only their rows are computed, [q, b, h] on this rank.
+
+    selected: bool [k, b], those of them that the step changes; None for all.
+    """
 
     positions: Tensor
     shards: SequenceShards
+    selected: Tensor | None = None
 
     def own(self, logits: Tensor) -> Tensor:
         """logits [s, b] -> those of this rank's selected tokens, [q, b]."""
@@ -85,15 +89,21 @@ class GatheredTokens:
 
     def skipped(self, logits: Tensor) -> Tensor:
         """The other tokens. logits [s, b] -> bool [s, b]."""
-        return ~positions_to_mask(self.positions, logits.shape[0])
+        return ~positions_to_mask(self.positions, logits.shape[0], self.selected)
 
     def put(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
         """Replace the selected tokens of hidden_states [s, b, h] by rows [q, b, h] of all ranks."""
-        return scatter_tokens(hidden_states, self.positions, self.shards.gather(rows))
+        rows = self.shards.gather(rows)
+        if self.selected is not None:
+            rows = torch.where(self.selected.unsqueeze(-1), rows, gather_tokens(hidden_states, self.positions))
+        return scatter_tokens(hidden_states, self.positions, rows)
 
     def add(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
         """Add rows [q, b, h] of all ranks to the selected tokens of hidden_states [s, b, h]."""
-        return scatter_add_tokens(hidden_states, self.positions, self.shards.gather(rows))
+        rows = self.shards.gather(rows)
+        if self.selected is not None:
+            rows = rows.masked_fill(~self.selected.unsqueeze(-1), 0.0)
+        return scatter_add_tokens(hidden_states, self.positions, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from megatron_itt.config.model import ThinkingConfig
 from megatron_itt.model import step_update
 from megatron_itt.model.attention import ATTEND, selected_keys_mask
 from megatron_itt.model.router import ThinkingParameters
-from megatron_itt.model.routing import positions_to_mask
+from megatron_itt.model.routing import positions_to_mask, select_above, threshold_for
 from megatron_itt.model.routing_control import RoutingControl, RoutingPlan
 from megatron_itt.model.step_update import GatheredTokens, MaskedTokens, SelectedTokens, choose
 from megatron_itt.parallel.async_gather import SequenceShards
@@ -65,7 +65,7 @@ class ThinkingLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [p, b, h] -> the same shape, and megatron-core's cross-attention context (always None)."""
-        plan = self.control.plan(self.switches)
+        plan = self.control.plan(self.switches, training=self.training)
         base_pass = partial(self._base_pass, kwargs=kwargs)
         think = partial(self._think, plan=plan, kwargs=kwargs)
         recompute = self.switches.recompute if torch.is_grad_enabled() else "none"
@@ -98,20 +98,20 @@ class ThinkingLayer(TransformerLayer):
         rotary = self.self_attention.rotary_table(kwargs["rotary_pos_emb"], hidden_states.dtype)
         attend = self.attend(self.self_attention, self.input_layernorm, rotary, kwargs.get("attention_mask"))
         logits = wait_for_logits()  # [s, b]
-        positions = self._select(logits, plan.steps[0], plan)
+        tokens = self._gathered(logits, plan.steps[0], plan)
         hidden_states = wait_for_states()  # [s, b, h]
         changed: Tensor | None = None
         for step in plan.steps:
             if step > plan.steps[0]:
                 logits = self._router_logits(hidden_states, step, plan, is_whole=True)
-                positions = self._select(logits, step, plan)
-            selected = step_update.gather_tokens(hidden_states, positions)  # [k, b, h]
-            attended = attend(selected, positions, hidden_states, changed)
-            rows = self.shards.own(selected)  # [q, b, h]
-            tokens, result = GatheredTokens(positions, self.shards), self._after_attention(attended, rows)
+                tokens = self._gathered(logits, step, plan)
+            states = step_update.gather_tokens(hidden_states, tokens.positions)  # [k, b, h]
+            attended = attend(states, tokens, hidden_states, changed)
+            rows = self.shards.own(states)  # [q, b, h]
+            result = self._after_attention(attended, rows)
             scaling = {"step": step, "logits": logits, "temperature": plan.temperature}
             hidden_states = self.update(self, hidden_states, tokens, rows, result, **scaling)
-            changed = None if self._changes_skipped else positions
+            changed = None if self._changes_skipped else tokens.positions
         # Every rank gathers all increments, after the last step too: their shards of the sequence depend on the data,
         # and so would the sizes of a smaller collective, for which the host would have to wait.
         return self.shards.own(hidden_states)
@@ -126,7 +126,9 @@ class ThinkingLayer(TransformerLayer):
             tokens, step_kwargs = MaskedTokens(None), kwargs
             if plan.rule.select is not None:
                 logits = self._with_z_loss(self.thinking.router_logits(hidden_states, step), plan)  # [p, b]
-                selected = self._select(self.shards.gather(logits.detach()), step, plan)  # [s, b]
+                whole = self.shards.gather(logits.detach())
+                selected = self._select(whole, step, plan)  # [s, b]
+                plan.record(self.layer_idx, step, whole, selected)
                 tokens = MaskedTokens(self.shards.own(selected))
                 if self.switches.attend == "selected":
                     mask = selected_keys_mask(selected, kwargs.get("attention_mask"))
@@ -164,20 +166,30 @@ class ThinkingLayer(TransformerLayer):
             weights *= own
         return step_update.add_squares(logits, plan.z_loss / total * weights)
 
+    def _gathered(self, logits: Tensor, step: int, plan: RoutingPlan) -> GatheredTokens:
+        """Select and record the tokens of a step by a static rule. logits [s, b]."""
+        logits = logits.detach()
+        positions, capacity = self._select(logits, step, plan), plan.capacity[step - 1]
+        selected = dropped = None
+        if plan.rule.slack is not None:
+            above = select_above(logits, threshold_for(capacity, self.thinking.quantiles_of(step)).to(logits.dtype))
+            selected = above.gather(0, positions)
+            dropped = above.scatter(0, positions, False)
+        if plan.recorder is not None:
+            mask = positions_to_mask(positions, logits.shape[0], selected)
+            plan.record(self.layer_idx, step, logits, mask, dropped=dropped)
+        return GatheredTokens(positions, self.shards, selected)
+
     def _select(self, logits: Tensor, step: int, plan: RoutingPlan) -> Tensor:
-        """Select and record the tokens of a step. logits [s, b] -> positions [k, b] of a static rule, else [s, b]."""
+        """Select the tokens of a step. logits [s, b], detached -> positions [k, b] of a static rule, else [s, b]."""
         assert plan.rule.select is not None, "a rule without selection has no logits"
-        selected = plan.rule.select(
-            logits.detach(),
+        return plan.rule.select(
+            logits,
             plan.capacity[step - 1],
             padding_mask=plan.padding_mask,
             multiple=self.shards.num,
             quantiles=self.thinking.quantiles_of(step),
         )
-        if plan.recorder is not None:
-            mask = positions_to_mask(selected, logits.shape[0]) if plan.rule.is_static else selected
-            plan.record(self.layer_idx, step, logits, mask)
-        return selected
 
     def _after_attention(self, attended: tuple[Tensor, Tensor | None], rows: Tensor) -> Tensor:
         """The part of a transformer layer after attention: residual, norm, MLP, residual. [q, b, h] -> [q, b, h]."""

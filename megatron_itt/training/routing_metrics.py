@@ -27,8 +27,8 @@ _WARN_AGAIN_STEPS = 1000
 
 Entry = dict[str, Any]
 # Columns of the sums of one layer and step; the selected tokens per position [s] follow them.
-_TOKENS, _SUM, _SQUARES, _SELECTED, _SEQUENCES, _OWNERS, _THRESHOLD, _ENCODING_NORM = range(8)
-_NUM_SUMS = 8
+_TOKENS, _SUM, _SQUARES, _SELECTED, _SEQUENCES, _OWNERS, _THRESHOLD, _ENCODING_NORM, _DROPPED = range(9)
+_NUM_SUMS = 9
 
 
 def routing_entries(trainer: Trainer, recorder: RoutingRecorder, step: int) -> list[Entry]:
@@ -36,7 +36,8 @@ def routing_entries(trainer: Trainer, recorder: RoutingRecorder, step: int) -> l
 
     `score_mean`, `score_std`: of router logits over tokens; `threshold`: the logit that the step's share of
     tokens exceeds, None where all are selected; `share`: of selected tokens; `position_share`: see below, None for one
-    sequence; `phi_norm`: of the step encoding.
+    sequence; `phi_norm`: of the step encoding; `dropped_share`: of tokens above the threshold that
+    `thinking.threshold_slack` left out, where it is set.
     `position_share` is the part of the variance of "is selected" that the position in the sequence explains, corrected
     for chance: 0 for a selection that follows the text, 1 when every sequence selects the same positions.
     """
@@ -55,9 +56,9 @@ def routing_entries(trainer: Trainer, recorder: RoutingRecorder, step: int) -> l
             _add_records(row, recorder, layer.layer_idx, routed)
     if dist.get_world_size() > 1:
         dist.all_reduce(sums)
-    table = sums.cpu()
+    table, slack = sums.cpu(), config.thinking.threshold_slack
     return [
-        _entry(table[place, routed], layer=layer_id, step=routed + 1)
+        _entry(table[place, routed], layer=layer_id, step=routed + 1, counts_dropped=slack is not None)
         for place, layer_id in enumerate(layer_ids)
         for routed in range(num_steps)
     ]
@@ -89,11 +90,14 @@ def _add_records(row: Tensor, recorder: RoutingRecorder, layer_idx: int, step: i
     row[_SEQUENCES] += logits.shape[1]
     per_position = selected.sum(dim=1)
     row[_SELECTED] += per_position.sum()
+    row[_DROPPED] += sum(record.dropped.sum() for record in records if record.dropped is not None)
     row[_NUM_SUMS:] += per_position
 
 
-def _entry(row: Tensor, *, layer: int, step: int) -> Entry:
-    tokens, total, squares, num_selected, sequences, owners, threshold, encoding_norm = row[:_NUM_SUMS].tolist()
+def _entry(row: Tensor, *, layer: int, step: int, counts_dropped: bool) -> Entry:
+    tokens, total, squares, num_selected, sequences, owners, threshold, encoding_norm, dropped = row[
+        :_NUM_SUMS
+    ].tolist()
     entry: Entry = {"layer": layer, "step": step, "phi_norm": encoding_norm / max(owners, 1.0)}
     if tokens:
         mean, share = total / tokens, num_selected / tokens
@@ -101,6 +105,8 @@ def _entry(row: Tensor, *, layer: int, step: int) -> Entry:
         entry["score_std"] = math.sqrt(max(0.0, squares / tokens - mean * mean))
         entry["threshold"] = None if math.isnan(threshold) else threshold / owners
         entry["share"] = share
+        if counts_dropped:
+            entry["dropped_share"] = dropped / tokens
         entry["position_share"] = explained_by_position(row[_NUM_SUMS:] / sequences, num_sequences=int(sequences))
     return entry
 

@@ -51,7 +51,7 @@ def recipe(tiny_data: Path, tmp_path: Path) -> Path:
             },
             "cache_dir": str(tmp_path / "cache"),
         },
-        validation={"tokens": 2048, "interval_steps": 2, "budgets": [[0.25, 0.25, 0.25], [1.0, 1.0, 1.0]]},
+        validation={"tokens": 512, "interval_steps": 2, "budgets": [[0.25, 0.25, 0.25], [1.0, 1.0, 1.0]]},
         checkpoint={"save_interval_steps": 2, "keep_last": 2},
         logging={"run_dir": str(tmp_path / "run"), "interval_steps": 1},
     )

@@ -23,7 +23,7 @@ SMALLER = {
     "model": {"hidden_size": 48, "ffn_hidden_size": 64, "num_layers": 4, "seq_length": 128},
     "batch": {"global": 8, "micro": 4},
     "schedule": {"steps": 6, "warmup_steps": 2},
-    "validation": {"tokens": 40000, "interval_steps": 6},
+    "validation": {"tokens": 12000, "interval_steps": 6},
     "checkpoint": {"save_interval_steps": 2},
 }
 # Pages whose shell blocks are run, and what replaces the paths of a cluster in them.
@@ -32,6 +32,7 @@ STAND_INS = {
     "/data/redpajama/arxiv/*.jsonl.zst": "runs/quickstart/corpus/code",
     "/data/tokenizer": "runs/quickstart/tokenizer",
     "runs/466m_itt_x4": "runs/quickstart",
+    "--repeats 3": "--repeats 1",
     "--tasks paper": "--task-dir runs/quickstart/tasks --limit 2",
 }
 

@@ -25,7 +25,7 @@ import pytest
 from tests.architecture.sources import ROOT
 
 NUM_STEPS = 16
-NUM_KILLS = int(os.environ.get("ITT_TEST_KILLS", "2"))
+NUM_KILLS = int(os.environ.get("ITT_TEST_KILLS", "1"))
 SEED = os.environ.get("ITT_TEST_KILLS_SEED", "moments to kill at")
 SETTINGS = (
     "parallel.tensor=2",

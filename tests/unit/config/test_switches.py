@@ -35,6 +35,7 @@ OTHER: dict[str, Any] = {
     "quantile_decay": 0.5,
     "router_z_loss": 0.1,
     "threshold_phase": 0.25,
+    "threshold_slack": 0.1,
 }
 
 
@@ -48,6 +49,7 @@ OTHER: dict[str, Any] = {
         ({"routing": "none", "gate": "tanh"}, "gate is tanh but thinking.routing is none"),
         ({"routing": "none", "capacity_schedule": "ramp"}, "capacity_schedule is ramp but thinking.routing is none"),
         ({"routing": "threshold", "threshold_phase": 0.5}, "threshold_phase is 0.5 but thinking.routing is threshold"),
+        ({"threshold_slack": 0.1}, "threshold_slack is 0.1 but no step is trained by thresholds"),
         ({"residual": "replace", "update": "delta"}, "update is delta but thinking.residual is replace"),
         ({"residual": "replace", "reweight": "symmetric"}, "reweight is symmetric but thinking.residual is replace"),
         ({"residual": "replace", "skip": "literal"}, "skip is literal but thinking.residual is replace"),
@@ -89,4 +91,4 @@ def test_a_model_that_does_not_route_takes_no_switch() -> None:
             for kind, capacity in (("loop", (1.0,)), ("none", ()), ("itt", (0.5,)))
         )
         assert (loop, plain) == (int(key != "layers"), 1), key
-        assert itt == int(key.startswith("ramp_")), key
+        assert itt == int(key.startswith("ramp_") or key == "threshold_slack"), key

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_itt.model.attention import ATTEND, RotarySelfAttention, RotaryTable
 from megatron_itt.model.backends import RMSNorm
+from megatron_itt.model.step_update import GatheredTokens
+from megatron_itt.parallel.async_gather import SequenceShards
 from tests.helpers.one_rank import built_model, random_tokens, tiny_recipe
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -145,7 +147,7 @@ def test_routed_steps_apply_bias_and_qk_norms(attend: str) -> None:
         rotary = RotaryTable.of(angles, torch.float64)
         routed = ATTEND[attend](attention, lambda hidden: hidden, rotary, None)
         hidden = torch.randn(24, 2, 32, dtype=torch.float64)
-        every = torch.arange(24)[:, None].expand(24, 2)
+        every = GatheredTokens(torch.arange(24)[:, None].expand(24, 2), SequenceShards(None))
         changed = torch.tensor([[3, 17]])
         for positions in (None, changed):
             expected, _ = attention(hidden, attention_mask=None, rotary_pos_emb=angles)

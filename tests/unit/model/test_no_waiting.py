@@ -26,6 +26,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"routing": "topp"},
     {"routing": "threshold", "attend": "selected"},
     {"routing": "threshold", "capacity": [1.0, 0.5]},
+    {"routing": "threshold", "threshold_slack": 0.25},
     {"routing": "none"},
 ]
 
