@@ -15,14 +15,14 @@ Result = tuple[torch.Tensor, dict[str, torch.Tensor], dict[tuple[int, int, int],
 SPREAD = 60.0  # of the router, which gives router logits a deviation of about 1
 
 
-def trained_pass(slack: float | None, *, training: bool = True, **switches: Any) -> Result:
-    """Logits, gradients and records of a training pass in float64; thresholds at the quantiles of N(0, 1)."""
+def trained_pass(slack: float | None, *, training: bool = True, shift: float = 0.0, **switches: Any) -> Result:
+    """Logits, gradients and records of a training pass in float64; thresholds at the quantiles of N(shift, 1)."""
     config = tiny_recipe(thinking={"routing": "threshold", "threshold_slack": slack, **switches})
     with built_model(config) as built:
         quantiles = torch.linspace(0.0005, 0.9995, 1025)
         for layer in built.thinking_layers():
             layer.thinking.logit_quantiles.copy_(
-                torch.special.ndtri(quantiles).expand_as(layer.thinking.logit_quantiles)
+                (shift + torch.special.ndtri(quantiles)).expand_as(layer.thinking.logit_quantiles)
             )
             with torch.no_grad():
                 layer.thinking.router.normal_(0.0, SPREAD / 32**0.5, generator=torch.Generator().manual_seed(5))
@@ -65,8 +65,8 @@ def test_without_overflow_it_equals_computing_every_token(switches: dict[str, An
 
 
 def test_beyond_the_bound_the_highest_logits_are_kept_and_the_rest_is_counted() -> None:
-    _, _, records = trained_pass(0.0, capacity=[0.25])
-    _, _, unbounded = trained_pass(None, capacity=[0.25])
+    _, _, records = trained_pass(0.0, shift=-1.0, capacity=[0.25])
+    _, _, unbounded = trained_pass(None, shift=-1.0, capacity=[0.25])
     room, num_dropped = count_selected(0.25, 24), 0
     first_layer = min(key[1] for key in records)
     record, above = records[0, first_layer, 1], unbounded[0, first_layer, 1].selected
@@ -82,5 +82,5 @@ def test_beyond_the_bound_the_highest_logits_are_kept_and_the_rest_is_counted() 
 
 
 def test_evaluation_has_no_bound() -> None:
-    bounded, expected = (trained_pass(slack, training=False, capacity=[0.25]) for slack in (0.0, None))
+    bounded, expected = (trained_pass(slack, training=False, shift=-1.0, capacity=[0.25]) for slack in (0.0, None))
     assert torch.equal(bounded[0], expected[0])
