@@ -105,7 +105,7 @@ REDUCED = [
     ("itt", {"pipeline": 2}, OVERLAPPED),
     ("itt", {}, {"distributed": False}),
     ("itt", {}, ALL_OVERLAPPED),
-    ("itt_recompute", {}, ALL_OVERLAPPED),
+    ("itt_z_losses", {}, ALL_OVERLAPPED),
     ("itt_tied", {"pipeline": 2, "virtual_pipeline": 2, "overlap_p2p": True}, ALL_OVERLAPPED),
     ("itt_selected", {"tensor": 2, "sequence": True}, {}),
     ("itt_symmetric", {"tensor": 2, "sequence": True}, {}),
