@@ -185,21 +185,21 @@ def test_every_gradient_is_that_of_one_rank() -> None:
 
 @pytest.mark.parametrize("kind", ["itt", "itt_tied"])
 def test_a_checkpoint_continues_under_another_layout(kind: str, tmp_path: Path) -> None:
-    """Saved after three steps, under TP2 + SP or (tied) over two stages; the rest runs under others, as one rank would.
+    """Saved after two steps, under TP2 + SP or (tied) over two stages; the rest runs under others, as one rank would.
 
     A run that starts from its weights alone validates them as the run that saved them did.
     """
     whole = observe_on_one_rank(kind)
     saved_under = {"pipeline": 2} if kind == "itt_tied" else {"tensor": 2, "sequence": True}
-    ((saved, _),) = run_ranks(2, _save_after_three, [(recipe(kind, saved_under), str(tmp_path))])
-    checkpoint = str(tmp_path / "step_0000003")
+    ((saved, _),) = run_ranks(2, _save_after_two, [(recipe(kind, saved_under), str(tmp_path))])
+    checkpoint = str(tmp_path / "step_0000002")
     layouts_to_load: list[dict[str, Any]] = [{"tensor": 2}, {"pipeline": 2}, {}]
     jobs = [(recipe(kind, parallel), checkpoint) for parallel in layouts_to_load]
     continued = [ranks[0] for ranks in run_ranks(2, _continue_from, jobs)]
     continued.append(_continue_from(ONE_PROCESS, recipe(kind, {}), checkpoint))
     for observed in continued:
-        assert observed.losses == pytest.approx(whole.losses[3:], rel=TOLERANCE)
-        assert observed.grad_norms == pytest.approx(whole.grad_norms[3:], rel=TOLERANCE)
+        assert observed.losses == pytest.approx(whole.losses[2:], rel=TOLERANCE)
+        assert observed.grad_norms == pytest.approx(whole.grad_norms[2:], rel=TOLERANCE)
         assert observed.validation == pytest.approx(whole.validation, rel=TOLERANCE)
     started = [ranks[0] for ranks in run_ranks(2, _start_from, jobs)]
     started.append(_start_from(ONE_PROCESS, recipe(kind, {}), checkpoint))
@@ -225,12 +225,12 @@ def _train_and_save(place: Any, config: Any, root: str) -> Observed:
     return observe_steps(place, config, save_to=root, as_trained=True)
 
 
-def _save_after_three(place: Any, config: Any, root: str) -> Observed:
-    return observe_steps(place, config, save_to=root, steps=(0, 3))
+def _save_after_two(place: Any, config: Any, root: str) -> Observed:
+    return observe_steps(place, config, save_to=root, steps=(0, 2))
 
 
 def _continue_from(place: Any, config: Any, checkpoint: str) -> Observed:
-    return observe_steps(place, config, load_from=checkpoint, steps=(3, NUM_STEPS))
+    return observe_steps(place, config, load_from=checkpoint, steps=(2, NUM_STEPS))
 
 
 def _start_from(place: Any, config: Any, checkpoint: str) -> Observed:

@@ -13,7 +13,7 @@ from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import NUM_STEPS, Observed, observe_steps
 from tests.helpers.transformer_engine import install_stand_in
 
-SAVED_AFTER = 3  # steps
+SAVED_AFTER = NUM_STEPS - 1
 NAME = f"step_{SAVED_AFTER:07d}"
 TOLERANCE = 1e-6  # float64 throughout, but for norms that megatron-core rounds to float32
 LAYOUTS: list[dict[str, Any]] = [{"tensor": 2, "sequence": True}, {"tensor": 2}, {"pipeline": 2}]

@@ -21,7 +21,7 @@ from tests.architecture.sources import ROOT
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import NUM_STEPS, observe_steps
 
-SAVED_AFTER = 3  # steps; by then Adam's moments and its step count matter
+SAVED_AFTER = NUM_STEPS - 1
 NAME = f"step_{SAVED_AFTER:07d}"
 IN_OTHER_VERSION = f"""
 import sys
