@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # Packages of this project that a bare GPU machine lacks.
 ABSENT = (
     *("tensorboard", "orjson", "zstandard", "datasets", "lm_eval", "matplotlib", "tyro", "sentencepiece", "gigatoken"),
-    *("pyarrow", "wandb", "filelock"),
+    *("pyarrow", "wandb"),
 )
 TINY = CheckRequest(device="cpu", tiny=True, repeats=1, command="the command")
 
