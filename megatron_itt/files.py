@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -42,6 +43,26 @@ def atomic_write(path: Path, content: str | bytes, *, durable: bool = False) -> 
     """Write or replace a small file in one step."""
     with replacing(path, durable=durable) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def publishing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, which gets that name after the block; an error removes it.
+
+    An existing folder that is not empty is replaced with `overwrite`, and an OSError (ENOTEMPTY, EEXIST) without.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    replaced = staging.with_suffix(".replaced")
+    try:
+        staging.mkdir()
+        yield staging
+        if overwrite and folder.exists():
+            folder.rename(replaced)
+        staging.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

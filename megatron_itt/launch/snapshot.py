@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import shutil
 import subprocess
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from megatron_itt.config import RunConfig, dump_config, load_config
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError
-from megatron_itt.files import atomic_write, find_fault, write_contents
+from megatron_itt.files import atomic_write, find_fault, publishing, write_contents
 
 CODE_FOLDER = "code"
 RECIPE_FILE = "recipe.yaml"
@@ -38,22 +37,19 @@ def take_snapshot(config: RunConfig, checkout: Path) -> Path:
     Raises ConfigError if the run folder cannot be written.
     """
     run_dir = Path(config.logging.run_dir)
-    snapshot, staging = run_dir / CODE_FOLDER, run_dir / f".{CODE_FOLDER}.writing-{uuid.uuid4().hex[:8]}"
+    snapshot = run_dir / CODE_FOLDER
     try:
-        staging.mkdir(parents=True)
-        for name in _COPIED:
-            shutil.copytree(checkout / name, staging / name, ignore=_NOT_COPIED)
-        if (commit := source_commit(checkout)) is not None:
-            (staging / COMMIT_FILE).write_text(commit + "\n", encoding="utf-8")
-        write_contents(staging)
-        (staging / RECIPE_FILE).write_text(config_to_yaml(config), encoding="utf-8")
-        staging.rename(snapshot)
+        with publishing(snapshot) as staging:
+            for name in _COPIED:
+                shutil.copytree(checkout / name, staging / name, ignore=_NOT_COPIED)
+            if (commit := source_commit(checkout)) is not None:
+                (staging / COMMIT_FILE).write_text(commit + "\n", encoding="utf-8")
+            write_contents(staging)
+            (staging / RECIPE_FILE).write_text(config_to_yaml(config), encoding="utf-8")
     except OSError as error:
         if error.errno in _NOT_EMPTY and (other := use_snapshot(config)) is not None:
             return other
         raise ConfigError(f"logging.run_dir is {run_dir}, which cannot be written ({error}); choose another") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return snapshot
 
 

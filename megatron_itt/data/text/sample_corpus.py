@@ -11,7 +11,6 @@ import ast
 import hashlib
 import json
 import os
-import shutil
 import sysconfig
 import tokenize
 import warnings
@@ -23,6 +22,7 @@ from pathlib import Path
 import zstandard
 
 from megatron_itt.errors import DataError
+from megatron_itt.files import publishing
 
 SUMMARY_NAME = ".summary.json"  # hidden: folders are read file by file
 _FORMAT_VERSION = 1
@@ -87,16 +87,18 @@ def build_sample_corpus(
         return reused
     installed = sysconfig.get_paths()
     domains = _collect(min_bytes, library or Path(installed["stdlib"]), packages or Path(installed["purelib"]))
-    building = output.with_name(f"{output.name}.building-{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
     try:
-        summary = {name: _write_domain(building, name, domain, documents_per_shard) for name, domain in domains.items()}
-        document = {"settings": settings, "domains": summary}
-        (building / SUMMARY_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        building.replace(output)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        with publishing(output) as staging:
+            summary = {
+                name: _write_domain(staging, name, domain, documents_per_shard) for name, domain in domains.items()
+            }
+            document = {"settings": settings, "domains": summary}
+            (staging / SUMMARY_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    except OSError:
+        reused = _reusable_summary(output, settings)  # another process may have been faster
+        if reused is None:
+            raise
+        return reused
     return summary
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_a_second_build_reuses_the_first_and_a_new_one_is_identical(small: dict[
     assert build_sample_corpus(tmp_path / "again", **small) == summary
     again = sorted(path for path in (tmp_path / "again").rglob("*") if path.is_file())
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in files]
+
+
+def test_builds_at_the_same_time_give_one_corpus(small: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "corpora" / "corpus"
+    with ThreadPoolExecutor(4) as pool:
+        builds = [pool.submit(build_sample_corpus, folder, **small) for _ in range(4)]
+    summary = builds[0].result()
+    assert all(build.result() == summary for build in builds)
+    assert [path.name for path in folder.parent.iterdir()] == ["corpus"]
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
