@@ -19,7 +19,7 @@ from megatron_itt.errors import EvaluationError
 from megatron_itt.evaluation.exported_model import ExportedModel
 from megatron_itt.evaluation.options import Budget, CausalitySettings, check_budget, format_budget
 from megatron_itt.evaluation.perplexity import encode_documents
-from megatron_itt.evaluation.results import publish_folder
+from megatron_itt.files import publishing
 from megatron_itt.tables import Columns, table_of, write_json, write_text
 
 RULES = ("topk", "threshold")
@@ -49,11 +49,9 @@ def report_causality(
     }
     text = _markdown(export, format_budget(budget), comparisons, futures)
 
-    def write(folder: Path) -> None:
+    with publishing(output, overwrite=True) as folder:
         write_json(folder / "causality.json", content)
         write_text(folder / "causality.md", text)
-
-    publish_folder(output, write)
     return text
 
 

@@ -27,7 +27,8 @@ from megatron_itt.evaluation.exported_model import (
 )
 from megatron_itt.evaluation.options import Budget, EvaluationRequest, check_budget, format_budget
 from megatron_itt.evaluation.perplexity import measure_perplexity
-from megatron_itt.evaluation.results import PAPER_TASKS, publish_folder, write_results
+from megatron_itt.evaluation.results import PAPER_TASKS, write_results
+from megatron_itt.files import publishing
 from megatron_itt.log import get_logger
 
 _BOOTSTRAP_ITERATIONS = 1000
@@ -57,7 +58,8 @@ def evaluate_export(request: EvaluationRequest) -> dict[str, Any]:
         export = load_export(request.model, device=request.device, dtype=request.dtype)
         measured = _measure(export, plan, list(dict.fromkeys(budgets)) or [export.trained_budget], request)
     results = {"model": name, **measured}
-    publish_folder(output, lambda folder: write_results(results, folder))
+    with publishing(output, overwrite=True) as folder:
+        write_results(results, folder)
     return results
 
 

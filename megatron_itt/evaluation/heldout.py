@@ -24,7 +24,7 @@ import yaml
 from megatron_itt.data.text.documents import DocumentReader, Rejection
 from megatron_itt.data.text.sources import find_sources
 from megatron_itt.errors import EvaluationError
-from megatron_itt.evaluation.results import publish_folder
+from megatron_itt.files import publishing
 
 PLAIN_TEXT = (".txt", ".md", ".rst")
 LAST_WORD_TASK = "heldout_last_word"
@@ -179,14 +179,12 @@ def write_heldout_tasks(
             "give one of their own"
         )
 
-    def write(folder: Path) -> None:
+    with publishing(output_dir, overwrite=True) as folder:
         for name, rows in records.items():
             lines = [json.dumps(row, ensure_ascii=True) + "\n" for row in rows]
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
             task = yaml.safe_dump(_task_yaml(name), sort_keys=False)
             (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
-
-    publish_folder(output_dir, write)
     return list(records)
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,24 +98,6 @@ def read_results(path: Path | str) -> dict[str, Any]:
     if not isinstance(results, dict) or not isinstance(results.get("runs"), list):
         raise EvaluationError(f"{path} has no list `runs`, so it is not a results file of itt evaluate")
     return results
-
-
-def publish_folder(output: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside `output`, and replace `output` by it when it is complete.
-
-    A failed write, such as on a full disk, leaves `output` unchanged and nothing else.
-    """
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
 
 
 def write_results(results: dict[str, Any], folder: Path) -> None:

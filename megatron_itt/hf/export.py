@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from megatron_itt.config.run import RunConfig
 from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.data.text.tokenizer_folder import check_tokenizer_folder, load_with_transformers
 from megatron_itt.errors import ExportError
+from megatron_itt.files import publishing
 from megatron_itt.hf.folder import (
     FLOAT32_SUFFIX,
     cast_weights,
@@ -75,15 +74,11 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, options: Expor
         raise ExportError(f"dtype is {options.dtype!r}; use one of {sorted(DTYPES)}.")
     if output.exists():
         raise ExportError(f"{output} exists already; choose another --output or remove it.")
-    with load_model_for_inference(checkpoint, dtype=torch.float32) as (built, config, run_state):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        try:
-            report = _write_folder(staging, built, config, run_state, options=options)
-            staging.chmod(0o755)
-            staging.replace(output)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with (
+        load_model_for_inference(checkpoint, dtype=torch.float32) as (built, config, run_state),
+        publishing(output) as staging,
+    ):
+        report = _write_folder(staging, built, config, run_state, options=options)
     return replace(report, folder=output)
 
 
