@@ -31,8 +31,8 @@ def compile_problems(capabilities: Sequence[int], capacities: Sequence[float]) -
 
 @NEEDS_TRITON
 def test_launches_of_the_papers_shapes_compile_and_fit() -> None:
-    # An A100 has the least room; 70% of 4096 tokens is not a multiple of 16, which costs the compiler the most.
-    problems, names = compile_problems([80], [0.7])
+    # 70% of 4096 tokens is not a multiple of 16, which costs the compiler the most.
+    problems, names = compile_problems([80, 90, 100], [0.7])
     assert problems == []
     assert {"forward_kernel", "query_kernel", "key_value_kernel", "rotate_kernel", "swiglu_kernel"} <= names
 
