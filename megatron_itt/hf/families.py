@@ -62,9 +62,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("*.gguf"))
     ):
         raise ExportError(
-            f"{folder} is a GGUF file; convert it with transformers and the package gguf: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUTPUT), and the tokenizer "
-            "in the same way."
+            f"{folder} is a GGUF file; convert it with transformers and the package gguf: AutoModelForCausalLM."
+            "from_pretrained(FOLDER, gguf_file=NAME, quantization_config=GgufConfig(dequantize=True))"
+            ".save_pretrained(OUTPUT), and the tokenizer in the same way."
         )
     try:
         given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
