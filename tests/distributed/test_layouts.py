@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_itt.model.initialisation import own_shard
 from tests.helpers.launch import run_ranks
+from tests.helpers.leaving import free_left_trainers
 from tests.helpers.one_rank import ONE_PROCESS, tiny_recipe
 from tests.helpers.steps import NUM_STEPS, Observed, global_batch, observe_gradients, observe_steps
 
@@ -78,7 +79,9 @@ def num_layers(parallel: dict[str, Any]) -> int:
 
 def observe_on_one_rank(kind: str, *, layers: int = 4) -> Observed:
     config = recipe(kind, {})
-    return observe_steps(ONE_PROCESS, replace(config, model=replace(config.model, num_layers=layers)))
+    observed = observe_steps(ONE_PROCESS, replace(config, model=replace(config.model, num_layers=layers)))
+    free_left_trainers()  # many kinds follow each other in one test
+    return observed
 
 
 def assert_same(observed: list[Observed], expected: Observed) -> None:
