@@ -36,9 +36,9 @@ def observe_with_stand_in(place: Any, config: Any, options: dict[str, Any]) -> t
 
     made: set[str] = set()
 
-    def build_and_note(config: Any, wrapped: Any) -> Any:
+    def build_and_note(config: Any, wrapped: Any, *chunks: Any) -> Any:
         made.update(name for chunk in wrapped for name in chunk.state_dict())
-        optimizer = build_optimizer(config, wrapped)
+        optimizer = build_optimizer(config, wrapped, *chunks)
         made.update(type(part.optimizer).__module__ for part in getattr(optimizer, "chained_optimizers", [optimizer]))
         return optimizer
 
