@@ -15,6 +15,7 @@ from megatron_itt.config import RunConfig, dump_config, load_config, parse_confi
 PATH_KEYS = (
     ("data", "tokenizer"),
     ("data", "cache_dir"),
+    ("checkpoint", "branch_from"),
     ("checkpoint", "initial_weights"),
     ("logging", "run_dir"),
 )

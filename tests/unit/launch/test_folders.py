@@ -41,7 +41,8 @@ def test_relative_data_and_runs_go_to_the_clusters_folders() -> None:
     ],
 )
 def test_every_path_of_a_recipe_is_placed(section: str, key: str, path: str, expected: str) -> None:
-    config = load_for_cluster(RECIPE, [f"{section}.{key}={path}"], FOLDERS)
+    needed = ["schedule.trunk_steps=100000"] if key == "branch_from" else []
+    config = load_for_cluster(RECIPE, [f"{section}.{key}={path}", *needed], FOLDERS)
     assert getattr(getattr(config, section), key) == expected
 
 

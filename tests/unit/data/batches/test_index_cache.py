@@ -114,7 +114,7 @@ def test_what_a_killed_builder_left_is_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / "key"
     process = multiprocessing.get_context("fork").Process(target=build_once, args=(folder, lambda _: time.sleep(60)))
     process.start()
-    while not list(tmp_path.glob(f"key.building-*/{index_cache.BUILDER}")):
+    while not any(path.read_text() for path in tmp_path.glob(f"key.building-*/{index_cache.BUILDER}")):
         time.sleep(0.01)
     process.kill()
     process.join()
