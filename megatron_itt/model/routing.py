@@ -26,13 +26,12 @@ class RoutingRule:
     Further arguments: padding_mask, bool [s, b] or None, false on padding; multiple, which divides the number of
     selected tokens; quantiles [1025] of the step's router logits. Static rules compute only the selected tokens, the
     others a masked base pass. Without `select` every token is selected, with weight 1.
-    `slack` is set for a static rule that computes `capacity + slack` of the tokens and selects those of them that are
-    above the threshold.
+    With `confirm`, a mask with the same arguments, a static rule selects only those of its positions that it confirms.
     """
 
     select: Callable[..., Tensor] | None
     is_static: bool = False
-    slack: float | None = None
+    confirm: Callable[..., Tensor] | None = None
 
 
 def count_selected(capacity: float, seq_length: int, *, multiple: int = 1) -> int:
@@ -166,7 +165,7 @@ def bounded_thresholds(slack: float) -> RoutingRule:
     def select(logits: Tensor, capacity: float, **arguments: Any) -> Tensor:
         return _topk_rule(logits, min(1.0, capacity + slack), **arguments)
 
-    return RoutingRule(select=select, is_static=True, slack=slack)
+    return RoutingRule(select=select, is_static=True, confirm=_threshold_rule)
 
 
 # `thinking.routing`. Source: paper, Table 3 (Router Sampling; w/o ATR is none).

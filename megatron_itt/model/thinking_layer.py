@@ -33,7 +33,7 @@ from megatron_itt.config.model import ThinkingConfig
 from megatron_itt.model import step_update
 from megatron_itt.model.attention import ATTEND, selected_keys_mask
 from megatron_itt.model.router import ThinkingParameters
-from megatron_itt.model.routing import positions_to_mask, select_above, threshold_for
+from megatron_itt.model.routing import positions_to_mask
 from megatron_itt.model.routing_control import RoutingControl, RoutingPlan
 from megatron_itt.model.step_update import GatheredTokens, MaskedTokens, SelectedTokens, choose
 from megatron_itt.parallel.async_gather import SequenceShards
@@ -127,7 +127,7 @@ class ThinkingLayer(TransformerLayer):
             if plan.rule.select is not None:
                 logits = self._with_z_loss(self.thinking.router_logits(hidden_states, step), plan)  # [p, b]
                 whole = self.shards.gather(logits.detach())
-                selected = self._select(whole, step, plan)  # [s, b]
+                selected = self._by_rule(plan.rule.select, whole, step, plan)  # [s, b]
                 plan.record(self.layer_idx, step, whole, selected)
                 tokens = MaskedTokens(self.shards.own(selected))
                 if self.switches.attend == "selected":
@@ -169,21 +169,20 @@ class ThinkingLayer(TransformerLayer):
     def _gathered(self, logits: Tensor, step: int, plan: RoutingPlan) -> GatheredTokens:
         """Select and record the tokens of a step by a static rule. logits [s, b]."""
         logits = logits.detach()
-        positions, capacity = self._select(logits, step, plan), plan.capacity[step - 1]
+        positions = self._by_rule(plan.rule.select, logits, step, plan)
         selected = dropped = None
-        if plan.rule.slack is not None:
-            above = select_above(logits, threshold_for(capacity, self.thinking.quantiles_of(step)).to(logits.dtype))
-            selected = above.gather(0, positions)
-            dropped = above.scatter(0, positions, False)
+        if plan.rule.confirm is not None:
+            confirmed = self._by_rule(plan.rule.confirm, logits, step, plan)
+            selected, dropped = confirmed.gather(0, positions), confirmed.scatter(0, positions, False)
         if plan.recorder is not None:
             mask = positions_to_mask(positions, logits.shape[0], selected)
             plan.record(self.layer_idx, step, logits, mask, dropped=dropped)
         return GatheredTokens(positions, self.shards, selected)
 
-    def _select(self, logits: Tensor, step: int, plan: RoutingPlan) -> Tensor:
-        """Select the tokens of a step. logits [s, b], detached -> positions [k, b] of a static rule, else [s, b]."""
-        assert plan.rule.select is not None, "a rule without selection has no logits"
-        return plan.rule.select(
+    def _by_rule(self, rule: Callable[..., Tensor] | None, logits: Tensor, step: int, plan: RoutingPlan) -> Tensor:
+        """The tokens of a step by a function of the routing rule: positions [k, b] or a mask [s, b]. logits [s, b]."""
+        assert rule is not None, "a rule without selection has no logits"
+        return rule(
             logits,
             plan.capacity[step - 1],
             padding_mask=plan.padding_mask,
