@@ -149,7 +149,8 @@ def disable_tokenizer_threads() -> None:
 
 
 def set_cuda_variables(*, tensor_parallel: bool, varying_shapes: bool, deterministic: bool) -> None:
-    """Configure CUDA, NCCL and torch's allocator; call it before the first CUDA call. Variables that are set stay.
+    """Configure CUDA, NCCL and torch's allocator; call it before the first CUDA call. Variables that are set stay,
+    but for TransformerEngine's permission of kernels that are not deterministic.
 
     Source: Megatron-LM, which requires the first and the fourth in the same cases.
     """
@@ -162,7 +163,7 @@ def set_cuda_variables(*, tensor_parallel: bool, varying_shapes: bool, determini
     if deterministic:
         variables["NCCL_ALGO"] = "^NVLS"  # sums in the switch have no fixed order
         variables["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        variables["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 

@@ -167,10 +167,12 @@ def test_cuda_variables_follow_the_recipe_and_the_gpus(tmp_path: Path, monkeypat
     assert variables("9.0", deterministic=True)["NCCL_ALGO"] == "^NVLS"
 
 
-def test_a_variable_that_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_is_set_stays_unless_it_contradicts_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {"NCCL_ALGO": "Ring", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
+    environment["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "1"
     monkeypatch.setattr(os, "environ", environment)
     set_cuda_variables(tensor_parallel=False, varying_shapes=True, deterministic=True)
     assert environment["NCCL_ALGO"] == "Ring"
     assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512"
     assert "PYTORCH_ALLOC_CONF" not in environment
+    assert environment["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"  # a deterministic run does not permit it
