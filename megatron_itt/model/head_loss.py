@@ -18,9 +18,9 @@ from megatron_itt.config.run import RunConfig
 
 def install_head_loss(chunk: GPTModel, config: RunConfig) -> None:
     """Give the last model chunk the soft cap and the z-loss of a recipe. Without them it stays megatron-core's own."""
-    if config.model.logit_soft_cap is not None:
-        cap = partial(_cap_output, cap=config.model.logit_soft_cap)
-        chunk.output_layer.register_forward_hook(lambda _module, _inputs, output: cap(output))
+    cap = config.model.logit_soft_cap
+    if cap is not None:  # the layer returns logits and its bias
+        chunk.output_layer.register_forward_hook(lambda _layer, _inputs, output: (soft_cap(output[0], cap), output[1]))
     if config.optimizer.z_loss > 0.0:
         chunk.compute_language_model_loss = partial(_loss_with_z, chunk)
 
@@ -28,11 +28,6 @@ def install_head_loss(chunk: GPTModel, config: RunConfig) -> None:
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
     """Squash logits smoothly into (-cap, cap). Source: Gemma 2, arXiv 2408.00118, section 2."""
     return cap * torch.tanh(logits / cap)
-
-
-def _cap_output(output: tuple[Tensor, Any], cap: float) -> tuple[Tensor, Any]:
-    logits, bias = output
-    return soft_cap(logits, cap), bias
 
 
 def _loss_with_z(chunk: GPTModel, labels: Tensor, logits: Tensor) -> Tensor:
@@ -75,5 +70,6 @@ class _CrossEntropyAndZ(torch.autograd.Function):
     def backward(ctx: Any, of_loss: Tensor, of_z: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         gradient, own_labels, is_own, log_partition = ctx.saved_tensors  # the first as probabilities
         gradient.mul_((of_loss + 2.0 * log_partition * of_z).unsqueeze(-1))  # in place: a backward pass runs once
-        gradient.scatter_add_(-1, own_labels, -(of_loss * is_own).unsqueeze(-1).to(gradient.dtype))
+        of_label = gradient.gather(-1, own_labels) - (of_loss * is_own).unsqueeze(-1)
+        gradient.scatter_(-1, own_labels, of_label)  # one label per token: nothing to add atomically
         return gradient.to(ctx.dtype), None, None
