@@ -328,9 +328,13 @@ class ITTCache(Cache):
         if kept <= 0 and self.tokens is not None:
             self.reset()
         elif self.tokens is not None and kept < self.get_seq_length():
-            for store in self._stores():
-                store.crop(kept)
-            self.tokens = self.tokens[:, :, :kept]
+            self._crop_to(kept)
+
+    def _crop_to(self, length: int) -> None:
+        assert self.tokens is not None, "crop has looked"
+        for store in self._stores():
+            store.crop(length)
+        self.tokens = self.tokens[:, :, :length]
 
     def reset(self) -> None:
         self.layers = [LayerCache() for _ in self.layers]

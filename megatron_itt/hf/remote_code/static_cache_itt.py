@@ -178,16 +178,12 @@ class ITTStaticCache(ITTCache):
             store.key_values = _take_rows(store.key_values, beam_idx, dim=2)
             store.positions = _take_rows(store.positions, beam_idx, dim=0)
 
-    def crop(self, length: int) -> None:
-        """As ITTCache.crop."""
-        kept = length if length > 0 else self.get_seq_length() + length
-        if kept <= 0 and self.tokens is not None:
-            self.reset()
-        elif self.tokens is not None and kept < self.get_seq_length():
-            self.tokens[:, :, kept:] = UNUSED
-            self.length.fill_(kept)
-            for store in self._stores():
-                store.positions[:, kept:] = UNUSED
+    def _crop_to(self, length: int) -> None:
+        assert self.tokens is not None, "crop has looked"
+        self.tokens[:, :, length:] = UNUSED
+        self.length.fill_(length)
+        for store in self._stores():
+            store.positions[:, length:] = UNUSED
 
     def reset(self) -> None:
         super().reset()

@@ -8,17 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-PATTERNS: list[dict[str, Any]] = [
-    {},
-    {"attend": "selected"},
-    {"routing": "none"},
-    {"skip": "literal"},
-    {"reweight": "symmetric"},
-    {"residual": "replace"},
-    {"update": "delta", "gate": "tanh"},
-    {"kind": "loop"},
-    {"kind": "none"},
-]
+from tests.helpers.switch_patterns import PATTERNS
+
 # Float64: the cached pass sums in another order than the full one; a wrong entry would show at 1e-3 and above.
 ATOL = 1e-9
 

@@ -12,18 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
 from megatron_itt.hf.remote_code.static_cache_itt import ITTStaticCache, choose_cache
+from tests.helpers.switch_patterns import PATTERNS
 
-PATTERNS: list[dict[str, Any]] = [
-    {},
-    {"attend": "selected"},
-    {"routing": "none"},
-    {"skip": "literal"},
-    {"reweight": "symmetric"},
-    {"residual": "replace"},
-    {"update": "delta", "gate": "tanh"},
-    {"kind": "loop"},
-    {"kind": "none"},
-]
 BUDGETS = torch.tensor([[0.0, 0.6, 0.3], [1.0, 0.2, 0.9], [0.5, 0.5, 0.0]])
 # Operations that wait for the device: their results, or the shapes of their results, are needed on the host.
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "is_nonzero")
