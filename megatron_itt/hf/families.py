@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,16 +129,17 @@ def find_differences(section: dict[str, Any], model: ModelConfig) -> list[str]:
     """Return the keys in which a recipe's model differs from the folder's; floats are compared as float32."""
     names = [RECIPE_KEYS.get(name, name) for name in SHAPE_FIELDS.values()]
     names += ["qkv_bias", "qk_norm", "rope_scaling", "logit_soft_cap"]
-    read: dict[str, Callable[[], Any]] = {
-        "num_query_groups": lambda: model.num_key_value_heads,
-        "head_dim": lambda: model.head_size,
-        "rope_scaling": lambda: model.rope_scaling and model.rope_scaling.settings,
+    resolved: dict[str, Any] = {
+        "num_query_groups": model.num_key_value_heads,
+        "head_dim": model.head_size,
+        "rope_scaling": model.rope_scaling and model.rope_scaling.settings,
     }
     default = {"head_dim": section["hidden_size"] // section["num_attention_heads"]}
     default |= {"rope_scaling": None, "logit_soft_cap": None}
     problems = []
     for name in names:
-        wanted, found = read.get(name, lambda: getattr(model, name))(), section.get(name, default.get(name, False))  # noqa: B023
+        wanted = resolved[name] if name in resolved else getattr(model, name)
+        found = section.get(name, default.get(name, False))
         if name not in NOT_COMPARED and _as_float32(wanted) != _as_float32(found):
             problems.append(f"model.{name} is {wanted} but the folder's is {found}")
     return problems

@@ -104,10 +104,8 @@ def _override(config: RunConfig, name: str, parameter: Tensor) -> dict[str, floa
 
     megatron-core tells groups apart by their multiples alone, so that equal multiples must mean equal settings.
     """
-    optimizer, values = (
-        config.optimizer,
-        {"wd_mult": 0.0 if parameter.dim() == 1 or name.endswith(_NOT_DECAYED) else 1.0},
-    )
+    optimizer = config.optimizer
+    values = {"wd_mult": 0.0 if parameter.dim() == 1 or name.endswith(_NOT_DECAYED) else 1.0}
     group = next((group for group in optimizer.groups if match_group(group, name)), None)
     if group is not None and group.weight_decay is not None:
         values["wd_mult"] = _multiple(group.weight_decay, optimizer.weight_decay)
