@@ -17,7 +17,7 @@ SOURCES := megatron_itt tools tests setup.py
 export OMP_NUM_THREADS ?= 1
 export PYTHON
 
-.PHONY: help install quickstart test test-versions test-parallel lint types format bench gpu-check clean
+.PHONY: help install quickstart test test-versions test-parallel lint types format docs bench gpu-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,10 +39,11 @@ test-parallel: $(STAMP)  ## the full matrix of parallel layouts (gloo, long)
 test-versions: $(STAMP)  ## version-dependent tests under the other tested Python and megatron-core (OTHER_PYTHON=python3.13)
 	@bash tools/test_versions.sh
 
-lint: $(STAMP)  ## formatting and lint rules
+lint: $(STAMP)  ## formatting, lint rules, spelling
 	@$(PY) -m ruff format --check --quiet $(SOURCES) || { $(PY) -m ruff format --diff --quiet $(SOURCES); \
 		echo "lint: formatting differs; run make format" >&2; exit 1; }
 	@$(PY) -m ruff check --quiet $(SOURCES)
+	@$(PY) -m codespell_lib $$(git ls-files 2>/dev/null || echo $(SOURCES) docs)
 
 types: $(STAMP)  ## static types
 	@$(PY) -m mypy --no-error-summary
@@ -51,6 +52,9 @@ format: $(STAMP)  ## rewrite the sources in the house format
 	@$(PY) -m ruff check --fix --quiet $(SOURCES)
 	@$(PY) -m ruff format --quiet $(SOURCES)
 
+docs: $(STAMP)  ## build the documentation site into site/; a warning fails
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 bench: $(STAMP)  ## measure throughput on this machine
 	@$(PY) tools/benchmark.py --threads $$(nproc)
 
@@ -58,5 +62,5 @@ gpu-check:  ## check the GPU parts on a machine that has a GPU; with .venv or, w
 	@if [ -x $(PY) ]; then $(PY) -m megatron_itt.benchmark; else PYTHONPATH=. $(PYTHON) -m megatron_itt.benchmark; fi
 
 clean:  ## remove caches and build products; .venv and runs/ stay
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find megatron_itt tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

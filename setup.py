@@ -45,7 +45,10 @@ EXTRAS = {
         "transformer-engine[core_cu13,pytorch]>=2.9,<2.21; platform_system == 'Linux' and python_version >= '3.12'",
     ],
     "wandb": ["wandb>=0.21"],
+    "docs": ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2"],
     "dev": [
+        "build>=1.3",
+        "codespell>=2.4",
         "mypy>=2.4,<3",
         "pytest>=8",
         "pytest-timeout>=2.3",

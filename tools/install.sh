@@ -2,7 +2,7 @@
 # Set up a virtual environment with everything that training, evaluation and the tests need. Called by the Makefile; safe
 # to run again at any time, also after an interruption: what is installed already is kept.
 #
-#   bash tools/install.sh                 PYTHON=python3.12 VENV=.venv EXTRAS=data,eval,analysis,dev bash tools/install.sh
+#   bash tools/install.sh                 PYTHON=python3.12 VENV=.venv EXTRAS=data,eval,analysis,docs,dev bash tools/install.sh
 #
 # The constraints choose megatron-core by Python's version: 0.19 on 3.12 and newer, 0.16 on 3.10 and 3.11.
 # torch goes first and exactly pinned, because what depends on it would otherwise take the newest one. Without an NVIDIA
@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${VENV:-.venv}
-extras=${EXTRAS:-data,eval,analysis,dev}
+extras=${EXTRAS:-data,eval,analysis,docs,dev}
 log=$venv/install.log
 constraints=requirements/constraints.txt
 cpu_index=https://download.pytorch.org/whl/cpu
