@@ -218,7 +218,9 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int, *, on_cpu: boo
     num_tables = int(is_first or is_last) if model.tie_embeddings else is_first + is_last
     parameters = _stage_parameters(config, layers, num_tables=num_tables)
     element = activation_bytes(config)
-    state = FLOAT32 * (ADAM_MOMENTS + (element != FLOAT32))  # a float32 master copy where the weights are not
+    state = parameters * (ADAM_MOMENTS + (element != FLOAT32))  # a float32 master copy where the weights are not
+    if config.optimizer.kind == "muon":  # one moment of matrices
+        state -= len(layers) * layer_parameters(model).matrices // config.parallel.tensor
     num_shards = config.data_parallel_size(world_size) if config.optimizer.distributed else 1
     per_microbatch = sum(layer_activations(config, thinks=layer_idx in thinking_layers) for layer_idx in layers)
     kept = _microbatches_in_flight(config, world_size, stage) * per_microbatch
@@ -231,7 +233,7 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int, *, on_cpu: boo
         parameters=parameters,
         weights=element * parameters,
         gradients=(FLOAT32 if config.optimizer.grad_reduce_dtype == "fp32" else element) * parameters,
-        optimizer=state * parameters / num_shards,
+        optimizer=FLOAT32 * state / num_shards,
         activations=kept + max(transient),
         kept=kept,
     )

@@ -36,7 +36,7 @@ def check_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
         "parameters": count_parameters(config.model, config.thinking).total,
         "thinking_layers": list(config.thinking.layer_indices(config.model.num_layers)),
         "thinking_steps": config.thinking.num_steps,
-        "training_tokens": config.schedule.steps * config.tokens_per_step,
+        "training_tokens": config.tokens_after(config.schedule.steps),
         "world_size": processes,
         "data_parallel": data_parallel,
         "microbatches_per_step": config.batch.global_size // (config.batch.micro * data_parallel),

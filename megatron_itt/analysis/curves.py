@@ -164,18 +164,18 @@ def _costs(run: RunRecord) -> Callable[[float], dict[str, float | None]]:
     executed: list[float] = []
     paper: list[float] = []
     if config is not None:
-        per_step = float(config.tokens_per_step)
-        model, thinking, sequences = config.model, config.thinking, config.batch.global_size
+        model, thinking, batch = config.model, config.thinking, config.batch
 
         @cache
-        def of_step(budget: tuple[float, ...] | None) -> tuple[float, float]:
+        def of_step(budget: tuple[float, ...] | None, sequences: int) -> tuple[float, float]:
             flops = forward_flops(model, thinking, budget=budget).training
             return flops * sequences, TRAINING_FACTOR * paper_flops(model, thinking, budget=budget) * sequences
 
-        costs = [of_step(training_capacity(config, step)) for step in range(1, config.schedule.steps + 1)]
+        steps = range(1, config.schedule.steps + 1)
+        costs = [of_step(training_capacity(config, step), batch.size_of(step)) for step in steps]
         executed, paper = ([0.0, *accumulate(column)] for column in zip(*costs, strict=True))
     return lambda step: {
-        "tokens": None if per_step is None else step * per_step,
+        "tokens": float(config.tokens_after(int(step))) if config else None if per_step is None else step * per_step,
         "flops": executed[min(int(step), len(executed) - 1)] if executed else None,
         "paper_flops": paper[min(int(step), len(paper) - 1)] if paper else None,
         "seconds": None if mean is None else totals.get(step, step * mean),

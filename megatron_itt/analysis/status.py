@@ -61,10 +61,7 @@ def read_status(run_dir: Path) -> RunStatus:
     run = read_run(run_dir)
     state, reason = _state(run_dir)
     last: dict[str, Any] = run.training[-1] if run.training else {}
-    num_steps, sequences, length = (
-        value if isinstance(value := run.section(section).get(key), int) else None
-        for section, key in (("schedule", "steps"), ("batch", "global"), ("model", "seq_length"))
-    )
+    num_steps = value if isinstance(value := run.section("schedule").get("steps"), int) else None
     speeds = [
         row["tokens_per_second"] for row in run.training[-_SPEED_LINES:] if is_finite(row.get("tokens_per_second"))
     ]
@@ -72,8 +69,9 @@ def read_status(run_dir: Path) -> RunStatus:
     done = finished_step(run_dir)
     step = done if state == "finished" and done != sys.maxsize else last.get("step")
     seconds_left = None
-    if state in ("running", "queued again", "interrupted") and speed and step and num_steps and sequences and length:
-        seconds_left = max(0, num_steps - step) * sequences * length / speed
+    config = run.config
+    if state in ("running", "queued again", "interrupted") and speed and step and num_steps and config is not None:
+        seconds_left = max(0, config.tokens_after(num_steps) - config.tokens_after(step)) / speed
     checkpoint = find_latest(checkpoint_root(run_dir))
     return RunStatus(
         run=str(run_dir),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_itt.config.run import BatchConfig, ParallelConfig, RunConfig
 from megatron_itt.errors import ConfigError
 
 BASE = "LLaMA"
+AS_GIVEN = "recipe"
 STOCK = "stock GPTModel"
 STOCK_SAME_PARTS = "stock GPTModel, same parts"
 _RECIPES = Path(__file__).parents[2] / "recipes"
@@ -67,6 +69,13 @@ def load_shape(name: str, overrides: Iterable[str], *, device: str) -> Shape:
     return Shape(config=config, cut="cut: " + ", ".join(parts) if parts else "")
 
 
+def load_variants(name: str, overrides: Sequence[str], variants: Iterable[str], *, device: str) -> dict[str, RunConfig]:
+    """Return a recipe on one rank as it is, and as each variant (overrides, as on a command line) changes it."""
+    words = {AS_GIVEN: [], **{variant: shlex.split(variant) for variant in variants}}
+    configs = {key: load_shape(name, [*overrides, *more], device=device).config for key, more in words.items()}
+    return {key: on_one_rank(config, config.thinking) for key, config in configs.items()}
+
+
 def compared_models(base: RunConfig) -> dict[str, RunConfig]:
     """Return LLaMA, the stock models, Loop x4 and ITT x2, x3, x4 at a recipe's shape, with the paper's capacities.
 
@@ -92,14 +101,15 @@ def choose_models(base: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]
 
 
 def on_one_rank(base: RunConfig, thinking: ThinkingConfig) -> RunConfig:
-    """Replace the thinking section; remove parallelism and validation budgets."""
-    validation = replace(base.validation, budgets=())
-    return replace(base, thinking=thinking, validation=validation, parallel=ParallelConfig())
+    """Replace the thinking section; remove parallelism, validation budgets and a ramp of the batch."""
+    validation, batch = replace(base.validation, budgets=()), replace(base.batch, ramp=None)
+    return replace(base, thinking=thinking, validation=validation, batch=batch, parallel=ParallelConfig())
 
 
 def with_batch(config: RunConfig, *, global_size: int, micro: int) -> RunConfig:
     """Replace the batch section."""
-    return replace(config, batch=BatchConfig(**{"global": global_size, "micro": micro}))
+    batch: dict[str, Any] = {"global": global_size, "micro": micro}  # one key is a keyword of Python
+    return replace(config, batch=BatchConfig(**batch))
 
 
 def random_batches(config: RunConfig, num_microbatches: int, *, seed: int) -> list[dict[str, Any]]:

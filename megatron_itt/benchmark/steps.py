@@ -32,18 +32,23 @@ COLUMNS: Columns = {
         *(1e3 * row["spread"][key] for key in ("median_s", "fastest_s", "slowest_s"))
     ),
     "tokens/s": "{tokens_per_second:,.0f}",
-    f"time / {BASE}": "{slower:.3f}",
-    f"FLOPs / {BASE}": "{more_flops:.3f}",
+    "time / {base}": "{slower:.3f}",
+    "FLOPs / {base}": "{more_flops:.3f}",
     "time/FLOPs": "{time_per_flops:.3f}",
     "MFU": "{mfu:.1%}",
 }
 
 
 def steps_section(
-    shape: Shape, *, models: Sequence[str] = (), num_repeats: int, stop_after_s: float | None = None
+    shape: Shape,
+    *,
+    models: Sequence[str] = (),
+    variants: Mapping[str, RunConfig] | None = None,
+    num_repeats: int,
+    stop_after_s: float | None = None,
 ) -> Section:
-    """Measure training steps of the named models, or of all if none is named."""
-    chosen = choose_models(shape.config, models)
+    """Measure training steps of the named models, or of all if none is named; or of `variants` of the recipe."""
+    chosen = variants or choose_models(shape.config, models)
     rows, left_out = measure_steps(chosen, num_repeats=num_repeats, stop_after_s=stop_after_s)
     slower = {row["name"]: row["slower"] for row in rows}
     notes = [f"{BASE} takes {1 / slower[name]:.3f} times the step of the {name}."
@@ -52,7 +57,8 @@ def steps_section(
               for name in ("ITT x4, selected", "ITT x4") if {"Loop x4", name} <= set(slower)]  # fmt: skip
     notes += [f"Not measured: {name}: {reason}." for name, reason in left_out.items()]
     peak: Columns = {"peak GiB": lambda row: f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-"}
-    columns = {**COLUMNS, **(peak if any(row["peak_bytes"] for row in rows) else {})}
+    columns = {heading.format(base=next(iter(chosen))): cell for heading, cell in COLUMNS.items()}
+    columns |= peak if any(row["peak_bytes"] for row in rows) else {}
     return Section(title=f"Training step: {shape.describe()}", rows=rows, columns=columns, notes=notes)
 
 

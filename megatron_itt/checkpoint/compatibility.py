@@ -18,11 +18,11 @@ _FREE_KEYS = {
     "thinking": field_names(ThinkingConfig, "free_on_resume"),
     "optimizer": field_names(OptimizerConfig, "free_on_resume"),
 }
-_ORDER_KEYS = (("batch", "global"), ("precision", "dtype"))
+_ORDER_KEYS = (("batch", "global"), ("batch", "ramp"), ("precision", "dtype"))
 _UPDATE_SECTIONS = ("optimizer", "schedule")
 # Of these, what a person may allow to differ: the weights still fit, but the order of samples or the updates change.
 _ALLOWABLE = ("data", *_UPDATE_SECTIONS)
-_FIXED = ("optimizer.distributed",)
+_FIXED = ("optimizer.distributed", "optimizer.kind")
 
 
 def check_resumable(
@@ -57,8 +57,7 @@ def check_resumable(
     separate = saved["data"].get("reset_at_document_end", False)
     if separate != wanted["data"]["reset_at_document_end"]:
         found.append(("data.reset_at_document_end", f"was {separate!r} and is now {not separate!r}"))
-    order_steps = saved["schedule"].get("trunk_steps") or saved["schedule"]["steps"]
-    now = fingerprint_at(order_steps * saved["batch"]["global"])
+    now = fingerprint_at(state.config.num_training_samples)
     if state.data_fingerprint != now:
         change = f"was {state.data_fingerprint} and is now {now}"
         found.append(("data", f"fingerprint {change} (files, weights, sequence length or seed changed)"))

@@ -60,8 +60,8 @@ def new_run_state(config: RunConfig, *, step: int, **facts: Any) -> RunState:
     return RunState(
         recipe=dump_config(config),
         step=step,
-        consumed_samples=step * config.batch.global_size,
-        consumed_tokens=step * config.tokens_per_step,
+        consumed_samples=config.batch.samples_after(step),
+        consumed_tokens=config.tokens_after(step),
         **facts,
     )
 

@@ -21,6 +21,7 @@ EXAMPLES = """
   itt benchmark
   itt benchmark --parts steps --shape 162m --repeats 3 --output docs/results --name cpu-162m
   itt benchmark --parts steps --models "ITT x4;Loop x4" --shape recipes/466m/itt_x4.yaml model.num_layers=2
+  itt benchmark --parts steps --variants "optimizer.kind=muon;schedule.decay=wsd schedule.decay_steps=20"
   itt benchmark --parts data --input corpus/*.jsonl.zst --tokenizer runs/tokenizer --workers 2
   itt benchmark --parts decode --shape 162m --batches 1,8 --new-tokens 128 thinking.capacity=[0.5,0.5,0.5]
   itt benchmark gpu-check --output docs/results
@@ -46,6 +47,7 @@ class Parts:
     threads: OptionalCount = None  # of torch (default: its own choice)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
     models: Annotated[tuple[str, ...], separated(";", like="A;B")] = ()  # of steps; LLaMA is always included
+    variants: Annotated[tuple[str, ...], separated(";", like="A;B")] = ()  # of steps: overrides to time instead
     batches: Numbers = (1, 8)  # of decode
     prompt_tokens: Count = 32  # of decode
     new_tokens: Count = 32  # of decode
@@ -66,26 +68,29 @@ class Parts:
         silence_known_warnings()
         import torch
 
-        from megatron_itt.benchmark.shapes import load_shape
+        from megatron_itt.benchmark.shapes import load_shape, load_variants
         from megatron_itt.parallel.groups import choose_device
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = choose_device(self.device, 0)
-        shape = load_shape(self.shape, [f"runtime.device={self.device}", *self.overrides], device=device.type)
+        overrides = [f"runtime.device={self.device}", *self.overrides]
+        shape = load_shape(self.shape, overrides, device=device.type)
+        variants = load_variants(self.shape, overrides, self.variants, device=device.type) if self.variants else None
         print(use_backend(shape.config.precision.parts, device=device.type), end="\n\n", flush=True)
         from megatron_itt.benchmark.machine import machine_facts
         from megatron_itt.benchmark.results import run_sections, write_results
 
         facts = {**machine_facts(device), "command": command_line()}
         outcomes = run_sections(
-            self._sections(shape, device), report=lambda outcome: print(outcome.as_markdown(), end="\n\n", flush=True)
+            self._sections(shape, device, variants),
+            report=lambda outcome: print(outcome.as_markdown(), end="\n\n", flush=True),
         )
         write_results(outcomes, facts=facts, folder=self.output, name=self.name)
         print(f"written to {self.output}")
         return 1 if any(outcome.section is None for outcome in outcomes) else 0
 
-    def _sections(self, shape: Any, device: Any) -> dict[str, Callable[[], Any]]:
+    def _sections(self, shape: Any, device: Any, variants: Any) -> dict[str, Callable[[], Any]]:
         from megatron_itt.benchmark.data import data_section
         from megatron_itt.benchmark.decode import Decoding, decode_section
         from megatron_itt.benchmark.memory import memory_section
@@ -100,7 +105,7 @@ class Parts:
         )
         limits: dict[str, Any] = {"num_repeats": self.repeats, "stop_after_s": self.seconds_per_part}
         sections: dict[str, Callable[[], Any]] = {
-            "steps": lambda: steps_section(shape, models=self.models, **limits),
+            "steps": lambda: steps_section(shape, models=self.models, variants=variants, **limits),
             "decode": lambda: decode_section(shape, self.batches, decoding),
             "data": lambda: data_section(shape, inputs=self.input, tokenizer=self.tokenizer, num_workers=self.workers),
             "memory": lambda: memory_section(shape),

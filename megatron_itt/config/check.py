@@ -49,18 +49,21 @@ def find_layout_problems(
     samples = data_parallel * batch.micro
     interleaved = parallel.virtual_pipeline > 1
     fitting = samples * (parallel.pipeline if interleaved else 1)
-    if batch.global_size % samples:
-        return [
-            f"batch.global is {batch.global_size}, not a multiple of batch.micro * data-parallel size = "
-            f"{batch.micro} * {data_parallel} = {samples}; choose a multiple of {fitting}"
-            + (f" (the world size is {world_size}: {world_size_from})" if world_size_from else "")
-        ]
-    if interleaved and batch.global_size % fitting:
-        return [
-            f"the interleaved schedule needs the {batch.global_size // samples} micro-batches of a step to be a "
-            f"multiple of parallel.pipeline = {parallel.pipeline}; change batch.global to a multiple of {fitting}, or "
-            "batch.micro"
-        ]
+    sizes = {"batch.global": batch.global_size}
+    if batch.ramp is not None:
+        sizes |= {"batch.ramp.start": batch.ramp.start, "batch.ramp.increment": batch.ramp.increment}
+    for key, size in sizes.items():
+        if size % samples:
+            return [
+                f"{key} is {size}, not a multiple of batch.micro * data-parallel size = {batch.micro} * "
+                f"{data_parallel} = {samples}; choose a multiple of {fitting}"
+                + (f" (the world size is {world_size}: {world_size_from})" if world_size_from else "")
+            ]
+        if interleaved and size % fitting:
+            return [
+                f"the interleaved schedule needs the {size // samples} micro-batches of a step to be a multiple of "
+                f"parallel.pipeline = {parallel.pipeline}; change {key} to a multiple of {fitting}, or batch.micro"
+            ]
     return []
 
 
@@ -181,6 +184,8 @@ def _optimizer_problems(config: RunConfig) -> Iterator[str]:
                 f"optimizer.overlap_param_gather is true but optimizer.{needed} is false; weights are gathered bucket "
                 "by bucket only with both, so set it to true"
             )
+    if settings.kind != "muon" and settings.muon is not None:
+        yield f"optimizer.muon is set but optimizer.kind is {settings.kind}; remove it, or set optimizer.kind to muon"
     if settings.grad_reduce_dtype == "bf16" and config.precision.dtype == "fp32":
         yield "optimizer.grad_reduce_dtype is bf16 but precision.dtype is fp32; use precision.dtype: bf16, or fp32 here"
 
@@ -284,6 +289,19 @@ def _warmup_problems(schedule: ScheduleConfig, peak: float) -> Iterator[str]:
 def _batch_problems(batch: BatchConfig) -> Iterator[str]:
     if batch.global_size % batch.micro:
         yield f"batch.global is {batch.global_size}, not a multiple of batch.micro = {batch.micro}"
+    ramp = batch.ramp
+    if ramp is None:
+        return
+    if ramp.start >= batch.global_size:
+        yield f"batch.ramp.start is {ramp.start}, but batch.global is {batch.global_size}; a ramp rises, so start lower"
+    elif (batch.global_size - ramp.start) % ramp.increment:
+        yield (
+            f"batch.ramp.increment is {ramp.increment}, which does not divide batch.global - batch.ramp.start = "
+            f"{batch.global_size} - {ramp.start} = {batch.global_size - ramp.start}; choose a divisor"
+        )
+    for key, size in (("start", ramp.start), ("increment", ramp.increment)):
+        if size % batch.micro:
+            yield f"batch.ramp.{key} is {size}, not a multiple of batch.micro = {batch.micro}"
 
 
 # Required and optional keys of `model.rope_scaling` by type.

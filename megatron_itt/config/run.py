@@ -59,10 +59,24 @@ class ParameterGroupConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
-class OptimizerConfig:
-    """AdamW. Defaults: the settings of the code base that the paper names."""
+class MuonConfig:
+    """Muon: momentum, then Newton-Schulz iterations."""
 
-    kind: Literal["adamw"] = "adamw"
+    momentum: Beta = 0.95
+    nesterov: bool = True
+    num_steps: PositiveInt = 5  # Newton-Schulz iterations
+    scale: PositiveFloat = 0.2  # of an update, times sqrt(max(rows, columns)): about the size of AdamW's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW, or Muon for the matrices of layers and AdamW for the rest, at the same learning rate and weight decay.
+
+    Defaults: the settings of the code base that the paper names.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    muon: MuonConfig | None = None  # None: its defaults
     learning_rate: PositiveFloat = 3.0e-4
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1.0e-8
@@ -96,11 +110,47 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class BatchRampConfig:
+    """Smaller batches at the beginning: `start`, raised by `increment` until the run has read `samples`.
+
+    Source: Megatron-LM, --rampup-batch-size; every size is that of an equal part of the samples.
+    """
+
+    start: PositiveInt
+    increment: PositiveInt
+    samples: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class BatchConfig:
     """Sequences per optimizer step (`global`) and per forward pass on one data-parallel rank (`micro`)."""
 
     global_size: PositiveInt = Field(default=256, alias="global")
     micro: PositiveInt = 1
+    ramp: BatchRampConfig | None = None
+
+    def size_after(self, samples: int) -> int:
+        """Sequences of the step that begins when the run has read so many."""
+        ramp = self.ramp
+        if ramp is None or samples >= ramp.samples:
+            return self.global_size
+        num_increments = (self.global_size - ramp.start) // ramp.increment
+        return ramp.start + ramp.increment * (samples * num_increments // ramp.samples)
+
+    def samples_after(self, steps: int) -> int:
+        """Sequences that the first `steps` steps read."""
+        samples = 0
+        while steps > 0 and (size := self.size_after(samples)) < self.global_size:
+            assert self.ramp is not None, "without a ramp the batch is whole"
+            num_increments = (self.global_size - self.ramp.start) // self.ramp.increment
+            end = -(-((size - self.ramp.start) // self.ramp.increment + 1) * self.ramp.samples // num_increments)
+            count = min(steps, -((samples - end) // size))
+            samples, steps = samples + count * size, steps - count
+        return samples + steps * self.global_size
+
+    def size_of(self, step: int) -> int:
+        """Sequences of optimizer step `step` (from 1)."""
+        return self.size_after(self.samples_after(step - 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -208,12 +258,16 @@ class RunConfig:
     @property
     def num_training_samples(self) -> int:
         """Sequences whose order is laid out: those that the run, or the trunk of a branch, reads as a whole."""
-        return self.schedule.order_steps * self.batch.global_size
+        return self.batch.samples_after(self.schedule.order_steps)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
+        """Tokens of one optimizer step, after a ramp of the batch."""
         return self.batch.global_size * self.model.seq_length
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens that the first `steps` optimizer steps read."""
+        return self.batch.samples_after(steps) * self.model.seq_length
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks in a job of `world_size` processes."""

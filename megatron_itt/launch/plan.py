@@ -65,10 +65,10 @@ def plan_job(config: RunConfig, shape: JobShape, gpu: Gpu, *, mfu: float) -> Job
         data_parallel=data_parallel,
         num_microbatches=config.batch.global_size // (config.batch.micro * data_parallel),
         num_parameters=count_parameters(config.model, config.thinking).total,
-        training_tokens=config.schedule.steps * config.tokens_per_step,
+        training_tokens=config.tokens_after(config.schedule.steps),
         memory_bytes=tuple(stage.total for stage in rank_memory(config, shape.world_size)),
         tokens_per_s=sequences_per_s * config.model.seq_length,
-        seconds=config.schedule.steps * config.batch.global_size / sequences_per_s,
+        seconds=config.batch.samples_after(config.schedule.steps) / sequences_per_s,
     )
 
 

@@ -47,12 +47,12 @@ def raise_together(act: Callable[[], None]) -> None:
         raise StorageError(f"saving failed on {'; '.join(others)}")
 
 
-def gather_objects(value: T) -> list[T]:
-    """Return the values of all ranks, in their order, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def gather_objects(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the values of all ranks (of a group), in their order, on every one of them."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

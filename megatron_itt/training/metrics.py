@@ -81,10 +81,10 @@ STATISTICS = (
         written=False,
     ),
     Statistic(name="learning_rate", value=lambda v: v.learning_rate, console="lr {:.2e}".format),
-    Statistic(name="consumed_tokens", value=lambda v: v.step * v.clock.config.tokens_per_step),
+    Statistic(name="consumed_tokens", value=lambda v: v.clock.config.tokens_after(v.step)),
     Statistic(
         name="tokens_per_second",
-        value=lambda v: v.clock.config.tokens_per_step / v.step_time_s,
+        value=lambda v: v.clock.num_sequences * v.clock.config.model.seq_length / v.step_time_s,
         console="{:,.0f} tokens/s".format,
     ),
     Statistic(name="mfu", value=lambda v: v.clock.mfu(v.step_time_s), console=lambda value: f"MFU {100 * value:.1f}%"),
@@ -177,12 +177,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @dataclass(slots=True)
 class StepClock:
-    """Turns step results into records with rates; keeps a moving mean of the step time for the time left."""
+    """Turns step results into records with rates; keeps a moving mean of the time per sequence for the time left."""
 
     config: RunConfig
     world_size: int
     peak: float | None
-    mean_step_s: float | None = None
+    mean_sequence_s: float | None = None
+    num_sequences: int = 0  # of the step that is recorded
     pauses_s: dict[str, float] = field(default_factory=dict)  # how long a validation and a save last took
     _started: float = field(default_factory=time.perf_counter)
     data_wait_s: float = 0.0
@@ -202,8 +203,9 @@ class StepClock:
     def record(self, step: int, result: StepResult) -> Record:
         """The record of the step that just ended."""
         step_s = time.perf_counter() - self._started
-        decay = 0.95 if self.mean_step_s is not None else 0.0
-        self.mean_step_s = decay * (self.mean_step_s or 0.0) + (1.0 - decay) * step_s
+        self.num_sequences = self.config.batch.size_of(step)
+        decay = 0.95 if self.mean_sequence_s is not None else 0.0
+        self.mean_sequence_s = decay * (self.mean_sequence_s or 0.0) + (1.0 - decay) * step_s / self.num_sequences
         view = StepView(step=step, learning_rate=result.learning_rate, clock=self, step_time_s=step_s)
         reduced = result.statistics.values
         record: Record = {"step": step}
@@ -218,7 +220,8 @@ class StepClock:
     def time_left_s(self, step: int) -> float:
         """Estimated seconds after `step`: of training, and of the validations and saves from that step's on."""
         num_steps = self.config.schedule.steps
-        left = (self.mean_step_s or 0.0) * (num_steps - step)
+        batch = self.config.batch
+        left = (self.mean_sequence_s or 0.0) * (batch.samples_after(num_steps) - batch.samples_after(step))
         for kind, interval in self._intervals().items():
             num_due = len(range(step + -step % interval, num_steps, interval)) + 1  # the last step does both
             left += num_due * self.pauses_s.get(kind, 0.0)
@@ -232,7 +235,7 @@ class StepClock:
         if self.peak is None:
             return None
         per_sequence = 3.0 * forward_flops(self.config.model, self.config.thinking).total
-        return per_sequence * self.config.batch.global_size / (step_s * self.peak * self.world_size)
+        return per_sequence * self.num_sequences / (step_s * self.peak * self.world_size)
 
 
 def console_line(record: Record, num_steps: int, time_left_s: float) -> str:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, ParamPredicate, get_megatron_optimizer
@@ -14,12 +15,14 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
-from megatron_itt.config.run import ParameterGroupConfig, RunConfig
+from megatron_itt.config.model import ModelConfig
+from megatron_itt.config.run import MuonConfig, ParameterGroupConfig, RunConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import get_logger
 from megatron_itt.model.initialisation import global_name
 from megatron_itt.parallel.collectives import gather_objects
-from megatron_itt.training.optimizer_state import TORCH_ADAMS, parts_of, prepare_state
+from megatron_itt.training.muon import MUON_GROUP, Matrix, MuonAdamW
+from megatron_itt.training.optimizer_state import TORCH_ADAMS, held_part, parts_of, prepare_state
 
 # To megatron-core they are matrices; decay would pull every step encoding, the base pass's included, towards 0.
 _NOT_DECAYED = (".bias", ".thinking.router", ".thinking.step_encoding")
@@ -68,9 +71,57 @@ def _adamw(config: RunConfig, wrapped: list[DistributedDataParallel], overrides:
     return optimizer
 
 
+def _muon(config: RunConfig, wrapped: list[DistributedDataParallel], overrides: Overrides) -> MegatronOptimizer:
+    """Muon for the matrices of layers, inside of megatron-core's optimizer, which shards and saves its state."""
+    optimizer = _adamw(config, wrapped, overrides)
+    data_group = parallel_state.get_data_parallel_group()
+    for part in parts_of(optimizer):
+        part.optimizer = MuonAdamW(
+            part.optimizer.param_groups,
+            _matrices(config, wrapped, overrides, part),
+            config.optimizer.muon or MuonConfig(),
+            dtype=torch.bfloat16 if config.precision.dtype == "bf16" else None,
+            tensor_group=parallel_state.get_tensor_model_parallel_group(),
+            data_group=data_group,
+        )
+        part.init_state_fn = MuonAdamW.fill_state
+    return optimizer
+
+
+def _matrices(
+    config: RunConfig, wrapped: list[DistributedDataParallel], overrides: Overrides, part: MegatronOptimizer
+) -> list[Matrix]:
+    """The parameters that Muon steps, with the parts of them that this rank's optimizer holds. A collective call."""
+    found = []
+    for name, parameter in ((name, value) for chunk in wrapped for name, value in chunk.named_parameters()):
+        if MUON_GROUP in overrides[parameter]:
+            held, start, stop = held_part(part, parameter)
+            group = parallel_state.get_data_parallel_group()
+            rows, columns = parameter.shape
+            found.append(
+                Matrix(
+                    shape=(rows, columns),
+                    held=held,
+                    ranges=tuple(gather_objects((start, stop), group=group)),
+                    sharded_dim=parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None,
+                    pieces=_fused_rows(config.model, name, rows),
+                )
+            )
+    return found
+
+
+def _fused_rows(model: ModelConfig, name: str, rows: int) -> tuple[int, ...]:
+    """Rows of query, key and value of one query group, of gate and up, or of a matrix that is not fused."""
+    if name.endswith("linear_qkv.weight"):
+        query = model.num_attention_heads // model.num_key_value_heads
+        return query * model.head_size, model.head_size, model.head_size
+    return (rows // 2, rows // 2) if name.endswith("linear_fc1.weight") else (rows,)
+
+
 # `optimizer.kind` -> builder. A new optimizer takes a function and a line.
 OPTIMIZERS: dict[str, Callable[[RunConfig, list[DistributedDataParallel], Overrides], MegatronOptimizer]] = {
-    "adamw": _adamw
+    "adamw": _adamw,
+    "muon": _muon,
 }
 
 
@@ -116,6 +167,8 @@ def _override(config: RunConfig, name: str, parameter: Tensor) -> dict[str, floa
         if multiple != 1.0:
             minimum = multiple * rate * config.schedule.min_learning_rate_ratio
             values |= {"lr_mult": multiple, "max_lr": multiple * rate, "min_lr": minimum}
+    if optimizer.kind == "muon" and parameter.dim() == 2 and ".layers." in name and not name.endswith(_NOT_DECAYED):
+        values |= {MUON_GROUP: 1.0, "is_decoupled_lr": 1.0}  # the latter tells groups of equal multiples apart
     return {} if values == {"wd_mult": 1.0} else values
 
 

@@ -18,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_itt.parallel.megatron_compat.distributed_optimizer import keep_step_when_loading, replace_parameter_state
+from megatron_itt.training.muon import MuonAdamW
 
 # The layout of the optimizer's state on disk that any tensor, pipeline and data-parallel size can read.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -28,6 +29,17 @@ def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
     """The optimizers that hold parameters of this rank."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not part.is_stub_optimizer]
+
+
+def held_part(part: Any, parameter: Tensor) -> tuple[Tensor | None, int, int]:
+    """What an optimizer steps of a parameter, float32 master weights if there are any: its elements [start, stop)."""
+    if not isinstance(part, DistributedOptimizer):
+        return getattr(parameter, "main_param", parameter), 0, parameter.numel()
+    if parameter not in part.model_param_group_index_map:
+        return None, 0, 0
+    group, position = part.model_param_group_index_map[parameter]
+    held = part._get_model_param_range_map(parameter)["param"]
+    return part.optimizer.param_groups[group]["params"][position], held.start, held.end
 
 
 def prepare_state(optimizer: MegatronOptimizer) -> None:
@@ -43,7 +55,9 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
     """The optimizer's sharded state, to save or to be filled by a load."""
     if loading:
         for part in parts_of(optimizer):
-            if _is_torch_adam(part) and not part.optimizer.state:
+            if isinstance(part.optimizer, MuonAdamW):
+                part.optimizer.fill_state()
+            elif _is_torch_adam(part) and not part.optimizer.state:
                 part._init_optimizer_states_with_dummy_values()
     gc.freeze()  # megatron-core looks for garbage here while training waits; sharding the state makes none
     try:

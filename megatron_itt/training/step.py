@@ -70,7 +70,9 @@ def train_step(
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     recorder = RoutingRecorder()
-    forward = ForwardStep(trainer, recorder, None if watch is None else watch.heartbeat)
+    num_microbatches = trainer.microbatches_of(step)
+    heartbeat = None if watch is None else watch.heartbeat
+    forward = ForwardStep(trainer, recorder, heartbeat, num_microbatches=num_microbatches)
     if watch is not None:
         watch.heartbeat.beat("forward and backward", step)
     with trainer.built.control.override(
@@ -79,7 +81,7 @@ def train_step(
         temperature=training_temperature(trainer.config, step),
         recorder=recorder,
     ):
-        losses = _run_schedule(trainer, batches, trainer.num_microbatches, forward)
+        losses = _run_schedule(trainer, batches, num_microbatches, forward)
     grad_norm = gradient_norm(trainer.optimizer)
     view = StepView(
         loss=_mean_over(losses, "loss"),
@@ -182,14 +184,20 @@ class ForwardStep:
     """megatron-core's forward-step callback: one micro-batch through one model chunk."""
 
     def __init__(
-        self, trainer: Trainer, recorder: RoutingRecorder | None = None, heartbeat: Heartbeat | None = None
+        self,
+        trainer: Trainer,
+        recorder: RoutingRecorder | None = None,
+        heartbeat: Heartbeat | None = None,
+        *,
+        num_microbatches: int | None = None,
     ) -> None:
         self.device = trainer.place.device
         self.control = trainer.built.control
         self.recorder = recorder
         self.heartbeat = heartbeat
         self.z_loss = trainer.config.optimizer.z_loss
-        self.router_z_loss = trainer.config.thinking.router_z_loss / trainer.num_microbatches  # the schedule's mean
+        count = num_microbatches or trainer.num_microbatches
+        self.router_z_loss = trainer.config.thinking.router_z_loss / count  # the schedule's mean
         self.calls: dict[int, int] = {}
 
     def __call__(self, data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:

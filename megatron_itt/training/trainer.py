@@ -46,8 +46,15 @@ class Trainer:
 
     @property
     def num_microbatches(self) -> int:
-        """Forward passes of this data-parallel rank per optimizer step."""
-        return self.config.batch.global_size // (self.config.batch.micro * self.place.data_parallel_size)
+        """Forward passes of this data-parallel rank per optimizer step, after a ramp of the batch."""
+        return self._microbatches_of(self.config.batch.global_size)
+
+    def microbatches_of(self, step: int) -> int:
+        """Forward passes of this data-parallel rank in optimizer step `step` (from 1)."""
+        return self._microbatches_of(self.config.batch.size_of(step))
+
+    def _microbatches_of(self, num_samples: int) -> int:
+        return num_samples // (self.config.batch.micro * self.place.data_parallel_size)
 
     def gather_weights(self) -> None:
         """Gather what `optimizer.overlap_param_gather` has left for the next forward pass, before weights are read."""

@@ -36,7 +36,10 @@ THINKING: dict[str, dict[str, Any]] = {
     "itt_tied": {},
     "none_tied": {"kind": "none", "capacity": []},
     "itt_qwen": {},
+    "itt_muon": {},
+    "itt_ramp": {"router_z_loss": 0.1},
 }
+RAMP = {"start": 4, "increment": 4, "samples": 8}  # of three steps, the last is whole
 QWEN = {"qkv_bias": True, "qk_norm": True, "head_dim": 12}
 
 
@@ -67,8 +70,12 @@ def recipe(kind: str, parallel: dict[str, Any], **optimizer: Any) -> Any:
         },
         thinking=THINKING[kind],
         parallel=parallel,
-        batch={"global": 8, "micro": 1},
-        optimizer={"z_loss": 0.1 if kind == "itt_z_losses" else 0.0, **optimizer},
+        batch={"global": 8, "micro": 1, "ramp": RAMP if kind == "itt_ramp" else None},
+        optimizer={
+            "z_loss": 0.1 if kind == "itt_z_losses" else 0.0,
+            "kind": "muon" if kind == "itt_muon" else "adamw",
+            **optimizer,
+        },
     )
 
 
@@ -130,6 +137,12 @@ REDUCED = [
     ("itt_tied", {"tensor": 2, "sequence": True}, {}),
     ("itt_qwen", {"tensor": 2, "sequence": True}, {}),
     ("itt_qwen", {"pipeline": 2}, {}),
+    ("itt_muon", {"tensor": 2, "sequence": True}, {}),
+    ("itt_muon", {"pipeline": 2}, {"distributed": False}),
+    ("itt_muon", {}, {"distributed": False}),
+    ("itt_muon", {}, ALL_OVERLAPPED),
+    ("itt_ramp", {}, OVERLAPPED),
+    ("itt_ramp", {"pipeline": 2, "virtual_pipeline": 2}, {}),
 ]
 
 
@@ -143,7 +156,7 @@ def test_two_ranks_compute_what_one_computes() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("kind", ["itt", "loop", "none", "itt_tied"])
+@pytest.mark.parametrize("kind", ["itt", "loop", "none", "itt_tied", "itt_muon"])
 def test_every_layout_computes_what_one_rank_computes(kind: str, world_size: int) -> None:
     expected = {layers: observe_on_one_rank(kind, layers=layers) for layers in (4, 8)}
     cases = list(itertools.product(layouts(world_size), (True, False)))
@@ -186,7 +199,7 @@ def test_every_gradient_is_that_of_one_rank() -> None:
                 assert difference <= GRADIENT_TOLERANCE * whole.abs().max(), (kind, parallel, name)
 
 
-@pytest.mark.parametrize("kind", ["itt", "itt_tied"])
+@pytest.mark.parametrize("kind", ["itt", "itt_tied", "itt_muon"])
 def test_a_checkpoint_continues_under_another_layout(kind: str, tmp_path: Path) -> None:
     """Saved after two steps, under TP2 + SP or (tied) over two stages; the rest runs under others, as one rank would.
 

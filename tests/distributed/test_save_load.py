@@ -24,6 +24,7 @@ TOLERANCE = 1e-6  # in float64; a norm that megatron-core rounds to float32 is l
 # One bfloat16 rounding is up to 2^-9 of a value. Ranks that add parts round at other places, so losses agree to a few
 # of those; states on disk are only moved, never rounded, which the round trip tests without any tolerance.
 BF16_TOLERANCE = 2**-8
+BF16_MUON: dict[str, Any] = {"kind": "muon", "distributed": True, "dtype": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ LAYOUTS = [
 ]
 
 
-def recipe(layout: Layout, *, distributed: bool, dtype: str = "fp32", overlap: bool = False) -> RunConfig:
+def recipe(
+    layout: Layout, *, distributed: bool, dtype: str = "fp32", overlap: bool = False, kind: str = "adamw"
+) -> RunConfig:
     return tiny_recipe(
         model={"num_query_groups": 4},
         parallel=layout.parallel,
         batch={"global": 8, "micro": 1},
         optimizer={
+            "kind": kind,
             "distributed": distributed,
             "weight_decay": 0.1,
             "overlap_grad_reduce": overlap,
@@ -157,8 +161,11 @@ def do_part(place: ProcessInfo, config: RunConfig, root: str, part: str) -> Obse
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        (LAYOUTS[0], [{"distributed": True}, {"distributed": False, "dtype": "bf16"}]),
-        (LAYOUTS[1], [{"distributed": True, "overlap": True}, {"distributed": False}]),
+        (
+            LAYOUTS[0],
+            [{"distributed": True}, {"distributed": False, "dtype": "bf16"}, {**BF16_MUON, "distributed": False}],
+        ),
+        (LAYOUTS[1], [{"distributed": True, "overlap": True}, {"distributed": False}, BF16_MUON]),
     ],
     ids=["one rank", "two ranks"],
 )

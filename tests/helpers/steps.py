@@ -104,7 +104,7 @@ def observe_padded_validation(place: ProcessInfo, config: RunConfig) -> float:
 
 def global_batch(config: RunConfig, step: int) -> torch.Tensor:
     """Token ids of a step, [global batch, seq_length + 1]; they depend on the step alone."""
-    shape = (config.batch.global_size, config.model.seq_length + 1)
+    shape = (config.batch.size_of(step + 1), config.model.seq_length + 1)
     return torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(step))
 
 
@@ -113,7 +113,7 @@ def microbatches(trainer: Any, step: int) -> list[dict[str, torch.Tensor]]:
     config, place = trainer.config, trainer.place
     micro, length = config.batch.micro, config.model.seq_length
     rows, batches = global_batch(config, step), []
-    for microbatch in range(trainer.num_microbatches):
+    for microbatch in range(trainer.microbatches_of(step + 1)):
         first = (microbatch * place.data_parallel_size + place.data_parallel_rank) * micro
         part = rows[first : first + micro]
         batches.append(

@@ -1,16 +1,16 @@
 """Sampler and loader: which samples make a batch, and batches gathered ahead of the training step by one thread.
 
-The samples of optimizer step k are the block [k * global batch, (k + 1) * global batch), whatever the number of ranks
-or the micro-batch size, so a run may resume with another layout exactly where it stopped. Worker processes would cost
+A step reads the samples that follow those of the steps before, whatever the number of ranks or the micro-batch size, so
+a run may resume with another layout exactly where it stopped. Worker processes would cost
 more in copies than they save: the data is memory-mapped token ids. `dali_loader.py` delivers the same batches to a GPU.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -87,7 +87,8 @@ class TrainLoader(Loader):
     """Micro-batches from `consumed_samples` on, up to the last whole global batch; a thread gathers them ahead.
 
     An error in the thread is raised by `next`, after the batches before it. `pin_memory` puts batches into page-locked
-    memory, from which a copy to a GPU does not make the host wait.
+    memory, from which a copy to a GPU does not make the host wait. `batch_size` gives the samples of the step that
+    begins after so many samples; without it, all steps have `num_microbatches`.
     """
 
     def __init__(
@@ -97,10 +98,11 @@ class TrainLoader(Loader):
         consumed_samples: int,
         num_samples: int | None = None,
         pin_memory: bool = False,
+        batch_size: Callable[[int], int] | None = None,
         **layout: int,
     ) -> None:
         self._gather = partial(gather, dataset, pin_memory=pin_memory)
-        self._layout = BatchLayout(**layout)
+        self._layout, self._batch_size = BatchLayout(**layout), batch_size
         self._samples = self._micro_batches(consumed_samples, len(dataset) if num_samples is None else num_samples)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._pending: deque[Future[Batch]] = deque()
@@ -135,9 +137,14 @@ class TrainLoader(Loader):
             self._pending.append(self._pool.submit(self._gather, samples))
 
     def _micro_batches(self, consumed_samples: int, num_samples: int) -> Iterator[list[int]]:
-        while consumed_samples + self._layout.global_batch_size <= num_samples:
-            yield from step_samples(consumed_samples, self._layout)
-            consumed_samples += self._layout.global_batch_size
+        layout, per_microbatch = self._layout, self._layout.micro_batch_size * self._layout.data_parallel_size
+        while True:
+            if self._batch_size is not None:
+                layout = replace(layout, num_microbatches=self._batch_size(consumed_samples) // per_microbatch)
+            if consumed_samples + layout.global_batch_size > num_samples:
+                return
+            yield from step_samples(consumed_samples, layout)
+            consumed_samples += layout.global_batch_size
 
 
 def open_loader(backend: str, dataset: Any, *, device: torch.device, **arguments: Any) -> Loader:

@@ -12,7 +12,12 @@ import pytest
 from megatron_itt.analysis.status import find_runs, format_status, read_status
 from megatron_itt.errors import DataError
 
-RECIPE = "schedule: {steps: 100}\nbatch: {global: 4}\nmodel: {seq_length: 50}\n"
+RECIPE = """
+schedule: {steps: 100}
+batch: {global: 4}
+model: {hidden_size: 8, ffn_hidden_size: 8, num_layers: 2, num_attention_heads: 2, seq_length: 50}
+logging: {run_dir: unused}
+"""
 
 
 @pytest.fixture

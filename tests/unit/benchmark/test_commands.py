@@ -31,6 +31,7 @@ TINY = Shape(config=tiny_recipe(), cut="")
         ("--shape 999m", "error: 999m is neither a shape"),
         ("--shape recipes/162m/llama.yaml", "thinking.kind is none; give the recipe of an ITT"),
         ("--shape 162m model.num_heads=3", "model.num_heads"),
+        ("--variants schedule.step=3", "schedule.step"),
         ("--device cuda", "torch sees no GPU"),
         ("--parts speed", "there is no part 'speed'; choose from steps,"),
         ("--repeats 0", "--repeats is 0; at least one repetition must be timed"),

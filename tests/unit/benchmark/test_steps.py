@@ -6,11 +6,22 @@ import pytest
 import torch
 
 from megatron_itt.benchmark import steps
-from megatron_itt.benchmark.shapes import BASE, STOCK, STOCK_SAME_PARTS, Shape, choose_models, compared_models
+from megatron_itt.benchmark.shapes import (
+    AS_GIVEN,
+    BASE,
+    STOCK,
+    STOCK_SAME_PARTS,
+    Shape,
+    choose_models,
+    compared_models,
+    load_variants,
+)
 from megatron_itt.benchmark.steps import measure_steps, step_flops, steps_section
 from megatron_itt.errors import ConfigError
 from megatron_itt.tables import table_of
 from tests.helpers.one_rank import tiny_recipe
+
+MUON = "optimizer.kind=muon optimizer.weight_decay=0.1"
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +49,16 @@ def test_all_models_are_timed_in_one_table() -> None:
     assert table.count("\n") == 1 + len(rows) and "peak GiB" not in table
     assert "times the step of the stock GPTModel" in section.notes[0]
     assert sum("Loop x4 takes" in note for note in section.notes) == 2
+
+
+def test_variants_of_a_recipe_are_timed_against_it() -> None:
+    small = ["model.hidden_size=48", "model.ffn_hidden_size=64", "model.num_layers=2", "model.seq_length=32"]
+    variants = load_variants("tiny", [*small, "batch.micro=1", "batch.global=2"], [MUON], device="cpu")
+    assert variants[MUON].optimizer.kind == "muon"
+    section = steps_section(Shape(config=variants[AS_GIVEN], cut=""), variants=variants, num_repeats=1)
+    assert [row["name"] for row in section.rows] == [AS_GIVEN, MUON]
+    assert [row["more_flops"] for row in section.rows] == [1.0, 1.0]
+    assert "time / recipe" in table_of(section.columns, section.rows)
 
 
 def test_flops_of_a_step_count_the_batch_and_the_backward_pass() -> None:

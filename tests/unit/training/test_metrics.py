@@ -24,7 +24,7 @@ def test_the_time_left_counts_validations_and_saves() -> None:
     config = tiny_recipe(
         schedule={"steps": 100}, validation={"interval_steps": 30}, checkpoint={"save_interval_steps": 25}
     )
-    clock = StepClock(config, 1, None, mean_step_s=2.0)
+    clock = StepClock(config, 1, None, mean_sequence_s=0.5)
     assert clock.time_left_s(60) == pytest.approx(80)
     clock.paused("validation", 10.0)
     assert clock.time_left_s(60) == pytest.approx(80 + 3 * 10)  # at 60, 90 and 100

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_itt.config.run import BatchConfig, BatchRampConfig
 from megatron_itt.data.batches.loader import (
     BATCH_KEYS,
     BatchLayout,
@@ -38,7 +41,19 @@ class CountingDataset:
         return {"tokens": tokens, "labels": tokens + 1, "loss_mask": mask, "position_ids": torch.arange(SEQUENCE)}
 
 
-def make_loader(dataset: Any, *, consumed: int = 0, micro: int = 2, num: int = 2, rank: int = 0, ranks: int = 1) -> Any:
+RAMP = BatchRampConfig(start=4, increment=2, samples=12)
+
+
+def make_loader(
+    dataset: Any,
+    *,
+    consumed: int = 0,
+    micro: int = 2,
+    num: int = 2,
+    rank: int = 0,
+    ranks: int = 1,
+    batch_size: Callable[[int], int] | None = None,
+) -> Any:
     return TrainLoader(
         dataset,
         consumed_samples=consumed,
@@ -46,6 +61,7 @@ def make_loader(dataset: Any, *, consumed: int = 0, micro: int = 2, num: int = 2
         num_microbatches=num,
         data_parallel_rank=rank,
         data_parallel_size=ranks,
+        batch_size=batch_size,
     )
 
 
@@ -61,6 +77,17 @@ def test_a_resume_with_another_layout_reads_on_where_it_stopped() -> None:
     rest = [sample_numbers(make_loader(dataset, consumed=8, micro=1, num=2, rank=rank, ranks=2)) for rank in range(2)]
     merged = [idx for pair in zip(*rest, strict=True) for batch in pair for idx in batch]
     assert merged == whole[8:]
+
+
+def test_a_ramp_reads_on_where_it_stopped_in_any_step_and_under_any_data_parallel_size() -> None:
+    settings: dict[str, Any] = {"global": 8, "ramp": RAMP}
+    dataset, batch = CountingDataset(30), BatchConfig(**settings)
+    assert [batch.samples_after(step) for step in range(6)] == [0, 4, 8, 14, 22, 30]
+    for begin, ranks in itertools.product(range(5), (1, 2)):
+        options = {"consumed": batch.samples_after(begin), "micro": 1, "ranks": ranks, "batch_size": batch.size_after}
+        parts = [sample_numbers(make_loader(dataset, rank=rank, **options)) for rank in range(ranks)]
+        merged = [idx for together in zip(*parts, strict=True) for part in together for idx in part]
+        assert merged == list(range(batch.samples_after(begin), 30))
 
 
 def test_it_ends_with_the_last_whole_global_batch() -> None:
