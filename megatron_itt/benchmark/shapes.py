@@ -102,8 +102,9 @@ def choose_models(base: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]
 
 def on_one_rank(base: RunConfig, thinking: ThinkingConfig) -> RunConfig:
     """Replace the thinking section; remove parallelism, validation budgets and a ramp of the batch."""
-    validation, batch = replace(base.validation, budgets=()), replace(base.batch, ramp=None)
-    return replace(base, thinking=thinking, validation=validation, batch=batch, parallel=ParallelConfig())
+    validation = replace(base.validation, budgets=())
+    config = replace(base, thinking=thinking, validation=validation, parallel=ParallelConfig())
+    return with_batch(config, global_size=base.batch.global_size, micro=base.batch.micro)
 
 
 def with_batch(config: RunConfig, *, global_size: int, micro: int) -> RunConfig:

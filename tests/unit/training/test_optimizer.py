@@ -36,9 +36,10 @@ GROUPS = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed optimizer", "plain optimizer"])
-def test_groups_set_rate_and_decay_of_the_parameters_whose_names_match(distributed: bool) -> None:
-    settings = {"weight_decay": 0.2, "distributed": distributed, "learning_rate": 0.1, "groups": GROUPS}
+def test_groups_set_rate_and_decay_of_the_parameters_whose_names_match(distributed: bool, kind: str) -> None:
+    settings = {"weight_decay": 0.2, "distributed": distributed, "learning_rate": 0.1, "groups": GROUPS, "kind": kind}
     schedule = {"steps": 4, "warmup_steps": 1, "decay": "linear", "min_learning_rate_ratio": 0.0}
     with opened(tiny_recipe(optimizer=settings, schedule=schedule)) as trainer:
         for step, rate in enumerate((0.05, 0.1, 0.1 * 2 / 3)):
