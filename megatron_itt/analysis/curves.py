@@ -112,7 +112,7 @@ def _data_of(run: RunRecord) -> dict[str, Any]:
     keys = ("data.tokenizer", "model.vocab_size", "model.seq_length", "validation.tokens")
     facts = {key: run.section(key.split(".")[0]).get(key.split(".")[1]) for key in keys}
     shares = {name: (own.get("path"), round((own.get("weight") or 0) / total, 6)) for name, own in blend.items()}
-    return {**facts, "data.blend": shares}
+    return {**facts, "data.blend": shares, "data.phases": run.section("data").get("phases") or None}
 
 
 def tokens_to_reach(run: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def branch_overrides(recipe: str | Path, overrides: Iterable[str], *, trunk: str
     Raises ConfigError when the recipe has no decay, CheckpointError when there is no such checkpoint.
     """
     given = tuple(overrides)
-    config = load_config(recipe, given)
+    config = load_config(recipe, (*given, "data.phases=[]"))  # phases divide the trunk, whose length is not known yet
     if config.schedule.decay_steps is None:
         raise ConfigError("--branch-from starts a decay: set schedule.decay=wsd and schedule.decay_steps")
     if Path(config.logging.run_dir).resolve() == Path(trunk).resolve():

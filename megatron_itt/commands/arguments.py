@@ -12,6 +12,7 @@ from tyro import _errors
 from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from megatron_itt.config.run import parse_tokens
 from megatron_itt.errors import ConfigError
 
 Flag = FlagCreatePairsOff[bool]
@@ -22,21 +23,32 @@ Overrides = Annotated[
 Repeated = UseAppendAction[tuple[str, ...]]
 
 
-def _count(words: list[str]) -> int:
-    if not words[0].isdigit() or int(words[0]) < 1:
-        raise ValueError(f"{words[0]} is not a positive whole number")
-    return int(words[0])
+def _count(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise ValueError(f"{word} is not a positive whole number")
+    return int(word)
 
 
-_COUNT: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="N",
-    instance_from_str=_count,
-    is_instance=lambda value: value is None or isinstance(value, int),
-    str_from_instance=lambda value: [str(value)],
-)
-Count = Annotated[int, _COUNT]
-OptionalCount = Annotated[int | None, _COUNT]
+def _tokens(word: str) -> int:
+    try:
+        return parse_tokens(word)
+    except ValueError as error:
+        raise ValueError(f"{word!r} cannot be read; {error}") from None
+
+
+def _number(read: Callable[[str], int]) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N",
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Count = Annotated[int, _number(_count)]
+OptionalCount = Annotated[int | None, _number(_count)]
+OptionalTokens = Annotated[int | None, _number(_tokens)]
 
 
 def separated(separator: str, read: Callable[[str], Any] = str, *, like: str) -> PrimitiveConstructorSpec[Any]:

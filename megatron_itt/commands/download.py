@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
 
-from tyro.conf import Suppress, arg
+from tyro.conf import Suppress
 
-from megatron_itt.commands.arguments import Flag, Names
-from megatron_itt.data.text.download import DownloadOptions, parse_tokens, plan_download, run_download
+from megatron_itt.commands.arguments import Flag, Names, OptionalTokens
+from megatron_itt.data.text.download import DownloadOptions, plan_download, run_download
 from megatron_itt.data.text.http_file import RetryPolicy
 from megatron_itt.data.text.sample_corpus import build_sample_corpus
 from megatron_itt.errors import ConfigError
@@ -31,13 +30,11 @@ class RedPajama(DownloadOptions):
     """
 
     domains: Names = ()  # some of the domains (default: all)
-    sample: Annotated[str | None, arg(name="max-tokens", metavar="N")] = None
-    """a sample of about that many tokens, such as 50B"""
+    max_tokens: OptionalTokens = None  # a sample of about that many tokens, such as 50B
     attempts: int = RetryPolicy().attempts  # in a row without progress
     no_checksums: Flag = False  # do not look for checksums
     dry_run: Flag = False  # show what would be downloaded, then stop
     quiet: Flag = False  # no progress bar
-    max_tokens: Suppress[int | None] = None
     retry_policy: Suppress[RetryPolicy] = field(default_factory=RetryPolicy)
     show_progress: Suppress[bool] = True
 
@@ -50,7 +47,6 @@ class RedPajama(DownloadOptions):
             raise ConfigError("--checksums and --no-checksums exclude each other; give one of them")
         options = replace(
             self,
-            max_tokens=None if self.sample is None else parse_tokens(self.sample),
             checksums=() if self.no_checksums else self.checksums,
             retry_policy=RetryPolicy(attempts=self.attempts),
             show_progress=not self.quiet,

@@ -15,7 +15,7 @@ from megatron_itt.config import RunConfig
 from megatron_itt.config.load import config_to_yaml, dump_config, load_config
 from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.config.versions import find_megatron_core_problem
-from megatron_itt.errors import ConfigError
+from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import configure_logging, silence_known_warnings
 
 EXAMPLES = """
@@ -106,12 +106,23 @@ class Memory(_OfLayout):
 
 @dataclass(frozen=True, kw_only=True)
 class Show(_Printed):
-    """The resolved recipe, with its base and the overrides."""
+    """The resolved recipe, with its base and the overrides, and what it reads of its data, if that is here."""
 
     def execute(self) -> int:
-        """Print it as YAML or JSON."""
+        """Print it as YAML, with the table of the data as comments, or as JSON."""
         config = load_config(self.recipe, self.overrides)
-        return self._print(dump_config(config), lambda _: config_to_yaml(config).rstrip())
+        return self._print(dump_config(config), lambda _: config_to_yaml(config) + _data_comments(config))
+
+
+def _data_comments(config: RunConfig) -> str:
+    """Return the tokens and epochs of each domain and phase as comments of YAML, or why they are not known."""
+    from megatron_itt.data.batches.blend import resolve_blend
+
+    try:
+        lines = resolve_blend(config).table().splitlines()
+    except IttError as error:
+        lines = [f"no table of the data: {error}"]
+    return "\n".join(f"# {line}".rstrip() for line in lines)
 
 
 @dataclass(frozen=True, kw_only=True)

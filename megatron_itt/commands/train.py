@@ -52,6 +52,7 @@ class Train:
             config = load_for_this_job(self.recipe, self._overrides())
             if self.check:
                 backend = use_backend(config.precision.parts, device=config.runtime.device)
+                from megatron_itt.data.batches.blend import resolve_blend
                 from megatron_itt.training.loop import check_inputs
 
                 check_inputs(config)
@@ -59,6 +60,7 @@ class Train:
                     fits = f"recipe, layout of {process.world_size} process(es), tokenizer and data fit"
                     print(f"{self.recipe}: {fits}; {backend}")
                     print(format_check(check_report(config, process.world_size)))
+                    print(resolve_blend(config).table())
                 return 0
             train(config, allow_changed=self.allow_changed)
         except IttError as error:

@@ -323,6 +323,33 @@ def _start_problems(config: RunConfig) -> Iterator[str]:
         yield "checkpoint.branch_from is set but schedule.trunk_steps is not; use --branch-from RUN --at STEP"
 
 
+def _phase_problems(config: RunConfig) -> Iterator[str]:
+    """Phases that do not divide the run, and weights that belong to no data."""
+    phases, length = config.data.phases, config.model.seq_length
+    begin, end = 0, config.num_training_samples * length
+    steps = "schedule.steps" if config.schedule.trunk_steps is None else "schedule.trunk_steps"
+    run = f"the {end:,} tokens of the run ({steps} * batch.global * model.seq_length)"
+    for position, phase in enumerate(phases):
+        key, until, is_last = f"data.phases[{position}]", phase.until_tokens, position == len(phases) - 1
+        unknown = [name for name in phase.weights or () if name not in config.data.blend]
+        if unknown:
+            yield f"{key}.weights names {', '.join(unknown)}; domains of data.blend: {', '.join(config.data.blend)}"
+        elif phase.weights is not None and not any(phase.weights.values()):
+            yield f"{key}.weights has no positive weight; give one to at least one domain of data.blend"
+        if until is None:
+            if not is_last:
+                yield f"{key}.until_tokens is null, which is for the last phase; give the tokens at which it ends"
+            continue
+        value = f"{key}.until_tokens is {until:,}"
+        if until - begin < length:
+            yield f"{value}, but the phase begins at {begin:,}; order phases by until_tokens, each at least one sample"
+        elif until >= end + (config.tokens_per_step if is_last else 0):
+            yield f"{value}, past {run}; lower it or lengthen the run; null for the last phase is the end of the run"
+        elif is_last and until <= end - config.tokens_per_step:
+            yield f"{value}, before {run}; raise it, or give null, the end of the run"
+        begin = until
+
+
 _MULTIPLE = re.compile(r"x\d+(\.\d*)?(e-?\d+)?")
 
 
@@ -359,4 +386,5 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig], Iterable[str]]], ...]
     (("batch",), lambda config: _batch_problems(config.batch)),
     (("checkpoint", "schedule"), _start_problems),
     (("optimizer",), lambda config: _group_problems(config.optimizer)),
+    (("data", "model", "schedule", "batch"), _phase_problems),
 )

@@ -142,9 +142,9 @@ def _validate(data: dict[str, Any]) -> tuple[RunConfig | None, set[str], list[st
         return None, wrong, problems + [_describe(item) for item in error.errors() if item["type"] not in _UNKNOWN]
 
 
-def _remove(data: dict[str, Any], keys: list[str]) -> None:
+def _remove(data: Any, keys: list[str]) -> None:
     for key in keys[:-1]:
-        data = data.get(key, {})
+        data = data[int(key)] if isinstance(data, list) else data.get(key, {})
     data.pop(keys[-1], None)
 
 
@@ -244,11 +244,18 @@ def _is_union_branch(part: int | str) -> bool:
 
 
 def _near_miss(parent: str, key: str) -> str:
-    schema = _RUN_CONFIG.json_schema()
-    known = list(schema["properties"])
-    if parent:
-        section = schema["properties"].get(parent.split(".")[0], {})
-        reference = section.get("$ref") or section.get("allOf", [{}])[0].get("$ref", "")
-        known = list(schema["$defs"].get(reference.rpartition("/")[2], {}).get("properties", {}))
+    known = _known_keys(parent)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {parent + '.' if parent else ''}{close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def _known_keys(parent: str) -> list[str]:
+    """Return the keys of the section, or of the entry of a list or mapping, at a location of a recipe."""
+    schema = _RUN_CONFIG.json_schema()
+    node = schema
+    for part in filter(None, parent.split(".")):
+        node = node.get("properties", {}).get(part) or node.get("items") or node.get("additionalProperties") or {}
+        choices = [node, *(choice for word in ("allOf", "anyOf", "oneOf") for choice in node.get(word, ()))]
+        reference = next((choice["$ref"] for choice in choices if "$ref" in choice), None)
+        node = schema["$defs"][reference.rpartition("/")[2]] if reference else node
+    return list(node.get("properties", ()))

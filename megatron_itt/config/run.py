@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+import re
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from megatron_itt.config.model import STRICT, ModelConfig, PositiveFloat, PositiveInt, ThinkingConfig, setting
+
+_MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_tokens(value: Any) -> Any:
+    """50B -> 50,000,000,000: a string is a number with K, M, B, T or nothing; other types are returned as they are.
+
+    Raises ValueError for another string, for pydantic or an argument parser to report with its key.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", value.strip().lower())
+    tokens = round(float(match.group(1)) * _MULTIPLES[match.group(2)]) if match else 0
+    if tokens <= 0:
+        raise PydanticCustomError("tokens", "give a positive number of tokens, such as 50B or 500M")
+    return tokens
+
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Tokens = Annotated[PositiveInt, BeforeValidator(parse_tokens)]  # 40B, or a number
 Budget = tuple[Annotated[float, Field(ge=0, le=1)], ...]  # 0 skips the step
 
 
@@ -35,15 +57,38 @@ class DomainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class PhaseConfig:
+    """A part of the run, from the end of the phase before it, with weights of its own."""
+
+    until_tokens: Tokens | None = None  # of the run; None, for the last phase: the end of the run
+    weights: dict[str, NonNegativeFloat] | None = None  # domains left out have weight 0; None: those of the blend
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class DataConfig:
     """Training data and its loading."""
 
     blend: dict[str, DomainConfig] = Field(default_factory=dict)
+    phases: tuple[PhaseConfig, ...] = ()  # empty: one, with the weights of the blend
     tokenizer: str | None = None  # Hugging Face tokenizer folder
     loader: Literal["torch", "dali"] = "torch"  # both give the same batches
     max_epochs: PositiveFloat = 4.0  # more repetitions of a domain are rejected
     cache_dir: str | None = None  # of the sample indices; None: beside the data
     reset_at_document_end: bool = False  # positions restart and attention stays within a document
+
+    def phase_weights(self) -> list[dict[str, float]]:
+        """The positive weights of each phase, for domains with a path, in the order of the blend."""
+        own = {name: domain.weight for name, domain in self.blend.items()}
+        given = [own if phase.weights is None else phase.weights for phase in self.phases] or [own]
+        return [
+            {name: weights[name] for name, domain in self.blend.items() if domain.path and weights.get(name)}
+            for weights in given
+        ]
+
+    def used_domains(self) -> dict[str, DomainConfig]:
+        """The domains that some phase reads."""
+        used = set().union(*self.phase_weights())
+        return {name: domain for name, domain in self.blend.items() if name in used}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -259,6 +304,11 @@ class RunConfig:
     def num_training_samples(self) -> int:
         """Sequences whose order is laid out: those that the run, or the trunk of a branch, reads as a whole."""
         return self.batch.samples_after(self.schedule.order_steps)
+
+    def phase_samples(self) -> list[int]:
+        """Training samples of each phase; the last phase ends with the run, or with the trunk of a branch."""
+        inner = [math.ceil((phase.until_tokens or 0) / self.model.seq_length) for phase in self.data.phases[:-1]]
+        return [end - begin for begin, end in pairwise([0, *inner, self.num_training_samples])]
 
     @property
     def tokens_per_step(self) -> int:

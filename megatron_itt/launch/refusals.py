@@ -93,8 +93,8 @@ def _check_tokenizer(config: RunConfig) -> None:
 def _check_data(config: RunConfig) -> None:
     missing = [
         f"data.blend.{name}.path is {domain.path}"
-        for name, domain in config.data.blend.items()
-        if domain.path and domain.weight > 0 and not all(Path(f"{domain.path}{end}").is_file() for end in _DATA_ENDS)
+        for name, domain in config.data.used_domains().items()
+        if not all(Path(f"{domain.path}{end}").is_file() for end in _DATA_ENDS)
     ]
     if missing:
         raise ConfigError(

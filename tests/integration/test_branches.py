@@ -1,4 +1,4 @@
-"""A run that branches from a checkpoint of another one computes what one run would have."""
+"""Branches, phases of the data and restarts compute what one uninterrupted run would have."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ WSD = [
     "schedule.warmup_steps=1",
     "validation.interval_steps=100",
 ]
+# Of a run of 6 steps of 4 samples of 32 tokens: step 3 reads from both phases.
+PHASES = "data.phases=[{until_tokens: 320, weights: {code: 1}}, {until_tokens: 768, weights: {docs: 3, code: 1}}]"
 SAVING = ["checkpoint.save_interval_steps=1", "checkpoint.keep_last=20"]
 
 
-def losses_of(run_dir: Path) -> dict[int, tuple[float, ...]]:
+def losses_of(run_dir: Path) -> dict[int, tuple[float | None, ...]]:
     """Losses and learning rate by step."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     keys = ("loss", "z_loss", "router_z_loss", "learning_rate")
-    return {line["step"]: tuple(line[key] for key in keys) for line in lines if "loss" in line}
+    return {line["step"]: tuple(line.get(key) for key in keys) for line in lines if "loss" in line}
 
 
 def test_a_branch_is_bit_for_bit_the_run_that_decays_there_and_survives_a_restart(recipe: Path, tmp_path: Path) -> None:
-    def run(name: str, *arguments: str) -> dict[int, tuple[float, ...]]:
-        assert main([str(recipe), *WSD, *SAVING, f"logging.run_dir={tmp_path / name}", *arguments]) == 0
+    def run(name: str, *arguments: str) -> dict[int, tuple[float | None, ...]]:
+        assert main([str(recipe), *WSD, *SAVING, PHASES, f"logging.run_dir={tmp_path / name}", *arguments]) == 0
         return losses_of(tmp_path / name)
 
     trunk = run("trunk", "schedule.steps=6")
@@ -43,3 +45,17 @@ def test_a_branch_is_bit_for_bit_the_run_that_decays_there_and_survives_a_restar
     (tmp_path / "branch" / "finished").unlink()
     shutil.rmtree(tmp_path / "trunk" / "checkpoints")  # no longer needed
     assert run("branch", *branch) == branched
+
+
+def test_a_run_killed_in_the_middle_of_each_phase_continues_bit_for_bit(recipe: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [str(recipe), PHASES, *SAVING, "schedule.steps=6", "validation.interval_steps=100"]
+    assert main(command) == 0
+    whole = losses_of(run_dir)
+    for killed_after in (4, 3, 1):  # in the second phase, in the step between, and in the first phase
+        for step in range(killed_after + 1, 7):
+            shutil.rmtree(run_dir / "checkpoints" / f"step_{step:07d}")
+        (run_dir / "finished").unlink()
+        (run_dir / "metrics.jsonl").unlink()
+        assert main(command) == 0
+        assert losses_of(run_dir) == {step: whole[step] for step in range(killed_after + 1, 7)}

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
@@ -30,7 +32,7 @@ class Domain:
 
     name: str
     prefix: str
-    weight: float  # fraction of the training samples
+    weight: float  # of the blend, scaled: the fraction of the training samples in a run without phases
     identity: str  # hash of the content
     tokenizer_sha256: str | None  # None for data without a manifest
     eod: int | None  # the id that ends its documents; None if there is none, or no manifest
@@ -47,10 +49,24 @@ class Domain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of the run: its samples, and the fraction of them from each domain of the blend."""
+
+    num_samples: int
+    weights: tuple[float, ...]
+
+    @property
+    def domain_samples(self) -> tuple[int, ...]:
+        """Samples of each domain, rounded up."""
+        return tuple(math.ceil(self.num_samples * weight) for weight in self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Blend:
-    """The domains of a run; `absent` names those of the recipe that have no data here."""
+    """The domains of a run and its phases; `absent` names domains of the recipe that have no data or no weight here."""
 
     domains: tuple[Domain, ...]
+    phases: tuple[Phase, ...]
     absent: tuple[str, ...]
     sequence_length: int
     num_training_samples: int
@@ -67,27 +83,61 @@ class Blend:
             [domain.name, domain.identity, domain.weight, domain.first_validation_document] for domain in self.domains
         ]
         content = [domains, self.sequence_length, num_training_samples, self.seed]
+        begins = accumulate((phase.num_samples for phase in self.phases), initial=0)
+        phases = [
+            [begin, phase.weights]
+            for begin, phase in zip(begins, self.phases, strict=False)
+            if begin < num_training_samples
+        ]
+        if phases != [[0, tuple(domain.weight for domain in self.domains)]]:
+            content.append(phases)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def table(self) -> str:
-        """Format the available and the needed tokens and the epochs of each domain."""
-        columns: dict[str, Callable[[Domain], str]] = {
-            "weight": lambda domain: f"{domain.weight:.4f}",
-            "documents": lambda domain: f"{domain.first_validation_document:,}",
-            "train tokens": lambda domain: f"{domain.training_tokens:,}",
-            "needed": lambda domain: f"{domain.tokens_needed:,}",
-            "epochs": lambda domain: f"{domain.epochs:.2f}",
-            "validation tokens": lambda domain: f"{domain.validation_tokens:,}",
-        }
-        names = ["domain", *(domain.name for domain in self.domains)]
-        lines = [name.ljust(max(map(len, names))) for name in names]
-        for title, read in columns.items():
-            cells = [title, *map(read, self.domains)]
-            width = max(map(len, cells))
-            lines = [f"{line}  {cell.rjust(width)}" for line, cell in zip(lines, cells, strict=True)]
+        """Format the available and the needed tokens and the epochs of each domain, and of each phase if there are."""
+        columns = [
+            ("domain", *(domain.name for domain in self.domains)),
+            ("weight", *(f"{weight:.4f}" for weight in self._mean_weights())),
+            ("documents", *(f"{domain.first_validation_document:,}" for domain in self.domains)),
+            ("train tokens", *(f"{domain.training_tokens:,}" for domain in self.domains)),
+            ("needed", *(f"{domain.tokens_needed:,}" for domain in self.domains)),
+            ("epochs", *(f"{domain.epochs:.2f}" for domain in self.domains)),
+            ("validation tokens", *(f"{domain.validation_tokens:,}" for domain in self.domains)),
+        ]
+        lines = _aligned(columns)
+        if len(self.phases) > 1:
+            lines += ["", *_aligned(self._phase_columns())]
         if self.absent:
             lines.append(f"absent, weights renormalised over the others: {', '.join(self.absent)}")
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
+
+    def _mean_weights(self) -> list[float]:
+        """The weight of each domain over all phases."""
+        weights = zip(*(phase.weights for phase in self.phases), strict=True)
+        samples = [phase.num_samples for phase in self.phases]
+        return [sum(map(mul, each, samples)) / self.num_training_samples for each in weights]
+
+    def _phase_columns(self) -> list[tuple[str, ...]]:
+        """For each phase, the tokens of the run at its end, and the weight, tokens and epochs of its domains."""
+        rows = [("phase", "until tokens", "domain", "weight", "tokens", "epochs")]
+        ends = accumulate(phase.num_samples for phase in self.phases)
+        for number, (end, phase) in enumerate(zip(ends, self.phases, strict=True), start=1):
+            for domain, weight, samples in zip(self.domains, phase.weights, phase.domain_samples, strict=True):
+                if not weight:
+                    continue
+                tokens, until = samples * self.sequence_length, f"{end * self.sequence_length:,}"
+                epochs = f"{tokens / domain.training_tokens:.2f}"
+                rows.append((str(number), until, domain.name, f"{weight:.4f}", f"{tokens:,}", epochs))
+        return list(zip(*rows, strict=True))
+
+
+def _aligned(columns: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table; words are aligned to the left, numbers to the right."""
+    padded = []
+    for cells in columns:
+        width = max(map(len, cells))
+        padded.append([cell.ljust(width) if cells[0] == "domain" else cell.rjust(width) for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
 def resolve_blend(config: RunConfig) -> Blend:
@@ -97,29 +147,42 @@ def resolve_blend(config: RunConfig) -> Blend:
     add to 1. Raises `ConfigError` for a blend that cannot work or that exceeds `data.max_epochs`, `DataError` for
     missing or damaged files.
     """
-    present = {name: domain for name, domain in config.data.blend.items() if domain.path and domain.weight > 0}
-    absent = tuple(name for name in config.data.blend if name not in present)
-    if not present:
-        raise ConfigError(
-            "data.blend has no domain with a path and a positive weight; give at least one, such as "
-            "data.blend={code: {path: data/code, weight: 1.0}}"
+    present = config.data.used_domains()
+    phases = []
+    for position, weights in enumerate(config.data.phase_weights()):
+        if not weights:
+            key = f"data.phases[{position}].weights" if config.data.phases else "data.blend"
+            raise ConfigError(
+                f"{key} has no domain with a path and a positive weight; give at least one, such as "
+                "data.blend={code: {path: data/code, weight: 1.0}}"
+            )
+        total = sum(weights.values())
+        phases.append(tuple(weights.get(name, 0.0) / total for name in present))
+    planned = tuple(
+        Phase(num_samples=samples, weights=weights)
+        for samples, weights in zip(config.phase_samples(), phases, strict=True)
+    )
+    total_weight = sum(domain.weight for domain in present.values()) or 1.0
+    domains = [
+        _resolve_domain(
+            config, name, domain.weight / total_weight, sum(phase.domain_samples[number] for phase in planned)
         )
-    total_weight = sum(domain.weight for domain in present.values())
-    domains = []
-    for name, domain in present.items():
-        assert domain.path is not None
-        domains.append(_resolve_domain(config, name, domain.path, domain.weight / total_weight))
+        for number, (name, domain) in enumerate(present.items())
+    ]
     _check_epochs(config, domains)
     return Blend(
         domains=tuple(domains),
-        absent=absent,
+        phases=planned,
+        absent=tuple(name for name in config.data.blend if name not in present),
         sequence_length=config.model.seq_length,
         num_training_samples=config.num_training_samples,
         seed=config.runtime.seed,
     )
 
 
-def _resolve_domain(config: RunConfig, name: str, prefix: str, weight: float) -> Domain:
+def _resolve_domain(config: RunConfig, name: str, weight: float, num_samples: int) -> Domain:
+    prefix = config.data.blend[name].path
+    assert prefix is not None, "domains without a path are not used"
     index, manifest = open_checked(prefix, config.model.vocab_size)
     if len(index.documents) - 1 != len(index.lengths):
         raise DataError(f"{idx_path(prefix)} has documents of several sequences; write it with itt preprocess")
@@ -137,7 +200,7 @@ def _resolve_domain(config: RunConfig, name: str, prefix: str, weight: float) ->
         first_validation_document=first,
         training_tokens=index.num_tokens - validation_tokens,
         validation_tokens=validation_tokens,
-        tokens_needed=math.ceil(config.num_training_samples * weight) * config.model.seq_length,
+        tokens_needed=num_samples * config.model.seq_length,
     )
 
 
@@ -193,5 +256,5 @@ def _check_epochs(config: RunConfig, domains: list[Domain]) -> None:
         raise ConfigError(
             f"data.max_epochs is {config.data.max_epochs:g} but domain {worst.name} would be read "
             f"{worst.epochs:.2f} times ({worst.tokens_needed:,} tokens needed, {worst.training_tokens:,} there); "
-            "add data, lower its weight or schedule.steps, or raise data.max_epochs"
+            "add data, lower its weight (in each phase) or schedule.steps, or raise data.max_epochs"
         )

@@ -13,6 +13,7 @@ import json
 import math
 import mmap
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from megatron_itt.config import RunConfig
-from megatron_itt.data.batches.blend import Blend, Domain, resolve_blend
+from megatron_itt.data.batches.blend import Blend, Domain, Phase, resolve_blend
 from megatron_itt.data.batches.index_cache import build_once
 from megatron_itt.data.indexed import read_index
 from megatron_itt.data.text.tokenizer import NO_TOKEN, Tokenizer, check_vocabulary
@@ -173,21 +174,50 @@ def _open(config: RunConfig, blend: Blend, tokenizer: Tokenizer, folder: Path) -
     )
 
 
-def _open_training(blend: Blend, settings: dict[str, Any]) -> BlendedDataset:
-    prefixes, weights = [domain.prefix for domain in blend.domains], [domain.weight for domain in blend.domains]
+class _PhasedDataset(Dataset[dict[str, Any]]):
+    """Blends of the same datasets, one after the other: each continues every dataset where the one before it ends."""
+
+    def __init__(self, datasets: list[_RangedDataset], phases: tuple[Phase, ...], config: _RangedConfig) -> None:
+        self.datasets = datasets
+        self._parts: list[tuple[int, BlendedDataset, np.ndarray, np.ndarray]] = []
+        self._ends: list[int] = []
+        begin, consumed = 0, np.zeros(len(datasets), dtype=np.int64)
+        for phase in phases:
+            used = np.flatnonzero(phase.weights)
+            weights = [phase.weights[number] for number in used]
+            blended = BlendedDataset([datasets[number] for number in used], weights, phase.num_samples, config)
+            self._parts.append((begin, blended, used, consumed[used]))
+            consumed[used] += np.bincount(blended.dataset_index, minlength=len(used))
+            begin += phase.num_samples
+            self._ends.append(begin)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        begin, blended, used, consumed = self._parts[bisect_right(self._ends, idx)]
+        number = blended.dataset_index[idx - begin]
+        sample = consumed[number] + blended.dataset_sample_index[idx - begin]
+        return {"dataset_id": used[number], **self.datasets[used[number]][sample]}
+
+
+def _open_training(blend: Blend, settings: dict[str, Any]) -> Dataset[dict[str, Any]]:
+    prefixes = [domain.prefix for domain in blend.domains]
     config = _RangedConfig(
         random_seed=blend.seed,
-        blend_per_split=[(prefixes, weights), None, None],
+        blend_per_split=[(prefixes, None), None, None],
         document_ranges={domain.prefix: (0, domain.first_validation_document) for domain in blend.domains},
         content=_sha256([domain.identity for domain in blend.domains]),
         **settings,
     )
-    sizes = [math.ceil(blend.num_training_samples * weight) for weight in weights]
+    sizes = [domain.tokens_needed // blend.sequence_length for domain in blend.domains]
     datasets = []
     for prefix, size in zip(prefixes, sizes, strict=True):
         wanted = math.ceil(size * (1 + config.mid_level_dataset_surplus))  # megatron-core's blending rounds differently
         datasets.append(_RangedDataset(prefix, wanted, Split.train, config))
-    return BlendedDataset(datasets, weights, sum(sizes), config)
+    if len(blend.phases) > 1:
+        return _PhasedDataset(datasets, blend.phases, config)
+    return BlendedDataset(datasets, list(blend.phases[0].weights), sum(sizes), config)
 
 
 def _open_validation(domain: Domain, settings: dict[str, Any]) -> Dataset[dict[str, Any]]:

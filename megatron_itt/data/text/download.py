@@ -22,7 +22,6 @@ from megatron_itt.log import get_logger
 
 PUBLISHED_URLS = "https://data.together.xyz/redpajama-data-1T/v1.0.0/urls.txt"
 SPARE_BYTES = 1 << 30  # left free on the disk
-_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,15 +236,6 @@ def _checksum_of(path: str, sums: Mapping[str, str]) -> str | None:
     parts = path.split("/")
     ends = ("/".join(parts[begin:]) for begin in range(len(parts)))
     return next((sums[end] for end in ends if end in sums), None)
-
-
-def parse_tokens(text: str) -> int:
-    """50B -> 50,000,000,000. Raises `ConfigError` for anything but a positive number with K, M, B, T or nothing."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", text.strip().lower())
-    tokens = round(float(match.group(1)) * _SUFFIXES[match.group(2)]) if match else 0
-    if tokens <= 0:
-        raise ConfigError(f"--max-tokens is {text!r}; give a positive number of tokens, such as 50B or 500M")
-    return tokens
 
 
 def estimate_tokens(files: Sequence[RemoteFile]) -> dict[str, float]:

@@ -103,6 +103,7 @@ def make_config(tokenizer_dir: Path) -> Callable[..., RunConfig]:
             "reset_at_document_end": False,
             "seed": 7,
             "vocab_size": 400,
+            "phases": [],
         }
         values.update(changes)
         return parse_config(
@@ -121,6 +122,7 @@ def make_config(tokenizer_dir: Path) -> Callable[..., RunConfig]:
                 "data": {
                     "blend": {name: {"path": path, "weight": weight} for name, (path, weight) in domains.items()},
                     "tokenizer": str(tokenizer_dir),
+                    "phases": values["phases"],
                     "max_epochs": values["max_epochs"],
                     "reset_at_document_end": values["reset_at_document_end"],
                 },

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
+from megatron_itt.cli import run
+from megatron_itt.config.run import parse_tokens
 from megatron_itt.data.text import download as download_module
 from megatron_itt.data.text.download import (
     DOMAINS,
     PUBLISHED_URLS,
     DownloadOptions,
-    parse_tokens,
     parse_url_list,
     plan_download,
     run_download,
@@ -217,6 +218,8 @@ def test_wrong_lists_checksums_and_numbers_are_named(server: FaultyServer, tmp_p
     with pytest.raises(DataError, match=r"sums, line 1: .* is not `SHA256  FILE`"):
         plan_download(options(server, tmp_path, checksums=(str(tmp_path / "sums"),)))
     for text in ("", "0", "-5B", "many", "1e9", "5X"):
-        with pytest.raises(ConfigError, match="--max-tokens"):
-            parse_tokens(text)
+        with pytest.raises(
+            ConfigError, match=r"--max-tokens: .* give a positive number of tokens, such as 50B or 500M"
+        ):
+            run(["download", "redpajama", f"--output={tmp_path}", f"--max-tokens={text}"])
     assert (parse_tokens("50B"), parse_tokens("1.5m"), parse_tokens("7")) == (50 * 10**9, 1_500_000, 7)
