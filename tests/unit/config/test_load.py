@@ -54,7 +54,10 @@ def test_the_printed_config_is_the_config(tmp_path: Path) -> None:
     [
         ("thinking.capcity=[0.5]", ["thinking.capcity", "did you mean thinking.capacity?"]),
         ("thinkin.kind=itt", ["unknown key thinkin", "did you mean thinking?"]),
-        ("optimizer.groups=[{match: x, learn_rate: 1}]", ["optimizer.groups.0.learn_rate", "optimizer.groups.0.learning_rate?"]),
+        (
+            "optimizer.groups=[{match: x, learn_rate: 1}]",
+            ["optimizer.groups.0.learn_rate", "optimizer.groups.0.learning_rate?"],
+        ),
         ("data.blend.a={weigth: 1, weight: 1}", ["data.blend.a.weigth", "did you mean data.blend.a.weight?"]),
         ("thinking.capacity=[1.4]", ["thinking.capacity.0", "1.4", "less than or equal to 1"]),
         ("thinking.capacity=[0.0]", ["thinking.capacity.0", "greater than 0"]),
