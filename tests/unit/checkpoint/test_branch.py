@@ -42,7 +42,7 @@ def test_a_branch_decays_from_the_step_it_is_taken_at(tmp_path: Path) -> None:
     recipe = write_trunk(tmp_path, (4, 8, 15), WSD)
     for step, decay_steps in ((4, 5), (8, 2), (15, 5)):
         assert branch(recipe, step, f"schedule.decay_steps={decay_steps}") is not None
-    phases = "data.phases=[{until_tokens: 500}, {until_tokens: 1280}]"  # of the trunk's 20 steps of 64 tokens
+    phases = "data.phases=[{until_tokens: 500}, {until_tokens: 1920}]"  # of the trunk, 20 steps of 96 tokens
     assert branch(recipe, 8, phases, "schedule.steps=10") is not None
     constant = write_trunk(tmp_path / "constant", (10,), {"steps": 20, "decay": "constant", "warmup_steps": 0})
     assert branch(constant, 10, "schedule.decay=wsd", "schedule.decay_steps=3") is not None
