@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_itt.accounting.flops import forward_flops
-from megatron_itt.accounting.gpus import GIBI
+from megatron_itt.accounting.gpus import GIBI, GPUS
+from megatron_itt.accounting.layout import Machine, layout_report
 from megatron_itt.accounting.report import check_report, memory_report
 from megatron_itt.accounting.roofline import routed_step_roofline
 from megatron_itt.benchmark.shapes import BASE, STOCK, STOCK_SAME_PARTS, compared_models
@@ -21,6 +22,8 @@ SHAPES = ("162m", "466m")
 GPUS_PER_NODE = 8
 FLOPS_PER_S, BYTES_PER_S = 989e12, 3.35e12  # of an H100's data sheet
 SCALING = "| recipe | nodes | settings | GiB per GPU | data parallel | micro-batches per step |"
+SEARCH = "| recipe | nodes | GPU | number | settings | GiB | s per step | MFU | largest parts of the step |"
+SEARCHED = (("162m/itt_x4", 1), ("466m/itt_x4", 2), ("scale/1b3_itt_x4", 4), ("scale/7b_itt_x4", 8))
 FLOPS = "| shape | model | TFLOPs of a step | over LLaMA | matrices | attention | head |"
 ROOFLINE = "| shape | attend | part | GFLOPs | MB | us | share |"
 
@@ -31,7 +34,8 @@ def updated_pages() -> dict[Path, str]:
     guide, page = scaling.read_text(encoding="utf-8"), performance.read_text(encoding="utf-8")
     rows = [scaling_row(*cells[:3]) for cells in cells_of(guide, SCALING)]
     page = with_table(with_table(page, FLOPS, flops_rows()), ROOFLINE, roofline_rows())
-    return {scaling: with_table(guide, SCALING, rows), performance: page}
+    guide = with_table(with_table(guide, SCALING, rows), SEARCH, list(search_rows()))
+    return {scaling: guide, performance: page}
 
 
 def scaling_row(recipe: str, nodes: str, settings: str) -> list[str]:
@@ -41,6 +45,20 @@ def scaling_row(recipe: str, nodes: str, settings: str) -> list[str]:
     report = check_report(config, world_size)
     memory = f"{memory_report(config, world_size)['worst_total'] / GIBI:.1f}"
     return [recipe, nodes, settings, memory, str(report["data_parallel"]), str(report["microbatches_per_step"])]
+
+
+def search_rows(gpu: str = "a100-80gb") -> Iterator[list[str]]:
+    """The two best layouts that `itt recipe layout` finds, and the recipe's own."""
+    for recipe, nodes in SEARCHED:
+        machine = Machine(num_nodes=nodes, gpus_per_node=GPUS_PER_NODE, gpu=GPUS[gpu])
+        report = layout_report(load_config(recipe), machine, num_best=2)
+        named = [("1", report["layouts"][0]), ("2", report["layouts"][1])]
+        named.append((f"{report['own']['number']} (recipe)", report["own"]))
+        for number, row in named:
+            settings = f"`{row['overrides']}`".replace(" parallel.virtual_pipeline=1", "")
+            parts = ", ".join(f"{part} {share:.0%}" for part, share in row["limits"][:3])
+            figures = f"{row['memory_gib']:.1f}", f"{row['step_s']:.2f}", f"{row['mfu']:.0%}"
+            yield [recipe, str(nodes), gpu, number, settings, *figures, parts]
 
 
 def flops_rows() -> Iterator[list[str]]:

@@ -167,6 +167,11 @@ def count_selected_tokens(thinking: ThinkingConfig, share: float, seq_length: in
     return max(1, math.floor(share * seq_length + 0.5))
 
 
+def computes_all_tokens(thinking: ThinkingConfig) -> bool:
+    """Return whether training computes every token at a routed step, and keeps the results of the selected ones."""
+    return thinking.kind == "loop" or (thinking.routing != "topk" and thinking.threshold_slack is None)
+
+
 def changes_skipped(thinking: ThinkingConfig) -> bool:
     """Return whether a routed step also changes the tokens that it does not select."""
     return thinking.routing != "none" and (thinking.reweight == "symmetric" or thinking.skip == "literal")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_itt.accounting.flops import (
     changes_skipped,
+    computes_all_tokens,
     count_selected_tokens,
     layer_parameters,
     thinking_layer_parameters,
@@ -101,7 +102,7 @@ def _routed_activations(config: RunConfig) -> float:
     total = sizes.step_encoding(sizes.local(s)) if thinking.step_encoding else 0
     attends_all, masks = thinking.attend == "all", config.data.reset_at_document_end
     slack = thinking.threshold_slack
-    if thinking.routing != "topk" and slack is None:
+    if computes_all_tokens(thinking):
         return total + thinking.num_routed_steps * sizes.masked_step(s, masks_attention=thinking.attend == "selected")
     if attends_all:  # slices of the fused QKV weight: one copy for all sequences of a micro-batch
         total += sizes.element * sizes.hidden * (sizes.query + 2 * sizes.key) / config.batch.micro
@@ -222,11 +223,13 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int, *, on_cpu: boo
     if config.optimizer.kind == "muon":  # one moment of matrices
         state -= len(layers) * layer_parameters(model).matrices // config.parallel.tensor
     num_shards = config.data_parallel_size(world_size) if config.optimizer.distributed else 1
-    per_microbatch = sum(layer_activations(config, thinks=layer_idx in thinking_layers) for layer_idx in layers)
+    num_thinking = len(set(layers) & set(thinking_layers))
+    numbers = {True: num_thinking, False: len(layers) - num_thinking}
+    per_microbatch = sum(number * layer_activations(config, thinks=thinks) for thinks, number in numbers.items())
     kept = _microbatches_in_flight(config, world_size, stage) * per_microbatch
     transient = [  # never at the same time: the loss precedes the backward pass of every layer
-        _loss_activations(config, on_cpu=on_cpu) if is_last else 0,
-        recomputed_activations(config) if set(layers) & set(thinking_layers) else 0,
+        loss_activations(config, on_cpu=on_cpu) if is_last else 0,
+        recomputed_activations(config) if num_thinking else 0,
     ]
     return RankMemory(
         pipeline_stage=stage,
@@ -267,8 +270,8 @@ def _microbatches_in_flight(config: RunConfig, world_size: int, stage: int) -> f
     return min(num_microbatches * chunks, warm_up + 1) / chunks
 
 
-def _loss_activations(config: RunConfig, *, on_cpu: bool) -> float:
-    """The final norm, and the loss of one micro-batch.
+def loss_activations(config: RunConfig, *, on_cpu: bool) -> float:
+    """Return the bytes of the final norm, and of the loss of one micro-batch.
 
     A fused loss on a GPU may hold the logits, their softmax and its gradient at once. On the CPU the softmax becomes
     its gradient in place and overwrites float32 logits; the gradient of the head adds to the rest. A soft cap keeps its

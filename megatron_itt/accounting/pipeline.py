@@ -9,8 +9,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.config.run import RunConfig
@@ -49,12 +49,12 @@ def cut_pipeline(config: RunConfig) -> PipelineCut:
     """
     num_stages = config.parallel.pipeline
     costs, head = layer_costs(config)
-    edges = _cut(costs, head, num_stages * config.parallel.virtual_pipeline)
+    edges = _cut(tuple(costs), head, num_stages * config.parallel.virtual_pipeline)
     chunks = tuple(tuple(range(start, end)) for start, end in itertools.pairwise(edges))
     work = [sum(costs[layer_idx] for layer_idx in chunk) for chunk in chunks]
     work[-1] += head
     stage_costs = tuple(sum(work[stage::num_stages]) for stage in range(num_stages))
-    return PipelineCut(chunks=chunks, stage_costs=stage_costs, least_cost=_least_cost(costs, head, num_stages))
+    return PipelineCut(chunks=chunks, stage_costs=stage_costs, least_cost=_least_cost(tuple(costs), head, num_stages))
 
 
 def layer_costs(config: RunConfig) -> tuple[list[float], float]:
@@ -68,7 +68,8 @@ def layer_costs(config: RunConfig) -> tuple[list[float], float]:
     return costs, plain.head / layer
 
 
-def _least_cost(costs: Sequence[float], head: float, num_stages: int) -> float:
+@lru_cache
+def _least_cost(costs: tuple[float, ...], head: float, num_stages: int) -> float:
     """Smallest possible work of the busiest stage when any stage may hold any layers, in any order.
 
     A layer costs 1 or as much as a thinking layer, so two counts describe a stage; one stage holds the head as well.
@@ -94,7 +95,8 @@ def _least_cost(costs: Sequence[float], head: float, num_stages: int) -> float:
     return works[bisect.bisect_left(works, True, key=fits)]
 
 
-def _cut(costs: Sequence[float], head: float, num_chunks: int) -> tuple[int, ...]:
+@lru_cache
+def _cut(costs: tuple[float, ...], head: float, num_chunks: int) -> tuple[int, ...]:
     """Edges of `num_chunks` non-empty runs whose largest sum (with the head in the last) is smallest.
 
     Among equally good cuts, the more even ones are preferred.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from tyro import _errors
@@ -20,6 +20,7 @@ Recipe = Annotated[Positional[str], arg(metavar="RECIPE", help="a YAML file, or 
 Overrides = Annotated[
     Positional[tuple[str, ...]], arg(metavar="section.key=value", help="replace values of the recipe")
 ]
+GpuName = Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200"]  # the names of accounting.gpus.GPUS
 Repeated = UseAppendAction[tuple[str, ...]]
 
 

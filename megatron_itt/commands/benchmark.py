@@ -23,12 +23,14 @@ EXAMPLES = """
   itt benchmark --parts steps --models "ITT x4;Loop x4" --shape recipes/466m/itt_x4.yaml model.num_layers=2
   itt benchmark --parts steps --variants "optimizer.kind=muon;schedule.decay=wsd schedule.decay_steps=20"
   itt benchmark --parts data --input corpus/*.jsonl.zst --tokenizer runs/tokenizer --workers 2
+  itt benchmark --parts rates --shape 466m --name this-machine
   itt benchmark --parts decode --shape 162m --batches 1,8 --new-tokens 128 thinking.capacity=[0.5,0.5,0.5]
   itt benchmark gpu-check --output docs/results
   itt benchmark gpu-check --device cpu --tiny --output runs/gpu_check    # try the check itself
   itt benchmark kernels --output docs/results    # registers and spills of the Triton kernels; needs no GPU
 """
 PARTS = ("steps", "decode", "data", "memory")
+ALL_PARTS = (*PARTS, "rates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class Parts:
     """Time the parts of the project, as --parts names them.
 
     Parts: steps (training steps of LLaMA, megatron-core's own GPTModel, loop and ITT models), decode (the export), data
-    (preprocessing with its memory, and loading; give at least 200 MB of text), memory (activations by recompute mode).
+    (preprocessing with its memory, and loading; give at least 200 MB of text), memory (activations by recompute mode),
+    and rates, which itt recipe layout --calibrate reads (only if named).
     """
 
     overrides: Overrides = ()
@@ -59,10 +62,10 @@ class Parts:
 
     def execute(self) -> int:
         """Measure, print each part as it ends, write JSON and Markdown."""
-        unknown = [part for part in self.parts if part not in PARTS]
+        unknown = [part for part in self.parts if part not in ALL_PARTS]
         if unknown or not self.parts:
             name = unknown[0] if unknown else ""
-            raise ConfigError(f"--parts: there is no part {name!r}; choose from {','.join(PARTS)}")
+            raise ConfigError(f"--parts: there is no part {name!r}; choose from {','.join(ALL_PARTS)}")
         if self.repeats < 1:
             raise ConfigError(f"--repeats is {self.repeats}; at least one repetition must be timed")
         silence_known_warnings()
@@ -93,6 +96,7 @@ class Parts:
     def _sections(self, shape: Any, device: Any, variants: Any) -> dict[str, Callable[[], Any]]:
         from megatron_itt.benchmark.data import data_section
         from megatron_itt.benchmark.decode import Decoding, decode_section
+        from megatron_itt.benchmark.layouts import rates_section
         from megatron_itt.benchmark.memory import memory_section
         from megatron_itt.benchmark.steps import steps_section
 
@@ -109,8 +113,9 @@ class Parts:
             "decode": lambda: decode_section(shape, self.batches, decoding),
             "data": lambda: data_section(shape, inputs=self.input, tokenizer=self.tokenizer, num_workers=self.workers),
             "memory": lambda: memory_section(shape),
+            "rates": lambda: rates_section(shape, device),
         }
-        return {part: sections[part] for part in PARTS if part in self.parts}
+        return {part: sections[part] for part in ALL_PARTS if part in self.parts}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from megatron_itt.accounting.gpus import GPUS
-from megatron_itt.commands.arguments import Count, Overrides, Recipe, Repeated
+from megatron_itt.commands.arguments import Count, GpuName, Overrides, Recipe, Repeated
 from megatron_itt.config import RunConfig
 from megatron_itt.errors import ConfigError
 from megatron_itt.launch.folders import ClusterFolders, load_for_cluster
@@ -50,7 +49,7 @@ class _Job:
 class Show(_Job):
     """Print the job: layout, memory, speed, days and GPU-hours, and what would refuse it."""
 
-    gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200", "b200"] = "a100-80gb"  # the GPU of a task
+    gpu: GpuName = "a100-80gb"  # the GPU of a task
     mfu: float = 0.35  # the share of peak FLOP/s that is assumed
 
     def execute(self) -> int:

@@ -7,20 +7,29 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
 
 from megatron_itt.accounting import report
-from megatron_itt.commands.arguments import Flag, Overrides, Recipe
+from megatron_itt.accounting.gpus import GPUS, calibrated
+from megatron_itt.accounting.layout import Machine, format_layouts, layout_report
+from megatron_itt.commands.arguments import Count, Flag, GpuName, OptionalCount, Overrides, Recipe
 from megatron_itt.config import RunConfig
+from megatron_itt.config.keys import describe_keys
 from megatron_itt.config.load import config_to_yaml, dump_config, load_config
 from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.config.versions import find_megatron_core_problem
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import configure_logging, silence_known_warnings
+from megatron_itt.tables import write_json
 
 EXAMPLES = """
   itt recipe check recipes/466m/itt_x4.yaml parallel.tensor=2 --world-size 16 --no-build
   itt recipe check recipes/scale/7b_itt_x4.yaml --world-size 64
+  itt recipe layout scale/7b_itt_x4 --nodes 8 --gpu a100-80gb
+  itt recipe layout debug/itt_tiny runtime.device=cpu --gpus-per-node 2 --calibrate runs/rates.json --measure 5
+  itt recipe keys overlap
   itt recipe flops 162m/itt_x4 --json
   itt recipe memory 466m/itt_x4 --world-size 8
   itt recipe show 162m/llama schedule.steps=100
@@ -84,6 +93,58 @@ class Check(_OfLayout):
             print(f"ranks are not built: torch or megatron-core is missing ({error})", file=sys.stderr)
             return report.check_report(config, self.world_size)
         return built_check_report(config, self.world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout(_Printed):
+    """Search the layouts of a recipe: the best that fit the machine by estimated time, as overrides to paste."""
+
+    nodes: Count = 1  # nodes of the job
+    gpus_per_node: Count = 8  # GPUs of each
+    gpu: GpuName = "a100-80gb"  # their kind
+    calibrate: Path | None = None  # JSON of itt benchmark --parts rates, whose rates replace those of the GPU
+    best: Count = 5  # layouts to print
+    measure: OptionalCount = None  # steps to run of each, on this machine
+    output: Path | None = None  # JSON file for the result
+
+    def execute(self) -> int:
+        """Search, measure if asked to, print."""
+        gpu = GPUS[self.gpu] if self.calibrate is None else calibrated(GPUS[self.gpu], self.calibrate)
+        machine = Machine(num_nodes=self.nodes, gpus_per_node=self.gpus_per_node, gpu=gpu)
+        config = load_config(self.recipe, self.overrides)
+        found = layout_report(config, machine, num_best=self.best)
+        if self.measure is not None:
+            self._measure(found["layouts"], machine.world_size, config.runtime.device)
+        if self.output is not None:
+            write_json(self.output, found)
+        return self._print(found, format_layouts)
+
+    def _measure(self, layouts: list[dict[str, Any]], num_ranks: int, device: str) -> None:
+        silence_known_warnings()
+        from megatron_itt.benchmark.layouts import check_ranks, measure_layout
+
+        check_ranks(num_ranks, device=device)
+        for row in layouts:
+            overrides = (*self.overrides, *row["overrides"].split())
+            row["measured_s"] = measure_layout(self.recipe, overrides, num_ranks=num_ranks, num_steps=self.measure or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """List the keys of recipes whose name or description contains a pattern, with type, default and meaning."""
+
+    pattern: Annotated[Positional[str], arg(metavar="PATTERN")] = ""
+    json: Flag = False  # print JSON
+
+    def execute(self) -> int:
+        """Print them."""
+        found = [key for key in describe_keys() if self.pattern.lower() in f"{key['key']} {key['meaning']}".lower()]
+        if not found:
+            raise ConfigError(f"no key or description contains {self.pattern!r}; itt recipe keys lists all")
+        lines = (f"{row['key']}: {row['type']} = {row['default']}" + f"  # {row['meaning']}" * bool(row["meaning"])
+                 for row in found)  # fmt: skip
+        print(json.dumps(found, indent=2) if self.json else "\n".join(lines))
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,4 +229,13 @@ class Heldout(_OfRecipe):
         return 0
 
 
-COMMAND = {"check": Check, "flops": Flops, "memory": Memory, "show": Show, "index": Index, "heldout": Heldout}
+COMMAND = {
+    "check": Check,
+    "layout": Layout,
+    "keys": Keys,
+    "flops": Flops,
+    "memory": Memory,
+    "show": Show,
+    "index": Index,
+    "heldout": Heldout,
+}

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_itt.accounting.flops import count_parameters, forward_flops
-from megatron_itt.accounting.gpus import GIBI, GPUS, Gpu
+from megatron_itt.accounting.gpus import GIBI, GPUS, MEMORY_HEADROOM, Gpu
+from megatron_itt.accounting.layout import SECONDS_PER_DAY
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.config.check import find_layout_problems
 from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import ConfigError
-
-SECONDS_PER_DAY = 86400
-MEMORY_HEADROOM = 0.9  # the estimate leaves out communication buffers, workspaces and fragmentation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,123 @@
+"""Training steps of a layout, timed in a job of its own on this machine; and the rates that layout estimates use."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_itt.benchmark.machine import DTYPES, matrix_rates, synchronized_time, time_interleaved
+from megatron_itt.benchmark.results import Section
+from megatron_itt.benchmark.shapes import Shape
+from megatron_itt.benchmark.steps import train_on_random_tokens
+from megatron_itt.config import load_config
+from megatron_itt.config.environment import process_info
+from megatron_itt.doctor.speed import measure_gpu, measure_links
+from megatron_itt.errors import ConfigError
+from megatron_itt.log import silence_known_warnings
+from megatron_itt.parallel.groups import start_parallel, stop_parallel
+
+LINKS = "links"  # in place of a recipe: measure the links between the ranks
+
+
+def check_ranks(num_ranks: int, *, device: str) -> None:
+    """Raise ConfigError unless this machine has a GPU for each rank, or the recipe asks for the CPU."""
+    found = torch.cuda.device_count()
+    if device != "cpu" and found < num_ranks:
+        raise ConfigError(
+            f"--measure needs {num_ranks} GPUs on this machine, which has {found}; give --nodes 1 and its "
+            "--gpus-per-node, or runtime.device=cpu"
+        )
+
+
+def measure_layout(recipe: str, overrides: Sequence[str], *, num_ranks: int, num_steps: int) -> float:
+    """Return the median seconds of `num_steps` optimizer steps on random tokens, after a first one."""
+    return float(_run_job(num_ranks, recipe, str(num_steps), *overrides)["seconds"])
+
+
+def rates_section(shape: Shape, device: torch.device) -> Section:
+    """Measure the rates that `itt recipe layout --calibrate` reads: the fields of `accounting.gpus.Gpu`."""
+    config, on_gpu = shape.config, device.type == "cuda"
+    speed = measure_gpu(
+        0 if on_gpu else None, matrix_size=8192 if on_gpu else 512, copy_bytes=1 << (30 if on_gpu else 27)
+    )
+    if speed.problem:
+        raise ConfigError(f"{speed.name}: {speed.problem}")
+    rates = matrix_rates(device)
+    values = {
+        "flops_per_s": rates["bf16"],
+        "matrix_flops_per_s": rates[config.precision.dtype],
+        "attention_flops_per_s": _attention_rate(shape, device),
+        "memory_bytes_per_s": 1e9 * speed.figures["memory_gb_per_s"],
+    }
+    if not on_gpu:  # a processor has no tiles and no launches, and its ranks share its memory
+        cores = max(2, psutil.cpu_count() or 2)
+        memory = psutil.virtual_memory().total / cores
+        values |= {"num_multiprocessors": 0, "launch_s": 0.0, "memory_bytes": memory}
+    num_ranks = torch.cuda.device_count() if on_gpu else 2
+    if num_ranks > 1:
+        values["link_bytes_per_s"] = 1e9 * _run_job(num_ranks, LINKS)["all_reduce_gb_per_s"]
+    rows = [{"rate": name, "value": value} for name, value in values.items()]
+    return Section(title="Rates for layout estimates", rows=rows, columns={"rate": "{rate}", "value": "{value:.4g}"})
+
+
+def _attention_rate(shape: Shape, device: torch.device) -> float:
+    """FLOP/s of causal attention, forward and backward, at the recipe's shape."""
+    model, dtype = shape.config.model, DTYPES[shape.config.precision.dtype]
+    sizes = shape.config.batch.micro, model.num_attention_heads, model.seq_length, model.head_size
+    query, key, value = (torch.randn(sizes, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def attend(_turn: int) -> None:
+        scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+
+    seconds = time_interleaved({"attention": attend}, device=device, num_repeats=5, warm_up=1)["attention"]
+    pairs = sizes[0] * sizes[1] * sizes[2] * (sizes[2] + 1) / 2
+    return 3 * 4 * pairs * sizes[3] / statistics.median(seconds)
+
+
+def _run_job(num_ranks: int, *arguments: str) -> dict[str, Any]:
+    """Run this module on `num_ranks` processes; return what rank 0 prints last."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", __name__]
+    done = subprocess.run([sys.executable, *launch, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ConfigError(f"{' '.join(arguments)} failed on {num_ranks} ranks: {' '.join(done.stderr.split())[-300:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _time_steps(recipe: str, num_steps: int, overrides: Sequence[str]) -> dict[str, Any]:
+    from megatron_itt.training.trainer import build_trainer
+
+    config = load_config(recipe, overrides, world_size=process_info().world_size)
+    place = start_parallel(config)
+    try:
+        trainer = build_trainer(config, place)
+        seconds = []
+        for turn in range(num_steps + 1):
+            started = synchronized_time(place.device)
+            train_on_random_tokens(trainer, turn)
+            seconds.append(synchronized_time(place.device) - started)
+    finally:
+        stop_parallel()
+    return {"seconds": statistics.median(seconds[1:])}
+
+
+def _main(recipe: str, *arguments: str) -> None:
+    silence_known_warnings()
+    if recipe == LINKS:
+        speed = measure_links(process_info())
+        found: dict[str, Any] = dict(speed.figures) if not speed.problem else {"problem": speed.problem}
+    else:
+        found = _time_steps(recipe, int(arguments[0]), arguments[1:])
+    if process_info().rank == 0:
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
