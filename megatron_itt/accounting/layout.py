@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from megatron_itt.accounting.collectives import sent_bytes
 from megatron_itt.accounting.flops import forward_flops
@@ -19,7 +19,7 @@ from megatron_itt.errors import ConfigError
 SECONDS_PER_DAY = 86400
 _CHUNKS = (1, 2, 4)
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
-_RECOMPUTE = ("none", "routed", "layer")
+_RECOMPUTE: tuple[Literal["none", "routed", "layer"], ...] = ("none", "routed", "layer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,10 +156,11 @@ def _legal_layouts(config: RunConfig, machine: Machine) -> Iterator[RunConfig]:
         if world_size % (tensor * pipeline):
             continue
         for micro, recompute in product(sorted({*_MICRO_BATCHES, config.batch.micro}), _RECOMPUTE):
+            batch: dict[str, Any] = {"global": config.batch.global_size, "micro": micro, "ramp": config.batch.ramp}
             case = replace(
                 config,
                 parallel=parallel,
-                batch=BatchConfig(**{"global": config.batch.global_size, "micro": micro}),
+                batch=BatchConfig(**batch),
                 thinking=replace(config.thinking, recompute=recompute),
             )
             if not find_problems(case) and not find_layout_problems(case, world_size):

@@ -56,9 +56,8 @@ class StepTime:
 
     def limits(self) -> list[tuple[str, float]]:
         """Return the parts as shares of the step, largest first."""
-        names = ("products", "attention", "memory_traffic", "tensor_collectives", "pipeline_bubble")
-        names = (*names, "gradients_and_weights", "optimizer")
-        shares = [(name.replace("_", " "), getattr(self, name) / self.seconds) for name in names]
+        parts = [name for name in self.__slots__ if name not in ("seconds", "unhidden")]
+        shares = [(name.replace("_", " "), getattr(self, name) / self.seconds) for name in parts]
         return sorted(shares, key=lambda item: -item[1])
 
 
