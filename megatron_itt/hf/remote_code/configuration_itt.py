@@ -67,7 +67,7 @@ class ITTConfig(PretrainedConfig):
     """
 
     model_type = "itt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,

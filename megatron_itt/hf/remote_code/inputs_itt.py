@@ -189,6 +189,13 @@ def resolve_cache(
     return cache, use_cache
 
 
+def one_cache(past_key_values: ITTCache | None, cache: ITTCache | None) -> ITTCache | None:
+    """The cache under either of its names."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument; give one of them.")
+    return past_key_values if cache is None else cache
+
+
 def check_cache_type(past_key_values: Any) -> None:
     if past_key_values is not None and not isinstance(past_key_values, ITTCache):
         raise ValueError(

@@ -25,6 +25,7 @@ from .inputs_itt import (
     check_cache_type,
     check_generated_length,
     describe_tokens,
+    one_cache,
     refuse_arguments,
     refuse_cache_position,
     resolve_cache,
@@ -35,6 +36,8 @@ from .static_cache_itt import ITTStaticCache, choose_cache
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 PREFILL_MULTIPLE = 32  # see Selection.multiple_of
+# What outputs and generate() call the KV cache; transformers 5.24 renamed it. `forward` takes both names.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
@@ -61,7 +64,7 @@ class ITTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ITTDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True  # for passes over all tokens without padding; masked ones use SDPA
 
@@ -117,6 +120,7 @@ class ITTModel(ITTPreTrainedModel):
         thinking = complete_thinking(self.config.thinking, len(self.layers))  # checked again: it may have been changed
         # Of transformers 4; transformers 5 warns about models whose signature names it.
         cache_position = kwargs.pop("cache_position", None)
+        past_key_values = one_cache(past_key_values, kwargs.pop("cache", None))
         refuse_arguments(self.config, output_attentions, kwargs)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -148,10 +152,10 @@ class ITTModel(ITTPreTrainedModel):
             cache.record_call(call)
         return ITTModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
             hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
             routing=tuple(mask for mask in all_selected if mask is not None) if output_routing else None,
             router_logits=tuple(each for each in all_logits if each is not None) if output_router_logits else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -230,7 +234,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         """Return logits [b, s, vocab] of input_ids [b, s]; arguments left out default to the config, as in LLaMA.
 
         attention_mask [b, past + s]: 0 for padding, left or right. position_ids [b, s]: each restart begins a new
-        document, and documents do not attend to each other.
+        document, and documents do not attend to each other. past_key_values may also be called cache.
         thinking_budget: T-1 fractions of tokens in [0, 1] (0 skips the step), or one such list per row; default: the
         config's. routing: "threshold" (default; causal, cacheable), "topk" or "topp" (as in training; they use the
         whole sequence). output_routing: also return the selected tokens of each thinking layer, [b, T-1, s];
@@ -297,7 +301,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
     ) -> None:
         check_generated_length(self.config, model_kwargs, max_cache_length)
         check_cache_implementation(generation_config.cache_implementation)
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         check_cache_type(given)
         if given is not None:
             given._is_user_defined = True
@@ -307,7 +311,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             if choose_cache(implementation, self.device, batch_size) == "static":
                 layers, capture = self.config.num_hidden_layers, implementation == "static"
                 cache = ITTStaticCache(layers, max_cache_length, capture=capture)
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE_NAME] = cache
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **others: Any) -> Tensor | None:

@@ -51,12 +51,13 @@ def test_a_cache_is_returned_when_llama_returns_one(
     assert returned[0] == returned[1]
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
 @pytest.mark.parametrize("use_cache", [None, False, True])
-def test_a_cache_that_is_given_is_read_and_extended(use_cache: bool | None, build: Callable) -> None:
+def test_a_cache_that_is_given_is_read_and_extended(use_cache: bool | None, name: str, build: Callable) -> None:
     model = build()
     with torch.no_grad():
-        past = model(TOKENS[:, :10]).past_key_values
-        rest = model(TOKENS[:, 10:], past_key_values=past, use_cache=use_cache).logits
+        past = model(TOKENS[:, :10])[modeling_itt.CACHE_NAME]
+        rest = model(TOKENS[:, 10:], use_cache=use_cache, **{name: past}).logits
         full = model(TOKENS).logits[:, 10:]
     assert float((rest - full).abs().max()) <= ATOL
     assert past.get_seq_length() == 18
@@ -106,6 +107,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"cu_seq_lens_q": torch.tensor([0, 3, 18])}, "takes no cu_seq_lens_q"),
     ({"token_type_ids": torch.zeros_like(TOKENS)}, "takes no token_type_ids"),
     ({"cache_position": torch.arange(1, 19)}, "cache_position must be"),
+    ({"past_key_values": ITTCache(4), "cache": ITTCache(4)}, "two names of one argument"),
 ]
 
 
