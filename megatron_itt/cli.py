@@ -47,6 +47,9 @@ def run(argv: Sequence[str]) -> int:
         return _complete(argv)
     _check_name("itt", name, COMMANDS)
     module, prog = _load(name), f"itt {name}"
+    from megatron_itt.config.environment import keep_compiled_kernels_local  # with what commands need, `_load` looked
+
+    keep_compiled_kernels_local()
     command, description, examples = module.COMMAND, module.__doc__, module.EXAMPLES
     if isinstance(command, dict):
         default = getattr(module, "DEFAULT", None)

@@ -18,7 +18,6 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_itt.commands.train import main  # noqa: E402
-from megatron_itt.config.environment import keep_compiled_kernels_local  # noqa: E402
 from megatron_itt.errors import CheckpointError, ConfigError, DataError, StorageError  # noqa: E402
 from megatron_itt.locks import ClaimFile  # noqa: E402
 from megatron_itt.log import run_command  # noqa: E402
@@ -38,7 +37,6 @@ def check_host_of_rank_0() -> None:
 
 def run() -> int:
     """Train; record errors that a restart would meet again in the run folder."""
-    keep_compiled_kernels_local()
     try:
         check_host_of_rank_0()
         return main()

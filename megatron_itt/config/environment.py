@@ -184,10 +184,13 @@ def find_c_compiler() -> str | None:
 
 
 def keep_compiled_kernels_local() -> None:
-    """Let Triton and inductor cache compiled kernels on this node's scratch disk, unless the environment names folders.
+    """In a Slurm job, let Triton and inductor cache compiled kernels on this node's scratch disk.
 
-    Triton's default is the home folder, which clusters share between nodes. Call it before torch is imported.
+    Folders that the environment names stay. Triton's default is the home folder, which clusters share between nodes.
+    Call it before torch is imported.
     """
+    if not _text("SLURM_JOB_ID"):
+        return
     scratch = _text("SLURM_TMPDIR")
     if not os.access(scratch, os.W_OK):
         scratch = tempfile.gettempdir()

@@ -17,7 +17,7 @@ FLOORS = {
     "locks": 2,
     "files": 1,
     "tables": 2,
-    "cli": 2,  # finds the commands by name, and imports the one that was asked for
+    "cli": 3,  # finds the commands by name, and imports the one that was asked for
     "config": 2,
     "accounting": 3,
     "ops": 3,

@@ -129,12 +129,16 @@ def test_variables_of_white_space_count_as_not_set(job: pytest.MonkeyPatch) -> N
     assert (process.rank, process.world_size, process.master_address, process.master_port) == (0, 1, "127.0.0.1", 0)
 
 
-def test_compiled_kernels_go_to_local_scratch_unless_a_folder_is_named(
+def test_compiled_kernels_of_a_job_go_to_local_scratch_unless_a_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = {}
     for scratch in (str(tmp_path), str(tmp_path / "absent"), ""):
-        monkeypatch.setattr(os, "environ", {"SLURM_TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": "/chosen"})
+        chosen = {"SLURM_TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": "/chosen"}
+        monkeypatch.setattr(os, "environ", chosen)
+        keep_compiled_kernels_local()
+        assert "TRITON_CACHE_DIR" not in os.environ  # outside a job
+        chosen["SLURM_JOB_ID"] = "7"
         keep_compiled_kernels_local()
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
         folders[scratch] = Path(os.environ["TRITON_CACHE_DIR"])
