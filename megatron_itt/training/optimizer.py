@@ -21,6 +21,7 @@ from megatron_itt.errors import ConfigError
 from megatron_itt.log import get_logger
 from megatron_itt.model.initialisation import global_name
 from megatron_itt.parallel.collectives import gather_objects
+from megatron_itt.parallel.megatron_compat.distributed_optimizer import norms_on_device
 from megatron_itt.training.muon import MUON_GROUP, Matrix, MuonAdamW
 from megatron_itt.training.optimizer_state import TORCH_ADAMS, held_part, parts_of, prepare_state
 
@@ -196,7 +197,8 @@ def _by_group(overrides: Overrides) -> dict[ParamKey, ParamGroupOverride]:
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """Make the reduced gradients ready for an update and return their norm over the whole model. A collective call."""
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    with norms_on_device():
+        return float(optimizer.get_grad_norm())
 
 
 def update_weights(optimizer: MegatronOptimizer, grad_norm: float) -> None:

@@ -1,14 +1,20 @@
-"""Replaced methods of megatron-core's `DistributedOptimizer`: parameter state, and step counters of torch's Adam.
+"""Replaced parts of megatron-core's optimizers: parameter state, step counters of torch's Adam, norms on the device.
 
-Undo: the methods are attributes of one optimizer and end with it.
+Undo: the methods are attributes of one optimizer and end with it; norms are replaced within a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads
 from torch import Tensor
+
+from megatron_itt.parallel.megatron_compat import Replacements
 
 VERSIONS = {"megatron-core": ">=0.16,<0.20"}
 
@@ -42,3 +48,20 @@ def keep_step_when_loading(optimizer: Any) -> None:
         set_states(model_param, {**tensors, "step": state["step"]})
 
     optimizer._set_main_param_and_optimizer_states = set_states_keeping_step
+
+
+@contextmanager
+def norms_on_device() -> Iterator[None]:
+    """Within the block, gradient norms are combined on their device, to the same bits.
+
+    Without apex and TransformerEngine, megatron-core copies the norm of every tensor to the host, one after the other.
+    """
+    with Replacements() as replaced:
+        if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+            replaced.replace(clip_grads, l2_norm_impl=_l2_norm)
+        yield
+
+
+def _l2_norm(_chunk: int, _flag: Tensor, tensors: Sequence[Sequence[Tensor]], _each: bool) -> tuple[Tensor, None]:
+    norms = torch.stack([torch.norm(tensor) for part in tensors for tensor in part])
+    return torch.norm(norms).to(torch.float).reshape(1), None

@@ -10,11 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads
 from packaging.specifiers import SpecifierSet
 
 from megatron_itt.parallel import megatron_compat
 from megatron_itt.parallel.megatron_compat import Replacements
 from megatron_itt.parallel.megatron_compat.checkpoint_format import checkpoint_reader
+from megatron_itt.parallel.megatron_compat.distributed_optimizer import norms_on_device
+from megatron_itt.parallel.megatron_compat.host_device import install_host_device, remove_host_device
+from tests.helpers.waiting import WatchOperations
 
 PACKAGE = Path(megatron_compat.__file__).parents[2]
 PATCHES = [module.name for module in pkgutil.iter_modules(megatron_compat.__path__)]
@@ -77,3 +83,19 @@ def test_the_checkpoint_reader_is_restored_after_an_error() -> None:
         assert megatron_torch._get_filesystem_reader("here") == "here"
         raise OSError("unreadable")
     assert vars(megatron_torch) == before
+
+
+def test_norms_on_the_device_have_the_bits_of_megatron_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(size, size, generator=generator) for size in (3, 40, 7, 129)]
+    install_host_device()
+    try:
+        given = 2048 * 32, torch.zeros(1, dtype=torch.int), [tensors], False
+        expected, _ = utils.local_multi_tensor_l2_norm(*given)
+        monkeypatch.setattr(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+        with norms_on_device(), WatchOperations() as watch:
+            found, _ = clip_grads.l2_norm_impl(*given)
+    finally:
+        remove_host_device()
+    assert torch.equal(found, expected) and found.shape == expected.shape and watch.waiting == []
+    assert clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm

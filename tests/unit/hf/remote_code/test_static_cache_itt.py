@@ -7,58 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
 from megatron_itt.hf.remote_code.static_cache_itt import ITTStaticCache, choose_cache
 from tests.helpers.switch_patterns import PATTERNS
+from tests.helpers.waiting import WatchOperations
 
 BUDGETS = torch.tensor([[0.0, 0.6, 0.3], [1.0, 0.2, 0.9], [0.5, 0.5, 0.0]])
-# Operations that wait for the device: their results, or the shapes of their results, are needed on the host.
-SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2", "is_nonzero")
-
-
-class ReadWatch(TorchFunctionMode):
-    """Names of the tensor methods that copy values to the host and are no operations of the dispatcher."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__"):
-            self.found.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-class SynchronisationWatch(TorchDispatchMode):
-    """Names of the operations that make the host wait, indexing by masks and copies between devices included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.reads = ReadWatch(self.found)
-
-    def __enter__(self) -> Any:
-        self.reads.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.reads.__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        tensors = [
-            value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
-        ]
-        result = func(*args, **(kwargs or {}))
-        results = [value for value in torch.utils._pytree.tree_leaves(result) if isinstance(value, torch.Tensor)]
-        by_mask = name in ("index", "index_put", "index_put_") and any(each.dtype == torch.bool for each in tensors[1:])
-        if name in SYNCHRONISING or by_mask or len({each.device.type for each in tensors + results}) > 1:
-            self.found.append(name)
-        return result
 
 
 def _batch(rows: int = 3, length: int = 26) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,15 +85,15 @@ def test_a_decoded_token_costs_no_host_synchronisation(pattern: dict[str, Any], 
     cache = ITTStaticCache(model.config.num_hidden_layers, 26)
     with torch.no_grad():
         model(tokens[:, :12], attention_mask=mask[:, :12], past_key_values=cache, **routed)
-        with SynchronisationWatch() as watch:
+        with WatchOperations() as watch:
             for index in range(12, 16):
                 seen = {"attention_mask": mask[:, : index + 1], "position_ids": torch.full((3, 1), index)}
                 model(tokens[:, index : index + 1], past_key_values=cache, **seen, **routed)
-        assert watch.found == []
+        assert watch.waiting == []
         skipping = model(tokens[:, :12], attention_mask=mask[:, :12], use_cache=True, **routed).past_key_values
-        with SynchronisationWatch() as watch:
+        with WatchOperations() as watch:
             model(tokens[:, 12:13], attention_mask=mask[:, :13], past_key_values=skipping, **routed)
-        assert watch.found, "the watch finds nothing"
+        assert watch.waiting, "the watch finds nothing"
 
 
 def test_decoding_runs_where_no_value_can_be_read(build: Callable) -> None:
@@ -158,10 +113,10 @@ def test_decoding_runs_where_no_value_can_be_read(build: Callable) -> None:
         )
         seen = {"attention_mask": mask[:, :13].to("meta"), "position_ids": torch.full((3, 1), 12, device="meta")}
         token = tokens[:, 12:13].to("meta")
-        with SynchronisationWatch() as watch:
+        with WatchOperations() as watch:
             logits = model(token, past_key_values=cache, **seen).logits
     assert logits.shape == (3, 1, 61)
-    assert watch.found == []
+    assert watch.waiting == []
 
 
 def test_the_decoding_step_is_captured_as_one_graph(build: Callable) -> None:
