@@ -35,7 +35,9 @@ class Check:
     setup: Setup = None
 
 
-def run_isolated(checks: Sequence[Check], *, total_s: float) -> Iterator[tuple[Check, Row]]:
+def run_isolated(
+    checks: Sequence[Check], *, total_s: float, setup_limit_s: float = SETUP_LIMIT_S
+) -> Iterator[tuple[Check, Row]]:
     """Run the checks in order and yield every row as soon as it is there.
 
     A check that would begin after `total_s` yields one row with an error, and so does one that fails or is stopped.
@@ -50,7 +52,7 @@ def run_isolated(checks: Sequence[Check], *, total_s: float) -> Iterator[tuple[C
             if worker is None or worker.setup != check.setup:
                 if worker is not None:
                     worker.close()
-                worker = _Worker(check.setup)
+                worker = _Worker(check.setup, setup_limit_s)
             is_healthy = True
             for row in worker.run(check, deadline):
                 is_healthy = is_healthy and "error" not in row
@@ -66,8 +68,8 @@ def run_isolated(checks: Sequence[Check], *, total_s: float) -> Iterator[tuple[C
 class _Worker:
     """One process, and this end of the pipe to it."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup, self._is_ready = setup, False
+    def __init__(self, setup: Setup, limit_s: float) -> None:
+        self.setup, self._is_ready, self._limit_s = setup, False, limit_s
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, setup))
@@ -77,7 +79,7 @@ class _Worker:
     def run(self, check: Check, deadline: float) -> Iterator[Row]:
         try:
             if not self._is_ready:
-                yield from self._rows(min(deadline, time.monotonic() + SETUP_LIMIT_S), "starting")
+                yield from self._rows(min(deadline, time.monotonic() + self._limit_s), "starting")
                 self._is_ready = True
             self._connection.send((check.function, check.arguments))
             yield from self._rows(min(deadline, time.monotonic() + check.limit_s), "running")

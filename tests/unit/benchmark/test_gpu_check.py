@@ -126,6 +126,8 @@ def test_the_plan_begins_with_bf16_kernels_and_the_papers_steps_and_its_limits_a
     ]
     assert sum(each.limit_s for each in plan.values()) <= 60 * request.minutes
     assert "layouts" in {each.name for each in plan_check(request, num_gpus=2)}
+    longer = plan_check(CheckRequest(minutes=10 * request.minutes), num_gpus=1)
+    assert [each.limit_s for each in longer] == [10 * each.limit_s for each in plan.values()]
     cases = plan["attention, bf16"].arguments[0]
     heads = {(case.model.num_attention_heads, case.model.num_key_value_heads, case.model.head_size) for case in cases}
     assert heads == {(32, 32, 32), (32, 32, 64), (32, 16, 48)}
@@ -159,7 +161,7 @@ def test_a_gpu_is_named_as_part_of_a_file_name() -> None:
 
 @pytest.mark.slow
 def test_the_whole_check_runs_with_few_packages(tmp_path: Path) -> None:
-    arguments = ["--device", "cpu", "--tiny", "--repeats", "1", "--minutes", "20", "--output", str(tmp_path)]
+    arguments = ["--device", "cpu", "--tiny", "--repeats", "1", "--minutes", "120", "--output", str(tmp_path)]
     assert not set(ABSENT) & set(PACKAGES)
     # Every Python process that finds this file runs it first, those that the check starts among them.
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in ABSENT)]
