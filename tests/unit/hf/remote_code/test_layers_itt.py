@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_itt.hf.remote_code.layers_itt import ITTLinear
 from megatron_itt.hf.weight_map import hf_to_megatron
 from tests.helpers.reference import reference_forward
 
@@ -150,3 +151,18 @@ def test_padding_changes_no_logits_on_either_side(routing: str, build: Callable)
             right = model(torch.cat((tokens, noise), 1), attention_mask=torch.cat((ones, zeros), 1), routing=rule)
             assert torch.allclose(left.logits[:, 7:], alone, rtol=0, atol=1e-10)
             assert torch.allclose(right.logits[:, :20], alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_few_rows_are_those_of_linear(rows: int, bias: bool) -> None:
+    layer, x = ITTLinear(96, 40, bias=bias), torch.randn(7, rows, 96).permute(1, 0, 2)[:, 3]
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), expected, rtol=0, atol=1e-6)
+        for dtype in (torch.float64, torch.bfloat16):
+            cast = ITTLinear(96, 40, bias=bias).to(dtype)
+            assert torch.equal(cast(x.to(dtype)), torch.nn.functional.linear(x.to(dtype), cast.weight, cast.bias))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    assert torch.equal(layer(x), expected) and layer(x).requires_grad
