@@ -44,8 +44,8 @@ class CheckRequest:
     command: str = ""  # as the results name it
 
     @property
-    def patience(self) -> float:
-        """Factor of the limits of the parts, which are for a GPU that nobody else uses."""
+    def limit_scale(self) -> float:
+        """Factor of the time limits of the parts, which suit an idle GPU."""
         return max(1.0, self.minutes / type(self).minutes)
 
 
@@ -80,8 +80,9 @@ def run_check(request: CheckRequest, *, show: Callable[[str], None] = print) -> 
     origin = {"check": "request", "command": request.command, "device": name, "torch": torch.__version__}
     rows: list[dict[str, Any]] = [origin]
     began = time.monotonic()
-    plan = plan_check(request, num_gpus=num_gpus)
-    checks = run_isolated(plan, total_s=60 * request.minutes, setup_limit_s=SETUP_LIMIT_S * request.patience)
+    scale = request.limit_scale
+    plan = [replace(check, limit_s=scale * check.limit_s) for check in plan_check(request, num_gpus=num_gpus)]
+    checks = run_isolated(plan, total_s=60 * request.minutes, setup_limit_s=scale * SETUP_LIMIT_S)
     with path.open("a", encoding="utf-8") as file:
         print(json.dumps(origin), file=file, flush=True)
         for check, row in checks:
@@ -149,13 +150,7 @@ def plan_check(request: CheckRequest, *, num_gpus: int) -> list[Any]:
     left_out = {"layouts"} if num_gpus < 2 else set()
     left_out |= {"graphs"} if request.device == "cpu" else set()
     return [
-        Check(
-            name=name,
-            function=function,
-            arguments=given,
-            limit_s=limit * request.patience,
-            setup=(prepare, (backend, request.device)),
-        )
+        Check(name=name, function=function, arguments=given, limit_s=limit, setup=(prepare, (backend, request.device)))
         for name, backend, limit, function, given in plan
         if backend in backends and name not in left_out
     ]

@@ -40,3 +40,8 @@ def prepare_nothing() -> None:
 
 def fail_to_prepare() -> None:
     raise ConfigError("no backend")
+
+
+def take_a_while() -> Iterator[Row]:
+    time.sleep(0.3)
+    yield {"waited": True}
