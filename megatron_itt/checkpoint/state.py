@@ -45,6 +45,7 @@ class RunState:
     validation_loss: float | None = None
     world_size: int | None = None
     device: str | None = None
+    source: dict[str, Any] | None = None  # of an imported model: what its export keeps of the pretrained folder
     averaged_steps: list[int] = field(default_factory=list)  # of an average: the steps of its checkpoints
     project_version: str = __version__
     format_version: int = FORMAT_VERSION

@@ -32,7 +32,7 @@ class Export(ExportOptions):
                 f"parity: logits within {report.parity.max_relative_difference:.1e} of the training model "
                 f"({len(report.parity.cases)} comparisons)"
             )
-        print(f"step {report.step}, {report.num_parameters:,} parameters, {self.dtype}: {report.folder}")
+        print(f"step {report.step}, {report.num_parameters:,} parameters, {report.dtype}: {report.folder}")
         return 0
 
 

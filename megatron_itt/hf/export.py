@@ -21,6 +21,7 @@ from megatron_itt.hf.folder import (
     FLOAT32_SUFFIX,
     cast_weights,
     copy_tokenizer,
+    keep_special_tokens,
     model_settings,
     special_token_ids,
     write_configs,
@@ -33,7 +34,7 @@ from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 from megatron_itt.hf.weight_map import megatron_to_hf
 from megatron_itt.model.builder import BuiltModel, forward_logits
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1.0e-4
 # Top-k compares logits: where the models differ in the last bits, a tie can select another token, which then differs
 # visibly. A real fault changes almost every token.
@@ -59,6 +60,7 @@ class ExportReport:
     folder: Path
     step: int
     num_parameters: int
+    dtype: str
     weight_files: list[str]
     parity: ParityResult | None
 
@@ -70,8 +72,8 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, options: Expor
     tokenizer is missing or too large, or if the logits differ from the training model's.
     """
     options, output = options or ExportOptions(), Path(output)
-    if options.dtype not in DTYPES:
-        raise ExportError(f"dtype is {options.dtype!r}; use one of {sorted(DTYPES)}.")
+    if options.dtype not in ("auto", *DTYPES):
+        raise ExportError(f"dtype is {options.dtype!r}; use one of {['auto', *sorted(DTYPES)]}.")
     if output.exists():
         raise ExportError(f"{output} exists already; choose another --output or remove it.")
     with (
@@ -88,18 +90,23 @@ def _write_folder(
     state = megatron_to_hf(
         {name: value for name, value in built.chunks[0].state_dict().items() if isinstance(value, Tensor)}, config.model
     )
+    source = run_state.source or {}
+    dtype = source.get("dtype") if options.dtype == "auto" else options.dtype
+    dtype = dtype if dtype in DTYPES else "float32"
     settings = model_settings(config.model, config.thinking)
+    settings["max_position_embeddings"] = max(config.model.seq_length, source.get("max_position_embeddings", 0))
     special_tokens: dict[str, Any] = {}
     hf_tokenizer = None
     tokenizer = _add_tokenizer(folder, config, run_state, options)
     if tokenizer is not None:
         settings["tokenizer_sha256"] = load_tokenizer(folder).sha256  # evaluation accepts no other tokenizer
         special_tokens = special_token_ids(load_with_transformers(folder), config.model.vocab_size)
-    write_configs(folder, settings, dtype=options.dtype, special_tokens=special_tokens)
+    special_tokens, generation = keep_special_tokens(source, special_tokens)
+    write_configs(folder, settings, dtype=dtype, special_tokens=special_tokens, generation=generation)
     if tokenizer is not None:
         hf_tokenizer = check_tokenizer_folder(tokenizer, folder)
     parity = check_parity(built, build_hf_model(settings, state), config, hf_tokenizer) if options.check else None
-    weights = cast_weights(state, DTYPES[options.dtype])
+    weights = cast_weights(state, DTYPES[dtype])
     files = write_weights(folder, weights, max_shard_bytes=options.max_shard_bytes, verify=options.check)
     facts = CardFacts(
         recipe=Path(run_state.config.logging.run_dir).name,
@@ -107,12 +114,17 @@ def _write_folder(
         consumed_tokens=run_state.consumed_tokens,
         data_fingerprint=run_state.data_fingerprint,
         num_parameters=sum(tensor.numel() for name, tensor in state.items() if not name.endswith(FLOAT32_SUFFIX)),
-        dtype=options.dtype,
+        dtype=dtype,
         parity="not checked" if parity is None else f"logits within {parity.max_relative_difference:.1e} (float32)",
     )
     (folder / "README.md").write_text(render_card(settings, facts), encoding="utf-8")
     return ExportReport(
-        folder=folder, step=run_state.step, num_parameters=facts.num_parameters, weight_files=files, parity=parity
+        folder=folder,
+        step=run_state.step,
+        num_parameters=facts.num_parameters,
+        dtype=dtype,
+        weight_files=files,
+        parity=parity,
     )
 
 

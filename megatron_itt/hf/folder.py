@@ -69,10 +69,52 @@ def model_settings(model: ModelConfig, thinking: ThinkingConfig) -> dict[str, An
     return {"architectures": ["ITTForCausalLM"], "model_type": "itt", "auto_map": AUTO_MAP, **settings}
 
 
-def write_configs(folder: Path, settings: dict[str, Any], *, dtype: str, special_tokens: dict[str, Any]) -> None:
-    """Write config.json, generation_config.json and, for a thinking model, the remote code."""
+def read_source(folder: Path, hf: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what an export keeps of the folder that a model was imported from, as plain data for the checkpoints.
+
+    hf: of `read_config`. ExportError if generation_config.json is not readable.
+    """
+    path = folder / "generation_config.json"
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read ({error}); correct it, or remove it.") from None
+    dtypes = (tensor.dtype for name, tensor in weights.items() if not name.endswith(FLOAT32_SUFFIX))
+    return {
+        "dtype": str(next(dtypes)).removeprefix("torch."),
+        "max_position_embeddings": hf["max_position_embeddings"],
+        "special_tokens": {key: hf[key] for key in SPECIAL_TOKENS if hf.get(key) is not None},
+        "generation_config": generation,
+    }
+
+
+def keep_special_tokens(source: dict[str, Any], of_tokenizer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the special tokens of config.json and the content of generation_config.json: the source's.
+
+    Where another token ends the documents of the training data, that one ends generation.
+    """
+    eos = of_tokenizer.get("eos_token_id")
+
+    def with_end(values: dict[str, Any]) -> dict[str, Any]:
+        ends = values.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        return values if eos is None or eos in ends else {**values, "eos_token_id": eos}
+
+    tokens, generation = with_end(source.get("special_tokens", of_tokenizer)), source.get("generation_config")
+    return tokens, with_end(generation) if generation else {}
+
+
+def write_configs(
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    dtype: str,
+    special_tokens: dict[str, Any],
+    generation: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json, generation_config.json (`generation`, or what config.json implies) and the remote code."""
     _write_json(folder / "config.json", {**settings, **special_tokens, "dtype": dtype, "use_cache": True})
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **special_tokens})
+    _write_json(folder / "generation_config.json", generation or {"_from_model_config": True, **special_tokens})
     if settings["model_type"] == "itt":
         for name in REMOTE_CODE_FILES:
             shutil.copyfile(Path(__file__).parent / "remote_code" / name, folder / name)

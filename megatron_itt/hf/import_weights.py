@@ -26,7 +26,7 @@ from megatron_itt.config.switches import exported_thinking, field_names
 from megatron_itt.errors import ConfigError, ExportError
 from megatron_itt.hf.calibration import calibrate
 from megatron_itt.hf.families import find_differences, model_section, read_config
-from megatron_itt.hf.folder import has_tokenizer
+from megatron_itt.hf.folder import has_tokenizer, read_source
 from megatron_itt.hf.load import read_weights
 from megatron_itt.hf.options import ImportOptions
 from megatron_itt.hf.weight_map import hf_to_megatron
@@ -127,7 +127,10 @@ def import_folder(
     hf = read_config(folder)
     if problems := find_differences(model_section(hf, config.model.seq_length), config.model):
         raise ExportError(f"the folder does not fit the recipe: {'; '.join(problems)}. Change the recipe to match.")
-    state = hf_to_megatron(read_weights(folder), config.model)
+    weights = read_weights(folder)
+    source = read_source(folder, hf, weights)
+    state = hf_to_megatron(weights, config.model)
+    del weights
     single = single_process_config(config)
     parallel_place = start_parallel(single, process=single_process())
     calibrated = None
@@ -137,7 +140,7 @@ def import_folder(
         del state
         if any(name.endswith("logit_quantiles") for name in fresh):
             calibrated = calibrate(built, folder, config, options.calibrate)
-        run_state = new_run_state(config, step=0)
+        run_state = new_run_state(config, step=0, source=source)
         save_checkpoint(sharded_model_state(built.chunks), run_state, checkpoint_root(output), keep_last=1)
     finally:
         stop_parallel()

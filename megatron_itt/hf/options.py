@@ -64,7 +64,8 @@ def _span(part: str) -> range:
 class ExportOptions:
     """Options of an export."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # data type of the weights
+    # data type of the weights; auto: that of the imported model, float32 for a model that was not imported
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     check: bool = True  # compare with the training model before the folder appears
     tokenizer: str | None = None  # name or folder of a tokenizer in place of the recipe's
     with_tokenizer: bool = True

@@ -70,6 +70,17 @@ class Checkpointer:
         )
         self._writer = CheckpointWriter(self._store, retention, asynchronous=wanted.asynchronous)
 
+    def find_initial_weights(self) -> Path | None:
+        """Return the checkpoint of `checkpoint.initial_weights`, if it is set. CheckpointError if there is none."""
+        if self._config.checkpoint.initial_weights is None:
+            return None
+        try:
+            folder = resolve_checkpoint(self._config.checkpoint.initial_weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint.initial_weights: {error}") from None
+        self._facts["source"] = read_run_state(folder).source
+        return folder
+
     def find_resume_point(self) -> ResumePoint | None:
         """Return the newest intact checkpoint, at which the run continues, or None for a new run.
 
@@ -98,6 +109,7 @@ class Checkpointer:
             end_of_document=self._facts["end_of_document"],
             allow_changed=allow_changed,
         )
+        self._facts["source"] = state.source
         return ResumePoint(folder=folder, state=state)
 
     def resume(self, trainer: Trainer, point: ResumePoint) -> None:
@@ -174,18 +186,6 @@ NOT_WEIGHTS = ("optimizer", RANDOM_STATES)
 SHOWN_TENSORS = 12
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-def find_initial_weights(config: RunConfig) -> Path | None:
-    """The checkpoint that `checkpoint.initial_weights` names, if it is set. CheckpointError if there is none."""
-    if config.checkpoint.initial_weights is None:
-        return None
-    try:
-        folder = resolve_checkpoint(config.checkpoint.initial_weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"checkpoint.initial_weights: {error}") from None
-    read_run_state(folder)
-    return folder
 
 
 def load_initial_weights(trainer: Trainer, folder: Path) -> list[str]:

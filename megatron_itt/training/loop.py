@@ -24,7 +24,7 @@ from megatron_itt.log import configure_logging, get_logger
 from megatron_itt.parallel.collectives import on_rank_zero
 from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel
 from megatron_itt.training.capacity import describe_rounding
-from megatron_itt.training.checkpointing import Checkpointer, find_initial_weights, load_initial_weights
+from megatron_itt.training.checkpointing import Checkpointer, load_initial_weights
 from megatron_itt.training.guards import StepGuard, TrainingDivergedError, Verdict, are_weights_finite, check_replicas
 from megatron_itt.training.metrics import Reporter
 from megatron_itt.training.run_folder import LOG_FILE, begin_training, mark_diverged, mark_finished, opened_run_folder
@@ -112,7 +112,7 @@ def _start_or_resume(
         allow_changed=allow_changed,
     )
     point = checkpointer.find_resume_point() or checkpointer.find_branch_point()
-    weights = find_initial_weights(config) if point is None else None
+    weights = checkpointer.find_initial_weights() if point is None else None
     datasets = build_datasets(config, tokenizer=tokenizer)
     trainer = build_trainer(config, place)
     if (rounding := describe_rounding(config)) is not None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_itt.checkpoint.state import read_run_state
+from megatron_itt.checkpoint.store import resolve_checkpoint
 from megatron_itt.commands.train import main
 from megatron_itt.config import load_config
 from megatron_itt.hf.import_weights import import_folder
@@ -63,6 +65,7 @@ def test_an_itt_starts_with_the_loss_of_the_llama_and_fresh_thinking_tensors(
     capsys.readouterr()
     assert run(recipe, *ONE_STEP, *UNTHINKING, weights) == 0
     assert "tensors start as the recipe says: decoder.layers.1.thinking" in capsys.readouterr().out
+    assert read_run_state(resolve_checkpoint(tmp_path / "run")).source == read_run_state(llama_checkpoint).source
     for loss, domain in zip(first_losses(tmp_path / "run"), expected * 2, strict=True):
         # the same logits in float32; attention is computed by another path
         assert loss == pytest.approx(domain, rel=1e-5)
@@ -103,6 +106,9 @@ def test_a_run_that_has_checkpoints_resumes_and_needs_the_folder_no_more(
     (tmp_path / "run" / "finished").unlink()
     gone = f"checkpoint.initial_weights={tmp_path / 'gone'}"
     assert run(recipe, *ONE_STEP, gone) == 0
+    (tmp_path / "run" / "finished").unlink()
+    assert run(recipe, *ONE_STEP, "schedule.steps=2", "--allow-changed", "schedule.steps") == 0
+    assert read_run_state(tmp_path / "run/checkpoints/step_0000002").source["dtype"] == "float32"
     assert "resumed from" in (tmp_path / "run" / "log.txt").read_text()
 
 

@@ -11,7 +11,8 @@ import pytest
 from megatron_itt.accounting.flops import count_parameters, paper_flops
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.accounting.pipeline import cut_pipeline
-from megatron_itt.config import RunConfig, load_config
+from megatron_itt.config import RunConfig, ThinkingConfig, load_config
+from megatron_itt.training.optimizer import match_group
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 SIZES = {"162m": 162.02, "230m": 249.33, "466m": 466.65}
@@ -35,6 +36,11 @@ TABLE_3: dict[str, tuple[dict[str, Any], float]] = {
     "tanh_gate": ({"gate": "tanh"}, 3.29),
     "symmetric_reweighting": ({"reweight": "symmetric"}, 3.29),
 }
+
+
+# Parameters of the published models, in millions.
+RETROFIT = {"smollm2_135m": 134.52, "smollm2_360m": 361.82, "smollm2_1b7": 1711.38}
+RETROFIT |= {"llama3.2_1b": 1235.81, "qwen2.5_0b5": 494.03, "qwen3_0b6": 596.05}
 
 
 def load(name: str) -> RunConfig:
@@ -122,3 +128,30 @@ def test_the_recipes_beyond_the_paper_keep_their_published_budgets() -> None:
     tokens = {size: load(f"scale/{size}_llama") for size in SCALE}
     trained = {size: config.schedule.steps * config.tokens_per_step for size, config in tokens.items()}
     assert trained == {"1b3": pytest.approx(300e9, rel=0.001), "7b": pytest.approx(1e12, rel=0.001)}
+
+
+@pytest.mark.parametrize("name", RETROFIT)
+def test_the_recipes_for_pretrained_models_are_their_shapes_and_train_layers_that_think_apart(name: str) -> None:
+    config = load(f"retrofit/{name}")
+    count, layers = (
+        count_parameters(config.model, config.thinking),
+        config.thinking.layer_indices(config.model.num_layers),
+    )
+    assert round(count.base / 1e6, 2) == RETROFIT[name]
+    assert (
+        config.model.num_layers // 4 <= layers[0] <= layers[-1] < config.model.num_layers - config.model.num_layers // 4
+    )
+    router, step_encoding, *weights = config.optimizer.groups
+    for layer_idx in range(config.model.num_layers):
+        name = f"decoder.layers.{layer_idx}.mlp.linear_fc1.weight"
+        assert sum(match_group(group, name) for group in weights) == (layer_idx in layers)
+        assert not any(match_group(group, f"decoder.layers.{layer_idx}.thinking.router") for group in weights)
+    assert config.thinking.step_init == 0.0 and config.thinking.ramp_steps == config.schedule.steps / 4
+    assert config.schedule.steps * config.tokens_per_step == 65_536_000
+
+
+def test_the_control_of_a_recipe_for_a_pretrained_model_differs_in_thinking_alone() -> None:
+    itt, control = load("retrofit/smollm2_135m"), load("retrofit/smollm2_135m_llama")
+    assert control.thinking == ThinkingConfig()
+    optimizer = replace(itt.optimizer, groups=())
+    assert replace(itt, thinking=control.thinking, optimizer=optimizer, logging=control.logging) == control
