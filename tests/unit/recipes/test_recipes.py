@@ -133,18 +133,14 @@ def test_the_recipes_beyond_the_paper_keep_their_published_budgets() -> None:
 @pytest.mark.parametrize("name", RETROFIT)
 def test_the_recipes_for_pretrained_models_are_their_shapes_and_train_layers_that_think_apart(name: str) -> None:
     config = load(f"retrofit/{name}")
-    count, layers = (
-        count_parameters(config.model, config.thinking),
-        config.thinking.layer_indices(config.model.num_layers),
-    )
-    assert round(count.base / 1e6, 2) == RETROFIT[name]
-    assert (
-        config.model.num_layers // 4 <= layers[0] <= layers[-1] < config.model.num_layers - config.model.num_layers // 4
-    )
-    router, step_encoding, *weights = config.optimizer.groups
-    for layer_idx in range(config.model.num_layers):
-        name = f"decoder.layers.{layer_idx}.mlp.linear_fc1.weight"
-        assert sum(match_group(group, name) for group in weights) == (layer_idx in layers)
+    num_layers = config.model.num_layers
+    layers = config.thinking.layer_indices(num_layers)
+    assert round(count_parameters(config.model, config.thinking).base / 1e6, 2) == RETROFIT[name]
+    assert num_layers // 4 <= layers[0] <= layers[-1] < num_layers - num_layers // 4
+    weights = config.optimizer.groups[2:]  # after routers and step encodings
+    for layer_idx in range(num_layers):
+        weight = f"decoder.layers.{layer_idx}.mlp.linear_fc1.weight"
+        assert sum(match_group(group, weight) for group in weights) == (layer_idx in layers)
         assert not any(match_group(group, f"decoder.layers.{layer_idx}.thinking.router") for group in weights)
     assert config.thinking.step_init == 0.0 and config.thinking.ramp_steps == config.schedule.steps / 4
     assert config.schedule.steps * config.tokens_per_step == 65_536_000
