@@ -18,7 +18,8 @@ from megatron_itt.model.builder import BuiltModel, forward_logits
 from megatron_itt.model.quantiles import pool_quantiles, update_quantiles
 from megatron_itt.model.routing_control import RoutingRecorder
 
-NUM_SEQUENCES, NUM_TOKENS = 8, 96
+NUM_SEQUENCES, NUM_TOKENS = 16, 48  # of samples: decoding takes as long for many sequences as for one
+TEXT_TOKENS = 96  # of one sequence of a text
 
 
 def calibrate(built: BuiltModel, folder: Path, config: RunConfig, source: str) -> str:
@@ -33,8 +34,12 @@ def calibrate(built: BuiltModel, folder: Path, config: RunConfig, source: str) -
             if layer.thinking.logit_quantiles is not None:
                 layer.thinking.logit_quantiles.copy_(normal.expand_as(layer.thinking.logit_quantiles))
         return "standard-normal logits"
-    length = min(NUM_TOKENS, config.model.seq_length)
-    batch = _sample(folder, length, generator) if source == "samples" else _read(Path(source), config, length)
+    longest, samples = config.model.seq_length, source == "samples"
+    batch = (
+        _sample(folder, min(NUM_TOKENS, longest), generator)
+        if samples
+        else _read(Path(source), config, min(TEXT_TOKENS, longest))
+    )
     recorder = RoutingRecorder()
     built.control.recorder = recorder
     for recorder.microbatch, tokens in enumerate(batch.split(NUM_SEQUENCES)):
@@ -42,7 +47,7 @@ def calibrate(built: BuiltModel, folder: Path, config: RunConfig, source: str) -
     built.control.recorder = None
     group = parallel_state.get_data_parallel_group()
     update_quantiles(built.thinking_layers(), recorder, group=group, decay=0.0)
-    return f"{batch.numel()} tokens of {'its own samples' if source == 'samples' else source}"
+    return f"{batch.numel()} tokens of {'its own samples' if samples else source}"
 
 
 def _read(path: Path, config: RunConfig, length: int) -> Tensor:
