@@ -80,16 +80,22 @@ use_modules() { # CLUSTER_FILE
     done
 }
 
-use_container() { # CLUSTER_FILE; srun's options for a pyxis container that sees the same paths as the host
+use_container() { # CLUSTER_FILE; sets how a task enters the container, which sees the same paths as the host
     in_slurm && [ -n "${ITT_CONTAINER_IMAGE:-}" ] || return 0
     [[ $ITT_CONTAINER_IMAGE != /* ]] || [ -f "$ITT_CONTAINER_IMAGE" ] ||
         fail "ITT_CONTAINER_IMAGE is $ITT_CONTAINER_IMAGE, which does not exist; correct it in $1"
-    srun --help 2>/dev/null | grep -q -- --container-image ||
-        fail "ITT_CONTAINER_IMAGE is set, but this srun has no --container-image (pyxis); see $1"
-    local mounts=$checkout:$checkout root
+    local mounts=$checkout:$checkout root runtime
     for root in "${ITT_DATA_ROOT:-}" "${ITT_RUN_ROOT:-}"; do [ -z "$root" ] || mounts+=,$root:$root; done
-    container=("--container-image=$ITT_CONTAINER_IMAGE" "--container-workdir=$checkout")
-    container+=("--container-mounts=$mounts${ITT_CONTAINER_MOUNTS:+,$ITT_CONTAINER_MOUNTS}")
+    mounts+=${ITT_CONTAINER_MOUNTS:+,$ITT_CONTAINER_MOUNTS}
+    if [[ $ITT_CONTAINER_IMAGE == *.sif ]]; then
+        runtime=$(command -v apptainer || command -v singularity) ||
+            fail "ITT_CONTAINER_IMAGE is $ITT_CONTAINER_IMAGE, but this node has neither apptainer nor singularity; see $1"
+        container=("$runtime" exec --nv --pwd "$checkout" --bind "$mounts" "$ITT_CONTAINER_IMAGE")
+    else
+        srun --help 2>/dev/null | grep -q -- --container-image ||
+            fail "ITT_CONTAINER_IMAGE is $ITT_CONTAINER_IMAGE, but this srun has no --container-image (pyxis); see $1"
+        container=("--container-image=$ITT_CONTAINER_IMAGE" "--container-workdir=$checkout" "--container-mounts=$mounts")
+    fi
 }
 
 run_python() { # one process with the python of the tasks; only the command writes to standard output

@@ -61,7 +61,7 @@ start_on_cluster() { # COMMAND...
     read -ra options <<<"${ITT_SRUN_OPTIONS:-}"
     srun --nodes="$nodes" --ntasks="$((nodes * tasks_per_node))" --ntasks-per-node="$tasks_per_node" \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait="$ITT_STRAGGLER_S" --mpi=none \
-        --chdir="$checkout" "${container[@]}" "${options[@]}" "$@" 2>&"$errors" &
+        --chdir="$checkout" "${options[@]}" "${container[@]}" "$@" 2>&"$errors" &
     children=($!)
 }
 
