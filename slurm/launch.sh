@@ -139,10 +139,11 @@ train() { # JOB_FILE RECIPE ARGUMENT...
     load_cluster
     continue_from_snapshot "$job_file" train "$recipe" "$@"
     find_shape "$job_file"
-    case $mode in
-        dry_run) dry_run "$job_file"; exit ;;
-        submit) submit "$job_file"; exit ;;
-    esac
+    if [ "$mode" != run ]; then
+        find_ended_owner
+        "$mode" "$job_file"
+        exit
+    fi
     find_run_folder
     claim_run_folder
     trap 'release_run_folder; rm -f "$failures"' EXIT

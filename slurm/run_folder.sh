@@ -88,6 +88,15 @@ is_alive() { # OWNER; an owner of unknown state counts as alive
     esac
 }
 
+find_ended_owner() { # before a submission: what the planner cannot ask Slurm itself
+    local owner folder
+    folder=$(plan run-dir 2>/dev/null) || return 0
+    folder=${folder%%$'\n'*}
+    [[ $folder == /* ]] || folder=$checkout/$folder
+    owner=$(run_dir=$folder owner_of_run_folder)
+    [ -z "$owner" ] || is_alive "$owner" || plan_options+=("--ended-owner=$owner")
+}
+
 # A node that was cut off may return while a later start of its job runs elsewhere.
 is_overtaken() { [ -n "$claim" ] && [ -f "$run_dir/in_use" ] && [ "$(owner_of_run_folder)" != "$claim" ]; }
 release_run_folder() { [ -z "$claim" ] || guarded remove_claim "$claim"; }

@@ -131,10 +131,15 @@ def _cells(status: RunStatus) -> dict[str, str]:
     }
 
 
+def has_ended(run_dir: Path) -> bool:
+    """Whether the run is finished, or stopped for a reason that a restart would meet again."""
+    return _state(run_dir)[0] in ("finished", *_MARKERS.values())
+
+
 def _state(run_dir: Path) -> tuple[str, str | None]:
     """The state and its reason."""
     owner = _first_line(run_dir / LOCK_FILE)
-    if owner is not None and is_alive(owner, ask_slurm=False):
+    if owner is not None and is_alive(owner):
         return "running", owner
     if finished_step(run_dir) is not None:
         return "finished", None
@@ -143,7 +148,10 @@ def _state(run_dir: Path) -> tuple[str, str | None]:
         if reason is not None:
             return state, reason
     if (run_dir / RESTARTS_FILE).is_file():
-        return "queued again", "its job ended before the run was finished; squeue shows whether it still waits"
+        return (
+            "queued again",
+            "its job ended before the run was finished; the queue of the cluster shows whether it still waits",
+        )
     if owner is not None:
         return "interrupted", f"{owner} is gone"
     return ("interrupted" if checkpoint_root(run_dir).is_dir() else "waiting"), None

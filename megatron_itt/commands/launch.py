@@ -32,6 +32,7 @@ class _Job:
     data_root: str | None = None  # where relative data/... paths of the recipe are
     run_root: str | None = None  # where relative runs/... folders are
     allow_changed: Repeated = ()  # a section or section.key that may differ from what the run was started with
+    ended_owner: str | None = None  # a claim of the run folder whose job has ended, as the scheduler says
 
     def _load(self, *, fits: bool = True) -> RunConfig:
         folders = ClusterFolders(data_root=self.data_root, run_root=self.run_root)
@@ -39,6 +40,9 @@ class _Job:
         if fits:
             check_shape(config, self._shape)
         return config
+
+    def _refusals(self, config: RunConfig) -> list[str]:
+        return find_folder_refusals(config, allow_changed=self.allow_changed, ended_owner=self.ended_owner)
 
     @property
     def _shape(self) -> JobShape:
@@ -59,7 +63,7 @@ class Show(_Job):
         print(format_plan(config, plan, gpu_name=self.gpu, mfu=self.mfu))
         if is_finished(config):
             print(f"state        {config.logging.run_dir} is finished already; a job ends at once")
-        refused = find_folder_refusals(config, allow_changed=self.allow_changed)
+        refused = self._refusals(config)
         for problem in refused + find_input_refusals(config):
             print(f"problem      {problem}")
         return 2 if refused else 0
@@ -72,7 +76,7 @@ class Check(_Job):
     def execute(self) -> int:
         """Check; print nothing."""
         config = self._load()
-        refused = find_folder_refusals(config, allow_changed=self.allow_changed) + find_input_refusals(config)
+        refused = self._refusals(config) + find_input_refusals(config)
         if refused:
             raise ConfigError("the job would end at once: " + "; ".join(refused))
         return 0

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -35,6 +35,7 @@ EXAMPLES = """
   itt recipe show 162m/llama schedule.steps=100
   itt recipe index recipes/466m/itt_x4.yaml data.tokenizer=/data/tokenizer
   itt recipe heldout recipes/debug/quickstart.yaml --output runs/quickstart/heldout
+  itt recipe plan 466m/itt_x4 --nodes 2 --gpu h100 --format k8s --image registry/megatron-itt
 """
 
 
@@ -229,6 +230,35 @@ class Heldout(_OfRecipe):
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan(_OfRecipe):
+    """Plan a job: nodes, memory, days and GPU-hours; or write the task file of another scheduler than Slurm."""
+
+    nodes: Count = 1  # nodes of the job
+    gpus_per_node: Count = 8  # GPUs of each
+    gpu: GpuName = "a100-80gb"  # their kind
+    mfu: float = 0.35  # the share of peak FLOP/s that is assumed
+    format: Literal["text", "skypilot", "k8s"] = "text"  # k8s: a PyTorchJob of the Kubeflow training operator
+    image: str | None = None  # container image with this package
+    data: str = "itt-data"  # volume that tasks see as data/ (k8s: a PersistentVolumeClaim; skypilot: or a bucket)
+    runs: str = "itt-runs"  # volume that tasks see as runs/
+
+    def execute(self) -> int:
+        """Print the plan or the file."""
+        from megatron_itt.launch.plan import JobShape, format_plan, plan_job
+        from megatron_itt.launch.task_files import FORMATS, TaskOptions, load_for_tasks
+
+        shape = JobShape(num_nodes=self.nodes, tasks_per_node=self.gpus_per_node)
+        if self.format == "text":
+            config = load_config(self.recipe, self.overrides)
+            plan = plan_job(config, shape, GPUS[self.gpu], mfu=self.mfu)
+            print(format_plan(config, plan, gpu_name=self.gpu, mfu=self.mfu))
+            return 0
+        options = TaskOptions(shape=shape, gpu=self.gpu, image=self.image, data=self.data, runs=self.runs)
+        print(FORMATS[self.format](load_for_tasks(self.recipe, self.overrides, shape), options), end="")
+        return 0
+
+
 COMMAND = {
     "check": Check,
     "layout": Layout,
@@ -238,4 +268,5 @@ COMMAND = {
     "show": Show,
     "index": Index,
     "heldout": Heldout,
+    "plan": Plan,
 }

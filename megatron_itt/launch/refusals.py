@@ -21,13 +21,18 @@ FINISHED_FILE = "finished"
 _DATA_ENDS = (".bin", ".idx")
 
 
-def find_folder_refusals(config: RunConfig, *, allow_changed: Iterable[str] = ()) -> list[str]:
-    """Return why the run folder would refuse the job: a changed recipe, a damaged snapshot, a living owner."""
+def find_folder_refusals(
+    config: RunConfig, *, allow_changed: Iterable[str] = (), ended_owner: str | None = None
+) -> list[str]:
+    """Return why the run folder would refuse the job: a changed recipe, a damaged snapshot, a living owner.
+
+    `ended_owner` is the text of a claim whose job has ended, which only the scheduler can say.
+    """
 
     def check_owner() -> None:
         run_dir = Path(config.logging.run_dir)
         owner = read_owner(run_dir / LOCK_FILE)
-        if owner is not None and is_alive(owner):
+        if owner is not None and owner != ended_owner and is_alive(owner):
             raise ConfigError(describe_use(run_dir, owner))
 
     return _messages(lambda: check_snapshot(config, allow_changed=allow_changed), check_owner)

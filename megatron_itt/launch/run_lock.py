@@ -1,13 +1,12 @@
 """One job at a time on a run folder: the claim file `RUN/in_use` names its owner. No torch.
 
-An owner is `job ID start N` (a Slurm job, and how often it was requeued) or `process PID on HOST`. A claim whose owner
-is gone is taken over; a process on another host, or a job that Slurm does not answer about, counts as alive.
-slurm/run_folder.sh follows the same rules.
+An owner is `job ID start N` (a job of a scheduler, and a number that grows with its starts) or `process PID on HOST`. A
+claim whose owner is gone, or is an earlier start of this job, is taken over. A process on another host and another job
+count as alive: only a scheduler has that information, and its launcher asks it (slurm/run_folder.sh).
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +17,18 @@ from megatron_itt.locks import ClaimFile, is_process_alive, this_process
 from megatron_itt.log import get_logger
 
 LOCK_FILE = "in_use"
-_LIVING_STATES = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 _ATTEMPTS = 3  # the claim may be released, or taken over by another, between two steps
 
 
 @contextmanager
 def claimed(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder within a block; ConfigError if another job does. A claim of this job's launcher is left."""
-    claim, mine = ClaimFile(run_dir / LOCK_FILE), this_process()
-    owner = claim.read()
-    if owner is not None and owner == launcher_claim():
+    """Hold the run folder within a block; ConfigError if another job does.
+
+    The owner is what the launcher has exported as ITT_CLAIM, else this process. A claim that the launcher has made
+    already is left to it.
+    """
+    claim, mine = ClaimFile(run_dir / LOCK_FILE), launcher_claim() or this_process()
+    if claim.read() == mine:
         yield
         return
     try:
@@ -43,12 +44,10 @@ def claimed(run_dir: Path) -> Iterator[None]:
             get_logger().warning("%s could not be removed (%s); the next start removes it", claim.path, error)
 
 
-def is_alive(owner: str, *, ask_slurm: bool = True) -> bool:
-    """Whether the owner of a claim may still be at work. Unless Slurm is asked, a job counts as alive."""
+def is_alive(owner: str) -> bool:
+    """Whether the owner of a claim may still be at work; a job counts as alive."""
     words = owner.split()
-    if len(words) >= 2 and words[0] == "job":
-        return not ask_slurm or _is_job_alive(words[1])
-    return is_process_alive(owner)
+    return is_process_alive(owner) if words[:1] != ["job"] else len(words) > 1
 
 
 def describe_use(run_dir: object, owner: str) -> str:
@@ -66,7 +65,7 @@ def _take(claim: ClaimFile, mine: str) -> None:
         owner = claim.read()
         if owner is None:
             continue
-        if is_alive(owner):
+        if is_alive(owner) and not _is_earlier_start(owner, mine):
             raise ConfigError(describe_use(claim.path.parent, owner))
         if claim.replace(owner, mine):
             return
@@ -81,13 +80,7 @@ def _describe_failure(claim: ClaimFile, error: OSError) -> str:
     )
 
 
-def _is_job_alive(job: str) -> bool:
-    try:
-        done = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=30, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
-        return True
-    if done.returncode != 0:
-        return "Invalid job id" not in done.stderr
-    return any(state in done.stdout for state in _LIVING_STATES)
+def _is_earlier_start(owner: str, mine: str) -> bool:
+    """Whether both are starts of one job, and the owner's is the earlier one."""
+    (job, _, start), (own_job, _, own_start) = owner.rpartition(" start "), mine.rpartition(" start ")
+    return job == own_job != "" and start.isdigit() and own_start.isdigit() and int(start) < int(own_start)

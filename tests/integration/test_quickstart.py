@@ -27,7 +27,7 @@ SMALLER = {
     "checkpoint": {"save_interval_steps": 2},
 }
 # Pages whose shell blocks are run, and what replaces the paths of a cluster in them.
-PAGES = ("README.md", "docs/training.md", "docs/exports.md")
+PAGES = ("README.md", "docs/training.md", "docs/exports.md", "docs/launching.md")
 STAND_INS = {
     "/data/redpajama/arxiv/*.jsonl.zst": "runs/quickstart/corpus/code",
     "/data/tokenizer": "runs/quickstart/tokenizer",

@@ -53,7 +53,7 @@ def test_a_running_run_says_how_far_it_is_and_when_it_ends(run_dir: Path) -> Non
         ({"in_use": f"process 999999999 on {socket.gethostname()}"}, "interrupted", "is gone"),
         ({"in_use": "process 3 on elsewhere"}, "running", "process 3 on elsewhere"),
         ({"in_use": "job 7 start 1"}, "running", "job 7 start 1"),
-        ({"restarts": "0 step_0000040 7"}, "queued again", "squeue"),
+        ({"restarts": "0 step_0000040 7"}, "queued again", "the queue of the cluster"),
         ({"finished": "100"}, "finished", None),
         ({"diverged": "loss is NaN at step 41", "restarts": "0 x 7"}, "diverged", "loss is NaN at step 41"),
         ({"stopped": "3 restarts in a row", "restarts": "3 x 7"}, "stopped", "3 restarts in a row"),

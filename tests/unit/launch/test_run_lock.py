@@ -60,6 +60,26 @@ def test_a_start_that_was_overtaken_is_refused(tmp_path: Path, monkeypatch: pyte
         raise AssertionError("the folder was given twice")
 
 
+def test_a_later_start_of_a_job_takes_over_from_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK_FILE).write_text("job task-7 start 1\n")
+    monkeypatch.setenv("ITT_CLAIM", "job task-7 start 2")
+    with claimed(tmp_path):
+        assert (tmp_path / LOCK_FILE).read_text() == "job task-7 start 2\n"
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("mine", ["job task-7 start 0", "job task-8 start 5", None])
+def test_a_claim_of_another_job_is_kept_and_no_scheduler_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: str | None
+) -> None:
+    (tmp_path / LOCK_FILE).write_text("job task-7 start 1\n")
+    monkeypatch.setattr(subprocess, "run", None)
+    if mine is not None:
+        monkeypatch.setenv("ITT_CLAIM", mine)
+    with pytest.raises(ConfigError, match=r"in use by job task-7.*remove .*in_use"), claimed(tmp_path):
+        raise AssertionError("the folder was given twice")
+
+
 def hold(run_dir: Path, barrier: Any, holders: Any) -> None:
     def is_gone(owner: str) -> bool:
         if owner == "nobody":
