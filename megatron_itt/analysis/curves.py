@@ -30,17 +30,11 @@ def measure_curves(run_dirs: Sequence[Path], *, baseline: Path | None = None) ->
     note; DataError when no run is left, or when runs saw different text.
     """
     paths = [path.resolve() for path in run_dirs]
-    if len(set(paths)) < len(paths):
-        raise DataError("a run folder is given twice; give each run once")
     if baseline is not None and baseline.resolve() not in paths:
         raise DataError(f"baseline {baseline} is not among the runs; give it with --run as well")
-    depth = 1  # of the end of each path that tells the runs apart
-    while len({path.parts[-depth:] for path in paths}) < len(paths):
-        depth += 1
-    names = ["/".join(path.parts[-depth:]) for path in paths]
-    runs = dict(zip(names, map(read_run, run_dirs), strict=True))
+    runs = read_runs(run_dirs)
+    names = list(runs)
     notes = [f"{name}: {problem}" for name, run in runs.items() for problem in run.problems]
-    check_comparable(runs)
     curves = [curves_of(name, run) for name, run in runs.items()]
     drawn = [curve for curve in curves if curve["training"] or curve["validation"]]
     notes += [f"{curve['name']} is left out: it has no losses." for curve in curves if curve not in drawn]
@@ -54,6 +48,22 @@ def measure_curves(run_dirs: Sequence[Path], *, baseline: Path | None = None) ->
     reach = [tokens_to_reach(curve, base) for curve in validated if base is not None and curve is not base]
     values = {"runs": drawn, "baseline": base_name, "reach": reach}
     return Measurement(kind="curves", values=values, source={"runs": [str(path) for path in run_dirs]}, notes=notes)
+
+
+def read_runs(run_dirs: Sequence[Path]) -> dict[str, RunRecord]:
+    """Read runs on the same text, by the shortest ends of their paths that tell them apart.
+
+    DataError for a folder that is given twice, and for runs whose losses do not compare.
+    """
+    paths = [path.resolve() for path in run_dirs]
+    if len(set(paths)) < len(paths):
+        raise DataError("a run folder is given twice; give each run once")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    runs = {"/".join(path.parts[-depth:]): read_run(path) for path in paths}
+    check_comparable(runs)
+    return runs
 
 
 def measure_scaling(run_dirs: Sequence[Path], *, evaluations: Sequence[Path] = ()) -> Measurement:
@@ -136,7 +146,7 @@ def tokens_to_reach(run: dict[str, Any], baseline: dict[str, Any]) -> dict[str, 
 
 def curves_of(name: str, run: RunRecord) -> dict[str, Any]:
     """Return the curves of one run, see `measure_curves`."""
-    cost, budget = _costs(run), run.main_budget
+    cost, budget = training_costs(run), run.main_budget
 
     def points(series: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
         return [{"step": step, **cost(step), "loss": loss} for step, loss in series]
@@ -150,8 +160,8 @@ def curves_of(name: str, run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _costs(run: RunRecord) -> Callable[[float], dict[str, float | None]]:
-    """Tokens, FLOPs and seconds of training up to a step; None where they are unknown.
+def training_costs(run: RunRecord) -> Callable[[float], dict[str, float | None]]:
+    """Return a function of a step: the tokens, FLOPs and seconds of training up to it; None where they are unknown.
 
     FLOPs are at the capacity of each step, as executed and as the paper counts. Seconds are without validation and
     checkpoints.

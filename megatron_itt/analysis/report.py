@@ -1,8 +1,10 @@
-"""Report page of a run and its export: one self-contained HTML file without network access, all text escaped."""
+"""Report page of runs on the same text: one self-contained HTML file without network access, all text escaped.
+
+The first run is described in full, with its export; the others are compared with it.
+"""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,65 +15,79 @@ import jinja2
 from markupsafe import Markup
 
 from megatron_itt import __version__
+from megatron_itt.analysis.curves import read_runs, training_costs
 from megatron_itt.analysis.measurement import check_new
 from megatron_itt.analysis.passage import Continuation, PassageTrace, continue_text, first_words, trace_passage
-from megatron_itt.analysis.runs import ALL_DOMAINS, RunRecord, ValidationPoint, is_finite, overall_loss, read_run
+from megatron_itt.analysis.report_charts import (
+    AXES,
+    budget_charts,
+    domains_of,
+    loss_charts,
+    metric_charts,
+    safe_json,
+    selected_shares,
+)
+from megatron_itt.analysis.runs import ALL_DOMAINS, RunRecord, ValidationPoint, is_finite, overall_loss
 from megatron_itt.errors import DataError, IttError
 from megatron_itt.evaluation.exported_model import ExportedModel, load_export
 from megatron_itt.evaluation.options import Budget, format_budget, percent
-from megatron_itt.evaluation.results import budget_label, read_results, result_tables
+from megatron_itt.evaluation.results import budget_label, format_score, read_results, result_tables, scores_of
 from megatron_itt.tables import Table, write_text
 
 TEMPLATE_DIR = Path(__file__).parent / "templates"
 _MAX_BUDGETS = 5
-_MAX_POINTS = 500
+_SOURCES = {"style": "report.css", "script": "report.js", "chart_script": "charts.js"}
 _KINDS = {"itt": "Inner Thinking Transformer", "loop": "Looped transformer", "none": "LLaMA transformer"}
-_SMALL_CHARTS = {
-    "grad_norm": "Gradient norm",
-    "learning_rate": "Learning rate",
-    "tokens_per_second": "Tokens per second",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportData:
     """All measured content of the page. Content that could not be measured is None, and a line of `problems`."""
 
-    run: RunRecord
+    runs: dict[str, RunRecord]  # by name
     num_parameters: int | None = None
     passage: PassageTrace | None = None
     passage_message: str = ""
     sample: Continuation | None = None
     sample_message: str = ""
-    evaluation: dict[str, Any] | None = None
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by run
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def run(self) -> RunRecord:
+        """The first run."""
+        return next(iter(self.runs.values()))
 
 
 def write_report(
-    run_dir: Path,
-    *,
+    *run_dirs: Path,
     output_html: Path,
     export_dir: Path | None = None,
-    evaluation_json: Path | None = None,
+    evaluations: Sequence[Path] = (),
     text: str | None = None,
     overwrite: bool = False,
+    refresh_s: float | None = None,
 ) -> ReportData:
-    """Measure what is given and write the page atomically. An empty `text` is an error."""
+    """Measure what is given and write the page atomically. An empty `text` is an error.
+
+    With `refresh_s`, a browser loads the page again after that many seconds.
+    """
     check_new(output_html, "report", overwrite=overwrite)
-    data = measure(run_dir, export_dir=export_dir, evaluation_json=evaluation_json, text=text)
-    write_text(output_html, render_report(data))
+    data = measure(*run_dirs, export_dir=export_dir, evaluations=evaluations, text=text)
+    write_text(output_html, render_report(data, refresh_s=refresh_s))
     return data
 
 
 def measure(
-    run_dir: Path, *, export_dir: Path | None = None, evaluation_json: Path | None = None, text: str | None = None
+    *run_dirs: Path, export_dir: Path | None = None, evaluations: Sequence[Path] = (), text: str | None = None
 ) -> ReportData:
-    """Read the run and the results, and run the export on `text`."""
+    """Read the runs and their results, and run the export of the first on `text`. DataError if runs do not compare."""
     if text is not None and not text.strip():
         raise DataError("the text is empty; give a file with at least one word")
-    run = read_run(run_dir)
-    evaluation = read_results(evaluation_json) if evaluation_json is not None else None
-    problems = list(run.problems)
+    if evaluations and len(evaluations) != len(run_dirs):
+        raise DataError(f"{len(evaluations)} evaluations for {len(run_dirs)} runs; give one per run, in the same order")
+    runs = read_runs(run_dirs)
+    problems = [f"{name}: " * (len(runs) > 1) + problem for name, run in runs.items() for problem in run.problems]
     found: dict[str, Any] = {}
     message = "No export was given, so no model was run."
     if export_dir is not None:
@@ -79,9 +95,10 @@ def measure(
         found["num_parameters"] = sum(weight.numel() for weight in export.model.parameters())
         message = "No text was given."
         if text is not None:
-            found |= _run_export(export, text, run, problems)
+            found |= _run_export(export, text, next(iter(runs.values())), problems)
     messages = {"passage_message": message, "sample_message": message}
-    return ReportData(run=run, evaluation=evaluation, problems=problems, **{**messages, **found})
+    results = dict(zip(runs, map(read_results, evaluations), strict=False))
+    return ReportData(runs=runs, evaluations=results, problems=problems, **{**messages, **found})
 
 
 def _run_export(export: ExportedModel, text: str, run: RunRecord, problems: list[str]) -> dict[str, Any]:
@@ -109,7 +126,7 @@ def passage_budgets(trained: Budget, run: RunRecord) -> list[Budget]:
     return sorted([trained, *others[: _MAX_BUDGETS - 1]], key=lambda budget: (sum(budget), budget))
 
 
-def render_report(data: ReportData) -> str:
+def render_report(data: ReportData, *, refresh_s: float | None = None) -> str:
     """Return the page as text; equal data gives equal bytes."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
@@ -118,27 +135,74 @@ def render_report(data: ReportData) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": percent, "budget": format_budget, "label": budget_label}
-    run, evaluation = data.run, data.evaluation
+    run, evaluations = data.run, data.evaluations
+    first = next(iter(evaluations.values()), None)
+    losses, lines = loss_charts(data.runs)
     return environment.get_template("report.html.jinja").render(
         data=data,
         run=run,
-        summary=summary(run),
-        tiles=_tiles(run, data.num_parameters),
-        loss_chart=_loss_chart(run),
-        small_charts=[
-            _draw(heading, {heading: run.series(key)}, "step")
-            for key, heading in _SMALL_CHARTS.items()
-            if len(run.series(key)) > 1
-        ],
-        budget_charts=_budget_charts(run),
+        title=run.name if len(data.runs) == 1 else f"{len(data.runs)} runs",
+        refresh_s=refresh_s,
+        summary=summary(run) if len(data.runs) == 1 else comparison(data.runs),
+        tiles=_tiles(run, data.num_parameters) if len(data.runs) == 1 else {},
+        runs_table=runs_table(data.runs) if len(data.runs) > 1 else None,
+        axes={axis: AXES[axis][0] for axis in losses},
+        loss_charts=losses,
+        lines=lines,
+        small_charts=metric_charts(data.runs),
+        budget_charts=budget_charts(_by_budget(run)),
         budget_table=budget_table(run),
         passage=None if data.passage is None else _passage(data.passage, run.trained_budget),
-        evaluation=[] if evaluation is None else result_tables(evaluation),
-        versions=versions(run.environment, evaluation),
+        evaluation=result_tables(first) if first and len(data.runs) == 1 else evaluation_tables(evaluations),
+        versions=versions(run.environment, first),
         package_version=__version__,
-        style=Markup((TEMPLATE_DIR / "report.css").read_text(encoding="utf-8")),
-        script=Markup((TEMPLATE_DIR / "report.js").read_text(encoding="utf-8")),
+        **{name: Markup((TEMPLATE_DIR / file).read_text(encoding="utf-8")) for name, file in _SOURCES.items()},
     )
+
+
+def comparison(runs: Mapping[str, RunRecord]) -> str:
+    """Return a sentence on the runs and their last validation losses, from the lowest to the highest."""
+    losses = {name: run.main_validation()[-1][1] for name, run in runs.items() if run.main_validation()}
+    ranked = ", ".join(f"{name} {losses[name]:.4f}" for name in sorted(losses, key=lambda name: losses[name]))
+    found = f" Last validation loss in nats per token: {ranked}." if ranked else " No run was validated."
+    return f"{len(runs)} runs on the same text.{found}"
+
+
+def runs_table(runs: Mapping[str, RunRecord]) -> Table:
+    """Return a row for each run: kind, steps, tokens, FLOPs, hours, speed, selected tokens, last validation loss."""
+    header = ["run", "kind", "steps", "tokens", "training FLOPs", "hours", "tokens/s", "selected", "validation loss"]
+    rows = []
+    for name, run in runs.items():
+        last = int(run.training[-1]["step"]) if run.training else 0
+        costs, validated = training_costs(run)(last), run.main_validation()
+        speeds, shares = [value for _, value in run.series("tokens_per_second")], selected_shares(run)
+        cells = {
+            "steps": f"{last:,}",
+            "tokens": costs["tokens"] is not None and short_number(costs["tokens"]),
+            "training FLOPs": costs["flops"] is not None and short_number(costs["flops"]),
+            "hours": costs["seconds"] is not None and f"{costs['seconds'] / 3600:.3g}",
+            "tokens/s": speeds and short_number(statistics.median(speeds)),
+            "selected": shares and f"{shares[-1][1]:.1%}",
+            "validation loss": validated and f"{validated[-1][1]:.4f}",
+        }
+        kind = str(run.section("thinking").get("kind") or "-")
+        rows.append([name, kind, *(str(cells[column] or "-") for column in header[2:])])
+    return Table(header=header, rows=rows, num_text_columns=2)
+
+
+def evaluation_tables(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Return the scores of several runs side by side, each at its trained budget or the first that was evaluated."""
+    scores: dict[tuple[str, str], dict[str, str]] = {}
+    for name, results in evaluations.items():
+        trained = results.get("trained_budget")
+        own = sorted(results["runs"], key=lambda result: result["thinking_budget"] != trained)
+        for row in scores_of(own[0]) if own else []:
+            scores.setdefault((row["task"], row["metric"]), {})[name] = format_score(row)
+    if not scores:
+        return []
+    rows = [[*key, *(cells.get(name, "-") for name in evaluations)] for key, cells in scores.items()]
+    heading = "Tasks (mean +/- standard error; accuracies in percent)"
+    return [Table(heading=heading, header=["task", "metric", *evaluations], rows=rows, num_text_columns=2)]
 
 
 def summary(run: RunRecord) -> str:
@@ -208,68 +272,15 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, str]:
 
 def short_number(value: float) -> str:
     """Format 1234567 as "1.23 M"."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g} {letter}"
     return f"{value:.3g}"
 
 
-def _loss_chart(run: RunRecord) -> Markup | None:
-    """The training loss, and the validation loss of every domain at the main budget."""
-    lines = {"training": run.series("loss")} if run.series("loss") else {}
-    for domain in _domains(run.validation):
-        points = [point for point in run.validation if point.domain == domain and point.budget == run.main_budget]
-        if points:
-            lines[f"validation, {domain}"] = [(float(point.step), point.loss) for point in points]
-    return _draw("Loss against steps", lines, "step", "loss (nats per token)", size=(520, 230)) if lines else None
-
-
-def _budget_charts(run: RunRecord) -> list[Markup]:
-    """Perplexity of the last validation against the budget for every domain; [] for a single budget."""
-    final = _by_budget(run)
-    charts = []
-    for domain in _domains(run.final_validation()) if len(final) > 1 else []:
-        line = [(percent(b), point.perplexity) for b, own in final.items() for point in own if point.domain == domain]
-        lines = {f"validation, {domain}": line}
-        charts.append(_draw(f"Perplexity, {domain}", lines, "selected tokens per step", "perplexity"))
-    return charts
-
-
-def _draw(
-    title: str, lines: Mapping[str, Sequence[tuple[Any, float]]], *labels: str, size: tuple[int, int] = (270, 180)
-) -> Markup:
-    """One line per entry; width and height in points."""
-    from megatron_itt.analysis.figures import GREY, line_style, new_figure, render_inline, styled
-
-    with styled():
-        figure, [[axes]] = new_figure(width=size[0] / 72, height=size[1] / 72)
-        for idx, (name, points) in enumerate(lines.items()):
-            xs, ys = zip(*_thin_out(points), strict=True)
-            style = line_style(idx - ("training" in lines))
-            if name == "training":
-                style = {"color": GREY, "linewidth": 1.0}
-            elif not name.startswith("validation"):
-                style["marker"] = ""
-            axes.plot(xs, ys, label=name, **style)
-        axes.set(title=title, **dict(zip(("xlabel", "ylabel"), labels, strict=False)))
-        axes.ticklabel_format(axis="y", scilimits=(-3, 6))
-        if len(lines) > 1:
-            axes.legend()
-        return Markup(render_inline(figure, title))
-
-
-def _thin_out(points: Sequence[tuple[Any, float]]) -> Sequence[tuple[Any, float]]:
-    """At most `_MAX_POINTS` points: means over neighbours where there are more."""
-    size = -(-len(points) // _MAX_POINTS)
-    if size == 1:
-        return points
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(statistics.fmean(x for x, _ in group), statistics.fmean(y for _, y in group)) for group in groups]
-
-
 def budget_table(run: RunRecord) -> Table | None:
     """Return perplexity per budget and domain after the last validation, and the overall loss; None without any."""
-    domains, rows = _domains(run.final_validation()), []
+    domains, rows = domains_of(run.final_validation()), []
     for budget, points in _by_budget(run).items():
         by_domain = {point.domain: f"{point.perplexity:,.3f}" for point in points}
         cells = [by_domain.get(domain, "-") for domain in domains]
@@ -283,11 +294,6 @@ def _by_budget(run: RunRecord) -> dict[Budget | None, list[ValidationPoint]]:
     final = run.final_validation()
     budgets = sorted({point.budget for point in final}, key=lambda budget: (sum(budget or ()), budget or ()))
     return {budget: [point for point in final if point.budget == budget] for budget in budgets}
-
-
-def _domains(points: Sequence[ValidationPoint]) -> list[str]:
-    """Domains by name, the one over all of them last."""
-    return sorted({point.domain for point in points}, key=lambda domain: (domain == ALL_DOMAINS, domain))
 
 
 def _passage(passage: PassageTrace, trained: Budget | None) -> dict[str, Any]:
@@ -307,12 +313,11 @@ def _passage(passage: PassageTrace, trained: Budget | None) -> dict[str, Any]:
         for trace in passage.traces
     ]
     data = {"layers": shown.layers, "steps": len(shown.budget), "traces": traces}
-    script = json.dumps(data, separators=(",", ":"), ensure_ascii=True)
     return {
         "tokens": [
             (text, n, f"{n / most:.3f}") for text, n in zip(passage.tokens, shown.steps_per_token(), strict=True)
         ],
         "shown": shown,
         "notes": " ".join(passage.notes()),
-        "data": Markup(script.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")),
+        "data": safe_json(data),
     }

@@ -56,14 +56,14 @@ def _evaluation(path: Path) -> Path:
 def test_the_page_tells_what_happened_in_real_figures(run_dir: Path, itt_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     evaluation = _evaluation(tmp_path / "results.json")
-    write_report(run_dir, output_html=output, export_dir=itt_dir, evaluation_json=evaluation, text=NASTY)
+    write_report(run_dir, output_html=output, export_dir=itt_dir, evaluations=[evaluation], text=NASTY)
     page = output.read_text(encoding="utf-8")
     assert "Validation loss fell from 6.393 to 2.543 nats per token when 50/25% of the tokens are selected" in page
     assert "Inner Thinking Transformer trained on code, docs." in page
     assert "<dt>training tokens</dt><dd>20 k</dd>" in page and "<dt>steps</dt><dd>20</dd>" in page
     assert "50.0 \u00b1 5.0" in page
     assert "0.4.13" in page and "kind: itt" in page
-    assert page.count("<svg") == 7  # loss, three metrics, three domains by budget
+    assert page.count("<svg") == 9  # loss against tokens, FLOPs and steps, three metrics, three domains by budget
     assert list(tmp_path.glob("*.partial")) == []
 
 
@@ -82,7 +82,7 @@ def test_the_page_fetches_nothing(page: str) -> None:
 def test_text_is_escaped_everywhere(page: str) -> None:
     assert "<script>alert" not in page
     assert "49" not in re.findall(r'class="prompt">(.*?)</span>', page, re.DOTALL)[0]
-    assert page.count("<script") == 2  # the data and the code of the page
+    assert page.count("<script") == 4  # the data and the code of the loss charts and of the passage
 
 
 def test_script_data_cannot_end_its_element(page: str) -> None:

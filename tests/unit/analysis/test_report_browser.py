@@ -12,6 +12,7 @@ import pytest
 
 from megatron_itt.analysis.passage import RoutingTrace
 from megatron_itt.analysis.report import ReportData, measure, render_report, write_report
+from tests.unit.analysis.runs import real_recipe, write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
@@ -144,3 +145,25 @@ def test_nothing_is_wider_than_the_window(report: tuple[Path, ReportData], tmp_p
     needed, available = map(int, re.findall(r"<title>(\d+) (\d+)</title>", document)[0])
     assert available > width - 40
     assert needed <= available
+
+
+def test_the_loss_chart_changes_its_axis_leaves_out_a_run_and_reads_values(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, recipe=real_recipe(name)) for name in ("itt", "none")]
+    acts = (
+        "<script>addEventListener('load', () => {"
+        " const change = (node) => node.dispatchEvent(new Event('change'));"
+        " const menu = document.getElementById('axis'); menu.value = 'step'; change(menu);"
+        " const toggle = document.querySelector('[data-toggles=\"1\"]'); toggle.checked = false; change(toggle);"
+        " const frame = document.querySelector('[data-axis=\"step\"] svg').getBoundingClientRect();"
+        " document.getElementById('losses').dispatchEvent(new PointerEvent('pointermove', {clientX: frame.right})); });"
+        "</script>"
+    )
+    page = tmp_path / "compared.html"
+    page.write_text(render_report(measure(*runs)).replace("</body>", f"{acts}</body>"), encoding="utf-8")
+    document, console = _browse(page.as_uri(), tmp_path / "profile", "--dump-dom")
+    assert console == ""
+    assert re.findall(r'data-axis="(\w+)" hidden', document) == ["tokens", "flops"]
+    assert set(re.findall(r'data-run="1" style="display: (\w+)', document)) == {"none"}
+    last = f"{6.0 * 0.95**20:.4f}"
+    expected = f"steps: itt, training {last} at 20; itt, validation"
+    assert expected in re.findall(r'id="readout"[^>]*>([^<]*)<', document)[0]
