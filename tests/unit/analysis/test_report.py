@@ -63,7 +63,7 @@ def test_the_page_tells_what_happened_in_real_figures(run_dir: Path, itt_dir: Pa
     assert "<dt>training tokens</dt><dd>20 k</dd>" in page and "<dt>steps</dt><dd>20</dd>" in page
     assert "50.0 \u00b1 5.0" in page
     assert "0.4.13" in page and "kind: itt" in page
-    assert page.count("<svg") == 9  # loss against tokens, FLOPs and steps, three metrics, three domains by budget
+    assert page.count("<svg") == 8  # loss against tokens and steps, three metrics, three domains by budget
     assert list(tmp_path.glob("*.partial")) == []
 
 
