@@ -68,7 +68,7 @@ def loss_charts(runs: Mapping[str, RunRecord]) -> tuple[dict[str, Markup], Marku
 
 def _losses(
     name: str, run: RunRecord, number: int, *, alone: bool
-) -> list[tuple[str, str, int, Sequence[tuple[float, float]]]]:
+) -> list[tuple[str, str, int, list[tuple[float, float]]]]:
     """(kind, label, style, [(step, loss)]) of the lines of a run."""
     found = [("training", "training" if alone else name, -1 if alone else number, run.series("loss"))]
     if not alone:

@@ -193,6 +193,23 @@ def test_a_submission_looks_at_the_run_folder_as_the_job_will(
     assert (run_dir / "code" / "recipe.yaml").read_bytes() == kept
 
 
+@pytest.mark.parametrize("state", ["RUNNING", "gone"])
+def test_a_submission_asks_slurm_about_the_job_that_a_run_folder_names(
+    state: str, submitted: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    says = (
+        "echo RUNNING" if state == "RUNNING" else "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    )
+    (tmp_path / "programs" / "squeue").write_text(f"#!/bin/bash\n{says}\n")
+    (tmp_path / "programs" / "squeue").chmod(0o755)
+    run_dir = tmp_path / "runs" / "tiny"
+    run_dir.mkdir(parents=True)
+    (run_dir / "in_use").write_text("job 99 start 1\n")
+    done = run_shell(f"bash slurm/train.sbatch {recipe} --submit {LAYOUT}", submitted)
+    assert done.returncode == (2 if state == "RUNNING" else 0), done.stderr
+    assert ("is in use by job 99" in done.stdout + done.stderr) == (state == "RUNNING") != ("sbatch in" in done.stdout)
+
+
 def test_a_container_is_left_to_the_job(settings: dict[str, str]) -> None:
     with Path(settings["ITT_CLUSTER_ENV"]).open("a") as file:
         file.write("ITT_PYTHON=/inside/python\nITT_CONTAINER_IMAGE=registry#image\n")

@@ -53,6 +53,9 @@ def test_a_folder_in_use_and_a_changed_recipe_are_both_said(data: Path) -> None:
     found = find_folder_refusals(recipe(data, schedule={"steps": 77}))
     assert len(found) == 2
     assert "schedule.steps was" in found[0] and "is in use by process" in found[1]
+    (data / "run" / "in_use").write_text("job 7 start 0\n")
+    assert any("in use by job 7" in problem for problem in find_folder_refusals(config))
+    assert not any("in use" in problem for problem in find_folder_refusals(config, ended_owner="job 7 start 0"))
     (data / "run" / "in_use").write_text("nobody\n")
     assert find_folder_refusals(config) == []
     (data / "run" / "code" / "slurm" / "task.py").unlink()
