@@ -19,7 +19,7 @@ from megatron_itt.log import run_command
 
 GROUPS = {
     "data": ("download", "tokenizer", "preprocess", "verify"),
-    "training": ("recipe", "train", "launch", "status", "study", "quickstart"),
+    "training": ("recipe", "train", "launch", "status", "sweep", "compare", "study", "quickstart"),
     "models": ("average", "export", "import", "evaluate", "generate"),
     "analysis": ("report", "analyse", "benchmark", "doctor"),
 }
