@@ -25,7 +25,7 @@ find_shape() { # JOB_FILE
         [ -n "$nodes" ] || [ ! -f "$file" ] || nodes=$(asked_for "$file" nodes)
     done
     nodes=${nodes:-1}
-    tasks_per_node=$(asked_for "$1" ntasks-per-node) tasks_per_node=${tasks_per_node:-1}
+    tasks_per_node=${asked_gpus:-$(asked_for "$1" ntasks-per-node)} tasks_per_node=${tasks_per_node:-1}
     if [ "$mode" = run ]; then
         local gpus=${ITT_LOCAL_PROCESSES:-$(count_gpus)}
         nodes=1 tasks_per_node=$gpus

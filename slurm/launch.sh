@@ -3,6 +3,7 @@
 # slurm/README.md explains a job. Inside a Slurm job it starts one task per GPU; elsewhere it uses this machine.
 #
 #   launch.sh JOB_FILE train RECIPE [options] [section.key=value ...]
+#   launch.sh JOB_FILE train @FILE [options]     a line of FILE (RECIPE section.key=value ...) for each task of an array
 #   launch.sh JOB_FILE evaluate RUN_FOLDER [options of tools/evaluate.py]
 #   launch.sh JOB_FILE preprocess [--parts=N] [options of tools/preprocess.py]
 #
@@ -11,7 +12,7 @@ set -uo pipefail
 
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) # the checkout, or a run's snapshot of it
 checkout=${ITT_CHECKOUT:-$code}
-mode=run num_links=1 asked_nodes='' recipe=''
+mode=run num_links=1 asked_nodes='' asked_gpus='' recipe='' list=''
 overrides=() allowed=() plan_options=()
 export SLURM_EXPORT_ENV=ALL # `sbatch --export=NONE`, some sites' default, would keep this environment from every srun
 
@@ -39,6 +40,7 @@ options:
   --submit              read cluster.env (partition, account, ...), check recipe, run folder and data, then sbatch
   --chain=N             submit N jobs, one after the other, for clusters that do not requeue
   --nodes=N             nodes, for --dry-run, --submit and --chain (default: what the recipe or the file asks for)
+  --gpus-per-node=N     GPUs of a node, and tasks, for the same (default: what the file asks for)
   --allow-changed=KEY   let a setting differ from what the run was started with; repeat for several
 example: bash slurm/itt_466m_x4.sbatch --dry-run --nodes=4 batch.micro=2
 TEXT
@@ -52,6 +54,7 @@ parse_arguments() { # JOB_FILE ARGUMENT...
             --submit) mode=submit ;;
             --chain=*) mode=submit num_links=${1#*=} ;;
             --nodes=*) asked_nodes=${1#*=} ;;
+            --gpus-per-node=*) asked_gpus=${1#*=} ;;
             --allow-changed=*) allowed+=("$1") ;;
             -h | --help) usage "$job_file"; exit 0 ;;
             -*) fail "unknown option $1; bash $job_file --help lists them" ;;
@@ -61,9 +64,10 @@ parse_arguments() { # JOB_FILE ARGUMENT...
         shift
     done
     [[ $num_links =~ ^[1-9][0-9]*$ ]] || fail "--chain is $num_links; give a number of jobs, 1 or more"
-    [ "$mode" != run ] || [ -z "$asked_nodes" ] ||
-        fail "--nodes is for --dry-run, --submit and --chain; a job's own nodes are an option of sbatch"
+    [ "$mode" != run ] || [ -z "$asked_nodes$asked_gpus" ] ||
+        fail "--nodes and --gpus-per-node are for --dry-run, --submit and --chain; a job's own are options of sbatch"
     [[ ${asked_nodes:-1} =~ ^[1-9][0-9]*$ ]] || fail "--nodes is $asked_nodes; give a number of nodes, 1 or more"
+    [[ ${asked_gpus:-1} =~ ^[1-9][0-9]*$ ]] || fail "--gpus-per-node is $asked_gpus; give a number of GPUs, 1 or more"
 }
 
 plan() { # ACTION OPTION...
@@ -123,12 +127,23 @@ queue_again() { # fails if the cluster does not requeue, or if a later start of 
         timeout 60 scontrol requeue "$(this_job)"
 }
 
+take_line() { # JOB_FILE FILE ARGUMENT...: sets list, and taken, the arguments of this task of an array
+    local line words=()
+    list=$2
+    [[ $list == /* || -f $list ]] || list=$checkout/$list
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "$list" 2>/dev/null)
+    [ -n "$line" ] || fail "$list has no line ${SLURM_ARRAY_TASK_ID:-1}; itt sweep writes it, with a line for each task of the array"
+    mapfile -t words < <(xargs -n1 printf '%s\n' <<<"$line") # quotes as in a shell
+    taken=("$1" "${words[@]}" "${@:3}")
+}
+
 train() { # JOB_FILE RECIPE ARGUMENT...
     local job_file=$1 status
     case ${2:-} in
         -h | --help) usage "$job_file"; exit 0 ;;
         '' | -* | *=*) fail "name the recipe first: sbatch $job_file recipes/466m/itt_x4.yaml [options]" ;;
     esac
+    if [[ $2 == @* ]]; then take_line "$1" "${2#@}" "${@:3}"; set -- "${taken[@]}"; fi
     recipe=$2
     shift 2
     [ -f "$checkout/$recipe" ] || [ ! -f "$recipe" ] || recipe=$(realpath "$recipe")
@@ -175,10 +190,12 @@ submit() { # JOB_FILE
     dry_run "$1" || return
     plan check || return
     folder=$(plan run-dir) || return
-    [[ $folder != *$'\nfinished' ]] || { say "not submitted: ${folder%%$'\n'*} is finished already"; return; }
+    [ -n "$list" ] || [[ $folder != *$'\nfinished' ]] || { say "not submitted: ${folder%%$'\n'*} is finished already"; return; }
     ! grep -q ' train "\$@"$' "$1" || given=("$recipe") # a job file for any recipe
+    [ -z "$list" ] || { given=("@$(realpath "$list")") overrides=(); options+=("--array=1-$(wc -l <"$list")"); }
     [ ${#given[@]} = 0 ] && [ "$num_links" = 1 ] || options+=("--job-name=${folder##*/}")
     [ "$nodes" = "$(asked_for "$1" nodes)" ] || options+=("--nodes=$nodes")
+    [ -z "$asked_gpus" ] || options+=("--gpus-per-node=$asked_gpus" "--ntasks-per-node=$asked_gpus")
     [ "$num_links" = 1 ] || options+=(--dependency=singleton --no-requeue "--export=ALL,ITT_CHAIN=chain-$(date +%s)-$$")
     for ((link = 0; link < num_links; link++)); do
         (cd "$checkout" && sbatch "${options[@]}" "$job_file" "${given[@]}" "${allowed[@]}" "${overrides[@]}") || return

@@ -20,6 +20,7 @@ from megatron_itt.checkpoint.store import checkpoint_root, find_latest
 from megatron_itt.errors import DataError
 from megatron_itt.launch.refusals import finished_step
 from megatron_itt.launch.run_lock import LOCK_FILE, is_alive
+from megatron_itt.launch.sweep import SWEEP_FILE, read_sweep
 from megatron_itt.training.run_folder import DIVERGED_FILE, LOG_FILE
 
 RESTARTS_FILE = "restarts"  # written by slurm/run_folder.sh
@@ -54,6 +55,13 @@ def find_runs(root: Path) -> list[Path]:
     if not found:
         raise DataError(f"{root} holds no run folder; name run folders, or give --root")
     return sorted(found)
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """Return the runs of a sweep that have been started, or the folder itself if it holds none."""
+    if not (folder / SWEEP_FILE).is_file():
+        return [folder]
+    return [folder / name for name in read_sweep(folder)["runs"] if (folder / name).is_dir()]
 
 
 def read_status(run_dir: Path) -> RunStatus:

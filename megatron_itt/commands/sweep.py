@@ -39,7 +39,7 @@ class Sweep:
         """Run what is not finished, then write ROOT/results.json and ROOT/results.md; 1 if a run did not end."""
         configure_logging()
         recipe = str(find_recipe(self.recipe))
-        root = self.root or Path("runs") / f"sweep_{Path(recipe).stem}"
+        root = (self.root or Path("runs") / f"sweep_{Path(recipe).stem}").resolve()  # a cluster moves relative folders
         if self.submit and self.results_only:
             raise ConfigError("--submit and --results-only exclude each other; submit first, then ask for results")
         from megatron_itt.analysis.sweep_results import collect_sweep, sweep_markdown, write_sweep

@@ -69,6 +69,8 @@ def claim_sweep(recipe: str, words: Sequence[str], root: Path) -> list[SweepRun]
     """Return the runs after noting the sweep in its folder; ConfigError if that holds another sweep, or a run."""
     runs = plan_sweep(recipe, words, root)
     resolved = {run.run_dir.name: dump_config(load_config(recipe, run.arguments[1:])) for run in runs}
+    for config in resolved.values():
+        del config["logging"]["run_dir"]  # the folder may be moved
     sweep = {"recipe": recipe, "values": [run.values for run in runs], "runs": resolved}
     file = root / SWEEP_FILE
     if file.exists():
