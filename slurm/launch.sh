@@ -41,13 +41,14 @@ options:
   --chain=N             submit N jobs, one after the other, for clusters that do not requeue
   --nodes=N             nodes, for --dry-run, --submit and --chain (default: what the recipe or the file asks for)
   --gpus-per-node=N     GPUs of a node, and tasks, for the same (default: what the file asks for)
+  --relayout            let parallel.*, batch.micro and thinking.recompute differ: the same run on other nodes
   --allow-changed=KEY   let a setting differ from what the run was started with; repeat for several
 example: bash slurm/itt_466m_x4.sbatch --dry-run --nodes=4 batch.micro=2
 TEXT
 }
 
 parse_arguments() { # JOB_FILE ARGUMENT...
-    local job_file=$1; shift
+    local key job_file=$1; shift
     while [ $# -gt 0 ]; do
         case $1 in
             --dry-run) mode=dry_run ;;
@@ -56,6 +57,7 @@ parse_arguments() { # JOB_FILE ARGUMENT...
             --nodes=*) asked_nodes=${1#*=} ;;
             --gpus-per-node=*) asked_gpus=${1#*=} ;;
             --allow-changed=*) allowed+=("$1") ;;
+            --relayout) for key in parallel batch.micro thinking.recompute; do allowed+=("--allow-changed=$key"); done ;;
             -h | --help) usage "$job_file"; exit 0 ;;
             -*) fail "unknown option $1; bash $job_file --help lists them" ;;
             *.*=*) overrides+=("$1") ;;

@@ -6,6 +6,7 @@ run ended, and `restarts` that a launcher queued it.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
@@ -21,7 +22,8 @@ from megatron_itt.errors import DataError
 from megatron_itt.launch.refusals import finished_step
 from megatron_itt.launch.run_lock import LOCK_FILE, is_alive
 from megatron_itt.launch.sweep import SWEEP_FILE, read_sweep
-from megatron_itt.training.run_folder import DIVERGED_FILE, LOG_FILE
+from megatron_itt.tables import Columns, table_of
+from megatron_itt.training.run_folder import DIVERGED_FILE, LOG_FILE, STARTS_FILE
 
 RESTARTS_FILE = "restarts"  # written by slurm/run_folder.sh
 _MARKERS = {DIVERGED_FILE: "diverged", "stopped": "stopped", "refused": "refused"}  # -> state; its text is the reason
@@ -46,6 +48,7 @@ class RunStatus:
     checkpoint: str | None
     checkpoint_age: float | None
     log: str | None
+    starts: list[dict[str, Any]]  # from RUN/starts.jsonl: job, hosts, layout, from_step, and why it ended
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -94,8 +97,47 @@ def read_status(run_dir: Path) -> RunStatus:
         last_record_age=_age(run_dir / METRICS_FILE),
         checkpoint=None if checkpoint is None else str(checkpoint),
         checkpoint_age=None if checkpoint is None else _age(checkpoint),
+        starts=read_starts(run_dir),
         log=next((str(run_dir / name) for name in (LOG_FILE, "output.txt") if (run_dir / name).is_file()), None),
     )
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the starts of a run in order; one whose end was not recorded has no `why`."""
+    found: list[dict[str, Any]] = []
+    try:
+        lines = (run_dir / STARTS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            facts = dict(json.loads(line))
+        except (ValueError, TypeError):
+            continue  # cut off by a crash
+        if "started" in facts:
+            found.append(facts)
+        elif found:
+            found[-1] |= facts
+    return found
+
+
+def format_starts(status: RunStatus) -> str:
+    """Format the history of a run as a table."""
+    running = status.state == "running"
+    rows = [{"checkpoint": "-", **start} for start in status.starts]
+    for position, row in enumerate(rows, start=1):
+        is_last = position == len(rows)
+        row.setdefault("why", "running" if is_last and running else "no record: killed, or its node was lost")
+    columns: Columns = {
+        "started": "{started}",
+        "job": "{job}",
+        "hosts": lambda row: ", ".join(row["hosts"]),
+        "tensor x pipeline x data": "{tensor} x {pipeline} x {data}",
+        "from step": "{from_step}",
+        "checkpoint": "{checkpoint}",
+        "why it ended": "{why}",
+    }
+    return table_of(columns, rows)
 
 
 def format_status(found: Sequence[RunStatus]) -> str:
@@ -135,6 +177,7 @@ def _cells(status: RunStatus) -> dict[str, str]:
         "time left": show("{}", _duration(status.seconds_left)),
         "last record": show("{} ago", _duration(status.last_record_age)),
         "checkpoint": show("{}", name) + show(", {} ago", _duration(status.checkpoint_age)).removeprefix("-"),
+        "starts": f"{len(status.starts)} (itt status --starts)" if len(status.starts) > 1 else "-",
         "log": status.log or "-",
     }
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,20 @@ from megatron_itt.data.text.tokenizer import Tokenizer, recipe_tokenizer
 from megatron_itt.data.text.tokenizer_folder import check_exportable
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.log import configure_logging, get_logger
-from megatron_itt.parallel.collectives import on_rank_zero
+from megatron_itt.parallel.collectives import gather_objects, on_rank_zero
 from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel
 from megatron_itt.training.capacity import describe_rounding
 from megatron_itt.training.checkpointing import Checkpointer, load_initial_weights
 from megatron_itt.training.guards import StepGuard, TrainingDivergedError, Verdict, are_weights_finite, check_replicas
 from megatron_itt.training.metrics import Reporter
-from megatron_itt.training.run_folder import LOG_FILE, begin_training, mark_diverged, mark_finished, opened_run_folder
+from megatron_itt.training.run_folder import (
+    LOG_FILE,
+    begin_training,
+    mark_diverged,
+    mark_finished,
+    opened_run_folder,
+    recorded_start,
+)
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import check_sinks
 from megatron_itt.training.step import Batch, StepResult, Watch, train_step
@@ -70,7 +78,10 @@ def train(config: RunConfig, *, backend: ChosenBackend | None = None, allow_chan
                 return True
             if backend is not None:
                 get_logger().info(str(backend))
-            return _run_to_end(_start_or_resume(config, place, tokenizer, stop, allow_changed=allow_changed))
+            run = _start_or_resume(config, place, tokenizer, stop, allow_changed=allow_changed)
+            hosts = gather_objects(socket.gethostname())
+            with recorded_start(config, first_step=run.first_step, hosts=hosts) if place.is_main else nullcontext():
+                return _run_to_end(run)
     finally:
         stop_parallel()
         stop.restore()

@@ -10,7 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from megatron_itt import __version__
+from megatron_itt.checkpoint.store import checkpoint_root, find_latest
 from megatron_itt.config import RunConfig
+from megatron_itt.config.environment import launcher_claim
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.config.optional_packages import find_version
 from megatron_itt.errors import ConfigError
@@ -18,10 +20,13 @@ from megatron_itt.files import atomic_write
 from megatron_itt.launch.refusals import FINISHED_FILE, finished_step
 from megatron_itt.launch.run_lock import claimed
 from megatron_itt.launch.snapshot import source_commit
+from megatron_itt.locks import this_process
+from megatron_itt.log import get_logger
 
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
 ENVIRONMENT_HISTORY_FILE = "environment_history.jsonl"  # one line for each start of the run
+STARTS_FILE = "starts.jsonl"  # two lines for each start of the run: where and from which step, then why it ended
 DIVERGED_FILE = "diverged"
 LOG_FILE = "log.txt"
 _PACKAGES = ("torch", "megatron-core", "numpy", "transformers", "tokenizers", "transformer-engine-torch", "apex")
@@ -61,7 +66,7 @@ def opened_run_folder(config: RunConfig, *, allow_changed: Sequence[str] = ()) -
 def _describe_start(run_dir: Path) -> None:
     """Write the versions of this start, and add them to those of all starts."""
     facts = describe_environment()
-    start = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), **facts}
+    start = {"started": _now(), **facts}
     try:
         (run_dir / DIVERGED_FILE).unlink(missing_ok=True)
         atomic_write(run_dir / ENVIRONMENT_FILE, json.dumps(facts, indent=2) + "\n")
@@ -78,6 +83,40 @@ def describe_environment() -> dict[str, str | None]:
     facts["platform"] = platform.platform()
     facts["git_commit"] = source_commit(Path(__file__).resolve().parents[2])
     return facts
+
+
+@contextmanager
+def recorded_start(config: RunConfig, *, first_step: int, hosts: Sequence[str]) -> Iterator[None]:
+    """Add a start to RUN/starts.jsonl, and at the end of the block why it ended; a process that is killed cannot.
+
+    `hosts`: of all ranks. Rank 0 only.
+    """
+    run_dir, parallel = Path(config.logging.run_dir), config.parallel
+    layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": config.data_parallel_size(len(hosts))}
+    job = launcher_claim() or this_process()
+    _add_start(run_dir, {"started": _now(), "job": job, "hosts": sorted(set(hosts)), **layout, "from_step": first_step})
+    why = ""
+    try:
+        yield
+        why = "stopped by a signal" if finished_step(run_dir) is None else "finished"
+    except BaseException as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise
+    finally:
+        checkpoint = find_latest(checkpoint_root(run_dir))
+        _add_start(run_dir, {"ended": _now(), "checkpoint": checkpoint and checkpoint.name, "why": why})
+
+
+def _add_start(run_dir: Path, facts: dict[str, object]) -> None:
+    try:
+        with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts) + "\n")
+    except OSError as error:  # a full disk is reported by what must be written
+        get_logger().warning("%s cannot be written (%s)", run_dir / STARTS_FILE, error)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def mark_finished(run_dir: Path, step: int) -> None:
