@@ -22,7 +22,6 @@ from megatron_itt.launch.snapshot import find_changes
 from megatron_itt.tables import write_json, write_text
 
 SWEEP_FILE, RUNS_FILE = "sweep.json", "runs.txt"
-_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not within a list or a mapping
 _UNSAFE = re.compile(r"[^A-Za-z0-9.,=+-]+")
 
 
@@ -44,7 +43,7 @@ def plan_sweep(recipe: str, words: Sequence[str], root: Path) -> list[SweepRun]:
     fixed, swept = [], {}
     for word in words:
         key, _, text = word.partition("=")
-        values = [value.strip() for value in _COMMA.split(text)]
+        values = _split(text)
         if len(values) < 2:
             fixed.append(word)
         elif key == "logging.run_dir" or key in swept or len(set(values)) < len(values):
@@ -63,6 +62,18 @@ def plan_sweep(recipe: str, words: Sequence[str], root: Path) -> list[SweepRun]:
     if len({run.run_dir for run in runs}) < len(runs):
         raise ConfigError("two runs of the sweep would share a folder; give values that differ in letters and digits")
     return runs
+
+
+def _split(text: str) -> list[str]:
+    """Values between the commas that are in no list or mapping."""
+    values, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return [value.strip() for value in values]
 
 
 def claim_sweep(recipe: str, words: Sequence[str], root: Path) -> list[SweepRun]:

@@ -224,3 +224,42 @@ def test_a_dry_run_shows_the_time_limit_that_sbatch_would_use(settings: dict[str
         file.write("export SBATCH_TIMELIMIT=02:00:00\n")
     done = run_shell("bash slurm/itt_466m_x4.sbatch --dry-run", settings)
     assert "time limit 02:00:00" in done.stdout, done.stderr
+
+
+def test_a_sweep_is_submitted_as_an_array_of_which_each_task_takes_its_line(
+    submitted: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    lines = tmp_path / "runs.txt"
+    lines.write_text(f"{recipe} {LAYOUT} runtime.seed=1\n{recipe} {LAYOUT} 'thinking.capacity=[0.5, 0.25]'\n")
+    done = run_shell(f"bash slurm/train.sbatch @{lines} --submit", submitted)
+    assert done.returncode == 0, done.stderr
+    assert "--array=1-2" in done.stdout and done.stdout.splitlines()[-1].endswith(f"slurm/train.sbatch @{lines}")
+    show = f'source {ROOT}/slurm/launch.sh; take_line JOB {lines} --dry-run; printf "%s\\n" "${{taken[@]}}"'
+    taken = run_shell(show, {**submitted, "SLURM_ARRAY_TASK_ID": "2"})
+    assert taken.stdout.splitlines()[1:] == [str(recipe), *LAYOUT.split(), "thinking.capacity=[0.5, 0.25]", "--dry-run"]
+    missing = run_shell(show, {**submitted, "SLURM_ARRAY_TASK_ID": "3"})
+    assert missing.returncode == 2 and "has no line 3" in missing.stderr
+
+
+def test_a_dry_run_and_a_submission_take_the_gpus_of_a_node(submitted: dict[str, str], recipe: Path) -> None:
+    wanted = f"{recipe} --gpus-per-node=4 batch.global=8 batch.micro=1 parallel.tensor=1"
+    done = run_shell(f"bash slurm/train.sbatch {wanted} --dry-run", submitted)
+    assert "1 x 4 tasks = 4 ranks" in done.stdout, done.stderr
+    done = run_shell(f"bash slurm/train.sbatch {wanted} --submit", submitted)
+    assert "--gpus-per-node=4 --ntasks-per-node=4" in done.stdout
+    refused = run_shell(f"bash slurm/train.sbatch {recipe} --gpus-per-node=0 --dry-run", submitted)
+    assert refused.returncode == 2 and "--gpus-per-node is 0" in refused.stderr
+
+
+def test_relayout_lets_the_layout_differ_and_nothing_else(
+    submitted: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    first = run_shell(f"python tools/launch.py prepare {recipe} {LAYOUT} --tasks-per-node 8", submitted)
+    assert first.returncode == 0, first.stderr
+    other = LAYOUT.replace("batch.micro=1", "batch.micro=2").replace("tensor=1", "tensor=2")
+    done = run_shell(f"bash slurm/train.sbatch {recipe} --dry-run {other}", submitted)
+    assert done.returncode == 2 and "batch.micro was 1 and is now 2" in done.stdout
+    done = run_shell(f"bash slurm/train.sbatch {recipe} --dry-run --relayout {other}", submitted)
+    assert done.returncode == 0, done.stdout
+    done = run_shell(f"bash slurm/train.sbatch {recipe} --dry-run --relayout {other} schedule.steps=3", submitted)
+    assert done.returncode == 2 and "schedule.steps was" in done.stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_itt.analysis.status import find_runs, format_status, read_status
+from megatron_itt.analysis.status import find_runs, format_starts, format_status, read_status
 from megatron_itt.errors import DataError
 
 RECIPE = """
@@ -104,3 +104,19 @@ def test_no_run_folder_is_one_line(tmp_path: Path) -> None:
         find_runs(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         read_status(tmp_path / "absent")
+
+
+def test_the_history_of_starts_says_where_each_ran_and_why_it_ended(run_dir: Path) -> None:
+    start = {"started": "2026-01-01", "job": "job 7 start 0", "hosts": ["n1", "n2"], "from_step": 0}
+    start |= {"tensor": 2, "pipeline": 1, "data": 8}
+    lines = [start, {"ended": "2026-01-02", "checkpoint": "step_0000020", "why": "stopped by a signal"}]
+    lines += [{**start, "job": "job 7 start 1", "from_step": 20}, {**start, "job": "job 9 start 0", "from_step": 40}]
+    (run_dir / "starts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"ended": "20')
+    status = read_status(run_dir)
+    assert [row.get("why") for row in status.starts] == ["stopped by a signal", None, None]
+    table = format_starts(status).splitlines()[2:]
+    assert "| n1, n2 | 2 x 1 x 8 | 0 | step_0000020 | stopped by a signal |" in table[0]
+    assert "no record: killed" in table[1] and "no record: killed" in table[2]
+    (run_dir / "in_use").write_text("job 9 start 0\n")
+    assert "| running |" in format_starts(read_status(run_dir)).splitlines()[-1]
+    assert "3 (itt status --starts)" in format_status([status])
