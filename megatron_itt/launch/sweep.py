@@ -54,11 +54,11 @@ def plan_sweep(recipe: str, words: Sequence[str], root: Path) -> list[SweepRun]:
         raise ConfigError("nothing is swept; give a key several values, such as optimizer.learning_rate=1e-4,3e-4")
     runs = []
     for combination in product(*swept.values()):
-        values = dict(zip(swept, combination, strict=True))
-        run_dir = root / _UNSAFE.sub("_", "_".join(f"{key.split('.')[-1]}={value}" for key, value in values.items()))
-        own = [*fixed, *(f"{key}={value}" for key, value in values.items()), f"logging.run_dir={run_dir}"]
+        chosen = dict(zip(swept, combination, strict=True))
+        run_dir = root / _UNSAFE.sub("_", "_".join(f"{key.split('.')[-1]}={value}" for key, value in chosen.items()))
+        own = [*fixed, *(f"{key}={value}" for key, value in chosen.items()), f"logging.run_dir={run_dir}"]
         seed = load_config(recipe, own).runtime.seed
-        runs.append(SweepRun(values=values, run_dir=run_dir, arguments=(recipe, *own), seed=seed))
+        runs.append(SweepRun(values=chosen, run_dir=run_dir, arguments=(recipe, *own), seed=seed))
     if len({run.run_dir for run in runs}) < len(runs):
         raise ConfigError("two runs of the sweep would share a folder; give values that differ in letters and digits")
     return runs
