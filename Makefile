@@ -53,7 +53,7 @@ format: $(STAMP)  ## rewrite the sources in the house format
 	@$(PY) -m ruff format --quiet $(SOURCES)
 
 docs: $(STAMP)  ## build the documentation site into site/; a warning fails
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(STAMP)  ## measure throughput on this machine
 	@$(PY) tools/benchmark.py --threads $$(nproc)

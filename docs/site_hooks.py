@@ -25,6 +25,20 @@ SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)]*)?\))")
 
 
+def on_config(config: Any) -> Any:
+    """List pages that the navigation does not name under "More"."""
+
+    def names(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [name for value in (entry.values() if isinstance(entry, dict) else entry) for name in names(value)]
+
+    listed = names(config.nav)
+    if more := sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name not in listed):
+        config.nav.append({"More": more})
+    return config
+
+
 def on_files(files: Any, *, config: Any) -> Any:
     """Add the pages whose files are outside docs/, and the notebook as a page."""
     for source, page in PAGES.items():

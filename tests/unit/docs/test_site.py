@@ -33,12 +33,12 @@ class _Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; a warning fails the build."""
+    """The built site; a warning fails the build (not with --quiet, which hides warnings from --strict as well)."""
     from mkdocs.__main__ import cli
 
     folder = tmp_path_factory.mktemp("site")
     config = str(ROOT / "mkdocs.yml")
-    cli.main(["build", "--strict", "--quiet", "-f", config, "-d", str(folder)], standalone_mode=False)
+    cli.main(["build", "--strict", "-f", config, "-d", str(folder)], standalone_mode=False)
     return folder
 
 
