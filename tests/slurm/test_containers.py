@@ -94,7 +94,6 @@ def test_the_apptainer_definition_has_the_same_base_and_copies_files_that_exist(
     assert f"Bootstrap: docker\nFrom: nvcr.io/nvidia/pytorch:{tag}\n" in text
     sections = dict(re.findall(r"^%(\w+)\n(.*?)(?=^%|\Z)", text, flags=re.MULTILINE | re.DOTALL))
     assert set(sections) == {"files", "post", "test", "runscript"}
-    for line in sections["files"].splitlines():
-        *sources, target = line.split() or [""]
-        assert target in ("", "/opt/megatron-itt/")
-        assert all((ROOT / source).exists() for source in sources)
+    for line in filter(None, sections["files"].splitlines()):
+        source, target = line.split()  # Apptainer takes one source for each line
+        assert (ROOT / source).exists() and target == f"/opt/megatron-itt/{source}"
