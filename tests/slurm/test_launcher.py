@@ -71,7 +71,10 @@ def test_a_job_file_is_short_and_asks_for_what_the_life_cycle_needs(job_file: Pa
 def test_shellcheck_has_nothing_to_say() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("needs shellcheck")
-    scripts = [str(path.relative_to(ROOT)) for path in [*JOB_FILES, *(ROOT / "slurm").glob("*.sh")]]
+    scripts = [
+        str(path.relative_to(ROOT)) for folder in ("slurm", "docker", "tools") for path in (ROOT / folder).glob("*.sh")
+    ]
+    scripts += [str(path.relative_to(ROOT)) for path in JOB_FILES]
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
