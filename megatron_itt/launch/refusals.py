@@ -1,15 +1,18 @@
-"""Checks of a job before it is submitted: run folder, weights, tokenizer and data. No torch; writes nothing.
+"""Checks of a job before it is submitted: run folder, room, weights, tokenizer and data. No torch; writes nothing.
 
 They spare a job that would end at once the hours in a queue.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-from megatron_itt.checkpoint.store import resolve_checkpoint
+from megatron_itt.accounting.memory import rank_memory
+from megatron_itt.checkpoint.store import checkpoint_root, list_checkpoints, resolve_checkpoint
 from megatron_itt.config import RunConfig
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.launch.run_lock import LOCK_FILE, describe_use, is_alive
@@ -39,10 +42,10 @@ def find_folder_refusals(
 
 
 def find_input_refusals(config: RunConfig) -> list[str]:
-    """Return why training would refuse its weights, tokenizer or data."""
+    """Return why training would refuse its weights, tokenizer or data, or run out of room."""
     try:
         return _messages(
-            lambda: _check_initial_weights(config), lambda: _check_tokenizer(config), lambda: _check_data(config)
+            *(partial(check, config) for check in (_check_room, _check_initial_weights, _check_tokenizer, _check_data))
         )
     except ImportError as error:  # a login node may have no more than recipes need
         get_logger().warning("tokenizer and data are not checked here: %s", error)
@@ -79,6 +82,21 @@ def _messages(*checks: Callable[[], object]) -> list[str]:
         except IttError as error:
             found.append(str(error))
     return found
+
+
+def _check_room(config: RunConfig) -> None:
+    """Raise ConfigError if the disk has no room for the checkpoints that the run is to keep, and one being written."""
+    run_dir, parallel, keep_last = Path(config.logging.run_dir), config.parallel, config.checkpoint.keep_last
+    stages = rank_memory(config, parallel.tensor * parallel.pipeline)
+    size = parallel.tensor * sum(stage.weights + stage.optimizer for stage in stages)
+    number = max(1, keep_last + 1 - len(list_checkpoints(checkpoint_root(run_dir))))
+    folder = next(folder for folder in (run_dir.resolve(), *run_dir.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < number * size:
+        raise ConfigError(
+            f"logging.run_dir is {run_dir}, whose disk has {free / 1e9:,.0f} GB left; {number} more checkpoints "
+            f"(checkpoint.keep_last is {keep_last}) need {number * size / 1e9:,.0f} GB: free room, or keep fewer"
+        )
 
 
 def _check_initial_weights(config: RunConfig) -> None:

@@ -93,3 +93,9 @@ def test_a_run_is_finished_until_its_recipe_asks_for_more_steps(data: Path) -> N
     assert not is_finished(longer)
     reopen_if_longer(longer)
     assert not marker.exists()
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_found(data: Path) -> None:
+    assert find_input_refusals(recipe(data)) == []
+    [problem] = find_input_refusals(recipe(data, checkpoint={"keep_last": 10**12}))
+    assert "GB left" in problem and "checkpoint.keep_last is 1000000000000" in problem
