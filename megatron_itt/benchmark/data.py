@@ -26,9 +26,9 @@ from megatron_itt.config.environment import disable_tokenizer_threads
 from megatron_itt.config.run import DataConfig, DomainConfig, RunConfig
 from megatron_itt.data.batches.datasets import build_datasets
 from megatron_itt.data.batches.loader import TrainLoader
+from megatron_itt.data.indexed import read_manifest
 from megatron_itt.data.text.documents import DocumentReader, sample_texts
 from megatron_itt.data.text.engine import choose_engine
-from megatron_itt.data.text.manifest import read_manifest
 from megatron_itt.data.text.sample_corpus import build_sample_corpus
 from megatron_itt.data.text.sources import Segment, find_sources
 from megatron_itt.data.text.tokenizer import load_tokenizer, train_tokenizer

@@ -223,7 +223,7 @@ class Heldout(_OfRecipe):
 
     def execute(self) -> int:
         """Write one file per domain, print where."""
-        from megatron_itt.data.text.heldout_text import write_heldout_text
+        from megatron_itt.data.batches.blend import write_heldout_text
 
         for domain, path in write_heldout_text(load_config(self.recipe, self.overrides), self.output).items():
             print(f"{domain}: {path}")

@@ -13,14 +13,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from pathlib import Path
 
 import numpy as np
+import orjson
+import zstandard
 
 from megatron_itt.config import RunConfig
-from megatron_itt.data.indexed import Index, idx_path
-from megatron_itt.data.text.manifest import manifest_path
-from megatron_itt.data.text.verify import open_checked
+from megatron_itt.data.indexed import Index, idx_path, manifest_path
+from megatron_itt.data.text.tokenizer import recipe_tokenizer
+from megatron_itt.data.text.verify import decode_documents, open_checked
 from megatron_itt.errors import ConfigError, DataError
+from megatron_itt.files import atomic_write
 from megatron_itt.log import get_logger
 
 MAX_VALIDATION_FRACTION = 0.5  # of a domain
@@ -258,3 +262,20 @@ def _check_epochs(config: RunConfig, domains: list[Domain]) -> None:
             f"{worst.epochs:.2f} times ({worst.tokens_needed:,} tokens needed, {worst.training_tokens:,} there); "
             "add data, lower its weight (in each phase) or schedule.steps, or raise data.max_epochs"
         )
+
+
+def write_heldout_text(config: RunConfig, output_dir: Path) -> dict[str, Path]:
+    """Write each domain's validation documents to `output_dir/DOMAIN.jsonl.zst`, for evaluation; return the files.
+
+    Decoding with the recipe's tokenizer restores the original text exactly if it is byte-level.
+    """
+    tokenizer = recipe_tokenizer(config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for domain in resolve_blend(config).domains:
+        heldout = range(domain.first_validation_document, domain.num_documents)
+        documents = decode_documents(domain.prefix, tokenizer, heldout, skip_special_tokens=True)
+        rows = b"".join(orjson.dumps({"text": text}) + b"\n" for _, text in documents)
+        files[domain.name] = output_dir / f"{domain.name}.jsonl.zst"
+        atomic_write(files[domain.name], zstandard.ZstdCompressor().compress(rows))
+    return files

@@ -2,7 +2,7 @@
 
 A step reads the samples that follow those of the steps before, whatever the number of ranks or the micro-batch size, so
 a run may resume with another layout exactly where it stopped. Worker processes would cost
-more in copies than they save: the data is memory-mapped token ids. `dali_loader.py` delivers the same batches to a GPU.
+more in copies than they save: the data is memory-mapped token ids.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_itt.config.optional_packages import find_dali
+from megatron_itt.errors import ConfigError
 
 # b: micro-batch, s: sequence
 Batch = dict[str, Tensor]  # tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 _PREFETCHED_BATCHES = 4
+_DALI_BATCHES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +152,82 @@ class TrainLoader(Loader):
             consumed_samples += layout.global_batch_size
 
 
+class DaliLoader(Loader):
+    """The batches of a `TrainLoader`, delivered on `device` by NVIDIA DALI; a resume needs the same samples alone.
+
+    DALI copies from pinned memory to a GPU on a stream of its own, `_DALI_BATCHES` ahead; on the CPU it passes batches
+    on. nvidia-dali is optional (extra: dali) and takes seconds to import: it is imported when a loader is made. An
+    error while gathering is raised by `next` after the batches before it. Closing ends both loaders. Raises
+    `ConfigError` where nvidia-dali cannot be used.
+    """
+
+    def __init__(self, gathered: TrainLoader, *, device: torch.device | None = None) -> None:
+        self._gathered = gathered
+        self._error: BaseException | None = None
+        self._closed = False
+        try:
+            check_loader("dali")
+            self._iterator = _build_iterator(self._next_arrays, gathered.micro_batch_size, device)
+        except BaseException:
+            gathered.close()
+            raise
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise StopIteration
+        try:
+            (batch,) = next(self._iterator)
+        except StopIteration:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error from None
+            raise
+        return dict(batch)
+
+    def close(self) -> None:
+        """End the gathering thread; further `next` calls raise StopIteration."""
+        self._closed = True
+        self._gathered.close()
+
+    def _next_arrays(self) -> list[np.ndarray]:
+        """Return the next batch to DALI; an error is kept until the batches before it are consumed."""
+        try:
+            batch = next(self._gathered)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._error = error
+            raise StopIteration from None
+        return [batch[key].numpy() for key in BATCH_KEYS]
+
+
+def _build_iterator(source: Any, batch_size: int, device: torch.device | None) -> Any:
+    """A DALI pipeline over `source`, which returns one array [b, s] per key, as an iterator of lists of one dict."""
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
+
+    dtypes = {"loss_mask": types.FLOAT}
+    device_id = (device.index or 0) if device is not None and device.type == "cuda" else None
+    pipeline = Pipeline(batch_size=batch_size, num_threads=1, device_id=device_id, prefetch_queue_depth=_DALI_BATCHES)
+    with pipeline:
+        outputs = fn.external_source(
+            source=source,
+            num_outputs=len(BATCH_KEYS),
+            batch=True,
+            dtype=[dtypes.get(key, types.INT64) for key in BATCH_KEYS],
+            ndim=[1] * len(BATCH_KEYS),
+        )
+        pipeline.set_outputs(*(outputs if device_id is None else [output.gpu() for output in outputs]))
+    return DALIGenericIterator(
+        [pipeline],
+        list(BATCH_KEYS),
+        auto_reset=False,
+        last_batch_policy=LastBatchPolicy.DROP,
+        prepare_first_batch=False,
+    )
+
+
 def open_loader(backend: str, dataset: Any, *, device: torch.device, **arguments: Any) -> Loader:
     """Return the training loader of `data.loader` (torch or dali); `arguments` are those of `TrainLoader`.
 
@@ -155,17 +236,16 @@ def open_loader(backend: str, dataset: Any, *, device: torch.device, **arguments
     """
     if backend == "torch":
         return TrainLoader(dataset, pin_memory=device.type == "cuda", **arguments)
-    from megatron_itt.data.batches.dali_loader import DaliLoader
-
     return DaliLoader(TrainLoader(dataset, **arguments), device=device)
 
 
 def check_loader(backend: str) -> None:
-    """Raise `ConfigError` when the backend cannot be used on this machine."""
-    if backend == "dali":
-        from megatron_itt.data.batches.dali_loader import check_dali
-
-        check_dali()
+    """Raise `ConfigError` with the reason, the price and the way out where the backend cannot be used here."""
+    if backend == "dali" and not (status := find_dali()).usable:
+        raise ConfigError(
+            f"data.loader is dali but {status.name} cannot be used here: {status.reason} ({status.cost}); set "
+            "data.loader=torch, or install the extra: pip install 'megatron-itt[dali]'"
+        )
 
 
 def gather(dataset: Any, samples: Sequence[int | None], *, pin_memory: bool = False) -> Batch:

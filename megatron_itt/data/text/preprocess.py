@@ -16,9 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_itt.data.indexed import Manifest
 from megatron_itt.data.text.engine import Engine, choose_engine
-from megatron_itt.data.text.manifest import Manifest
-from megatron_itt.data.text.merge import Shard
 from megatron_itt.data.text.parts import (
     JOIN_TIMEOUT_S,
     Part,
@@ -33,7 +32,7 @@ from megatron_itt.data.text.parts import (
     remove_finished,
     remove_folder,
 )
-from megatron_itt.data.text.publish import Publication, existing_output, publish
+from megatron_itt.data.text.publish import Publication, Shard, existing_output, publish
 from megatron_itt.data.text.shards import (
     EncodingOptions,
     ShardRecord,

@@ -14,8 +14,16 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_itt.data.indexed import Index, bin_path, idx_path, read_index
-from megatron_itt.data.text.manifest import Manifest, check_sizes, manifest_path, read_manifest
+from megatron_itt.data.indexed import (
+    Index,
+    Manifest,
+    bin_path,
+    check_sizes,
+    idx_path,
+    manifest_path,
+    read_index,
+    read_manifest,
+)
 from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import DataError
 from megatron_itt.files import file_digest

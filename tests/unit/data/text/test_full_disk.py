@@ -67,7 +67,7 @@ def test_the_marks_of_duplicates_meet_a_full_disk_as_an_error(disk: SmallDisk) -
         "import sys\n"
         "from pathlib import Path\n"
         "import numpy as np\n"
-        "from megatron_itt.data.text.merge import without_duplicates\n"
+        "from megatron_itt.data.text.publish import without_duplicates\n"
         "from megatron_itt.data.text.shards import EncodingOptions, ShardRecord, ShardTask\n"
         "from megatron_itt.log import run_command\n"
         "task = ShardTask(path=sys.argv[1], segments=(), options=EncodingOptions(tokenizer='', tokenizer_sha256=''))\n"

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron_itt.data.indexed import read_index, token_dtype
-from megatron_itt.data.text.manifest import read_manifest
+from megatron_itt.data.indexed import read_index, read_manifest, token_dtype
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import ConfigError, DataError

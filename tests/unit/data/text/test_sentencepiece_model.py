@@ -233,8 +233,7 @@ def test_data_written_with_a_model_holds_the_librarys_ids(
     model_path: Path, tmp_path: Path, engine: str, num_workers: int
 ) -> None:
     assert engine in ENGINES
-    from megatron_itt.data.indexed import read_index
-    from megatron_itt.data.text.manifest import read_manifest
+    from megatron_itt.data.indexed import read_index, read_manifest
 
     texts = [text for text in odd_texts(100) if text]
     prefix = str(tmp_path / "data")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from megatron_itt.data.indexed import read_manifest
 from megatron_itt.data.text.documents import DocumentReader
-from megatron_itt.data.text.manifest import read_manifest
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.text.sources import Inputs, expand_pattern, find_inputs, find_sources
 from megatron_itt.errors import DataError

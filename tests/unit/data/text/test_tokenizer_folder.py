@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from megatron_itt.data.text.manifest import read_manifest
+from megatron_itt.data.indexed import read_manifest
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.data.text.tokenizer_folder import (
