@@ -328,7 +328,8 @@ def _phase_problems(config: RunConfig) -> Iterator[str]:
     phases, length = config.data.phases, config.model.seq_length
     begin, end = 0, config.num_training_samples * length
     steps = "schedule.steps" if config.schedule.trunk_steps is None else "schedule.trunk_steps"
-    run = f"the {end:,} tokens of the run ({steps} * batch.global * model.seq_length)"
+    less = "" if config.batch.ramp is None else ", less in batch.ramp"
+    run = f"the {end:,} tokens of the run ({steps} * batch.global * model.seq_length{less})"
     for position, phase in enumerate(phases):
         key, until, is_last = f"data.phases[{position}]", phase.until_tokens, position == len(phases) - 1
         unknown = [name for name in phase.weights or () if name not in config.data.blend]

@@ -12,11 +12,13 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
+from pydantic import AfterValidator, NonNegativeInt
 
 from megatron_itt.errors import DataError
 
@@ -27,7 +29,6 @@ _DTYPES = (np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float
 _DTYPE_CODES = dict(enumerate(_DTYPES, start=1))
 _TOKEN_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _CHUNK = 1 << 20
-MANIFEST_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -154,28 +155,50 @@ def write_index(
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
+def _with(**types: type) -> AfterValidator:
+    """Require keys of an object, with values of these types."""
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        for key, kind in types.items():
+            if not isinstance(value.get(key), kind):
+                raise ValueError(f"it has no {key} of type {kind.__name__}")
+        return value
+
+    return AfterValidator(check)
+
+
+_SOURCE_KEYS = _with(path=str, size=int, modified_ns=int, lines=int, sha256=list)
+
+
+@pydantic.dataclasses.dataclass(
+    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+)
 class Manifest:
     """Contents of `PREFIX.json`. `sources` holds per file: path, size, modified_ns, lines, sha256 (of each part)."""
 
     version: str  # of this package
-    tokenizer: dict[str, Any]  # path, sha256, vocab_size, eod, bos, eod_token, engine, engine_version
+    # path, sha256, vocab_size, eod, bos, eod_token, engine, engine_version
+    tokenizer: Annotated[dict[str, Any], _with(sha256=str, vocab_size=int, eod=int)]
     options: dict[str, Any]
-    sources: list[dict[str, Any]]
-    documents: int
-    tokens: int
-    rejected: int
+    sources: list[Annotated[dict[str, Any], _SOURCE_KEYS]]
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    rejected: NonNegativeInt
     too_short: int
     duplicates: int
     text_bytes: int  # of the documents read, copies included
     dtype: str
-    bin_bytes: int
-    idx_bytes: int
+    bin_bytes: NonNegativeInt
+    idx_bytes: NonNegativeInt
     idx_sha256: str
-    bin_parts: list[list[int]]  # bytes and CRC-32 of consecutive pieces of .bin
+    bin_parts: list[tuple[int, int]]  # bytes and CRC-32 of consecutive pieces of .bin
     wall_seconds: float = 0.0
-    format: int = MANIFEST_FORMAT
+    format: Literal[1]
     extra: dict[str, Any] = field(default_factory=dict)  # left_out: entries below the inputs that were not read
+
+    def __post_init__(self) -> None:
+        if sum(size for size, _ in self.bin_parts) != self.bin_bytes:
+            raise ValueError("bin_parts do not add up to bin_bytes")
 
     @property
     def num_left_out(self) -> int:
@@ -191,51 +214,21 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+_MANIFEST = pydantic.TypeAdapter(Manifest)
+
+
 def read_manifest(prefix: str | Path) -> Manifest | None:
     """Read the manifest of a dataset, None if there is none. Raises `DataError` for an unreadable one."""
     path = manifest_path(prefix)
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = {item.name for item in fields(Manifest)}
-        unknown = set(content) - known
-        if unknown or content["format"] != MANIFEST_FORMAT:
-            raise ValueError(f"format {content['format']}, unknown keys {sorted(unknown)}")
-        manifest = Manifest(**content)
-        _check_types(manifest)
-        return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a manifest of this project ({error}); write the dataset again") from error
-
-
-def _check_types(manifest: Manifest) -> None:
-    """Raise `ValueError` for a value of another type."""
-    for name in ("documents", "tokens", "rejected", "bin_bytes", "idx_bytes"):
-        value = getattr(manifest, name)
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} is {value!r}")
-    _check_keys("tokenizer", manifest.tokenizer, {"sha256": str, "vocab_size": int, "eod": int})
-    _check_keys("options", manifest.options, {})
-    for name in ("sources", "bin_parts"):
-        if not isinstance(getattr(manifest, name), list):
-            raise ValueError(f"{name} is not a list")
-    for source in manifest.sources:
-        types = {"path": str, "size": int, "modified_ns": int, "lines": int, "sha256": list}
-        _check_keys("a source", source, types)
-    for part in manifest.bin_parts:
-        if not isinstance(part, list) or len(part) != 2 or not all(isinstance(number, int) for number in part):
-            raise ValueError("bin_parts are not pairs of numbers")
-    if sum(size for size, _ in manifest.bin_parts) != manifest.bin_bytes:
-        raise ValueError("bin_parts do not add up to bin_bytes")
-
-
-def _check_keys(name: str, value: Any, types: dict[str, type]) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is not an object")
-    for key, kind in types.items():
-        if not isinstance(value.get(key), kind):
-            raise ValueError(f"{name} has no {key} of type {kind.__name__}")
+        return _MANIFEST.validate_json(path.read_bytes())
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        reason = f"{key} is {str(first['input'])[:60]!r}: {first['msg']}" if key else first["msg"]
+        raise DataError(f"{path} is not a manifest of this project ({reason}); write the dataset again") from error
 
 
 def check_sizes(prefix: str | Path, manifest: Manifest) -> None:

@@ -280,7 +280,7 @@ def _run(function: TaskFunction, tasks: Sequence[ShardTask], workers: Workers, d
             bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
             bar.update(input_bytes)
 
-        return [result for _, result in sorted(workers.run(function, tasks, advance), key=lambda done: done.task_idx)]
+        return workers.run(function, tasks, advance)
 
 
 def _publish(job: _Job, shards: list[Shard]) -> Outcome:

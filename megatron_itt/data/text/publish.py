@@ -363,7 +363,8 @@ def _describe(
         bin_bytes=bin_path(prefix).stat().st_size,
         idx_bytes=idx_path(prefix).stat().st_size,
         idx_sha256=idx_sha256,
-        bin_parts=[[shard.tokens * dtype.itemsize, shard.crc32] for shard in merged],
+        bin_parts=[(shard.tokens * dtype.itemsize, shard.crc32) for shard in merged],
+        format=1,
         extra={"left_out": {"count": len(left_out), "first": first}} if left_out else {},
         wall_seconds=round(time.monotonic() - publication.started, 3),
     )

@@ -11,11 +11,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_itt.errors import DataError
 
@@ -23,13 +23,6 @@ Report = Callable[[tuple[int, ...]], None]  # called with progress counts
 TaskFunction = Callable[[Any, Report], Any]  # called with a task and a report function
 _POLL_S = 0.1
 _PROGRESS: list[Any] = []  # in a worker, the queue to the parent
-
-
-class Finished(NamedTuple):
-    """A task that is done."""
-
-    task_idx: int
-    result: Any
 
 
 class Workers:
@@ -62,27 +55,26 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
             self._progress.close()
 
-    def run(self, function: TaskFunction, tasks: Sequence[Any], report: Report) -> Iterator[Finished]:
-        """Run `function` on every task and yield results in the order of completion.
+    def run(self, function: TaskFunction, tasks: Sequence[Any], report: Report) -> list[Any]:
+        """Run `function` on every task and return the results in the order of the tasks.
 
         `report` is called in this process. An exception in a task is raised here, and `DataError` when a worker dies.
         """
-        waiting = iter(enumerate(tasks))
         if self._num_workers <= 1:
-            yield from (Finished(task_idx, function(task, report)) for task_idx, task in waiting)
-            return
+            return [function(task, report) for task in tasks]
+        waiting, results = iter(enumerate(tasks)), [None] * len(tasks)
         pending: dict[Future[Any], int] = {}
         try:
             while True:
                 for task_idx, task in islice(waiting, 2 * self._num_workers - len(pending)):
                     pending[self._pool.submit(_run, function, task)] = task_idx
                 if not pending:
-                    return
+                    return results
                 done, _ = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
                 while not self._progress.empty():
                     report(self._progress.get())
                 for future in done:
-                    yield Finished(pending.pop(future), future.result())
+                    results[pending.pop(future)] = future.result()
         except BrokenProcessPool as error:
             self._pool.shutdown()
             ended = {0, -signal.SIGTERM}  # by the pool itself

@@ -17,6 +17,7 @@ from megatron_itt.data.batches.datasets import build_datasets
 from megatron_itt.data.batches.loader import TrainLoader
 from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import ConfigError
+from tests.helpers.one_rank import tiny_recipe
 
 # Of a run of 20 steps of 8 samples of 32 tokens = 5,120 tokens: phases of 50, 60 and 50 samples.
 PHASES: list[dict[str, Any]] = [
@@ -150,6 +151,22 @@ def test_phases_that_do_not_divide_the_run_are_named(make: Any, phases: Any, mes
 
 def test_a_last_phase_may_end_within_a_step_of_the_run(make: Any) -> None:
     assert [phase.num_samples for phase in resolve_blend(make([{"until_tokens": "5k"}])).phases] == [160]
+
+
+def test_phases_count_tokens_and_not_steps_of_a_batch_ramp() -> None:
+    run = {
+        "schedule": {"steps": 8},
+        "batch": {"global": 8, "micro": 2, "ramp": {"start": 2, "increment": 2, "samples": 24}},
+    }
+    phases = [{"until_tokens": 24 * 20, "weights": {"code": 1}}, {"weights": {"docs": 1}}]
+    blend = {name: {"path": name, "weight": 1.0} for name in ("code", "docs")}
+    config = tiny_recipe(**run, data={"phases": phases, "blend": blend})  # 24 tokens a sample
+    assert config.phase_samples() == [20, config.batch.samples_after(8) - 20]
+    assert config.num_training_samples < 8 * 8
+    with pytest.raises(
+        ConfigError, match=r"past the .* tokens of the run \(.*model\.seq_length, less in batch\.ramp\)"
+    ):
+        tiny_recipe(**run, data={"phases": [{"until_tokens": 24 * 64}], "blend": blend})
 
 
 def test_a_phase_whose_domains_have_no_data_is_refused(make_config: Any, write_dataset: Any) -> None:

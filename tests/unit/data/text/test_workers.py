@@ -8,22 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_itt.data.text.workers import Finished, Report, TaskFunction, Workers
+from megatron_itt.data.text.workers import Report, TaskFunction, Workers
 from megatron_itt.errors import DataError
 
 
 def run_tasks(
     function: TaskFunction, tasks: Sequence[Any], num_workers: int, report: Report = lambda counts: None
-) -> Iterator[Finished]:
-    """Run `function` on every task; the processes end with the iteration."""
+) -> list[Any]:
+    """Run `function` on every task; the processes end with the call."""
     with Workers(min(num_workers, max(1, len(tasks)))) as workers:
-        yield from workers.run(function, tasks, report)
+        return workers.run(function, tasks, report)
 
 
 def square(task: int, report: Callable[[tuple[int, ...]], None]) -> int:
@@ -38,8 +38,7 @@ def square(task: int, report: Callable[[tuple[int, ...]], None]) -> int:
 @pytest.mark.parametrize("num_workers", [1, 2, 5])
 def test_every_task_is_done_once_and_progress_adds_up(num_workers: int) -> None:
     reports: list[tuple[int, ...]] = []
-    results = {event.task_idx: event.result for event in run_tasks(square, [3, 1, 2], num_workers, reports.append)}
-    assert results == {0: 9, 1: 1, 2: 4}
+    assert run_tasks(square, [3, 1, 2], num_workers, reports.append) == [9, 1, 4]
     assert sum(counts[0] for counts in reports) == 6
 
 
@@ -56,27 +55,26 @@ def report_then_wait(task: str, report: Callable[[tuple[int, ...]], None]) -> bo
 def test_progress_is_seen_while_a_task_runs(tmp_path: Path, num_workers: int) -> None:
     answer = tmp_path / "seen"
     tasks = [str(answer)] * 2
-    finished = run_tasks(report_then_wait, tasks, num_workers, lambda counts: answer.touch())
-    assert [event.result for event in finished] == [True, True]
+    assert run_tasks(report_then_wait, tasks, num_workers, lambda counts: answer.touch()) == [True, True]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_an_error_in_a_task_reaches_the_caller(num_workers: int) -> None:
     before = multiprocessing.active_children()
     with pytest.raises(DataError, match="task -1 is bad"):
-        list(run_tasks(square, [1, -1, 2], num_workers))
+        run_tasks(square, [1, -1, 2], num_workers)
     assert multiprocessing.active_children() == before
 
 
 def test_the_death_of_a_worker_is_reported() -> None:
     before = multiprocessing.active_children()
     with pytest.raises(DataError, match=r"ended unexpectedly \(exit code 7"):
-        list(run_tasks(square, [1, 2, -2], 2))
+        run_tasks(square, [1, 2, -2], 2)
     assert multiprocessing.active_children() == before
 
 
 def test_nothing_to_do_is_fine() -> None:
-    assert list(run_tasks(square, [], 2)) == []
+    assert run_tasks(square, [], 2) == []
 
 
 def sleep(task: str, report: Callable[[tuple[int, ...]], None]) -> None:
@@ -89,7 +87,7 @@ def test_no_worker_survives_its_parent(tmp_path: Path, sent: signal.Signals) -> 
     tasks = [str(tmp_path / "a"), str(tmp_path / "b")]
     # A process that is started in the background by a shell ignores SIGINT, and its children inherit that.
     heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{heard}; from {__name__} import *; list(run_tasks(sleep, {tasks}, 2))"
+    code = f"{heard}; from {__name__} import *; run_tasks(sleep, {tasks}, 2)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
     parent = subprocess.Popen(
         [sys.executable, "-c", f"if __name__ == '__main__': {code}"],
