@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ EXAMPLES = """
   itt recipe flops 162m/itt_x4 --json
   itt recipe memory 466m/itt_x4 --world-size 8
   itt recipe show 162m/llama schedule.steps=100
+  itt recipe preprocess 466m/itt_x4 --input text --workers 32
   itt recipe index recipes/466m/itt_x4.yaml data.tokenizer=/data/tokenizer
   itt recipe heldout recipes/debug/quickstart.yaml --output runs/quickstart/heldout
   itt recipe plan 466m/itt_x4 --nodes 2 --gpu h100 --format k8s --image registry/megatron-itt
@@ -188,6 +190,51 @@ def _data_comments(config: RunConfig) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preprocess(_OfRecipe):
+    """Preprocess every domain of a recipe from INPUT/DOMAIN or INPUT/DOMAIN.*, with the recipe's tokenizer and paths.
+
+    Prints tokens, weights and epochs of all domains at the end. A domain that is written already is left alone; other
+    options of preprocessing: itt preprocess.
+    """
+
+    input: Path  # folder with a folder, or files, for each domain
+    workers: OptionalCount = None  # processes (default: one per core)
+
+    def execute(self) -> int:
+        """Write what is missing, print the table."""
+        configure_logging()
+        from megatron_itt.data.batches.blend import resolve_blend
+        from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
+
+        config = load_config(self.recipe, self.overrides)
+        if config.data.tokenizer is None:
+            raise ConfigError("data.tokenizer is not set; name a tokenizer folder in the recipe or behind it")
+        prefixes = {name: domain.path for name, domain in config.data.blend.items() if domain.path}
+        inputs = {name: self._inputs(name) for name in prefixes}
+        if missing := [name for name, found in inputs.items() if not found]:
+            raise ConfigError(
+                f"--input is {self.input}, which has no text for {', '.join(missing)}; name folders or files by domain, "
+                f"or leave one out with data.blend.{missing[0]}.path=null"
+            )
+        for name, prefix in prefixes.items():
+            options = PreprocessOptions(
+                inputs=inputs[name],
+                tokenizer=config.data.tokenizer,
+                output_prefix=prefix,
+                num_workers=self.workers or os.cpu_count() or 1,
+                show_progress=True,
+            )
+            manifest = preprocess(options).manifest
+            print(f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens", flush=True)
+        print(resolve_blend(config).table())
+        return 0
+
+    def _inputs(self, domain: str) -> tuple[str, ...]:
+        folder = self.input / domain
+        return (str(folder),) if folder.is_dir() else tuple(sorted(map(str, self.input.glob(f"{domain}.*"))))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Index(_OfRecipe):
     """Build the sample indices of a recipe before its run: which documents make which sample, in which order.
 
@@ -266,6 +313,7 @@ COMMAND = {
     "flops": Flops,
     "memory": Memory,
     "show": Show,
+    "preprocess": Preprocess,
     "index": Index,
     "heldout": Heldout,
     "plan": Plan,

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_itt.cli import run
+from megatron_itt.data.text.tokenizer import train_tokenizer
+from megatron_itt.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[3]
 ITT = "recipes/466m/itt_x4.yaml"
 
@@ -102,6 +106,26 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_preprocess_writes_every_domain_of_a_recipe_and_shows_its_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = " ".join(str(number) for number in range(3000))
+    train_tokenizer([text], tmp_path / "tokenizer", vocab_size=300)
+    (tmp_path / "text/code").mkdir(parents=True)
+    for name in ("code/part.jsonl", "docs.jsonl"):
+        (tmp_path / "text" / name).write_text(f'{{"text": "{text}"}}\n' * 20)
+    blend = {name: {"path": str(tmp_path / "data" / name), "weight": 0.5} for name in ("code", "docs")}
+    words = [f"data.tokenizer={tmp_path}/tokenizer", f"data.blend={json.dumps(blend)}", "model.vocab_size=300"]
+    words += ["schedule.steps=2", "schedule.warmup_steps=0", "validation.tokens=1024"]
+    command = ["recipe", "preprocess", "debug/itt_tiny", *words, "--workers", "1", "--input"]
+    with pytest.raises(ConfigError, match="no text for code, docs; name folders or files"):
+        run([*command, str(tmp_path / "data")])
+    assert run([*command, str(tmp_path / "text")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("20 documents") == 2
+    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["domain", "code", "docs"]
 
 
 def test_help_shows_examples() -> None:
