@@ -213,7 +213,7 @@ class Preprocess(_OfRecipe):
         inputs = {name: self._inputs(name) for name in prefixes}
         if missing := [name for name, found in inputs.items() if not found]:
             raise ConfigError(
-                f"--input is {self.input}, which has no text for {', '.join(missing)}; name folders or files by domain, "
+                f"--input is {self.input}, without text for {', '.join(missing)}; name folders or files by domain, "
                 f"or leave one out with data.blend.{missing[0]}.path=null"
             )
         for name, prefix in prefixes.items():

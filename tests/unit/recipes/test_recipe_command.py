@@ -120,7 +120,7 @@ def test_preprocess_writes_every_domain_of_a_recipe_and_shows_its_epochs(
     words = [f"data.tokenizer={tmp_path}/tokenizer", f"data.blend={json.dumps(blend)}", "model.vocab_size=300"]
     words += ["schedule.steps=2", "schedule.warmup_steps=0", "validation.tokens=1024"]
     command = ["recipe", "preprocess", "debug/itt_tiny", *words, "--workers", "1", "--input"]
-    with pytest.raises(ConfigError, match="no text for code, docs; name folders or files"):
+    with pytest.raises(ConfigError, match="without text for code, docs; name folders or files"):
         run([*command, str(tmp_path / "data")])
     assert run([*command, str(tmp_path / "text")]) == 0
     printed = capsys.readouterr().out
