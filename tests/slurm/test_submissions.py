@@ -254,7 +254,8 @@ def test_a_dry_run_and_a_submission_take_the_gpus_of_a_node(submitted: dict[str,
 def test_relayout_lets_the_layout_differ_and_nothing_else(
     submitted: dict[str, str], recipe: Path, tmp_path: Path
 ) -> None:
-    first = run_shell(f"python tools/launch.py prepare {recipe} {LAYOUT} --tasks-per-node 8", submitted)
+    prepare = f"{sys.executable} tools/launch.py prepare {recipe} {LAYOUT} --tasks-per-node 8"
+    first = run_shell(f"{prepare} --run-root {tmp_path}/runs", submitted)
     assert first.returncode == 0, first.stderr
     other = LAYOUT.replace("batch.micro=1", "batch.micro=2").replace("tensor=1", "tensor=2")
     done = run_shell(f"bash slurm/train.sbatch {recipe} --dry-run {other}", submitted)
