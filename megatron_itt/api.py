@@ -11,10 +11,13 @@ from megatron_itt.config.backends import use_backend
 from megatron_itt.config.environment import process_info
 from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.config.versions import check_megatron_core
+from megatron_itt.errors import EvaluationError
 from megatron_itt.log import silence_known_warnings
 
 if TYPE_CHECKING:
     from megatron_itt.data.text.preprocess import Outcome
+    from megatron_itt.data.text.tokenizer import Tokenizer
+    from megatron_itt.evaluation.in_training import TrainingTasks
     from megatron_itt.hf.export import ExportReport
     from megatron_itt.hf.import_weights import ImportReport
 
@@ -40,9 +43,22 @@ def train(recipe: Recipe, overrides: Iterable[str] = (), *, allow_changed: Seque
     if not isinstance(recipe, RunConfig):
         recipe = load_for_this_job(recipe, overrides)
     backend = use_backend(recipe.precision.parts, device=recipe.runtime.device)
-    from megatron_itt.training.loop import train
+    from megatron_itt.training.loop import Hooks, train
 
-    return train(recipe, backend=backend, allow_changed=allow_changed)
+    hooks = Hooks(open_tasks=open_tasks, export=export_hf)
+    return train(recipe, backend=backend, allow_changed=allow_changed, hooks=hooks)
+
+
+def open_tasks(config: RunConfig, tokenizer: Tokenizer) -> TrainingTasks:
+    """Open the evaluation tasks of a recipe; EvaluationError for a task whose data is not there."""
+    try:
+        from megatron_itt.evaluation.in_training import TrainingTasks
+    except ImportError as error:
+        raise EvaluationError(
+            f"validation.tasks needs lm-eval, which cannot be imported ({error}); pip install 'megatron-itt[eval]', or "
+            "remove validation.tasks"
+        ) from error
+    return TrainingTasks(config, tokenizer)
 
 
 def preprocess(**options: Any) -> Outcome:

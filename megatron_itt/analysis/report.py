@@ -26,6 +26,7 @@ from megatron_itt.analysis.report_charts import (
     metric_charts,
     safe_json,
     selected_shares,
+    tasks_chart,
 )
 from megatron_itt.analysis.runs import ALL_DOMAINS, RunRecord, ValidationPoint, is_finite, overall_loss
 from megatron_itt.errors import DataError, IttError
@@ -153,7 +154,11 @@ def render_report(data: ReportData, *, refresh_s: float | None = None) -> str:
         budget_charts=budget_charts(_by_budget(run)),
         budget_table=budget_table(run),
         passage=None if data.passage is None else _passage(data.passage, run.trained_budget),
-        evaluation=result_tables(first) if first and len(data.runs) == 1 else evaluation_tables(evaluations),
+        tasks_chart=tasks_chart(run.tasks),
+        evaluation=[
+            *tasks_tables(run),
+            *(result_tables(first) if first and len(data.runs) == 1 else evaluation_tables(evaluations)),
+        ],
         versions=versions(run.environment, first),
         package_version=__version__,
         **{name: Markup((TEMPLATE_DIR / file).read_text(encoding="utf-8")) for name, file in _SOURCES.items()},
@@ -287,6 +292,28 @@ def budget_table(run: RunRecord) -> Table | None:
         rows.append([budget_label(budget, run.trained_budget), *cells, f"{overall_loss(points):.4f}"])
     header = ["thinking budget", *(f"perplexity, {domain}" for domain in domains), "loss over all (nats)"]
     return Table(header=header, rows=rows) if rows else None
+
+
+def tasks_tables(run: RunRecord) -> list[Table]:
+    """Return the table of the last evaluation in the training loop, a row per task and metric; [] without any."""
+    last = [entry for entry in run.tasks if entry["step"] == run.tasks[-1]["step"]]
+    found = {
+        (entry["task"], name, None if entry["budget"] is None else tuple(entry["budget"])): value
+        for entry in last
+        for name, value in entry.items()
+        if name not in ("step", "task", "budget", "num_samples") and is_finite(value)
+    }
+    budgets = list(dict.fromkeys(budget for _, _, budget in found))
+    rows = []
+    for task, name in dict.fromkeys((task, name) for task, name, _ in found):
+        values = [found.get((task, name, budget)) for budget in budgets]
+        scores = [None if each is None else {"metric": name, "value": each, "stderr": None} for each in values]
+        rows.append([task, name, *map(format_score, scores)])
+    if not rows:
+        return []
+    header = ["task", "metric", *(budget_label(budget, run.trained_budget) for budget in budgets)]
+    heading = f"Tasks during training, after step {last[0]['step']:,} (accuracies in percent)"
+    return [Table(heading=heading, header=header, rows=rows, num_text_columns=2)]
 
 
 def _by_budget(run: RunRecord) -> dict[Budget | None, list[ValidationPoint]]:

@@ -117,6 +117,20 @@ def budget_charts(by_budget: Mapping[Any, Sequence[ValidationPoint]]) -> list[Ma
     return charts
 
 
+def tasks_chart(entries: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Return the accuracy of every evaluation task of the training loop at the first budget; None without any."""
+    shown = [entry for entry in entries if entry["budget"] == entries[0]["budget"] and is_finite(entry.get("acc"))]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for entry in shown:
+        points.setdefault(entry["task"], []).append((float(entry["step"]), 100 * entry["acc"]))
+    lines = [
+        Line(name=task, points=line, kind="validation", style=style)
+        for style, (task, line) in enumerate(points.items())
+    ]
+    size = (520, 230)
+    return draw("Accuracy of evaluation tasks", lines, "step", "accuracy (%)", size=size)[0] if lines else None
+
+
 def domains_of(points: Sequence[ValidationPoint]) -> list[str]:
     """Return domains by name, the one over all of them last."""
     return sorted({point.domain for point in points}, key=lambda domain: (domain == ALL_DOMAINS, domain))

@@ -38,11 +38,14 @@ class ValidationPoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """A run folder in memory. `training` holds the training lines of metrics.jsonl with a finite loss, by step."""
+    """A run folder in memory. `training` holds the training lines of metrics.jsonl with a finite loss, by step; `tasks`
+    the metrics of evaluation tasks, {step, task, budget, num_samples, metrics by name}, the last ones last.
+    """
 
     name: str
     training: list[dict[str, Any]] = field(default_factory=list)
     validation: list[ValidationPoint] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     recipe_text: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
@@ -130,6 +133,7 @@ def read_run(run_dir: Path | str) -> RunRecord:
         name=run_dir.resolve().name,
         training=training,
         validation=validation,
+        tasks=[{"step": line["step"], **entry} for line in lines for entry in line.get("tasks") or []],
         recipe=_parse_mapping(recipe_text, yaml.safe_load, f"{RECIPE_FILE} is not valid YAML", problems),
         recipe_text=recipe_text,
         environment=_parse_mapping(environment or "{}", json.loads, f"{ENVIRONMENT_FILE} is not valid JSON", problems),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,11 +137,11 @@ class Retention:
         return kept
 
 
-def prune(store: LocalStore, retention: Retention) -> list[Path]:
-    """Remove the intact checkpoints that need not stay; returns what went."""
+def prune(store: LocalStore, retention: Retention, *, in_use: Collection[int] = ()) -> list[Path]:
+    """Remove the intact checkpoints that need not stay, and whose steps are not `in_use`; returns what went."""
     intact = {step_of(path): path for path in store.published() if not compare_sizes(path)[0]}
     kept = retention.choose({step: _validation_loss(path) for step, path in intact.items()})
-    removed = [path for step, path in intact.items() if step not in kept]
+    removed = [path for step, path in intact.items() if step not in kept and step not in in_use]
     for path in removed:
         store.remove(path)
     return removed

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -90,11 +90,22 @@ class _Save:
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of a run, one at a time. All ranks call every method at the same point."""
+    """Saves the checkpoints of a run, one at a time. All ranks call every method at the same point.
 
-    def __init__(self, store: LocalStore, retention: Retention, *, asynchronous: bool = False) -> None:
+    `on_published` gets every new checkpoint on rank 0, and returns the steps whose checkpoints have to stay for now.
+    """
+
+    def __init__(
+        self,
+        store: LocalStore,
+        retention: Retention,
+        *,
+        asynchronous: bool = False,
+        on_published: Callable[[Path], Collection[int]] = lambda _: (),
+    ) -> None:
         self._store = store
         self._retention = retention
+        self._on_published = on_published
         self._asynchronous = asynchronous
         self._plans = SavePlans()
         self._queue = AsyncCallsQueue()
@@ -149,7 +160,7 @@ class CheckpointWriter:
         write_run_state(save.state, save.staging)
         _write_hashes(save.staging)
         folder = self._store.publish(save.staging, save.state.step)
-        prune(self._store, self._retention)
+        prune(self._store, self._retention, in_use=self._on_published(folder))
         get_logger().info("saved %s", folder)
 
 

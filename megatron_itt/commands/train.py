@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_itt.accounting.report import check_report, format_check
-from megatron_itt.api import load_for_this_job, train
+from megatron_itt.api import load_for_this_job, open_tasks, train
 from megatron_itt.cli import run
 from megatron_itt.commands.arguments import Flag, OptionalCount, Overrides, Recipe, Repeated
 from megatron_itt.config import load_config
@@ -55,8 +55,10 @@ class Train:
                 from megatron_itt.data.batches.blend import resolve_blend
                 from megatron_itt.training.loop import check_inputs
 
-                check_inputs(config)
+                tokenizer = check_inputs(config)
                 if process.rank == 0:
+                    if config.validation.tasks is not None:
+                        open_tasks(config, tokenizer)
                     fits = f"recipe, layout of {process.world_size} process(es), tokenizer and data fit"
                     print(f"{self.recipe}: {fits}; {backend}")
                     print(format_check(check_report(config, process.world_size)))

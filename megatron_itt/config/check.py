@@ -216,21 +216,18 @@ def _division_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator
 
 
 def _budget_problems(validation: ValidationConfig, thinking: ThinkingConfig) -> Iterator[str]:
-    for position, budget in enumerate(validation.budgets):
+    for key, budget in validation.budgets_by_key().items():
         if thinking.kind != "itt":
-            yield (
-                f"validation.budgets[{position}] is {list(budget)} but thinking.kind is {thinking.kind}, which has no "
-                "budget; remove it"
-            )
+            yield f"{key} is {list(budget)} but thinking.kind is {thinking.kind}, which has no budget; remove it"
         elif len(budget) != thinking.num_routed_steps:
             yield (
-                f"validation.budgets[{position}] has {len(budget)} entries but thinking.capacity has "
-                f"{thinking.num_routed_steps} routed steps; give one entry per routed step"
+                f"{key} has {len(budget)} entries but thinking.capacity has {thinking.num_routed_steps} routed steps; "
+                "give one entry per routed step"
             )
         elif thinking.residual == "replace" and 0 in budget:
             yield (
-                f"validation.budgets[{position}] contains 0 but thinking.residual is replace, where skipping a step "
-                "leaves hidden states unlike those of training; use budgets above 0, or residual: accumulate"
+                f"{key} contains 0 but thinking.residual is replace, where skipping a step leaves hidden states unlike "
+                "those of training; use budgets above 0, or residual: accumulate"
             )
 
 
@@ -239,7 +236,7 @@ def _rounding_problems(config: RunConfig, section: str) -> Iterator[str]:
     thinking, seq_length = config.thinking, config.model.seq_length
     values: dict[str, tuple[float, ...]] = {}
     if section == "validation":
-        values = {f"validation.budgets[{index}]": budget for index, budget in enumerate(config.validation.budgets)}
+        values = config.validation.budgets_by_key()
     elif thinking.kind == "itt":
         capacity, ramp = thinking.capacity, thinking.capacity_schedule == "ramp"
         lowest = capacity.sample[:1] if isinstance(capacity, SampledCapacity) else capacity
@@ -315,12 +312,18 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def _start_problems(config: RunConfig) -> Iterator[str]:
+def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
     checkpoint, trunk_steps = config.checkpoint, config.schedule.trunk_steps
     if checkpoint.branch_from is not None and checkpoint.initial_weights is not None:
         yield "checkpoint.branch_from and checkpoint.initial_weights are both set; a run starts from one of them"
     if checkpoint.branch_from is not None and trunk_steps is None:
         yield "checkpoint.branch_from is set but schedule.trunk_steps is not; use --branch-from RUN --at STEP"
+    exported, saved = checkpoint.export_every_steps, checkpoint.save_interval_steps
+    if exported is not None and exported % saved:
+        yield (
+            f"checkpoint.export_every_steps is {exported}, no multiple of checkpoint.save_interval_steps = {saved}; "
+            "exports are made from checkpoints"
+        )
 
 
 def _phase_problems(config: RunConfig) -> Iterator[str]:
@@ -385,7 +388,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig], Iterable[str]]], ...]
         lambda config: _warmup_problems(config.schedule, config.optimizer.learning_rate),
     ),
     (("batch",), lambda config: _batch_problems(config.batch)),
-    (("checkpoint", "schedule"), _start_problems),
+    (("checkpoint", "schedule"), _checkpoint_problems),
     (("optimizer",), lambda config: _group_problems(config.optimizer)),
     (("data", "model", "schedule", "batch"), _phase_problems),
 )

@@ -24,6 +24,7 @@ from megatron_itt.errors import ConfigError
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _PR_SET_PDEATHSIG = 1  # Linux prctl
 _MAX_PORT = 65535
+_BACKGROUND_PRIORITY = 5  # on the scale of Unix, from 0 to 19
 _MAX_DIGITS = 9
 _BLACKWELL = 10.0  # compute capability
 _WAY_OUT = "torchrun, srun and slurm/launch.sh set such variables; unset them for a run of one process"
@@ -116,6 +117,13 @@ def end_with_parent() -> None:
     _end_with_starter()
     if sys.platform == "linux" and not parent.is_alive():  # it has ended already; a fork server is another parent
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def serve_in_background() -> None:
+    """In a multiprocessing child: end with the parent, take no GPU, and give way to other processes."""
+    end_with_parent()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.nice(_BACKGROUND_PRIORITY)
 
 
 def _end_with_starter() -> None:

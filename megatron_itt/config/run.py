@@ -207,13 +207,32 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
+class TasksConfig:
+    """Evaluation tasks of lm-eval in the training loop, routed by thresholds as in generation."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]  # tasks of lm-eval, or of `task_dir`
+    interval_steps: PositiveInt = 1000
+    limit: PositiveInt | None = 500  # first records of each task; None: all
+    budgets: tuple[Budget, ...] = ()  # empty: those of the validation
+    task_dir: str | None = None  # folder of lm-eval YAML files
+    data_root: str | None = None  # folder with local copies of data sets; without it the hub or its cache is read
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
 class ValidationConfig:
-    """Validation on held-out documents, once per thinking budget."""
+    """Validation on held-out documents, once per thinking budget, and on evaluation tasks."""
 
     interval_steps: PositiveInt = 1000
     budgets: tuple[Budget, ...] = ()  # empty: the training capacity only
     routing: Literal["as_trained", "threshold"] = "as_trained"  # top-k uses later tokens, thresholds are causal
     tokens: PositiveInt = 2_000_000  # over all domains, held out from training
+    tasks: TasksConfig | None = None
+
+    def budgets_by_key(self) -> dict[str, tuple[float, ...]]:
+        """Every thinking budget of a validation by its key in a recipe."""
+        of_tasks = () if self.tasks is None else self.tasks.budgets
+        lists = (("validation.budgets", self.budgets), ("validation.tasks.budgets", of_tasks))
+        return {f"{key}[{index}]": budget for key, budgets in lists for index, budget in enumerate(budgets)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=STRICT)
@@ -227,6 +246,7 @@ class CheckpointConfig:
     keep_every_steps: PositiveInt | None = None  # also keep checkpoints at multiples of this
     keep_best: bool = True  # also keep the one with the lowest validation loss
     asynchronous: bool = False  # write in the background, from a copy in host memory
+    export_every_steps: PositiveInt | None = None  # also export checkpoints at multiples of this, in the background
     verify: bool = True  # check hashes of large files before resuming; small ones always are
 
 

@@ -53,8 +53,9 @@ def evaluate_export(request: EvaluationRequest) -> dict[str, Any]:
         raise EvaluationError("nothing to evaluate: give --tasks, --task-dir or --heldout")
     config = read_export_config(request.model)
     budgets = [check_budget(budget, trained_budget(config)) for budget in request.budgets]
-    with _data_access(request):
-        plan = TaskPlan(request) if request.tasks else None
+    tasks, folders, root = request.tasks, request.task_dirs, request.data_root
+    with data_access(tasks, folders, root):
+        plan = TaskPlan(tasks, task_dirs=folders, data_root=root) if tasks else None
         export = load_export(request.model, device=request.device, dtype=request.dtype)
         measured = _measure(export, plan, list(dict.fromkeys(budgets)) or [export.trained_budget], request)
     results = {"model": name, **measured}
@@ -101,7 +102,7 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
 
     with (
-        _quiet_harness(),
+        quiet_harness(),
         _harness_log("lm_eval.models.huggingface", logging.WARNING) as counter,
         thinking_at(export.model, budget) as model,
     ):
@@ -122,26 +123,29 @@ def run_harness(
 
 
 class TaskPlan:
-    """The tasks of a request, checked for their data and loaded once for all budgets."""
+    """Tasks of lm-eval and of `task_dirs`, checked for their data and loaded once for all budgets.
 
-    def __init__(self, request: EvaluationRequest) -> None:
+    EvaluationError for one that is unknown or whose data is not there. Needs `data_access`.
+    """
+
+    def __init__(self, names: Sequence[str], *, task_dirs: Sequence[Path] = (), data_root: Path | None = None) -> None:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise EvaluationError(f"lm-eval is not installed ({error}); pip install 'megatron-itt[eval]'") from error
-        folders = [_existing_folder(folder) for folder in request.task_dirs]
-        with _quiet_harness():
+        folders = [_existing_folder(folder) for folder in task_dirs]
+        with quiet_harness():
             self.manager = TaskManager(include_path=folders, include_defaults=False)
-            if any(name not in self.manager.task_index for name in request.tasks):
+            if any(name not in self.manager.task_index for name in names):
                 self.manager = TaskManager(include_path=folders)  # reads lm-eval's own 14,000 files: seconds
-        for name in request.tasks:
+        for name in names:
             if name not in self.manager.task_index:
                 near = difflib.get_close_matches(name, self.manager.all_tasks, n=1)
                 hint = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists the tasks of lm-eval"
                 raise EvaluationError(f"task {name!r} is unknown; {hint}")
-        for name in request.tasks:
-            self._check_data(name, request.data_root)
-        self.loaded = [task for name in request.tasks for task in self._load(name)]
+        for name in names:
+            self._check_data(name, data_root)
+        self.loaded = [task for name in names for task in self._load(name)]
 
     def _leaves(self, name: str) -> Iterator[tuple[dict[str, Any], Path]]:
         """Configurations of the tasks in a task, group or tag, and the folders of their files."""
@@ -176,7 +180,7 @@ class TaskPlan:
         # Data files without a folder are beside the YAML; lm-eval reads them from the working folder.
         beside = next((folder for leaf, folder in leaves if _data_files(leaf)), None)
         try:
-            with _quiet_harness(), working_directory(beside or Path.cwd()):
+            with quiet_harness(), working_directory(beside or Path.cwd()):
                 found = self.manager.load([name])
         except (OSError, ValueError) as error:
             sources = sorted({str(leaf.get("dataset_path")) for leaf, _ in leaves})
@@ -225,17 +229,15 @@ def _data_files(leaf: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _data_access(request: EvaluationRequest) -> Iterator[None]:
+def data_access(tasks: Sequence[str], task_dirs: Sequence[Path], data_root: Path | None) -> Iterator[None]:
     """Set the working folder to the data root, and forbid the network if all data is local."""
-    local = {name for folder in request.task_dirs for name in task_names_in(folder)}
+    local = {name for folder in task_dirs for name in task_names_in(folder)}
     with ExitStack() as stack:
-        if request.data_root is not None:
-            if not request.data_root.is_dir():
-                raise EvaluationError(
-                    f"data root {request.data_root} does not exist; give the folder of offline copies"
-                )
-            stack.enter_context(working_directory(request.data_root))
-        if request.data_root is not None or set(request.tasks) <= local:
+        if data_root is not None:
+            if not data_root.is_dir():
+                raise EvaluationError(f"data root {data_root} does not exist; give the folder of offline copies")
+            stack.enter_context(working_directory(data_root))
+        if data_root is not None or set(tasks) <= local:
             stack.enter_context(offline_hub())
         yield
 
@@ -276,7 +278,7 @@ def _harness_log(name: str, level: int) -> Iterator[_TruncationCounter]:
         logger.setLevel(before)
 
 
-def _quiet_harness() -> AbstractContextManager[Any]:
+def quiet_harness() -> AbstractContextManager[Any]:
     return _harness_log("lm_eval", logging.ERROR)
 
 

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megatron_itt.checkpoint.branch import find_branch_point, record_branch
 from megatron_itt.checkpoint.compatibility import check_resumable
-from megatron_itt.checkpoint.integrity import Retention
+from megatron_itt.checkpoint.integrity import Retention, prune
 from megatron_itt.checkpoint.load import SafeShardedStrategy, check_together, find_intact, load_sharded_state
 from megatron_itt.checkpoint.save import CheckpointWriter
 from megatron_itt.checkpoint.state import (
@@ -31,6 +31,7 @@ from megatron_itt.config.run import RunConfig
 from megatron_itt.errors import CheckpointError
 from megatron_itt.log import get_logger
 from megatron_itt.parallel.collectives import gather_objects, on_rank_zero
+from megatron_itt.training.exports import BackgroundExports, Export
 from megatron_itt.training.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_itt.training.trainer import Trainer
 
@@ -55,6 +56,7 @@ class Checkpointer:
         tokenizer_sha256: str,
         end_of_document: int | None = None,
         allow_changed: Sequence[str] = (),
+        export: Export | None = None,
     ) -> None:
         self._config, self._allow_changed = config, tuple(allow_changed)
         self._store = LocalStore(checkpoint_root(run_dir))
@@ -68,7 +70,12 @@ class Checkpointer:
         retention = Retention(
             keep_last=wanted.keep_last, keep_every_steps=wanted.keep_every_steps, keep_best=wanted.keep_best
         )
-        self._writer = CheckpointWriter(self._store, retention, asynchronous=wanted.asynchronous)
+        self.exports = BackgroundExports(
+            config, run_dir, export, release=lambda in_use: prune(self._store, retention, in_use=in_use)
+        )
+        self._writer = CheckpointWriter(
+            self._store, retention, asynchronous=wanted.asynchronous, on_published=self.exports.add
+        )
 
     def find_initial_weights(self) -> Path | None:
         """Return the checkpoint of `checkpoint.initial_weights`, if it is set. CheckpointError if there is none."""
@@ -88,6 +95,7 @@ class Checkpointer:
         """
         self._writer.finish()
         folder = find_intact(self._store, contents=self._config.checkpoint.verify)
+        on_rank_zero(lambda: self.exports.recover(self._store.published()))
         return None if folder is None else self._checked(folder, self._allow_changed)
 
     def find_branch_point(self) -> ResumePoint | None:
@@ -149,6 +157,7 @@ class Checkpointer:
     def poll(self) -> None:
         """Between steps: publish a save that ended in the background. CheckpointError when it failed."""
         self._writer.poll()
+        self.exports.poll()
 
     def finish(self) -> None:
         """Before the run ends or stops: wait for a background save and publish it. CheckpointError when it failed."""

@@ -26,6 +26,7 @@ from megatron_itt.parallel.collectives import gather_objects, on_rank_zero
 from megatron_itt.parallel.groups import ParallelContext, start_parallel, stop_parallel
 from megatron_itt.training.capacity import describe_rounding
 from megatron_itt.training.checkpointing import Checkpointer, load_initial_weights
+from megatron_itt.training.exports import Export
 from megatron_itt.training.guards import StepGuard, TrainingDivergedError, Verdict, are_weights_finite, check_replicas
 from megatron_itt.training.metrics import Reporter
 from megatron_itt.training.run_folder import (
@@ -36,6 +37,7 @@ from megatron_itt.training.run_folder import (
     opened_run_folder,
     recorded_start,
 )
+from megatron_itt.training.scoring import OpenTasks, TaskEvaluation
 from megatron_itt.training.signals import StopRequest
 from megatron_itt.training.sinks import check_sinks
 from megatron_itt.training.step import Batch, StepResult, Watch, train_step
@@ -46,7 +48,10 @@ from megatron_itt.training.watchdog import start_watchdog
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A trainer with its data and outputs, at a step. `validation_due`: a signal cut off that step's validation."""
+    """A trainer with its data and outputs, at a step. `validation_due`: a signal cut off that step's validation.
+
+    `tasks`: the evaluation tasks of `validation.tasks`, if the recipe has them.
+    """
 
     trainer: Trainer
     datasets: Datasets
@@ -56,15 +61,34 @@ class Run:
     run_dir: Path
     first_step: int
     validation_due: bool
+    tasks: TaskEvaluation | None
 
 
-def train(config: RunConfig, *, backend: ChosenBackend | None = None, allow_changed: Sequence[str] = ()) -> bool:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hooks:
+    """What the loop calls and rooms above it define: opening evaluation tasks on rank 0, and exporting a checkpoint."""
+
+    open_tasks: OpenTasks | None = None
+    export: Export | None = None
+
+
+NO_HOOKS = Hooks()
+
+
+def train(
+    config: RunConfig,
+    *,
+    backend: ChosenBackend | None = None,
+    allow_changed: Sequence[str] = (),
+    hooks: Hooks = NO_HOOKS,
+) -> bool:
     """Run a recipe to its last step, resuming from the newest checkpoint in its run folder.
 
     Every process of the job calls this. Returns whether the run is complete; False after a signal asked it to stop, in
     which case a checkpoint was saved; logs `backend`. `allow_changed` names what may differ from the checkpoint that
-    the run continues from; with `schedule.steps` in it, a finished run trains on to a later step. Raises IttError
-    subclasses for bad input, and TrainingDivergedError.
+    the run continues from; with `schedule.steps` in it, a finished run trains on to a later step. `hooks`: what
+    `validation.tasks` and `checkpoint.export_every_steps` need. Raises IttError subclasses for bad input, and
+    TrainingDivergedError.
     """
     tokenizer = check_inputs(config)
     stop = StopRequest()  # before the slow part of starting: a warning that arrives there is not lost
@@ -78,7 +102,7 @@ def train(config: RunConfig, *, backend: ChosenBackend | None = None, allow_chan
                 return True
             if backend is not None:
                 get_logger().info(str(backend))
-            run = _start_or_resume(config, place, tokenizer, stop, allow_changed=allow_changed)
+            run = _start_or_resume(config, place, tokenizer, stop, allow_changed=allow_changed, hooks=hooks)
             hosts = gather_objects(socket.gethostname())
             with recorded_start(config, first_step=run.first_step, hosts=hosts) if place.is_main else nullcontext():
                 return _run_to_end(run)
@@ -109,9 +133,16 @@ def _opened_run_folder(config: RunConfig, *, allow_changed: Sequence[str]) -> It
 
 
 def _start_or_resume(
-    config: RunConfig, place: ParallelContext, tokenizer: Tokenizer, stop: StopRequest, *, allow_changed: Sequence[str]
+    config: RunConfig,
+    place: ParallelContext,
+    tokenizer: Tokenizer,
+    stop: StopRequest,
+    *,
+    allow_changed: Sequence[str],
+    hooks: Hooks,
 ) -> Run:
     run_dir = Path(config.logging.run_dir)
+    tasks = TaskEvaluation(config, tokenizer, hooks.open_tasks) if config.validation.tasks is not None else None
     blend = resolve_blend(config)
     get_logger().info(blend.table())
     checkpointer = Checkpointer(
@@ -121,6 +152,7 @@ def _start_or_resume(
         tokenizer_sha256=tokenizer.sha256,
         end_of_document=tokenizer.eod,
         allow_changed=allow_changed,
+        export=hooks.export,
     )
     point = checkpointer.find_resume_point() or checkpointer.find_branch_point()
     weights = checkpointer.find_initial_weights() if point is None else None
@@ -145,7 +177,8 @@ def _start_or_resume(
         report=Reporter(trainer, resume_step=first_step),
         run_dir=run_dir,
         first_step=first_step,
-        validation_due=bool(datasets.validation) and memory.get("validation_due", False),
+        validation_due=memory.get("validation_due", False),
+        tasks=tasks,
     )
 
 
@@ -173,7 +206,9 @@ def _run_to_end(run: Run) -> bool:
     try:
         step, is_complete = _train_until_stopped(run, loader)
         run.checkpointer.finish()
+        is_complete = is_complete and run.checkpointer.exports.finish(lambda: _may_wait(run.watch))
     finally:
+        run.checkpointer.exports.stop()
         if collects_automatically:
             gc.enable()
         if watchdog is not None:
@@ -206,10 +241,11 @@ def _train_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
             gc.collect()
         stop_requested = result.statistics.stop_requested
         has_recovered = result.verdict.action != "accept" and _recover(run, step, result.verdict)
-        validation_due, loss = bool(run.datasets.validation) and should_validate(config, step), None
+        validation_due, loss = should_validate(config, step) or should_run_tasks(config, step), None
         if validation_due and not stop_requested:
-            loss = _validate(run, step)
-            stop_requested = validation_due = loss is None
+            record = _validate(run, step)
+            stop_requested = validation_due = record is None
+            loss = None if record is None else headline_loss(record)
         saving = stop_requested or has_recovered or should_save(config, step)
         if should_compare_replicas(config, step, saving=saving):
             run.trainer.gather_weights()
@@ -222,9 +258,21 @@ def _train_until_stopped(run: Run, loader: Loader) -> tuple[int, bool]:
     return step, step == config.schedule.steps and not validation_due
 
 
+def _may_wait(watch: Watch) -> bool:
+    """While the last exports are written: say that this rank is alive, and whether they may go on."""
+    watch.heartbeat.beat("exports of checkpoints")
+    return not watch.stop.is_requested
+
+
 def should_validate(config: RunConfig, step: int) -> bool:
     """Whether a step is one of those that validation follows; the last one always is."""
     return step == config.schedule.steps or step % config.validation.interval_steps == 0
+
+
+def should_run_tasks(config: RunConfig, step: int) -> bool:
+    """Whether a step is one of those that evaluation tasks follow, if there are any; the last one always is."""
+    tasks = config.validation.tasks
+    return tasks is not None and (step == config.schedule.steps or step % tasks.interval_steps == 0)
 
 
 def should_save(config: RunConfig, step: int) -> bool:
@@ -301,11 +349,19 @@ def _timed(loader: Loader, report: Reporter) -> Iterator[Batch]:
         yield batch
 
 
-def _validate(run: Run, step: int) -> float | None:
-    """The mean loss at the first budget; None if the job was asked to stop meanwhile."""
-    with run.report.pause("validation"):
-        record = run_validation(run.trainer, run.datasets.validation, step, watch=run.watch)
-    if record is None:
-        return None
+def _validate(run: Run, step: int) -> dict[str, Any] | None:
+    """Do what validation is due after a step; return its record, or None if the job was asked to stop meanwhile."""
+    config = run.trainer.config
+    record: dict[str, Any] = {"step": step}
+    if run.datasets.validation and should_validate(config, step):
+        with run.report.pause("validation"):
+            record["validation"] = run_validation(run.trainer, run.datasets.validation, step, watch=run.watch)
+        if record["validation"] is None:
+            return None
+    if run.tasks is not None and should_run_tasks(config, step):
+        with run.report.pause("tasks"):
+            record["tasks"] = run.tasks.run(run.trainer, step, watch=run.watch)
+        if record["tasks"] is None:
+            return None
     run.report.validation(record)
-    return headline_loss(record)
+    return record

@@ -22,7 +22,7 @@ from megatron_itt.config.run import RunConfig
 from megatron_itt.log import get_logger
 from megatron_itt.parallel.groups import peak_resident_bytes
 from megatron_itt.training.routing_metrics import CollapseWarnings, routing_entries
-from megatron_itt.training.sinks import Profiler, Record, Sinks
+from megatron_itt.training.sinks import Profiler, Record, Sinks, task_metrics
 from megatron_itt.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -228,7 +228,12 @@ class StepClock:
         return left
 
     def _intervals(self) -> dict[str, int]:
-        return {"validation": self.config.validation.interval_steps, "save": self.config.checkpoint.save_interval_steps}
+        tasks = self.config.validation.tasks
+        return {
+            "validation": self.config.validation.interval_steps,
+            "save": self.config.checkpoint.save_interval_steps,
+            **({} if tasks is None else {"tasks": tasks.interval_steps}),
+        }
 
     def mfu(self, step_s: float) -> float | None:
         """Useful FLOPs per second over the machine's rate; recomputation does not count as useful."""
@@ -326,7 +331,9 @@ class Reporter:
         self._write_event({"step": step, "event": name, "reason": reason, **facts})
 
     def validation(self, record: Record) -> None:
-        """Write the record of a validation pass."""
+        """Write the record of a validation pass, if it measured anything."""
+        if not record.get("validation") and not record.get("tasks"):
+            return
         self._sinks.write(record)
         for line in validation_lines(record):
             get_logger().info(line)
@@ -347,14 +354,20 @@ class Reporter:
 
 
 def validation_lines(record: dict[str, Any]) -> list[str]:
-    """A validation record for people: one line per budget, the mean over domains last."""
+    """A validation record for people: one line per budget, the mean over domains last; and one per task and budget."""
     by_budget: dict[str, list[tuple[str, float]]] = {}
-    for entry in record["validation"]:
-        budget = "" if entry["budget"] is None else " at " + "/".join(f"{share:g}" for share in entry["budget"])
-        by_budget.setdefault(budget, []).append((entry["domain"], entry["loss"]))
+    for entry in record.get("validation", ()):
+        by_budget.setdefault(_at_budget(entry), []).append((entry["domain"], entry["loss"]))
     lines = []
     for budget, losses in by_budget.items():
         mean = sum(loss for _, loss in losses) / len(losses)
         domains = " | ".join(f"{domain} {loss:.4f}" for domain, loss in [*losses, ("mean", mean)])
         lines.append(f"step {record['step']} | validation loss{budget} | {domains}")
+    for entry in record.get("tasks", ()):
+        shown = " | ".join(f"{name} {value:.4f}" for name, value in task_metrics(entry).items())
+        lines.append(f"step {record['step']} | {entry['task']}{_at_budget(entry)} | {shown}")
     return lines
+
+
+def _at_budget(entry: Record) -> str:
+    return "" if entry["budget"] is None else " at " + "/".join(f"{share:g}" for share in entry["budget"])

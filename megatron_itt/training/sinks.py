@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,8 +72,19 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
             if name not in ("layer", "step") and value is not None:
                 yield f"{place}/{name}", value
     for entry in record.get("validation", ()):
-        budget = "default" if entry["budget"] is None else ",".join(f"{share:g}" for share in entry["budget"])
-        yield f"validation/{entry['domain']}/{budget}", entry["loss"]
+        yield f"validation/{entry['domain']}/{_name_of(entry['budget'])}", entry["loss"]
+    for entry in record.get("tasks", ()):
+        for name, value in task_metrics(entry).items():
+            yield f"tasks/{entry['task']}/{name}/{_name_of(entry['budget'])}", value
+
+
+def task_metrics(entry: Record) -> dict[str, float]:
+    """The metrics of one task at one budget."""
+    return {name: value for name, value in entry.items() if name not in ("task", "budget", "num_samples")}
+
+
+def _name_of(budget: Sequence[float] | None) -> str:
+    return "default" if budget is None else ",".join(f"{share:g}" for share in budget)
 
 
 class _JsonlSink:
@@ -107,7 +118,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
 
 
 class _TensorBoardSink:
-    """Scalars under train/, routing/ and validation/; events as text."""
+    """Scalars under train/, routing/, validation/ and tasks/; events as text."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,7 +81,7 @@ def train_step(
         temperature=training_temperature(trainer.config, step),
         recorder=recorder,
     ):
-        losses = _run_schedule(trainer, batches, num_microbatches, forward)
+        losses = run_schedule(trainer, batches, num_microbatches, forward)
     grad_norm = gradient_norm(trainer.optimizer)
     view = StepView(
         loss=_mean_over(losses, "loss"),
@@ -146,25 +146,30 @@ def validation_loss(
     for begin in range(0, len(batches), portion):
         part = batches[begin : begin + portion]
         with torch.no_grad(), trainer.built.control.override(capacity=budget, routing=routing):
-            entries = _run_schedule(trainer, iter(part), len(part), forward, forward_only=True)
+            entries = run_schedule(trainer, iter(part), len(part), forward, forward_only=True)
         for entry in entries:
             total += torch.stack([entry["loss_sum"].double().cpu(), entry["num_tokens"].double().cpu()])
         if watch is not None and watch.stop.on_any_rank(trainer.place.device):
             return None
-    summed = _sum_over_job(total.to(trainer.place.device, torch.float64))
+    summed = sum_over_job(total.to(trainer.place.device, torch.float64))
     return float(summed[0] / summed[1])
 
 
-def _run_schedule(
+def run_schedule(
     trainer: Trainer,
     batches: Iterator[Batch],
     num_microbatches: int,
-    forward: ForwardStep,
+    forward: Callable[[Iterator[Batch], Any], tuple[Tensor, Any]],
     *,
     forward_only: bool = False,
+    shape: tuple[int, int] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Drive megatron-core's schedule; returns the loss entries, which exist on the last pipeline stage only."""
+    """Drive megatron-core's schedule; returns the loss entries, which exist on the last pipeline stage only.
+
+    `shape`: rows and tokens of a micro-batch, where they are not those of training.
+    """
     chunks = trainer.wrapped
+    rows, length = shape or (trainer.config.batch.micro, trainer.config.model.seq_length)
     iterators: Any = batches
     if len(chunks) > 1:
         buffered = [next(batches) for _ in range(num_microbatches)]
@@ -174,8 +179,8 @@ def _run_schedule(
         data_iterator=iterators,
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
-        seq_length=trainer.config.model.seq_length,
-        micro_batch_size=trainer.config.batch.micro,
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
 
@@ -246,7 +251,7 @@ def _reduce_loss(loss_mask: Tensor, token_losses: Tensor, *, z_loss: float) -> t
     return loss, report
 
 
-def _sum_over_job(values: Tensor) -> Tensor:
+def sum_over_job(values: Tensor) -> Tensor:
     """Sum over data-parallel ranks and pipeline stages; stages other than the last contribute zeros."""
     dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())

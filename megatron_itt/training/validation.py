@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,27 +17,27 @@ from megatron_itt.training.trainer import Trainer
 
 def run_validation(
     trainer: Trainer, datasets: Mapping[str, Dataset[Any]], step: int, *, watch: Watch
-) -> dict[str, Any] | None:
+) -> list[dict[str, Any]] | None:
     """Mean loss (nats per token) and perplexity of every domain at every budget; None if the job was asked to stop."""
     watch.heartbeat.beat("validation", step)
     routing = validation_routing(trainer.config, has_thresholds=trainer.built.has_thresholds())
     entries = []
     batches = {domain: _batches(trainer, dataset) for domain, dataset in datasets.items()}
-    for budget in validation_budgets(trainer.config):
+    for budget in validation_budgets(trainer.config, trainer.config.validation.budgets):
         shares = None if budget is None else list(budget)
         for domain, parts in batches.items():
             loss = validation_loss(trainer, parts, budget=budget, routing=routing, watch=watch)
             if loss is None:
                 return None
             entries.append({"budget": shares, "domain": domain, "loss": loss, "perplexity": _perplexity(loss)})
-    return {"step": step, "validation": entries}
+    return entries
 
 
-def validation_budgets(config: RunConfig) -> list[tuple[float, ...] | None]:
-    """The budgets that a recipe validates at: its list, else its training capacity; None for models without routing."""
+def validation_budgets(config: RunConfig, budgets: Sequence[tuple[float, ...]]) -> list[tuple[float, ...] | None]:
+    """The budgets to validate at: those given, else the training capacity; None for models without routing."""
     if config.thinking.kind != "itt":
         return [None]
-    return list(config.validation.budgets) or [config.thinking.nominal_capacity]
+    return list(budgets) or [config.thinking.nominal_capacity]
 
 
 def validation_routing(config: RunConfig, *, has_thresholds: bool) -> str | None:
@@ -51,9 +51,11 @@ def validation_routing(config: RunConfig, *, has_thresholds: bool) -> str | None
     return "threshold" if causal and has_thresholds else None
 
 
-def headline_loss(record: dict[str, Any]) -> float:
-    """One number for a validation record: the mean over domains at the first budget."""
-    entries = record["validation"]
+def headline_loss(record: dict[str, Any]) -> float | None:
+    """One number for a validation record: the mean over domains at the first budget; None for one of tasks alone."""
+    entries = record.get("validation", [])
+    if not entries:
+        return None
     losses = [entry["loss"] for entry in entries if entry["budget"] == entries[0]["budget"]]
     return sum(losses) / len(losses)
 

@@ -21,7 +21,7 @@ import httpx2
 from megatron_itt.errors import DataError
 from megatron_itt.files import file_digest
 
-_TEMPORARY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+TEMPORARY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _HEAD_REFUSED = (400, 403, 405, 501)
 _RANGE_REFUSED = 416
 _HEADERS = {"User-Agent": "megatron-itt-download", "Accept-Encoding": "identity"}
@@ -201,7 +201,7 @@ class HttpClient:
         try:
             with self._client.stream(method, url, headers=headers) as response:
                 status = f"HTTP {response.status_code} {response.reason_phrase}"
-                if response.status_code in _TEMPORARY_STATUSES:
+                if response.status_code in TEMPORARY_STATUSES:
                     raise _TemporaryError(status, _retry_after(response))
                 if not response.is_success and response.status_code not in accepted:
                     raise DataError(f"{url} is not available: {status}")

@@ -7,6 +7,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from megatron_itt.analysis.report import (
     render_report,
     short_number,
     summary,
+    tasks_tables,
     versions,
     write_report,
 )
@@ -126,6 +128,21 @@ def test_a_model_without_router_has_a_page_without_passage(tmp_path: Path, llama
 def test_a_run_with_one_validation_claims_no_fall(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [validation_line(0), training_line(1)]))
     assert "Validation loss at step 0, the only one validated, was 6.393 nats" in summary(run)
+
+
+def test_evaluation_tasks_of_the_run_are_charted_and_tabled(tmp_path: Path) -> None:
+    def line(step: int, accuracy: float) -> dict[str, Any]:
+        entry = {"task": "arc_easy", "budget": [0.5, 0.25], "num_samples": 500, "acc": accuracy, "bits_per_byte": 1.25}
+        other = {**entry, "budget": [1.0, 1.0], "acc": accuracy + 0.01}
+        return {"step": step, "tasks": [entry, other]}
+
+    run = read_run(write_run(tmp_path / "run", [training_line(1), line(1, 0.2), line(2, 0.3)]))
+    (table,) = tasks_tables(run)
+    assert table.header == ["task", "metric", "50/25% (as trained)", "100%"]
+    assert table.rows == [["arc_easy", "acc", "30.0", "31.0"], ["arc_easy", "bits_per_byte", "1.25", "1.25"]]
+    page = render_report(measure(tmp_path / "run"))
+    assert "Tasks during training, after step 2" in page and "Accuracy of evaluation tasks" in page
+    assert "No evaluation results were given" not in page
 
 
 def test_a_run_without_validation_tells_its_training_loss(tmp_path: Path) -> None:
