@@ -205,7 +205,7 @@ def check_cache_type(past_key_values: Any) -> None:
 
 
 def check_cache_implementation(name: str | None) -> None:
-    if name not in (None, "dynamic", "static"):
+    if name not in (None, "dynamic", "dynamic_full", "static"):  # dynamic_full: of transformers 4, for assistants
         raise ValueError(
             f"cache_implementation is {name!r}; use 'dynamic', 'static' or leave it unset, this model makes its own "
             "ITTCache (and has no continuous batching)."

@@ -71,14 +71,14 @@ class ITTRMSNorm(nn.Module):
 FEW_ROWS_PRODUCT = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 )
-MANY_ROWS = 8
+FEW_ROWS = 8
 
 
 class ITTLinear(nn.Linear):
     """nn.Linear, whose products of a few float32 rows on a CPU are oneDNN's.
 
-    A routed step of cached decoding has fewer rows than the batch. MKL, PyTorch's choice in float32, needs more time
-    for 2 or 3 rows than for 8 on AMD's processors.
+    MKL, PyTorch's choice in float32, is slower for one row on AMD's processors, and needs more time for 2 or 3 rows
+    than for 8; a routed step of cached decoding has fewer rows than the batch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class ITTLinear(nn.Linear):
         if (
             FEW_ROWS_PRODUCT is None
             or not (is_plain and self.weight.dtype == torch.float32 and input.dim() == 2)
-            or not 1 < input.shape[0] < MANY_ROWS
+            or not 0 < input.shape[0] <= FEW_ROWS
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()

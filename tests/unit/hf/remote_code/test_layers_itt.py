@@ -153,7 +153,7 @@ def test_padding_changes_no_logits_on_either_side(routing: str, build: Callable)
             assert torch.allclose(right.logits[:, :20], alone, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8])
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9])
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_of_few_rows_are_those_of_linear(rows: int, bias: bool) -> None:
     layer, x = ITTLinear(96, 40, bias=bias), torch.randn(7, rows, 96).permute(1, 0, 2)[:, 3]
