@@ -12,7 +12,14 @@ from megatron_itt.benchmark.layouts import check_ranks
 from megatron_itt.cli import run
 from megatron_itt.errors import ConfigError
 
-TINY = ["debug/itt_tiny", "runtime.device=cpu", "batch.global=4", "model.seq_length=64", "model.num_layers=2"]
+TINY = [
+    "debug/itt_tiny",
+    "runtime.device=cpu",
+    "batch.global=4",
+    "batch.micro=2",
+    "model.seq_length=64",
+    "model.num_layers=2",
+]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
