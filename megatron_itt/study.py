@@ -1,27 +1,51 @@
-"""Queue of the study: small training runs, each of one recipe and one seed. `itt study` runs it.
+"""Queues of small training runs, each of one recipe and one seed: the study and the ladder. `itt study` runs them.
 
 Every run is `python -m megatron_itt.train` in a process of its own, so that an interrupted queue resumes: finished runs
-are kept, others resume from their checkpoints. Results and verdicts: `analysis/study_results.py`.
+are kept, others resume from their checkpoints. Results: `analysis/study_results.py` and `analysis/ladder.py`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_itt.accounting.flops import forward_flops
-from megatron_itt.analysis.study_results import EQUAL_FLOPS, MAIN_VARIANTS, REFERENCE, seed_dir, state_of
+from megatron_itt.accounting.flops import count_parameters, forward_flops
+from megatron_itt.analysis.study_results import BASELINE, EQUAL_FLOPS, MAIN_VARIANTS, REFERENCE, seed_dir, state_of
+from megatron_itt.checkpoint.store import checkpoint_name, checkpoint_root
+from megatron_itt.config import RunConfig
 from megatron_itt.config.load import load_config
 from megatron_itt.errors import ConfigError
+from megatron_itt.launch.run_lock import LOCK_FILE, is_alive
+from megatron_itt.locks import ClaimFile
 from megatron_itt.log import get_logger
 
 RECIPES = Path("recipes/study")
 ROOT = Path("runs/study")
+_POLL_S = 1.0
+
+LADDER_RECIPES = Path("recipes/ladder")
+LADDER_ROOT = Path("runs/ladder")
+WIDE = "llama_wide"  # a LLaMA with the FLOPs per token of WIDE_AS, trained on as many tokens
+WIDE_AS = "itt_x4"
+LADDER_VARIANTS = (BASELINE, "itt_x2", "itt_x4")
+HORIZONS = (20, 80, 320)
+DECAY_SHARE = 0.2
+LEARNING_RATE = 0.32  # of hidden size 1: the rate falls with the width
+ORDER_SHARE = 2  # text is laid out for twice the longest horizon: LLaMA reads more at equal FLOPs
+# Non-embedding parameters in millions -> hidden size, MLP width, attention heads; 4 layers.
+SIZES = {
+    "0.02M": (20, 56, 2),
+    "0.08M": (40, 108, 2),
+    "0.2M": (64, 176, 4),
+    "0.8M": (128, 352, 4),
+    "3.2M": (256, 704, 4),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +56,7 @@ class Job:
     seed: int
     run_dir: Path
     command: tuple[str, ...]
+    after: Path | None = None  # run folder of the job that must finish before it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,26 +114,183 @@ class StudyPlan:
         return round(reference.schedule.steps * costs[1] / costs[0])
 
 
-def run_queue(jobs: Sequence[Job], *, num_parallel: int = 1) -> dict[str, int]:
-    """Run all jobs that are neither finished nor diverged; return the number of jobs in each state.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LadderPlan:
+    """Sizes, variants, seeds and horizons to run. `overrides` apply to every run.
 
-    A failed run does not stop the others; its output is in `output.txt` of its folder.
+    A horizon is a number of training tokens per parameter of attention and MLP of the LLaMA of that size. All horizons
+    of a model and seed share one stable phase: a run branches from the stable checkpoint of the one before and decays over
+    its last fifth, bit for bit the run that had been started alone. All models of a size read the same text in the same
+    order, which the seed decides.
     """
-    todo = [job for job in jobs if state_of(job.run_dir) in ("waiting", "interrupted")]
-    get_logger().info("%d runs: %d to do, %d done before", len(jobs), len(todo), len(jobs) - len(todo))
-    with ThreadPoolExecutor(max_workers=num_parallel) as pool:
-        list(pool.map(lambda item: _run(item[1], f"[{item[0]}/{len(todo)}]"), enumerate(todo, start=1)))
+
+    recipes: Path = LADDER_RECIPES
+    root: Path = LADDER_ROOT
+    sizes: Sequence[str] = ("0.02M", "0.08M")
+    variants: Sequence[str] = (*LADDER_VARIANTS, WIDE)
+    seeds: int = 3
+    horizons: Sequence[int] = HORIZONS
+    overrides: Sequence[str] = ()
+
+    def jobs(self) -> list[Job]:
+        """Return the queue, the most informative run first: main variants before loops, then small before large models,
+        short before long horizons, seed by seed. ConfigError for a size, variant or recipe that does not exist.
+        """
+        known = [*sorted(path.stem for path in self.recipes.glob("*.yaml")), WIDE]
+        for kind, names, there in (("size", self.sizes, SIZES), ("variant", self.variants, known)):
+            if unknown := sorted(set(names) - set(there)):
+                raise ConfigError(f"{kind} {', '.join(unknown)} is not one of the ladder; known: {', '.join(there)}")
+        ranked = [
+            item
+            for size in self.sizes
+            for variant in self.variants
+            for seed in range(1, self.seeds + 1)
+            for item in self._chain(size, variant, seed)
+        ]
+        return [job for _, job in sorted(ranked, key=lambda item: item[0])]
+
+    def _chain(self, size: str, variant: str, seed: int) -> list[tuple[tuple[object, ...], Job]]:
+        """The runs of one model and seed by length, each branching from the one before, with their ranks."""
+        shape = self._wide_shape(size) if variant == WIDE else _shape(*SIZES[size])
+        lengths, longest = self._lengths(size, variant), self._steps(size, max(self.horizons), BASELINE)
+        group = 0 if variant in LADDER_VARIANTS else 1 if variant == WIDE else 2
+        chain: list[tuple[tuple[object, ...], Job]] = []
+        before: tuple[Path, int] | None = None  # its run folder, and the step from which it decayed
+        for steps, horizon, name in sorted(lengths):
+            run_dir, stable = self.root / size / variant / f"seed_{seed}" / name, steps - round(DECAY_SHARE * steps)
+            settings = [
+                *shape,
+                *self.overrides,
+                f"schedule.steps={steps}",
+                f"schedule.decay_steps={steps - stable}",
+                f"schedule.trunk_steps={ORDER_SHARE * longest}",
+                f"checkpoint.keep_steps=[{stable}]",
+                f"runtime.seed={seed}",
+                f"logging.run_dir={run_dir}",
+            ]
+            if before is not None:
+                origin = checkpoint_root(before[0]) / checkpoint_name(before[1])
+                settings.append(f"checkpoint.branch_from={json.dumps(str(origin))}")
+            recipe = self.recipes / f"{BASELINE if variant == WIDE else variant}.yaml"
+            job = Job(
+                variant=f"{size} {variant} {name}",
+                seed=seed,
+                run_dir=run_dir,
+                command=(sys.executable, "-m", "megatron_itt.train", str(recipe), *settings),
+                after=before and before[0],
+            )
+            rank = (group == 2, self.sizes.index(size), group, horizon, seed, steps, variant)
+            chain.append((rank, job))
+            before = run_dir, stable
+        return chain
+
+    def _lengths(self, size: str, variant: str) -> list[tuple[int, int, str]]:
+        """Steps, horizon and folder of the runs of a model: a LLaMA also spends what each thinking model spends."""
+        thinking = [name for name in self.variants if name not in (BASELINE, WIDE)] if variant == BASELINE else []
+        return [
+            (self._steps(size, horizon, spent_by), horizon, f"{horizon}" + f"_as_{spent_by}" * (spent_by != BASELINE))
+            for horizon in self.horizons
+            for spent_by in (BASELINE, *thinking)
+        ]
+
+    def _steps(self, size: str, horizon: int, spent_by: str) -> int:
+        """Steps of the LLaMA of a size with the FLOPs that a model spends on a horizon."""
+        shape = _shape(*SIZES[size])
+        llama = self._load(BASELINE, shape)
+        ratio = _flops(self._load(spent_by, shape)) / _flops(llama)
+        return round(horizon * non_embedding_parameters(llama) * ratio / llama.tokens_per_step)
+
+    def _wide_shape(self, size: str) -> tuple[str, ...]:
+        """The shape of the LLaMA whose FLOPs per token are nearest to those of WIDE_AS."""
+        hidden, width, heads = SIZES[size]
+        target = _flops(self._load(WIDE_AS, _shape(*SIZES[size])))
+        shapes = [
+            _shape(wider, round(width * wider / hidden / 4) * 4, heads)
+            for wider in range(hidden, 2 * hidden, 2 * heads)
+        ]
+        return min(shapes, key=lambda shape: abs(_flops(self._load(BASELINE, shape)) - target))
+
+    def _load(self, variant: str, shape: Sequence[str]) -> RunConfig:
+        return load_config(self.recipes / f"{variant}.yaml", (*shape, *self.overrides))
+
+
+def non_embedding_parameters(config: RunConfig) -> int:
+    """Return the parameters of attention and MLP, which the sizes of the ladder count."""
+    count = count_parameters(config.model, config.thinking)
+    return count.attention + count.mlp
+
+
+def _flops(config: RunConfig) -> float:
+    return forward_flops(config.model, config.thinking).total
+
+
+def _shape(hidden: int, width: int, heads: int) -> tuple[str, ...]:
+    return (
+        f"model.hidden_size={hidden}",
+        f"model.ffn_hidden_size={width}",
+        f"model.num_attention_heads={heads}",
+        f"model.init_std={hidden**-0.5:.3f}",
+        f"optimizer.learning_rate={LEARNING_RATE / hidden:.2e}",
+    )
+
+
+def run_queue(jobs: Sequence[Job], *, num_parallel: int = 1, minutes: float | None = None) -> dict[str, int]:
+    """Run all jobs that are neither finished nor diverged, in order; return the number of jobs in each state.
+
+    A failed run stops those that come after it, not the others; its output is in `output.txt` of its folder. After
+    `minutes`, or when the queue itself is stopped, the runs are asked to save and end; the same queue resumes them.
+    """
+    waiting = [job for job in jobs if state_of(job.run_dir) in ("waiting", "interrupted")]
+    get_logger().info("%d runs: %d to do, %d done before", len(jobs), len(waiting), len(jobs) - len(waiting))
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    running: list[_Running] = []
+    number = 0
+    try:
+        while time.monotonic() < deadline:
+            running = [run for run in running if not run.has_ended()]
+            in_use = [job for job in waiting if _is_in_use(job.run_dir)]  # by a run that a queue killed left behind
+            ready = [
+                job for job in waiting if job not in in_use and (job.after is None or state_of(job.after) == "finished")
+            ]
+            for job in ready[: num_parallel - len(running)]:
+                waiting.remove(job)
+                number += 1
+                running.append(_Running(job, number))
+            if not running and not in_use:
+                break
+            time.sleep(_POLL_S)
+    finally:
+        for run in running:
+            run.process.terminate()
+        for run in running:
+            run.process.wait()
+            run.has_ended()
     states = [state_of(job.run_dir) for job in jobs]
     return {str(state): states.count(state) for state in sorted(set(states))}
 
 
-def _run(job: Job, position: str) -> None:
-    name = f"{position} {job.variant}, seed {job.seed}"
-    get_logger().info("%s: started", name)
-    job.run_dir.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with (job.run_dir / "output.txt").open("a", encoding="utf-8") as output:
-        code = subprocess.run(job.command, check=False, stdout=output, stderr=subprocess.STDOUT).returncode
-    state = state_of(job.run_dir)
-    outcome = state if state in ("finished", "diverged") else f"exit code {code}, see {job.run_dir / 'output.txt'}"
-    get_logger().info("%s: %s after %.0f s", name, outcome, time.monotonic() - started)
+def _is_in_use(run_dir: Path) -> bool:
+    owner = ClaimFile(run_dir / LOCK_FILE).read()
+    return owner is not None and is_alive(owner)
+
+
+class _Running:
+    """A job whose process has started."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        self._job, self._name, self._started = job, f"[{number}] {job.variant}, seed {job.seed}", time.monotonic()
+        get_logger().info("%s: started", self._name)
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        with (job.run_dir / "output.txt").open("a", encoding="utf-8") as output:
+            self.process = subprocess.Popen(job.command, stdout=output, stderr=subprocess.STDOUT)
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended; its outcome is logged."""
+        code = self.process.poll()
+        if code is None:
+            return False
+        state = state_of(self._job.run_dir)
+        known = state in ("finished", "diverged") or code == 0
+        outcome = state if known else f"exit code {code}, see {self._job.run_dir / 'output.txt'}"
+        get_logger().info("%s: %s after %.0f s", self._name, outcome, time.monotonic() - self._started)
+        return True

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_itt.accounting.flops import count_parameters, forward_flops, paper_flops
 from megatron_itt.accounting.gpus import GIBI
+from megatron_itt.accounting.law import pay_off_line
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.accounting.pipeline import cut_pipeline
 from megatron_itt.config.check import find_layout_problems
@@ -37,6 +38,7 @@ def check_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
         "thinking_layers": list(config.thinking.layer_indices(config.model.num_layers)),
         "thinking_steps": config.thinking.num_steps,
         "training_tokens": config.tokens_after(config.schedule.steps),
+        "pay_off": pay_off_line(config),
         "world_size": processes,
         "data_parallel": data_parallel,
         "microbatches_per_step": config.batch.global_size // (config.batch.micro * data_parallel),
@@ -82,6 +84,7 @@ def format_check(report: Mapping[str, Any]) -> str:
             f"parameters        {_millions(report['parameters'])}",
             f"thinking          layers {layers}; {report['thinking_steps']} steps",
             f"training          {report['training_tokens'] / 1e9:.4g} B tokens",
+            *([f"thinking {report['pay_off']}"] if report["pay_off"] else []),
             f"layout            {report['world_size']} processes, {report['data_parallel']} data-parallel, "
             f"{report['microbatches_per_step']} micro-batches per step on each",
             *pipeline,

@@ -324,9 +324,38 @@ def _lines(points: Sequence[Values]) -> dict[str, list[Values]]:
     return lines
 
 
+def draw_ladder(values: Values) -> Figure:
+    """Loss minus that of the LLaMA of equal FLOPs against tokens per parameter: runs with errors, the law as lines."""
+    figure, [[axes]] = new_figure(width=6.4, height=4.2)
+    for idx, line in enumerate(values["curves"]):
+        style, names = line_style(idx), ("size", "variant")
+        rows = [row for row in values["rows"] if all(row[name] == line[name] for name in names)]
+        rows = [row for row in rows if row["equal_flops"] is not None]
+        label, colour = f"{line['variant']}, {line['size']}", style["color"]
+        axes.errorbar(
+            [row["horizon"] for row in rows],
+            [row["equal_flops"] for row in rows],
+            yerr=[row["equal_flops_error"] or 0.0 for row in rows],
+            **{**style, "linestyle": "none"},
+            capsize=3,
+            label=label,
+        )
+        if line["curve"]:
+            ratios, middle, low, high = zip(*line["curve"], strict=True)
+            axes.plot(ratios, middle, color=colour, linestyle=style["linestyle"])
+            axes.fill_between(ratios, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set(
+        xscale="log", xlabel="training tokens per parameter", ylabel="loss minus LLaMA of equal FLOPs (nats per token)"
+    )
+    axes.legend()
+    return figure
+
+
 DRAW: Mapping[str, Callable[[Values], Figure]] = {
     "budgets": draw_budgets,
     "scaling": draw_scaling,
     "gradients": draw_gradients,
     "curves": draw_curves,
+    "ladder": draw_ladder,
 }

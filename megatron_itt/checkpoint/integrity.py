@@ -119,16 +119,17 @@ def _encode(records: Mapping[str, FileRecord]) -> bytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retention:
-    """The newest `keep_last`, every one whose step is a multiple of `keep_every_steps`, the best by validation loss."""
+    """The newest `keep_last`, multiples of `keep_every_steps`, those of `keep_steps`, the best by validation loss."""
 
     keep_last: int
     keep_every_steps: int | None = None
+    keep_steps: tuple[int, ...] = ()
     keep_best: bool = False
 
     def choose(self, validation_losses: Mapping[int, float | None]) -> set[int]:
         """The steps to keep, of checkpoints given as step -> validation loss (None: not measured at that step)."""
         steps = sorted(validation_losses)
-        kept = set(steps[-self.keep_last :])
+        kept = set(steps[-self.keep_last :]) | set(steps).intersection(self.keep_steps)
         if self.keep_every_steps is not None:
             kept |= {step for step in steps if step % self.keep_every_steps == 0}
         measured = [(loss, -step) for step, loss in validation_losses.items() if loss is not None]

@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 
 from megatron_itt.accounting import report
 from megatron_itt.accounting.gpus import GPUS, calibrated
+from megatron_itt.accounting.law import pay_off_line
 from megatron_itt.accounting.layout import Machine, format_layouts, layout_report
 from megatron_itt.commands.arguments import Count, Flag, GpuName, OptionalCount, Overrides, Recipe
 from megatron_itt.config import RunConfig
@@ -173,19 +174,21 @@ class Show(_Printed):
     """The resolved recipe, with its base and the overrides, and what it reads of its data, if that is here."""
 
     def execute(self) -> int:
-        """Print it as YAML, with the table of the data as comments, or as JSON."""
+        """Print it as YAML, with whether its thinking pays and the table of the data as comments, or as JSON."""
         config = load_config(self.recipe, self.overrides)
-        return self._print(dump_config(config), lambda _: config_to_yaml(config) + _data_comments(config))
+        return self._print(dump_config(config), lambda _: config_to_yaml(config) + _comments(config))
 
 
-def _data_comments(config: RunConfig) -> str:
-    """Return the tokens and epochs of each domain and phase as comments of YAML, or why they are not known."""
+def _comments(config: RunConfig) -> str:
+    """Return whether thinking pays, and tokens and epochs of each domain and phase or why they are not known."""
     from megatron_itt.data.batches.blend import resolve_blend
 
     try:
         lines = resolve_blend(config).table().splitlines()
     except IttError as error:
         lines = [f"no table of the data: {error}"]
+    if pay_off := pay_off_line(config):
+        lines.insert(0, f"thinking {pay_off}")
     return "\n".join(f"# {line}".rstrip() for line in lines)
 
 

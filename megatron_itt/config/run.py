@@ -244,6 +244,7 @@ class CheckpointConfig:
     initial_weights: str | None = None  # run folder or checkpoint that initialises the weights of a new run
     branch_from: str | None = None  # checkpoint of another run from which a new one continues, to decay
     keep_every_steps: PositiveInt | None = None  # also keep checkpoints at multiples of this
+    keep_steps: tuple[PositiveInt, ...] = ()  # also save after these steps, and keep those checkpoints
     keep_best: bool = True  # also keep the one with the lowest validation loss
     asynchronous: bool = False  # write in the background, from a copy in host memory
     export_every_steps: PositiveInt | None = None  # also export checkpoints at multiples of this, in the background

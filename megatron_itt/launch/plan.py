@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_itt.accounting.flops import count_parameters, forward_flops
 from megatron_itt.accounting.gpus import GIBI, GPUS, MEMORY_HEADROOM, Gpu
+from megatron_itt.accounting.law import pay_off_line
 from megatron_itt.accounting.layout import SECONDS_PER_DAY
 from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.config.check import find_layout_problems
@@ -95,6 +96,8 @@ def format_plan(config: RunConfig, plan: JobPlan, *, gpu_name: str, mfu: float) 
         f"speed        {plan.tokens_per_s:,.0f} tokens/s expected on {gpu_name} at {100 * mfu:g}% MFU (assumed)",
         f"time         {plan.seconds / SECONDS_PER_DAY:.2f} days, {plan.gpu_hours:,.0f} GPU-hours",
     ]
+    if pay_off := pay_off_line(config):
+        lines.append(f"thinking     {pay_off}")
     if max(plan.memory_bytes) > MEMORY_HEADROOM * gpu.memory_bytes:
         lines.append(
             f"warning: the estimate exceeds {100 * MEMORY_HEADROOM:.0f}% of a GPU; lower batch.micro or raise "

@@ -68,7 +68,10 @@ class Checkpointer:
         }
         wanted = config.checkpoint
         retention = Retention(
-            keep_last=wanted.keep_last, keep_every_steps=wanted.keep_every_steps, keep_best=wanted.keep_best
+            keep_last=wanted.keep_last,
+            keep_every_steps=wanted.keep_every_steps,
+            keep_steps=wanted.keep_steps,
+            keep_best=wanted.keep_best,
         )
         self.exports = BackgroundExports(
             config, run_dir, export, release=lambda in_use: prune(self._store, retention, in_use=in_use)

@@ -277,7 +277,8 @@ def should_run_tasks(config: RunConfig, step: int) -> bool:
 
 def should_save(config: RunConfig, step: int) -> bool:
     """Whether a step is one of those that a checkpoint follows; the last one always is."""
-    return step == config.schedule.steps or step % config.checkpoint.save_interval_steps == 0
+    wanted = config.checkpoint
+    return step == config.schedule.steps or step in wanted.keep_steps or step % wanted.save_interval_steps == 0
 
 
 def should_compare_replicas(config: RunConfig, step: int, *, saving: bool) -> bool:

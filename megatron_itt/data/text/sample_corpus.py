@@ -15,7 +15,7 @@ import sysconfig
 import tokenize
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,7 +90,13 @@ def build_sample_corpus(
     try:
         with publishing(output) as staging:
             summary = {
-                name: _write_domain(staging, name, domain, documents_per_shard) for name, domain in domains.items()
+                name: {
+                    "documents": len(domain.documents),
+                    "bytes": domain.num_bytes,
+                    "duplicates": domain.num_duplicates,
+                    "shards": write_domain(staging, name, domain.in_reading_order(), documents_per_shard),
+                }
+                for name, domain in domains.items()
             }
             document = {"settings": settings, "domains": summary}
             (staging / SUMMARY_NAME).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -228,9 +234,9 @@ def _add_topics(domain: _Domain, library: Path) -> None:
                 domain.add(f"reference/{topic}", body)
 
 
-def _write_domain(root: Path, name: str, domain: _Domain, documents_per_shard: int) -> dict[str, int]:
-    (root / name).mkdir()
-    documents = domain.in_reading_order()
+def write_domain(root: Path, name: str, documents: Sequence[Document], documents_per_shard: int) -> int:
+    """Write documents in their order as `{name}/{name}_{00000}.jsonl.zst` under `root`; return the number of shards."""
+    (root / name).mkdir(parents=True)
     compressor = zstandard.ZstdCompressor(level=10, write_checksum=True)
     starts = range(0, len(documents), documents_per_shard)
     for shard_idx, start in enumerate(starts):
@@ -240,9 +246,4 @@ def _write_domain(root: Path, name: str, domain: _Domain, documents_per_shard: i
         )
         shard = root / name / f"{name}_{shard_idx:05d}.jsonl.zst"
         shard.write_bytes(compressor.compress("".join(rows).encode()))
-    return {
-        "documents": len(documents),
-        "bytes": domain.num_bytes,
-        "duplicates": domain.num_duplicates,
-        "shards": len(starts),
-    }
+    return len(starts)

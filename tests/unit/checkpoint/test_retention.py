@@ -21,6 +21,7 @@ LOSSES = {10: 3.0, 20: 1.5, 30: None, 40: 2.0, 50: 2.5}
         (Retention(keep_last=2), {40, 50}),
         (Retention(keep_last=9), {10, 20, 30, 40, 50}),
         (Retention(keep_last=1, keep_every_steps=20), {20, 40, 50}),
+        (Retention(keep_last=1, keep_steps=(10, 35)), {10, 50}),
         (Retention(keep_last=1, keep_best=True), {20, 50}),
         (Retention(keep_last=2, keep_every_steps=30, keep_best=True), {20, 30, 40, 50}),
     ],
