@@ -14,7 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_itt.accounting.law import BASELINES, FittedLaw, Law, Shape, format_crossover, interval, predict, shape_of
+from megatron_itt.accounting.law import (
+    BASELINES,
+    FittedLaw,
+    Law,
+    Shape,
+    format_crossover,
+    interval,
+    loss_differences,
+    predict,
+    shape_of,
+)
 from megatron_itt.analysis.measurement import Measurement, mean_and_error
 from megatron_itt.analysis.runs import overall_loss, read_run
 from megatron_itt.errors import DataError
@@ -259,10 +269,15 @@ def measure_ladder(points: Sequence[Point], fitted: FittedLaw | None) -> Measure
     curves = []
     for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
         shape = next(point.shape for point in points if (point.size, point.variant) == (size, variant))
-        curve = []
-        for ratio in np.geomspace(10, 3000, 40).tolist() if fitted is not None else ():
-            found = predict(fitted, shape, ratio * shape.parameters)[0]
-            curve.append([ratio, found.difference, *found.difference_interval])
+        curve = (
+            [] if fitted is None else [_on_curve(fitted, shape, ratio) for ratio in np.geomspace(10, 3000, 40).tolist()]
+        )
         curves.append({"size": size, "variant": variant, "curve": curve})
     fit = None if fitted is None else fitted.as_json()
     return Measurement(kind="ladder", values={"rows": rows, "curves": curves, "fit": fit})
+
+
+def _on_curve(fitted: FittedLaw, shape: Shape, ratio: float) -> list[float]:
+    laws = (fitted.law, *fitted.resampled)
+    first, *others = (loss_differences(law, shape, ratio * shape.parameters)[0] for law in laws)
+    return [ratio, first, *interval(others)]

@@ -188,9 +188,21 @@ def draw_router_history(values: Values) -> Figure:
     return figure
 
 
+def draw_oracle(values: Values) -> Figure:
+    """Mean gain of a routed step by tenths of router logits (a calibrated router rises), and by kind of token."""
+    figure, [[left, right]] = new_figure(1, 2, width=9.2, height=3.6)
+    tenths, kinds = values["calibration"], values["kinds"]
+    left.bar(range(1, len(tenths) + 1), [row["gain"] for row in tenths], yerr=[row["error"] or 0.0 for row in tenths])
+    left.set(xlabel="tenth of router logits", ylabel="gain of a step (nats)")
+    right.barh([row["kind"] for row in kinds], [row["gain"] for row in kinds])
+    right.set(xlabel="gain of a step (nats)")
+    return figure
+
+
 DRAW: Mapping[str, Callable[[Values], Figure]] = {
     "routing": draw_routing,
     "router_weights": draw_router_weights,
     "router_history": draw_router_history,
     "step_encoding": draw_step_encoding,
+    "oracle": draw_oracle,
 }

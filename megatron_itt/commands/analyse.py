@@ -107,6 +107,19 @@ class Weights(_OfPassage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Oracle(_OfPassage):
+    """Gain of each routed step for each token, and the router's share of what the best selection would gain."""
+
+    batch_size: Count = 64  # tokens that are flipped at a time
+
+    def measure(self) -> Measurement:
+        from megatron_itt.analysis.oracle import measure_oracle
+
+        texts, limit = _texts(self.text), self.max_tokens or 1024
+        return measure_oracle(self._export(), texts, budget=self.budget, max_tokens=limit, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Steps(_OfModel):
     """Values of the step encodings (Figure 6, middle)."""
 
@@ -286,5 +299,5 @@ def _texts(path: Path) -> list[str]:
     return texts
 
 
-_KINDS = (Routing, Weights, Steps, History, Budgets, Gradients, Curves, Scaling, Causality, Plot)
+_KINDS = (Routing, Weights, Oracle, Steps, History, Budgets, Gradients, Curves, Scaling, Causality, Plot)
 COMMAND = {kind.__name__.lower(): kind for kind in _KINDS}
