@@ -119,9 +119,9 @@ class LadderPlan:
     """Sizes, variants, seeds and horizons to run. `overrides` apply to every run.
 
     A horizon is a number of training tokens per parameter of attention and MLP of the LLaMA of that size. All horizons
-    of a model and seed share one stable phase: a run branches from the stable checkpoint of the one before and decays over
-    its last fifth, bit for bit the run that had been started alone. All models of a size read the same text in the same
-    order, which the seed decides.
+    of a model and seed share one stable phase: a run branches from the stable checkpoint of the one before and decays
+    over its last fifth, bit for bit the run that had been started alone. All models of a size read the same text in
+    the same order, which the seed decides.
     """
 
     recipes: Path = LADDER_RECIPES

@@ -50,7 +50,7 @@ def measure_oracle(
     """Measure at most `max_tokens` of `texts` at one thinking budget (None: as trained).
 
     Values: `loss` (nats per token) of router, oracle, random selection of as many tokens, and no routed step;
-    `router_share`, the headline: the share of the oracle's gain over random selection that the router gets; `recall`, of
+    `router_share`, the headline: the share of the oracle's gain over random selection that the router gets; `recall` of
     the oracle's tokens; `calibration`, mean gain by tenths of router logits within a place; `kinds`, by kind of token.
     Gains are nats of the whole text per step of a token; `own` counts the next token alone. DataError without a router.
     """
