@@ -59,3 +59,18 @@ def test_a_run_killed_in_the_middle_of_each_phase_continues_bit_for_bit(recipe: 
         (run_dir / "metrics.jsonl").unlink()
         assert main(command) == 0
         assert losses_of(run_dir) == {step: whole[step] for step in range(killed_after + 1, 7)}
+
+
+def test_a_branch_that_stays_stable_at_first_is_the_run_started_alone(recipe: Path, tmp_path: Path) -> None:
+    saving = ["checkpoint.save_interval_steps=100", "checkpoint.keep_last=1", "checkpoint.keep_best=false"]
+
+    def run(name: str, steps: int, *arguments: str) -> dict[int, tuple[float, ...]]:
+        length = [f"schedule.steps={steps}", "schedule.trunk_steps=12", f"checkpoint.keep_steps=[{steps - 2}]"]
+        assert main([str(recipe), *WSD, *saving, *length, f"logging.run_dir={tmp_path / name}", *arguments]) == 0
+        return losses_of(tmp_path / name)
+
+    first, whole = run("first", 4), run("whole", 7)
+    kept = tmp_path / "first" / "checkpoints"
+    assert sorted(path.name for path in kept.glob("step_*")) == ["step_0000002", "step_0000004"]
+    second = run("second", 7, f"checkpoint.branch_from={kept / 'step_0000002'}")
+    assert {**{step: first[step] for step in (1, 2)}, **second} == whole
