@@ -227,7 +227,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def format_predictions(fitted: FittedLaw, config: RunConfig) -> str:
     """Return a table of the predictions for a recipe, the verdict for its length, and how far they are extrapolated."""
-    shape, tokens = shape_of(config), float(config.schedule.steps * config.tokens_per_step)
+    shape, tokens = shape_of(config), float(config.tokens_after(config.schedule.steps))
     ratio = tokens / shape.parameters
     cells = []
     for found in predict(fitted, shape, tokens):
@@ -255,7 +255,7 @@ def pay_off_line(config: RunConfig) -> str | None:
     if fitted is None:
         return None
     shape = shape_of(config)
-    tokens = float(config.schedule.steps * config.tokens_per_step)
+    tokens = float(config.tokens_after(config.schedule.steps))
     first = predict(fitted, shape, tokens)[0]
     outside = fitted.outside(shape.parameters, tokens / shape.parameters)
     crossing = format_crossover(first.crossover, first.crossover_interval, shape.parameters)

@@ -75,7 +75,7 @@ def _read_point(run_dir: Path) -> Point | None:
         horizon=int(horizon),
         equal_to=equal_to or None,
         shape=shape_of(run.config),
-        tokens=run.config.schedule.steps * run.config.tokens_per_step,
+        tokens=run.config.tokens_after(run.config.schedule.steps),
         loss=overall_loss(run.final_validation()),
     )
 
