@@ -57,23 +57,22 @@ FIXED_FIELDS: dict[str, Any] = {
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json with the defaults of its model type. ExportError if it is missing or not supported."""
-    if folder.suffix == ".gguf" or (
-        folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("*.gguf"))
-    ):
+    holds_gguf = any(True for _ in folder.glob("*.gguf")) and not any(True for _ in folder.glob("*.safetensors"))
+    if folder.suffix == ".gguf" or holds_gguf:
         raise ExportError(
             f"{folder} is a GGUF file; convert it with transformers and the package gguf: AutoModelForCausalLM."
             "from_pretrained(FOLDER, gguf_file=NAME, quantization_config=GgufConfig(dequantize=True))"
             ".save_pretrained(OUTPUT), and the tokenizer in the same way."
         )
     try:
-        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        given = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"{folder}/config.json cannot be read ({error}); name a Hugging Face model folder.") from None
-    if given.get("quantization_config"):
-        method = given["quantization_config"].get("quant_method", "unknown")
+    if quantised := given.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise ExportError(
-            f"quantization_config of {folder} is {method}; import unquantised weights: load the model, call "
-            "dequantize(), and save_pretrained() it without quantization_config."
+            f"quantization_config of {folder} is {method or quantised}; import unquantised weights: load the model, "
+            "call dequantize(), and save_pretrained() it without quantization_config."
         )
     kind = given.get("model_type")
     if kind not in FAMILIES:
@@ -83,7 +82,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     register_auto_classes()
     try:
         return AutoConfig.from_pretrained(str(folder)).to_dict()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # many classes: whatever transformers raises, it cannot use the config
         message = " ".join(str(error).split())[:200]
         raise ExportError(f"{folder}/config.json cannot be used ({message}); correct it.") from None
 

@@ -23,6 +23,7 @@ from megatron_itt.config import RunConfig, ThinkingConfig
 from megatron_itt.config.environment import single_process
 from megatron_itt.config.load import config_to_yaml, load_config
 from megatron_itt.config.switches import exported_thinking, field_names
+from megatron_itt.data.text.tokenizer import check_vocabulary, load_tokenizer
 from megatron_itt.errors import ConfigError, ExportError
 from megatron_itt.hf.calibration import calibrate
 from megatron_itt.hf.families import find_differences, model_section, read_config
@@ -77,6 +78,7 @@ def retrofit_config(
     folder: Path, output: Path, *, recipe: str | Path | None, overrides: Iterable[str], options: ImportOptions
 ) -> RunConfig:
     """Return the recipe of an import: the folder's shape and the options, then `recipe`, then `overrides`."""
+    options.refuse_idle()
     hf, overrides = read_config(folder), list(overrides)
     length = next((text.partition("=")[2] for text in overrides if text.startswith("model.seq_length=")), None)
     section = model_section(hf, int(length) if length and length.isdigit() else None)
@@ -97,6 +99,8 @@ def retrofit_config(
         below["thinking"] = options.thinking(section["num_layers"])
     config = load_config(recipe, overrides, below=below)
     _refuse_start(config.thinking, options)
+    if config.data.tokenizer == str(folder.resolve()):
+        check_vocabulary(load_tokenizer(folder), config.model.vocab_size)
     return config
 
 

@@ -67,6 +67,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / INDEX_FILE).is_file():
             index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
             names = sorted(set(index["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ExportError(f"{INDEX_FILE} of {folder} names {outside[0]}; weights must be files of the folder.")
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise ExportError(f"{', '.join(missing)} is missing in {folder}; copy the folder again.")
         elif (folder / SINGLE_FILE).is_file():
@@ -76,9 +78,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 f"{folder} holds pickled weights, which can run code when read; convert them to safetensors first."
             )
         else:
-            raise ExportError(f"{folder} holds no {SINGLE_FILE}; name a Hugging Face model folder.")
+            raise ExportError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}; name a Hugging Face model folder.")
         return {name: tensor for file in names for name, tensor in load_file(str(folder / file)).items()}
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(
             f"the weights in {folder} are missing or damaged ({_short(error)}); copy the folder again."
         ) from None

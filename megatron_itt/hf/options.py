@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,15 @@ class ImportOptions:
     start: str = "identity"  # of new steps: identity (the source's logits), or scaled=0.1
     calibrate: str = "samples"  # text of the router-logit quantiles: samples of the model, normal, or a text file
 
+    def refuse_idle(self) -> None:
+        """ConfigError for options of new thinking steps without `think`."""
+        idle = [name for name in ("steps", "capacity", "start") if getattr(self, name) != getattr(ImportOptions, name)]
+        if self.think is None and idle:
+            raise ConfigError(
+                f"--{idle[0]} is {getattr(self, idle[0])}, which has no effect without --think; name the layers with "
+                "--think, or set section thinking of the recipe"
+            )
+
     def thinking(self, num_layers: int) -> dict[str, Any]:
         """Return the section `thinking` of a recipe. ConfigError for options that do not fit together."""
         routed = self.steps - 1
@@ -33,7 +43,7 @@ class ImportOptions:
             step_init = 0.0 if self.start == "identity" else float(number)
         except ValueError:
             kind = ""
-        if kind not in ("identity", "scaled"):
+        if self.start != "identity" and kind != "scaled":
             raise ConfigError(f"--start is {self.start!r}; use identity, or scaled= and a number, such as scaled=0.1")
         layers = parse_layers(str(self.think), num_layers)
         return {"kind": "itt", "layers": layers, "capacity": list(capacity), "step_init": step_init}
@@ -43,20 +53,21 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
     """Return 0-based layers of `every_other`, `middle` (all but the first and last quarter), `9-19:2` or `3,5,7`."""
     quarter = num_layers // 4
     named = {"every_other": range(1, num_layers, 2), "middle": range(quarter, num_layers - quarter)}
-    try:
-        layers = list(named[text]) if text in named else [each for part in text.split(",") for each in _span(part)]
-    except ValueError:
-        raise ConfigError(f"--think is {text!r}; use every_other, middle, a range such as 9-19:2, or 3,5,7") from None
-    outside = sorted({each for each in layers if not 0 <= each < num_layers})
-    if outside or not layers:
+    spans = [named[text]] if text in named else [_span(part) for part in text.split(",")]
+    if not all(spans):
+        raise ConfigError(f"--think is {text!r}; use every_other, middle, a range such as 9-19:2, or 3,5,7")
+    outside = sorted({end for span in spans for end in (span[0], span[-1]) if end >= num_layers})
+    if outside:
         raise ConfigError(f"--think is {text!r} with layers {outside}; this model has layers 0 to {num_layers - 1}")
-    return sorted(set(layers))
+    return sorted({each for span in spans for each in span})
 
 
 def _span(part: str) -> range:
-    """9-19:2 -> 9, 11, .., 19; 3 -> 3."""
-    bounds, _, step = part.partition(":")
-    first, _, last = bounds.partition("-")
+    """9-19:2 -> 9, 11, .., 19; 3 -> 3; anything else: an empty range."""
+    found = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::([1-9]\d*))?)?\s*", part, re.ASCII)
+    if found is None:
+        return range(0)
+    first, last, step = found.groups()
     return range(int(first), int(last or first) + 1, int(step or 1))
 
 

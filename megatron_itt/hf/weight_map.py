@@ -116,6 +116,7 @@ def hf_to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
     left = _known(state)
     result: dict[str, Tensor] = {}
     missing: list[str] = []
+    _check_values(left)
     _check_head(left, model)
     if model.tie_embeddings:  # some writers store a tied head as well
         left.pop(HEAD_RULE.hf[0], None)
@@ -129,6 +130,16 @@ def hf_to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
     return result
 
 
+def _check_values(state: Mapping[str, Tensor]) -> None:
+    """ExportError for weights that are quantised or not finite."""
+    for name, tensor in state.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ExportError(f"{name} is quantised ({kind}); dequantize() the model and save_pretrained() it.")
+        if not bool(tensor.isfinite().all()):
+            raise ExportError(f"{name} holds values that are not finite; the weights are damaged, copy them again.")
+
+
 def _check_head(state: Mapping[str, Tensor], model: ModelConfig) -> None:
     """ExportError for a head that does not fit the embedding or `model.tie_embeddings`."""
     head, embedding = state.get(HEAD_RULE.hf[0]), state.get(GLOBAL_RULES[0].hf[0])
@@ -140,6 +151,11 @@ def _check_head(state: Mapping[str, Tensor], model: ModelConfig) -> None:
         raise ExportError(
             f"lm_head.weight has {head.shape[0]} rows and model.embed_tokens.weight {embedding.shape[0]}: they are "
             "padded differently; cut both to the vocabulary and save the model again."
+        )
+    if embedding.shape[0] != model.vocab_size:
+        raise ExportError(
+            f"model.embed_tokens.weight has {embedding.shape[0]} rows but vocab_size of the folder is "
+            f"{model.vocab_size}; set vocab_size in config.json to the rows."
         )
     if model.tie_embeddings and not torch.equal(head, embedding):
         raise ExportError(

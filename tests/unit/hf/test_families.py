@@ -148,6 +148,9 @@ BAD = {
     "unknown": ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, "'gemma2', which is not.*final_logit_soft"),
     "bias": ({"attention_bias": True}, "attention_bias is True, which is not supported"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config of .* is gptq.*dequantize"),
+    "quantised by name": ({"quantization_config": "gptq"}, "quantization_config of .* is gptq.*dequantize"),
+    "heads": ({"num_attention_heads": 3}, r"config\.json cannot be used .*; correct it"),
+    "rows": ({"vocab_size": 50}, r"model.embed_tokens.weight has 61 rows but vocab_size of the folder is 50; set"),
     "window": ({"model_type": "mistral", "sliding_window": 32}, "sliding_window is 32.*model.seq_length=32 or less"),
     "rope": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic' is not"),
     "tied": ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
@@ -177,15 +180,52 @@ def test_tensors_that_contradict_the_config_are_refused(source: Callable, tmp_pa
         _import(folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.zeros(32, dtype=torch.int8), r"quantised \(int8\); dequantize"), (torch.full((32,), torch.nan), "finite")],
+    ids=["int8", "nan"],
+)
+def test_weights_that_are_no_numbers_of_a_model_are_refused(
+    value: torch.Tensor, message: str, source: Callable, tmp_path: Path
+) -> None:
+    folder, _ = source("llama")
+    weights = load_file(folder / "model.safetensors") | {"model.norm.weight": value}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IttError, match=rf"model\.norm\.weight .*{message}"):
+        _import(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "model-00002-of-00002.safetensors"}}, r"model-00002-of-00002\.safetensors is missing"),
+        ({"weight_map": {"a": "../other.safetensors"}}, r"names \.\./other\.safetensors"),
+        ([], "missing or damaged"),
+    ],
+    ids=["missing", "outside", "list"],
+)
+def test_an_index_of_shards_that_cannot_be_followed_is_refused(
+    index: Any, message: str, source: Callable, tmp_path: Path
+) -> None:
+    folder, _ = source("llama")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(IttError, match=message):
+        _import(folder, tmp_path / "run")
+
+
 def test_missing_files_are_named(source: Callable, tmp_path: Path) -> None:
     folder, _ = source("llama")
     with pytest.raises(IttError, match=r"holds no tokenizer.*data.tokenizer=DIR"):
         import_model(folder, tmp_path / "run", options=THINK)
-    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(IttError, match=r"model-00002-of-00002\.safetensors is missing"):
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(IttError, match=r"tokenizer\.json is not a readable tokenizer"):
+        import_model(folder, tmp_path / "run", options=THINK)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(IttError, match=r"config\.json cannot be read"):
         _import(folder, tmp_path / "run")
-    (folder / "config.json").rename(folder / "weights.gguf")
+    (folder / "config.json").write_text(config)
+    (folder / "model.safetensors").rename(folder / "weights.gguf")
     with pytest.raises(IttError, match=r"GGUF.*gguf_file=NAME"):
         _import(folder, tmp_path / "run")
 
@@ -201,7 +241,10 @@ def test_layers_are_named_in_four_ways() -> None:
     ("options", "message"),
     [
         ({"think": "3,9"}, r"--think is '3,9' with layers \[9\]; this model has layers 0 to 3"),
-        ({"think": "odd"}, "--think is 'odd'; use every_other"),
+        *(({"think": text}, f"--think is '{text}'; use every_other") for text in ("odd", "3-", "5-3", "1-3:0", "-1")),
+        ({"think": "0-99999999999"}, r"--think is .* with layers \[99999999999\]; this model has layers 0 to 3"),
+        ({"steps": 3}, "--steps is 3, which has no effect without --think"),
+        ({"think": "1", "start": "identity=3"}, "--start is 'identity=3'"),
         ({"think": "1", "steps": 1}, "--steps is 1"),
         ({"think": "1", "steps": 3, "capacity": (0.5, 0.4, 0.3)}, "--capacity has 3 values"),
         ({"think": "1", "start": "scaled"}, "--start is 'scaled'"),
