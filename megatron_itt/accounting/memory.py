@@ -26,8 +26,8 @@ from megatron_itt.errors import ConfigError
 FLOAT32 = 4  # bytes; optimizer state, norm statistics and the softmax of the loss are always float32
 ADAM_MOMENTS = 2
 # Heap of the C library beyond tensors, relative to the activations that layers keep for backward: freed blocks that
-# nothing fits into. Measured with glibc: 0.6 (30 layers of 192), 0.7 (4 of 512), 1.2 to 1.7 (30 of 576). Separate mappings
-# would lose nothing, but take a fifth more time.
+# nothing fits into. Measured with glibc: 0.6 (30 layers of 192), 0.7 (4 of 512), 1.2 to 1.8 (30 of 576). Separate
+# mappings would lose nothing, but take a fifth more time.
 HEAP_LOSS = 1.0
 
 # s: sequence length, h: hidden size, k: selected tokens of a step
