@@ -13,13 +13,14 @@ import psutil
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_itt.accounting.memory import FLOAT32
 from megatron_itt.benchmark.machine import DTYPES, matrix_rates, synchronized_time, time_interleaved
 from megatron_itt.benchmark.results import Section
 from megatron_itt.benchmark.shapes import Shape
 from megatron_itt.benchmark.steps import train_on_random_tokens
 from megatron_itt.config import load_config
 from megatron_itt.config.environment import process_info
-from megatron_itt.doctor.speed import measure_gpu, measure_links
+from megatron_itt.doctor.speed import PROBE_BYTES, measure_gpu, measure_links
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import silence_known_warnings
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
@@ -63,7 +64,8 @@ def rates_section(shape: Shape, device: torch.device) -> Section:
         values |= {"num_multiprocessors": 0, "launch_s": 0.0, "memory_bytes": memory}
     num_ranks = torch.cuda.device_count() if on_gpu else 2
     if num_ranks > 1:
-        values["link_bytes_per_s"] = 1e9 * _run_job(num_ranks, LINKS)["all_reduce_gb_per_s"]
+        values["link_bytes_per_s"] = _all_reduce_rate(num_ranks, PROBE_BYTES)
+        values["latency_s"] = 2 * (num_ranks - 1) / num_ranks * FLOAT32 / _all_reduce_rate(num_ranks, FLOAT32)
     rows = [{"rate": name, "value": value} for name, value in values.items()]
     return Section(title="Rates for layout estimates", rows=rows, columns={"rate": "{rate}", "value": "{value:.4g}"})
 
@@ -80,6 +82,14 @@ def _attention_rate(shape: Shape, device: torch.device) -> float:
     seconds = time_interleaved({"attention": attend}, device=device, num_repeats=5, warm_up=1)["attention"]
     pairs = sizes[0] * sizes[1] * sizes[2] * (sizes[2] + 1) / 2
     return 3 * 4 * pairs * sizes[3] / statistics.median(seconds)
+
+
+def _all_reduce_rate(num_ranks: int, num_bytes: int) -> float:
+    """Bytes per second that a rank sends in an all-reduce of so many bytes, in a job of its own."""
+    found = _run_job(num_ranks, LINKS, str(num_bytes))
+    if "problem" in found:
+        raise ConfigError(found["problem"])
+    return 1e9 * float(found["all_reduce_gb_per_s"])
 
 
 def _run_job(num_ranks: int, *arguments: str) -> dict[str, Any]:
@@ -111,7 +121,7 @@ def _time_steps(recipe: str, num_steps: int, overrides: Sequence[str]) -> dict[s
 def _main(recipe: str, *arguments: str) -> None:
     silence_known_warnings()
     if recipe == LINKS:
-        speed = measure_links(process_info())
+        speed = measure_links(process_info(), num_bytes=int(arguments[0]))
         found: dict[str, Any] = dict(speed.figures) if not speed.problem else {"problem": speed.problem}
     else:
         found = _time_steps(recipe, int(arguments[0]), arguments[1:])
