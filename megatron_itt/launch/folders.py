@@ -17,6 +17,8 @@ PATH_KEYS = (
     ("data", "cache_dir"),
     ("checkpoint", "branch_from"),
     ("checkpoint", "initial_weights"),
+    ("validation", "tasks", "task_dir"),
+    ("validation", "tasks", "data_root"),
     ("logging", "run_dir"),
 )
 
@@ -40,6 +42,10 @@ def load_for_cluster(recipe: str, overrides: Iterable[str], folders: ClusterFold
     data = dump_config(load_config(recipe, overrides))
     for domain in data["data"]["blend"].values():
         domain["path"] = folders.place(domain["path"])
-    for section, key in PATH_KEYS:
-        data[section][key] = folders.place(data[section][key])
+    for *names, key in PATH_KEYS:
+        section = data
+        for name in names:
+            section = section[name] or {}
+        if key in section:  # a section may be null
+            section[key] = folders.place(section[key])
     return parse_config(data, source=recipe)

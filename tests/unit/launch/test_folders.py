@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def test_relative_data_and_runs_go_to_the_clusters_folders() -> None:
     assert load_for_cluster(RECIPE, [], ClusterFolders()) == load_config(RECIPE)
 
 
-@pytest.mark.parametrize(("section", "key"), PATH_KEYS)
+@pytest.mark.parametrize("key", PATH_KEYS, ids=".".join)
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
@@ -40,10 +41,14 @@ def test_relative_data_and_runs_go_to_the_clusters_folders() -> None:
         ("other/runs/a", "other/runs/a"),
     ],
 )
-def test_every_path_of_a_recipe_is_placed(section: str, key: str, path: str, expected: str) -> None:
-    needed = ["schedule.trunk_steps=100000"] if key == "branch_from" else []
-    config = load_for_cluster(RECIPE, [f"{section}.{key}={path}", *needed], FOLDERS)
-    assert getattr(getattr(config, section), key) == expected
+def test_every_path_of_a_recipe_is_placed(key: tuple[str, ...], path: str, expected: str) -> None:
+    needed = {
+        "branch_from": ["schedule.trunk_steps=100000"],
+        "task_dir": ["validation.tasks.names=[own]"],
+        "data_root": ["validation.tasks.names=[own]"],
+    }
+    config = load_for_cluster(RECIPE, [f"{'.'.join(key)}={path}", *needed.get(key[-1], [])], FOLDERS)
+    assert operator.attrgetter(".".join(key))(config) == expected
 
 
 def text_keys(kind: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
