@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ BASELINES = (
 )
 INTERVAL = (0.05, 0.95)  # quantiles of the fits to resampled seeds
 _MOST_TOKENS_PER_PARAMETER = 1e6
-_GRID = 240  # points of a scan over tokens or sizes
+_GRID = 80  # points of a scan over tokens or sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +140,7 @@ def read_law(path: Path | None = None) -> FittedLaw | None:
         raise DataError(f"law {found} cannot be read ({error}); make it again with itt study fit") from None
 
 
+@cache  # of equal resamplings
 def loss_differences(law: Law, shape: Shape, tokens: float) -> tuple[float, float, float]:
     """Return the loss of a model minus that of each of BASELINES, after so many training tokens of the model."""
     own = law.loss(shape.effective(law.phi), tokens)
@@ -150,20 +152,21 @@ def loss_differences(law: Law, shape: Shape, tokens: float) -> tuple[float, floa
     )
 
 
+@cache
 def crossovers(law: Law, shape: Shape) -> tuple[float, float, float]:
     """Return the training tokens from which a model is at least as good as each of BASELINES; infinite if it never is.
 
     Fewer than 1 token per parameter is 0: better at any length.
     """
 
-    def first(baseline: int) -> float:
+    def against_optimal() -> float:
         for tokens in _geometric(shape.parameters, shape.parameters * _MOST_TOKENS_PER_PARAMETER, _GRID):
-            if loss_differences(law, shape, tokens)[baseline] <= 0:
+            if loss_differences(law, shape, tokens)[2] <= 0:
                 return 0.0 if tokens == shape.parameters else tokens
         return math.inf
 
     never = math.inf if loss_differences(law, shape, shape.parameters)[1] > 0 else 0.0
-    return _exact_crossover(law, shape), never, first(2)
+    return _exact_crossover(law, shape), never, against_optimal()
 
 
 def _exact_crossover(law: Law, shape: Shape) -> float:
@@ -182,7 +185,7 @@ def _width_of_equal_flops(shape: Shape) -> float:
 
 
 def _optimal_loss(law: Law, shape: Shape, flops: float) -> float:
-    widths = _geometric(0.02, 50.0, _GRID)
+    widths = [*_geometric(0.05, 20.0, _GRID), 1.0, _width_of_equal_flops(shape)]
     return min(law.loss(shape.parameters * width**2, flops / shape.llama_flops(width)) for width in widths)
 
 

@@ -190,10 +190,10 @@ class Predict:
     def execute(self) -> int:
         """Print the table of predictions. ConfigError for a recipe without thinking or without a law."""
         config, fitted = load_config(self.recipe, self.overrides), read_law(self.law)
-        if fitted is None:
-            raise ConfigError(f"there is no law at {self.law or LAW_FILE}; make one with itt study fit --law FILE")
         if config.thinking.kind == "none":
             raise ConfigError(f"{self.recipe} has thinking.kind none; give a recipe that thinks")
+        if fitted is None:
+            raise ConfigError(f"there is no law at {self.law or LAW_FILE}; make one with itt study fit --law FILE")
         print(format_predictions(fitted, config))
         return 0
 
