@@ -361,8 +361,10 @@ def _validate(run: Run, step: int) -> dict[str, Any] | None:
             return None
     if run.tasks is not None and should_run_tasks(config, step):
         with run.report.pause("tasks"):
-            record["tasks"] = run.tasks.run(run.trainer, step, watch=run.watch)
-        if record["tasks"] is None:
+            tasks = run.tasks.run(run.trainer, step, watch=run.watch)
+        if tasks is None:
             return None
+        if tasks:  # none before there are thresholds
+            record["tasks"] = tasks
     run.report.validation(record)
     return record
