@@ -179,19 +179,24 @@ class BatchConfig:
         ramp = self.ramp
         if ramp is None or samples >= ramp.samples:
             return self.global_size
-        num_increments = (self.global_size - ramp.start) // ramp.increment
-        return ramp.start + ramp.increment * (samples * num_increments // ramp.samples)
+        return ramp.start + ramp.increment * (samples * self._num_increments // ramp.samples)
 
     def samples_after(self, steps: int) -> int:
         """Sequences that the first `steps` steps read."""
         samples = 0
         while steps > 0 and (size := self.size_after(samples)) < self.global_size:
             assert self.ramp is not None, "without a ramp the batch is whole"
-            num_increments = (self.global_size - self.ramp.start) // self.ramp.increment
-            end = -(-((size - self.ramp.start) // self.ramp.increment + 1) * self.ramp.samples // num_increments)
+            increments = (size - self.ramp.start) // self.ramp.increment + 1
+            end = -(-increments * self.ramp.samples // self._num_increments)
             count = min(steps, -((samples - end) // size))
             samples, steps = samples + count * size, steps - count
         return samples + steps * self.global_size
+
+    @property
+    def _num_increments(self) -> int:
+        """At least 1: counts of a ramp that does not divide are asked for while it is refused."""
+        assert self.ramp is not None, "of a ramp"
+        return max(1, (self.global_size - self.ramp.start) // self.ramp.increment)
 
     def size_of(self, step: int) -> int:
         """Sequences of optimizer step `step` (from 1)."""
