@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
   itt analyse routing --model runs/quickstart/hf --text passage.txt --output analysis/routing.json --plot svg
   itt analyse weights --model runs/quickstart/hf --text heldout.jsonl.zst --output analysis/weights.json
+  itt analyse oracle --model runs/quickstart/hf --text heldout.jsonl.zst --output analysis/oracle.json
   itt analyse steps --model runs/quickstart/hf --output analysis/steps.json
   itt analyse history --run runs/quickstart --output analysis/history.json
   itt analyse budgets --model runs/itt/hf --model runs/llama/hf --text heldout.jsonl.zst --output b.json

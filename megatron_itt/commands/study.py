@@ -18,7 +18,7 @@ EXAMPLES = """
   itt study                             # after make quickstart: 3 seeds of the main three, 1 of others
   itt study --variants llama,itt_x4 --seeds 5 --jobs 2
   itt study --results-only              # tables of what has finished so far
-  itt study --list
+  itt study run --list
   itt study --seeds 3 --other-seeds 3 --processes 8 --root runs/study_162m \\
       model.hidden_size=1024 model.ffn_hidden_size=2560 model.num_layers=8 batch.global=64 schedule.steps=20000
   itt study text --input corpus/code corpus/prose

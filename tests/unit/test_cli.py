@@ -90,7 +90,7 @@ def test_the_same_arguments_give_the_same_through_itt_and_the_tool() -> None:
     ("words", "message"),
     [
         ("recpe", "there is no command `itt recpe`; did you mean recipe?"),
-        ("recipe", "itt recipe: choose from check, flops"),
+        ("recipe", "itt recipe: choose from check, layout"),
         ("recipe flop x", "there is no command `itt recipe flop`; did you mean flops?"),
         ("recipe flops", "itt recipe flops: recipe is missing"),
         ("train --check", "recipe is missing"),
