@@ -98,7 +98,7 @@ def test_show_prints_a_recipe_that_loads_again(tmp_path: Path) -> None:
         (["check", ITT, "--world-size", "0"], "a job has at least 1 process"),
         (["flops", ITT, "--build"], "itt recipe flops does not know '--build'"),
         (["show", ITT, "--no-build"], "itt recipe show does not know '--no-build'"),
-        (["cost", ITT], "there is no command `itt recipe cost`; choose from check, flops"),
+        (["cost", ITT], "there is no command `itt recipe cost`; choose from check, layout"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
