@@ -60,6 +60,7 @@ def test_every_command_measures_draws_and_says_what_it_left_out(
     commands = {
         "routing": [*model, *text],
         "weights": [*model, *text, "--max-tokens", "400"],
+        "oracle": [*model, *text, "--max-tokens", "40"],
         "steps": model,
         "history": ["--run", str(runs[1])],
         "budgets": [*model, "--model", str(llama_dir), *text, "--max-tokens", "200", "--grid", "0.25,0.5,1.0"],
