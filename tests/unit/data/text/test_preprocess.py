@@ -290,9 +290,9 @@ def test_inputs_without_a_single_document_are_refused(options: PreprocessOptions
 def test_exact_copies_are_dropped_and_the_first_is_kept(
     options: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket_documents: int
 ) -> None:
-    from megatron_itt.data.text import merge
+    from megatron_itt.data.text import publish
 
-    monkeypatch.setitem(merge.without_duplicates.__kwdefaults__, "bucket_documents", bucket_documents)
+    monkeypatch.setitem(publish.without_duplicates.__kwdefaults__, "bucket_documents", bucket_documents)
     preprocess(options)
     copies = replace(options, deduplicate=True, output_prefix=str(tmp_path / "copies"))
     with Path(options.inputs[0]).open("a") as stream:  # the same texts again, near, far and within one file
