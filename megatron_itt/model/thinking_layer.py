@@ -114,7 +114,9 @@ class ThinkingLayer(TransformerLayer):
             changed = None if self._changes_skipped else tokens.positions
         # Every rank gathers all increments, after the last step too: their shards of the sequence depend on the data,
         # and so would the sizes of a smaller collective, for which the host would have to wait.
-        return self.shards.own(hidden_states)
+        # A view would keep the whole sequence alive, and pipelines refuse to free it after sending.
+        own = self.shards.own(hidden_states)
+        return own.clone() if self.shards.num > 1 else own
 
     def _masked_steps(self, hidden_states: Tensor, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
         """Routed steps whose numbers of tokens depend on the data: base passes, of which the selected rows are kept.
