@@ -153,6 +153,14 @@ def test_two_ranks_compute_what_one_computes() -> None:
         assert_same(observed, expected[kind])
 
 
+def test_tensor_sequence_and_pipeline_parallelism_together_compute_what_one_rank_computes() -> None:
+    kinds = ("itt", "itt_selected", "itt_slack", "loop")
+    parallel = {"tensor": 2, "sequence": True, "pipeline": 2}
+    observed = run_ranks(4, observe_steps, [(recipe(kind, parallel),) for kind in kinds])
+    for kind, ranks in zip(kinds, observed, strict=True):
+        assert_same(ranks, observe_on_one_rank(kind))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("world_size", [2, 4])
