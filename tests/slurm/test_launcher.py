@@ -93,7 +93,7 @@ def test_a_dry_run_takes_nodes_and_overrides(settings: dict[str, str]) -> None:
         (["--dry-run", "--nodes=3"], "3 node(s) x 8 task(s) = 24 processes do not fit the recipe"),
         (["--dryrun"], "unknown option --dryrun"),
         (["steps"], "argument steps must look like section.key=value"),
-        (["--nodes=2"], "--nodes is for --dry-run"),
+        (["--nodes=2"], "--nodes and --gpus-per-node are for --dry-run"),
         (["--dry-run", "--nodes=two"], "--nodes is two"),
         (["--chain=0"], "--chain is 0"),
         (["--submit"], "cluster.env is missing"),

