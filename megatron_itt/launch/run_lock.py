@@ -27,8 +27,9 @@ def claimed(run_dir: Path) -> Iterator[None]:
     The owner is what the launcher has exported as ITT_CLAIM, else this process. A claim that the launcher has made
     already is left to it.
     """
-    claim, mine = ClaimFile(run_dir / LOCK_FILE), launcher_claim() or this_process()
-    if claim.read() == mine:
+    claim, launcher = ClaimFile(run_dir / LOCK_FILE), launcher_claim()
+    mine = launcher or this_process()
+    if launcher and claim.read() == launcher:
         yield
         return
     try:
