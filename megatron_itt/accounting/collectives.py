@@ -59,7 +59,7 @@ def sent_bytes(config: RunConfig, memory: RankMemory, world_size: int) -> dict[s
     """Return what a rank of the stage of `memory` sends in an optimizer step, by process group."""
     parallel, stage = config.parallel, memory.pipeline_stage
     data_parallel = config.data_parallel_size(world_size)
-    num_microbatches = config.batch.global_size // (config.batch.micro * data_parallel)
+    num_microbatches = config.num_microbatches(world_size)
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     tensor = edge_passes(config, is_first=is_first, is_last=is_last)
     thinking_layers = config.thinking.layer_indices(config.model.num_layers)

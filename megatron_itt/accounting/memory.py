@@ -263,7 +263,7 @@ def _stage_parameters(config: RunConfig, layers: Iterable[int], *, num_tables: i
 def _microbatches_in_flight(config: RunConfig, world_size: int, stage: int) -> float:
     """Micro-batches whose activations a stage holds at once; a fraction where chunks interleave."""
     parallel, chunks = config.parallel, config.parallel.virtual_pipeline
-    num_microbatches = config.batch.global_size // (config.batch.micro * config.data_parallel_size(world_size))
+    num_microbatches = config.num_microbatches(world_size)
     if chunks == 1:
         return min(num_microbatches, parallel.pipeline - stage)
     warm_up = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline

@@ -41,7 +41,7 @@ def check_report(config: RunConfig, world_size: int | None) -> dict[str, Any]:
         "pay_off": pay_off_line(config),
         "world_size": processes,
         "data_parallel": data_parallel,
-        "microbatches_per_step": config.batch.global_size // (config.batch.micro * data_parallel),
+        "microbatches_per_step": config.num_microbatches(processes),
         "pipeline": pipeline if config.parallel.pipeline > 1 else None,
     }
 

@@ -85,7 +85,7 @@ def estimate_step(
     """Estimate a step of a layout that fits `world_size` ranks; `memory`: its `rank_memory`."""
     tensor, stages = config.parallel.tensor, config.parallel.pipeline
     data_parallel = config.data_parallel_size(world_size)
-    num_microbatches = config.batch.global_size // (config.batch.micro * data_parallel)
+    num_microbatches = config.num_microbatches(world_size)
     costs = _chunk_costs(config, gpu, Placement.of(tensor, 1, gpus_per_node))
     times = [
         StageTimes(

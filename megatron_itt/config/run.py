@@ -348,3 +348,7 @@ class RunConfig:
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks in a job of `world_size` processes."""
         return world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Forward passes of a data-parallel rank per optimizer step, after a ramp of the batch."""
+        return self.batch.global_size // (self.batch.micro * self.data_parallel_size(world_size))

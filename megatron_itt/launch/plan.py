@@ -62,7 +62,7 @@ def plan_job(config: RunConfig, shape: JobShape, gpu: Gpu, *, mfu: float) -> Job
     return JobPlan(
         shape=shape,
         data_parallel=data_parallel,
-        num_microbatches=config.batch.global_size // (config.batch.micro * data_parallel),
+        num_microbatches=config.num_microbatches(shape.world_size),
         num_parameters=count_parameters(config.model, config.thinking).total,
         training_tokens=config.tokens_after(config.schedule.steps),
         memory_bytes=tuple(stage.total for stage in rank_memory(config, shape.world_size)),
