@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +67,7 @@ def _call(act: Callable[[], Result], problem: str, policy: RetryPolicy) -> Resul
             passes = isinstance(error, httpx2.RequestError) or status in TEMPORARY_STATUSES
             if not passes or attempt + 1 == policy.attempts:
                 raise ExportError(f"{problem} ({reason})") from error
-            wait_s = min(policy.max_wait_s, policy.first_wait_s * 2**attempt) * random.uniform(0.5, 1.0)
+            wait_s = policy.wait_s(attempt + 1)
             get_logger().warning("the hub failed (%s); trying again in %.0f s", reason, wait_s)
             time.sleep(wait_s)
     raise AssertionError("the last attempt returns or raises")

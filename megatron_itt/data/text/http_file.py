@@ -38,6 +38,10 @@ class RetryPolicy:
     max_wait_s: float = 120.0
     timeout_s: float = 60.0  # of connecting, and of a silent connection
 
+    def wait_s(self, failures: int) -> float:
+        """Return how long to wait after so many failures in a row, drawn at random within half."""
+        return min(self.max_wait_s, self.first_wait_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
+
 
 class StoppedError(Exception):
     """The client was stopped; a partial file stays for the next time."""
@@ -219,9 +223,8 @@ class HttpClient:
                 farthest = max(farthest, progress())
                 if failures >= policy.attempts:
                     raise DataError(f"{url} failed {failures} times in a row, at last: {error}") from error
-                wait_s = policy.first_wait_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
-                wait_s = wait_s if error.wait_s is None else error.wait_s
-                if self.stop.wait(min(wait_s, policy.max_wait_s)):
+                asked_s = error.wait_s  # by the server
+                if self.stop.wait(policy.wait_s(failures) if asked_s is None else min(asked_s, policy.max_wait_s)):
                     raise StoppedError(url) from error
 
 
