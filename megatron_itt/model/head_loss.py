@@ -40,6 +40,16 @@ def _loss_with_z(chunk: GPTModel, labels: Tensor, logits: Tensor) -> Tensor:
     return losses if chunk.training else losses[0]
 
 
+def find_own_labels(labels: Tensor, vocab_size: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return the place of each label among the `vocab_size` logits of this tensor-parallel rank, and whether it is one.
+
+    The place of a label of another rank is 0.
+    """
+    own_labels = labels - group.rank() * vocab_size
+    is_own = (own_labels >= 0) & (own_labels < vocab_size)
+    return torch.where(is_own, own_labels, 0), is_own
+
+
 class _CrossEntropyAndZ(torch.autograd.Function):
     """Cross entropy -log p(label) and z = (log sum exp logits)^2 of vocabulary-parallel logits, both [s, b] in float32.
 
@@ -52,9 +62,8 @@ class _CrossEntropyAndZ(torch.autograd.Function):
         dtype, logits = logits.dtype, logits.float()
         largest = logits.max(dim=-1).values
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        own_labels = labels - group.rank() * logits.shape[-1]
-        is_own = (own_labels >= 0) & (own_labels < logits.shape[-1])
-        own_labels = torch.where(is_own, own_labels, 0).unsqueeze(-1)
+        own_labels, is_own = find_own_labels(labels, logits.shape[-1], group)
+        own_labels = own_labels.unsqueeze(-1)
         shifted = logits - largest.unsqueeze(-1)
         of_label = shifted.gather(-1, own_labels).squeeze(-1) * is_own
         probabilities = shifted.exp_()

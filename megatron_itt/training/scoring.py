@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_itt.config.run import RunConfig
 from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import ConfigError
+from megatron_itt.model.head_loss import find_own_labels
 from megatron_itt.parallel.collectives import any_rank, on_rank_zero
 from megatron_itt.training.step import Batch, Watch, run_schedule, sum_over_job
 from megatron_itt.training.trainer import Trainer
@@ -177,9 +178,8 @@ def _score_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-likelihoods float64 [n], and whether a label has the largest logit, bool [n]. logits [n, v], labels [n]."""
     group = parallel_state.get_tensor_model_parallel_group()
     logits = logits.float()
-    own = labels - group.rank() * logits.shape[-1]
-    is_own = (own >= 0) & (own < logits.shape[-1])
-    of_label = logits.gather(-1, torch.where(is_own, own, 0)[:, None])[:, 0].masked_fill(~is_own, -math.inf)
+    own_labels, is_own = find_own_labels(labels, logits.shape[-1], group)
+    of_label = logits.gather(-1, own_labels[:, None])[:, 0].masked_fill(~is_own, -math.inf)
     largest, position = logits.max(dim=-1)
     parts = torch.stack([logits.logsumexp(dim=-1), largest, of_label]).double()
     parts = torch.cat([parts, (position + group.rank() * logits.shape[-1]).double()[None]])
