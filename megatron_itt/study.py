@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_itt.accounting.flops import count_parameters, forward_flops
+from megatron_itt.analysis.ladder import WIDE
 from megatron_itt.analysis.study_results import BASELINE, EQUAL_FLOPS, MAIN_VARIANTS, REFERENCE, seed_dir, state_of
 from megatron_itt.checkpoint.store import checkpoint_name, checkpoint_root
 from megatron_itt.config import RunConfig
@@ -31,8 +32,7 @@ _POLL_S = 1.0
 
 LADDER_RECIPES = Path("recipes/ladder")
 LADDER_ROOT = Path("runs/ladder")
-WIDE = "llama_wide"  # a LLaMA with the FLOPs per token of WIDE_AS, trained on as many tokens
-WIDE_AS = "itt_x4"
+WIDE_AS = "itt_x4"  # whose FLOPs per token the LLaMA `WIDE` has, trained on as many tokens
 LADDER_VARIANTS = (BASELINE, "itt_x2", "itt_x4")
 HORIZONS = (20, 80, 320)
 DECAY_SHARE = 0.2
@@ -57,6 +57,12 @@ class Job:
     run_dir: Path
     command: tuple[str, ...]
     after: Path | None = None  # run folder of the job that must finish before it
+
+
+def training_command(processes: int = 1) -> tuple[str, ...]:
+    """Return the stock training command on this machine, without its recipe."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    return (sys.executable, *(launch if processes > 1 else ()), "-m", "megatron_itt.train")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,11 +100,9 @@ class StudyPlan:
     def _job(self, variant: str, seed: int) -> Job:
         run_dir = seed_dir(self.root, variant, seed)
         length = (f"schedule.steps={self._steps_of_equal_flops(variant)}",) if variant in EQUAL_FLOPS else ()
-        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes))
         command = (
-            sys.executable,
-            *(launch if self.processes > 1 else ()),
-            *("-m", "megatron_itt.train", str(self._recipe_of(variant))),
+            *training_command(self.processes),
+            str(self._recipe_of(variant)),
             *self.overrides,
             *length,
             *(f"runtime.seed={seed}", f"logging.run_dir={run_dir}"),
@@ -176,7 +180,7 @@ class LadderPlan:
                 variant=f"{size} {variant} {name}",
                 seed=seed,
                 run_dir=run_dir,
-                command=(sys.executable, "-m", "megatron_itt.train", str(recipe), *settings),
+                command=(*training_command(), str(recipe), *settings),
                 after=before and before[0],
             )
             rank = (group == 2, self.sizes.index(size), group, horizon, seed, steps, variant)
@@ -198,7 +202,7 @@ class LadderPlan:
         shape = _shape(*SIZES[size])
         llama = self._load(BASELINE, shape)
         ratio = _flops(self._load(spent_by, shape)) / _flops(llama)
-        return round(horizon * non_embedding_parameters(llama) * ratio / llama.tokens_per_step)
+        return round(horizon * count_parameters(llama.model, llama.thinking).matrices * ratio / llama.tokens_per_step)
 
     def _wide_shape(self, size: str) -> tuple[str, ...]:
         """The shape of the LLaMA whose FLOPs per token are nearest to those of WIDE_AS."""
@@ -212,12 +216,6 @@ class LadderPlan:
 
     def _load(self, variant: str, shape: Sequence[str]) -> RunConfig:
         return load_config(self.recipes / f"{variant}.yaml", (*shape, *self.overrides))
-
-
-def non_embedding_parameters(config: RunConfig) -> int:
-    """Return the parameters of attention and MLP, which the sizes of the ladder count."""
-    count = count_parameters(config.model, config.thinking)
-    return count.attention + count.mlp
 
 
 def _flops(config: RunConfig) -> float:

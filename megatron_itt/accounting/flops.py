@@ -62,6 +62,11 @@ class ParameterCount:
         return self.embedding + self.attention + self.mlp + self.norms + self.thinking + self.head
 
     @property
+    def matrices(self) -> int:
+        """The parameters of attention and MLP."""
+        return self.attention + self.mlp
+
+    @property
     def base(self) -> int:
         """The parameters of the LLaMA of the same shape."""
         return self.total - self.thinking

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -77,9 +77,9 @@ class Shape:
 def shape_of(config: RunConfig) -> Shape:
     """Return the shape of a recipe."""
     model, thinking = config.model, config.thinking
-    count, own = count_parameters(model, thinking), forward_flops(model, thinking)
+    own = forward_flops(model, thinking)
     llama = forward_flops(model, ThinkingConfig())
-    parameters = count.attention + count.mlp
+    parameters = count_parameters(model, thinking).matrices
     recurrent = parameters * len(thinking.layer_indices(model.num_layers)) // model.num_layers
     return Shape(
         once=parameters - recurrent,
@@ -223,9 +223,11 @@ def predict(fitted: FittedLaw, shape: Shape, tokens: float) -> list[Prediction]:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the quantiles INTERVAL of values, nearest rank; NaN without values."""
+    if not values:
+        return math.nan, math.nan
     ordered = sorted(values)
-    pick: Callable[[float], float] = lambda share: ordered[round(share * (len(ordered) - 1))]  # noqa: E731
-    return (pick(INTERVAL[0]), pick(INTERVAL[1])) if ordered else (math.nan, math.nan)
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in INTERVAL)
+    return low, high
 
 
 def format_predictions(fitted: FittedLaw, config: RunConfig) -> str:

@@ -27,11 +27,12 @@ from megatron_itt.accounting.law import (
 )
 from megatron_itt.analysis.measurement import Measurement, mean_and_error
 from megatron_itt.analysis.runs import overall_loss, read_run
+from megatron_itt.analysis.study_results import BASELINE
 from megatron_itt.errors import DataError
 from megatron_itt.launch.refusals import finished_step
 from megatron_itt.tables import Columns, table_of, with_error
 
-BASELINE, WIDE = "llama", "llama_wide"
+WIDE = "llama_wide"
 # Weak priors of the exponents, mean and standard deviation: few sizes alone leave them open. phi has none.
 PRIORS = {"a": (0.34, 0.2), "b": (0.28, 0.2)}
 _START = Law(E=1.0, A=10.0, a=0.34, B=20.0, b=0.28, phi=0.4)
@@ -78,6 +79,11 @@ def _read_point(run_dir: Path) -> Point | None:
         tokens=run.config.tokens_after(run.config.schedule.steps),
         loss=overall_loss(run.final_validation()),
     )
+
+
+def _shapes(points: Sequence[Point]) -> dict[tuple[str, str], Shape]:
+    """The shape of each model, by size and variant."""
+    return {(point.size, point.variant): point.shape for point in points}
 
 
 def difference_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -178,9 +184,9 @@ def ladder_markdown(points: Sequence[Point], fitted: FittedLaw | None) -> str:
     """Return the tables: measured differences, the law, and verdicts for every size and thinking model."""
     rows = difference_rows(points)
     if fitted is not None:
-        shapes = {(point.size, point.variant): point for point in points if point.equal_to is None}
+        shapes = _shapes(points)
         for row in rows:
-            shape = shapes[row["size"], row["variant"]].shape
+            shape = shapes[row["size"], row["variant"]]
             tokens = row["horizon"] * shape.parameters
             row["optimal"] = predict(fitted, shape, tokens)[2]
     seeds = sorted({row["seeds"] for row in rows})
@@ -237,8 +243,9 @@ def _describe_law(fitted: FittedLaw) -> str:
 
 
 def _verdicts(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], fitted: FittedLaw) -> Iterator[str]:
+    shapes = _shapes(points)
     for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
-        shape = next(point.shape for point in points if (point.size, point.variant) == (size, variant))
+        shape = shapes[size, variant]
         last = max(
             (row for row in rows if (row["size"], row["variant"]) == (size, variant)), key=lambda row: row["horizon"]
         )
@@ -266,9 +273,9 @@ def measure_ladder(points: Sequence[Point], fitted: FittedLaw | None) -> Measure
     A curve has tokens per parameter, and the loss minus that of the LLaMA of equal FLOPs with its interval.
     """
     rows = difference_rows(points)
-    curves = []
+    curves, shapes = [], _shapes(points)
     for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
-        shape = next(point.shape for point in points if (point.size, point.variant) == (size, variant))
+        shape = shapes[size, variant]
         curve = (
             [] if fitted is None else [_on_curve(fitted, shape, ratio) for ratio in np.geomspace(10, 3000, 40).tolist()]
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -50,10 +49,9 @@ class Sweep:
             job_file = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
             return subprocess.run(["bash", job_file, f"@{root / RUNS_FILE}", "--submit"], check=False).returncode
         if not self.results_only:
-            from megatron_itt.study import Job, run_queue
+            from megatron_itt.study import Job, run_queue, training_command
 
-            start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes))
-            launch = (sys.executable, *(start if self.processes > 1 else ()), "-m", "megatron_itt.train")
+            launch = training_command(self.processes)
             jobs = [
                 Job(variant=run.run_dir.name, seed=run.seed, run_dir=run.run_dir, command=(*launch, *run.arguments))
                 for run in runs
