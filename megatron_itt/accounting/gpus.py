@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_itt.errors import ConfigError
@@ -53,13 +54,13 @@ def _from_sheet(
     )
 
 
-_AMPERE = {"tflops": 312, "link": 300, "network": 25, "shares": (0.8, 0.5), "sms": 108}
-_HOPPER = {"tflops": 989, "link": 450, "network": 50, "shares": (0.7, 0.35), "sms": 132}
+_ampere = partial(_from_sheet, tflops=312, link=300, network=25, shares=(0.8, 0.5), sms=108)
+_hopper = partial(_from_sheet, tflops=989, link=450, network=50, shares=(0.7, 0.35), sms=132)
 GPUS: dict[str, Gpu] = {
-    "a100-40gb": _from_sheet(memory=40 * GIBI, tb_per_s=1.555, **_AMPERE),  # type: ignore[arg-type]
-    "a100-80gb": _from_sheet(memory=80 * GIBI, tb_per_s=2.039, **_AMPERE),  # type: ignore[arg-type]
-    "h100": _from_sheet(memory=80 * GIBI, tb_per_s=3.35, **_HOPPER),  # type: ignore[arg-type]
-    "h200": _from_sheet(memory=141e9, tb_per_s=4.8, **_HOPPER),  # type: ignore[arg-type]
+    "a100-40gb": _ampere(memory=40 * GIBI, tb_per_s=1.555),
+    "a100-80gb": _ampere(memory=80 * GIBI, tb_per_s=2.039),
+    "h100": _hopper(memory=80 * GIBI, tb_per_s=3.35),
+    "h200": _hopper(memory=141e9, tb_per_s=4.8),
     "b200": _from_sheet(
         tflops=2250, memory=180 * GIBI, tb_per_s=8.0, link=900, network=50, shares=(0.7, 0.35), sms=148
     ),

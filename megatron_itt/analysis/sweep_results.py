@@ -49,7 +49,7 @@ def sweep_markdown(results: Row) -> str:
     keys = list(results["means"][0]["values"])
 
     def columns(names: list[str]) -> Columns:
-        return {name: lambda row, name=name: row["values"][name] for name in names}  # type: ignore[misc]
+        return {name: f"{{values[{name}]}}" for name in names}
 
     def loss(name: str) -> Any:
         return lambda row: with_error(row[name], row.get(f"{name}_stderr"), ".4f")

@@ -1,8 +1,8 @@
 """Sampler and loader: which samples make a batch, and batches gathered ahead of the training step by one thread.
 
 A step reads the samples that follow those of the steps before, whatever the number of ranks or the micro-batch size, so
-a run may resume with another layout exactly where it stopped. Worker processes would cost
-more in copies than they save: the data is memory-mapped token ids.
+a run may resume with another layout exactly where it stopped. Worker processes would cost more in copies than they
+save: the data is memory-mapped token ids.
 """
 
 from __future__ import annotations
