@@ -41,7 +41,7 @@ ORDER_SHARE = 2  # text is laid out for twice the longest horizon: LLaMA reads m
 # Non-embedding parameters in millions -> hidden size, MLP width, attention heads; 4 layers.
 SIZES = {
     "0.02M": (20, 56, 2),
-    "0.08M": (40, 108, 2),
+    "0.05M": (32, 88, 2),
     "0.2M": (64, 176, 4),
     "0.8M": (128, 352, 4),
     "3.2M": (256, 704, 4),
@@ -130,7 +130,7 @@ class LadderPlan:
 
     recipes: Path = LADDER_RECIPES
     root: Path = LADDER_ROOT
-    sizes: Sequence[str] = ("0.02M", "0.08M")
+    sizes: Sequence[str] = ("0.02M", "0.05M")
     variants: Sequence[str] = (*LADDER_VARIANTS, WIDE)
     seeds: int = 3
     horizons: Sequence[int] = HORIZONS

@@ -110,7 +110,7 @@ class Ladder:
     overrides: Overrides = ()
     recipes: Path = Path("recipes/ladder")  # folder of the recipes
     root: Path = Path("runs/ladder")  # folder of the runs
-    sizes: Names = ("0.02M", "0.08M")  # of 0.02M, 0.08M, 0.2M, 0.8M, 3.2M non-embedding parameters
+    sizes: Names = ("0.02M", "0.05M")  # of 0.02M, 0.05M, 0.2M, 0.8M, 3.2M non-embedding parameters
     variants: Names = ("llama", "itt_x2", "itt_x4", "llama_wide")  # and loop_x2, loop_x4
     seeds: int = 3
     horizons: Numbers = (20, 80, 320)  # tokens per non-embedding parameter

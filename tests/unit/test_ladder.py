@@ -34,7 +34,7 @@ def test_short_horizons_of_the_smallest_models_come_first_and_all_seeds_before_l
     assert main[0] == "0.02M/itt_x4/seed_1/20"
     places = [
         main.index(f"{size}/llama/seed_{seed}/{hor}")
-        for size in ("0.02M", "0.08M")
+        for size in ("0.02M", "0.05M")
         for hor in (20, 320)
         for seed in (1, 2)
     ]
@@ -59,12 +59,12 @@ def test_every_horizon_branches_from_the_stable_checkpoint_of_the_one_before() -
 
 
 def test_baselines_have_equal_flops() -> None:
-    runs = configs(LadderPlan(seeds=1, sizes=("0.08M",), horizons=(80,)))
+    runs = configs(LadderPlan(seeds=1, sizes=("0.05M",), horizons=(80,)))
     for thinking in ("itt_x2", "itt_x4"):
-        more_tokens = runs[f"0.08M/llama/seed_1/80_as_{thinking}"]
-        assert flops_of(more_tokens) == pytest.approx(flops_of(runs[f"0.08M/{thinking}/seed_1/80"]), rel=0.002)
-        assert more_tokens.model == runs["0.08M/llama/seed_1/80"].model
-    wide, own = runs["0.08M/llama_wide/seed_1/80"], runs["0.08M/itt_x4/seed_1/80"]
+        more_tokens = runs[f"0.05M/llama/seed_1/80_as_{thinking}"]
+        assert flops_of(more_tokens) == pytest.approx(flops_of(runs[f"0.05M/{thinking}/seed_1/80"]), rel=0.002)
+        assert more_tokens.model == runs["0.05M/llama/seed_1/80"].model
+    wide, own = runs["0.05M/llama_wide/seed_1/80"], runs["0.05M/itt_x4/seed_1/80"]
     assert wide.schedule.steps == own.schedule.steps
     assert flops_of(wide) == pytest.approx(flops_of(own), rel=0.06)
 
