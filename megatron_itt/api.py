@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from megatron_itt.config import RunConfig, load_config
 from megatron_itt.config.backends import use_backend
 from megatron_itt.config.environment import process_info
-from megatron_itt.config.optional_packages import hide_unusable_packages
 from megatron_itt.config.versions import check_megatron_core
 from megatron_itt.errors import EvaluationError
-from megatron_itt.log import silence_known_warnings
+from megatron_itt.parallel.megatron_compat.eager_import import import_megatron_core
 
 if TYPE_CHECKING:
     from megatron_itt.data.text.preprocess import Outcome
@@ -43,6 +42,7 @@ def train(recipe: Recipe, overrides: Iterable[str] = (), *, allow_changed: Seque
     if not isinstance(recipe, RunConfig):
         recipe = load_for_this_job(recipe, overrides)
     backend = use_backend(recipe.precision.parts, device=recipe.runtime.device)
+    import_megatron_core()
     from megatron_itt.training.loop import Hooks, train
 
     hooks = Hooks(open_tasks=open_tasks, export=export_hf)
@@ -70,9 +70,8 @@ def preprocess(**options: Any) -> Outcome:
 
 def export_hf(checkpoint: str | Path, output: str | Path, **options: Any) -> ExportReport:
     """Export a checkpoint, or the newest of a run folder; the options are the fields of `hf.options.ExportOptions`."""
-    silence_known_warnings()
     check_megatron_core()
-    hide_unusable_packages()
+    import_megatron_core()
     from megatron_itt.hf.export import ExportOptions, export_checkpoint
 
     return export_checkpoint(checkpoint, output, ExportOptions(**options))
@@ -85,9 +84,8 @@ def import_hf(
 
     Without a recipe the shape is the folder's; the options are the fields of `hf.options.ImportOptions`.
     """
-    silence_known_warnings()
     check_megatron_core()
-    hide_unusable_packages()
+    import_megatron_core()
     from megatron_itt.hf.import_weights import ImportOptions, import_folder, import_model
 
     if isinstance(recipe, RunConfig):
@@ -97,9 +95,8 @@ def import_hf(
 
 def average_checkpoints(run: str | Path, output: str | Path, **options: Any) -> Path:
     """Write the mean of a run's last checkpoints into the run folder `output`; options: `last`, or `steps`."""
-    silence_known_warnings()
     check_megatron_core()
-    hide_unusable_packages()
+    import_megatron_core()
     from megatron_itt.checkpoint.average import average_checkpoints
 
     return average_checkpoints(run, output, **options)

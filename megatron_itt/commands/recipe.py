@@ -20,10 +20,9 @@ from megatron_itt.commands.arguments import Count, Flag, GpuName, OptionalCount,
 from megatron_itt.config import RunConfig
 from megatron_itt.config.keys import describe_keys
 from megatron_itt.config.load import config_to_yaml, dump_config, load_config
-from megatron_itt.config.optional_packages import hide_unusable_packages
-from megatron_itt.config.versions import find_megatron_core_problem
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import configure_logging, silence_known_warnings
+from megatron_itt.parallel.megatron_compat.eager_import import import_megatron_core
 from megatron_itt.tables import write_json
 
 EXAMPLES = """
@@ -83,11 +82,8 @@ class Check(_OfLayout):
     def _report(self, config: RunConfig) -> dict[str, Any]:
         if self.build is False or (self.build is None and self.world_size is None):
             return report.check_report(config, self.world_size)
-        silence_known_warnings()
-        hide_unusable_packages()
-        if problem := find_megatron_core_problem():
-            raise ConfigError(problem)
         try:
+            import_megatron_core()
             from megatron_itt.training.trainer import built_check_report
         except ImportError as error:
             if self.build:
@@ -248,8 +244,7 @@ class Index(_OfRecipe):
 
     def execute(self) -> int:
         """Build or check the index, print the blend and the folder of the index."""
-        silence_known_warnings()
-        hide_unusable_packages()
+        import_megatron_core()
         configure_logging()
         from megatron_itt.data.text.tokenizer import recipe_tokenizer
 

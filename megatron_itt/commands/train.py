@@ -21,6 +21,7 @@ from megatron_itt.config.environment import end_with_torchrun, process_info
 from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError, IttError
 from megatron_itt.log import silence_known_warnings
+from megatron_itt.parallel.megatron_compat.eager_import import import_megatron_core
 
 EXAMPLES = """
   itt train recipes/debug/itt_tiny.yaml schedule.steps=20
@@ -52,6 +53,7 @@ class Train:
             config = load_for_this_job(self.recipe, self._overrides())
             if self.check:
                 backend = use_backend(config.precision.parts, device=config.runtime.device)
+                import_megatron_core()
                 from megatron_itt.data.batches.blend import resolve_blend
                 from megatron_itt.training.loop import check_inputs
 

@@ -6,6 +6,8 @@ import ast
 import importlib
 import importlib.metadata
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from megatron.core import utils
 from megatron.core.optimizer import clip_grads
 from packaging.specifiers import SpecifierSet
 
+from megatron_itt.config.optional_packages import has_nvidia_gpu
 from megatron_itt.parallel import megatron_compat
 from megatron_itt.parallel.megatron_compat import Replacements
 from megatron_itt.parallel.megatron_compat.checkpoint_format import checkpoint_reader
@@ -99,3 +102,15 @@ def test_norms_on_the_device_have_the_bits_of_megatron_core(monkeypatch: pytest.
         remove_host_device()
     assert torch.equal(found, expected) and found.shape == expected.shape and watch.waiting == []
     assert clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm
+
+
+@pytest.mark.skipif(has_nvidia_gpu(), reason="with a GPU megatron-core's functions are compiled")
+def test_without_a_gpu_a_command_imports_no_compiler_and_leaves_torch_compile_as_it_was() -> None:
+    code = (
+        "import sys, torch; compile = torch.compile\n"
+        "from megatron_itt.parallel.megatron_compat.eager_import import import_megatron_core\n"
+        "import_megatron_core(); import megatron_itt.training.loop\n"
+        "print(torch.compile is compile, 'torch._inductor.compile_fx' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["True", "False"]
