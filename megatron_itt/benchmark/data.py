@@ -27,9 +27,9 @@ from megatron_itt.config.run import DataConfig, DomainConfig, RunConfig
 from megatron_itt.data.batches.datasets import build_datasets
 from megatron_itt.data.batches.loader import TrainLoader
 from megatron_itt.data.indexed import read_manifest
+from megatron_itt.data.text.corpora import build_sample_corpus
 from megatron_itt.data.text.documents import DocumentReader, sample_texts
 from megatron_itt.data.text.engine import choose_engine
-from megatron_itt.data.text.sample_corpus import build_sample_corpus
 from megatron_itt.data.text.sources import Segment, find_sources
 from megatron_itt.data.text.tokenizer import load_tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError, DataError

@@ -8,9 +8,9 @@ from pathlib import Path
 from tyro.conf import Suppress
 
 from megatron_itt.commands.arguments import Flag, Names, OptionalTokens
+from megatron_itt.data.text.corpora import build_sample_corpus
 from megatron_itt.data.text.download import DownloadOptions, plan_download, run_download
 from megatron_itt.data.text.http_file import RetryPolicy
-from megatron_itt.data.text.sample_corpus import build_sample_corpus
 from megatron_itt.errors import ConfigError
 from megatron_itt.log import configure_logging
 

@@ -89,7 +89,7 @@ class Text:
         """Write corpus, tokenizer, and an indexed dataset per domain; what is there already stays."""
         configure_logging()
         from megatron_itt.cli import run
-        from megatron_itt.data.text.folder_corpus import build_folder_corpus
+        from megatron_itt.data.text.corpora import build_folder_corpus
 
         corpus, tokenizer = self.output / "corpus", self.output / "tokenizer"
         if not corpus.is_dir():

@@ -7,9 +7,11 @@ save: the data is memory-mapped token ids.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -68,24 +70,15 @@ def validation_samples(
     return [[idx if idx < num_samples else None for idx in range(begin, begin + batch_size)] for begin in begins]
 
 
-class Loader:
+class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
     """Iterator over this rank's micro-batches, in order, until they end or `close` is called."""
-
-    def __iter__(self) -> Loader:
-        return self
-
-    def __next__(self) -> Batch:
-        raise NotImplementedError
-
-    def __enter__(self) -> Loader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
         """End the gathering thread; further `next` calls raise StopIteration."""
-        raise NotImplementedError
 
 
 class TrainLoader(Loader):
@@ -131,7 +124,6 @@ class TrainLoader(Loader):
             raise
 
     def close(self) -> None:
-        """End the gathering thread; further `next` calls raise StopIteration."""
         self._pending.clear()
         self._samples = iter(())
         self._pool.shutdown(cancel_futures=True)
@@ -185,7 +177,6 @@ class DaliLoader(Loader):
         return dict(batch)
 
     def close(self) -> None:
-        """End the gathering thread; further `next` calls raise StopIteration."""
         self._closed = True
         self._gathered.close()
 

@@ -14,6 +14,7 @@ import zstandard
 DECOMPRESSION_ERRORS = (zstandard.ZstdError, EOFError, gzip.BadGzipFile, zlib.error)
 JSONL, ZSTD, GZIP = "jsonl", "zstd", "gzip"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+GZIP_MAGIC = b"\x1f\x8b"
 MAX_WINDOW_BYTES = 1 << 31  # that of `zstd --long=31`, and the most that the library accepts
 BUFFER_BYTES = 1 << 20
 _ZSTD_INPUT_BYTES = 1 << 14  # bounds what one step can decompress to; larger steps are not faster

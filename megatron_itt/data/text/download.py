@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from megatron_itt.data.text.http_file import HttpClient, RetryPolicy
+from megatron_itt.data.text.http_file import HttpClient, PartialFile, RetryPolicy
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.files import file_digest
 from megatron_itt.log import get_logger
@@ -124,7 +124,7 @@ def plan_download(options: DownloadOptions) -> DownloadPlan:
             chosen = sample_by_tokens(chosen, options.max_tokens, seed=options.seed)
         chosen = _with_sizes(client, chosen, options)
     missing = [file for file in chosen if not _is_complete(file, options)]
-    to_fetch = sum(max(0, (file.size or 0) - _partial_size(options.output / file.path)) for file in missing)
+    to_fetch = sum(max(0, (file.size or 0) - PartialFile(options.output / file.path).size()) for file in missing)
     _check_disk(options.output, to_fetch)
     return DownloadPlan(files=chosen, missing=missing, bytes_to_fetch=to_fetch, tokens=estimate_tokens(chosen))
 
@@ -330,11 +330,6 @@ def _is_complete(file: RemoteFile, options: DownloadOptions) -> bool:
         get_logger().warning("%s has another SHA-256 than its list says; fetching it again", path)
         return False
     return True
-
-
-def _partial_size(target: Path) -> int:
-    part = target.with_name(target.name + ".part")
-    return part.stat().st_size if part.is_file() else 0
 
 
 def _check_disk(output: Path, wanted: int) -> None:

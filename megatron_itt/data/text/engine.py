@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import orjson
@@ -35,27 +35,20 @@ _ACROSS = re.compile(r"\n|[A-Za-z] ")  # an added token that could lie across a 
 Encoded = tuple[np.ndarray, np.ndarray]
 
 
-class Engine(Protocol):
-    """An encoder of batches of texts that adds no special tokens."""
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A library that encodes batches of texts; it adds no special tokens."""
 
     name: str
     version: str
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return ids of all texts [total] and ids per text [texts]."""
-        ...
+    encode: Callable[[Sequence[str]], Encoded]
 
 
-class HuggingFaceEngine:
+def reference_engine(tokenizer: Tokenizer) -> Engine:
     """The tokenizer's own library, `tokenizers` or sentencepiece; the reference for every other engine."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.name, self.version = tokenizer.library
-        self._tokenizer = tokenizer
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return ids of all texts [total] and ids per text [texts]."""
-        ids = self._tokenizer.encode_batch(texts)
+    def encode(texts: Sequence[str]) -> Encoded:
+        ids = tokenizer.encode_batch(texts)
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         flat = np.empty(int(lengths.sum()), dtype=np.uint32)
         position = 0
@@ -64,53 +57,32 @@ class HuggingFaceEngine:
             position += len(part)
         return flat, lengths
 
+    name, version = tokenizer.library
+    return Engine(name=name, version=version, encode=encode)
 
-class GigatokenEngine:
+
+def gigatoken_engine(tokenizer: Tokenizer) -> Engine:
     """The `gigatoken` library. Raises `DataError` if it cannot load the tokenizer or encodes it differently."""
+    try:
+        import gigatoken
 
-    name = "gigatoken"
+        backend = gigatoken.Tokenizer(str(tokenizer.json_path))
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        try:
-            import gigatoken
+        def encode(texts: Sequence[str]) -> Encoded:
+            layout = backend.encode_batch(list(texts), parallel=False).layout.to_ListOffsetArray64(True)
+            content, offsets = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
+            return content[offsets[0] : offsets[-1]], np.diff(offsets)
 
-            self.version = importlib.metadata.version("gigatoken")
-            self._backend: Any = gigatoken.Tokenizer(str(tokenizer.json_path))
-            difference = find_difference(self, HuggingFaceEngine(tokenizer), tokenizer.check_texts)
-        except Exception as error:  # beta software: whatever it raises, it is not usable here
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"gigatoken cannot use tokenizer {tokenizer.path} ({reason}); use --tokenizer-engine hf"
-            ) from error
-        if difference is not None:
-            raise DataError(f"gigatoken encodes {difference!r} unlike the reference; use --tokenizer-engine hf")
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return ids of all texts [total] and ids per text [texts]."""
-        layout = self._backend.encode_batch(list(texts), parallel=False).layout.to_ListOffsetArray64(True)
-        content, offsets = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
-        return content[offsets[0] : offsets[-1]], np.diff(offsets)
-
-
-class PiecewiseEngine:
-    """An engine that cuts long texts before another engine encodes them."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.name = engine.name
-        self.version = engine.version
-        self._engine = engine
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return ids of all texts [total] and ids per text [texts]."""
-        if all(len(text) <= LONG_CHARS for text in texts):
-            return self._engine.encode(texts)
-        flat: list[np.ndarray] = []
-        lengths = np.zeros(len(texts), dtype=np.int64)
-        for group in _grouped((idx, piece) for idx, text in enumerate(texts) for piece in cut(text)):
-            ids, piece_lengths = self._engine.encode([piece for _, piece in group])
-            flat.append(ids.astype(np.uint32))
-            np.add.at(lengths, [idx for idx, _ in group], piece_lengths)
-        return np.concatenate(flat), lengths
+        engine = Engine(name="gigatoken", version=importlib.metadata.version("gigatoken"), encode=encode)
+        difference = find_difference(engine, reference_engine(tokenizer), tokenizer.check_texts)
+    except Exception as error:  # beta software: whatever it raises, it is not usable here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"gigatoken cannot use tokenizer {tokenizer.path} ({reason}); use --tokenizer-engine hf"
+        ) from error
+    if difference is not None:
+        raise DataError(f"gigatoken encodes {difference!r} unlike the reference; use --tokenizer-engine hf")
+    return engine
 
 
 def choose_engine(tokenizer: Tokenizer, name: str) -> Engine:
@@ -122,29 +94,53 @@ def choose_engine(tokenizer: Tokenizer, name: str) -> Engine:
         raise ConfigError(f"--tokenizer-engine is {name!r}; choose one of {', '.join(ENGINES)}")
     if name in ("gigatoken", "auto"):
         try:
-            return GigatokenEngine(tokenizer)
+            return gigatoken_engine(tokenizer)
         except DataError:
             if name == "gigatoken":
                 raise
-    return HuggingFaceEngine(tokenizer)
-
-
-def bound_memory(engine: Engine, tokenizer: Tokenizer) -> Engine:
-    """Make an engine piecewise if the tokenizer allows it."""
-    return PiecewiseEngine(engine) if may_be_cut(tokenizer) else engine
+    return reference_engine(tokenizer)
 
 
 def find_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
     """Return the beginning of the first text that two engines encode differently, or None."""
+
+    def ids_of(encoded: Encoded) -> list[np.ndarray]:
+        return np.split(encoded[0], np.cumsum(encoded[1][:-1]))
+
     if not texts:
         return None
-    (flat, lengths), (expected_flat, expected_lengths) = engine.encode(texts), reference.encode(texts)
-    if np.array_equal(lengths, expected_lengths) and np.array_equal(flat, expected_flat):
-        return None
-    found = np.split(flat, np.cumsum(lengths)[:-1])
-    expected = np.split(expected_flat, np.cumsum(expected_lengths)[:-1])
-    pairs = zip(texts, found, expected, strict=True)
-    return next(text[:60] for text, ids, expected_ids in pairs if not np.array_equal(ids, expected_ids))
+    pairs = zip(texts, ids_of(engine.encode(texts)), ids_of(reference.encode(texts)), strict=True)
+    return next((text[:60] for text, found, expected in pairs if not np.array_equal(found, expected)), None)
+
+
+def bound_memory(engine: Engine, tokenizer: Tokenizer) -> Engine:
+    """Return an engine with the same ids that cuts long texts, if the tokenizer allows it."""
+    if not may_be_cut(tokenizer):
+        return engine
+
+    def encode(texts: Sequence[str]) -> Encoded:
+        if all(len(text) <= LONG_CHARS for text in texts):
+            return engine.encode(texts)
+        pieces = ((idx, piece) for idx, text in enumerate(texts) for piece in cut(text))
+        flat: list[np.ndarray] = []
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        while group := _next_group(pieces):
+            ids, piece_lengths = engine.encode([piece for _, piece in group])
+            flat.append(ids.astype(np.uint32))
+            np.add.at(lengths, [idx for idx, _ in group], piece_lengths)
+        return np.concatenate(flat), lengths
+
+    return replace(engine, encode=encode)
+
+
+def _next_group(pieces: Iterator[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The next pieces, of about `LONG_CHARS` characters in all; none at the end."""
+    group: list[tuple[int, str]] = []
+    left = LONG_CHARS
+    while left > 0 and (item := next(pieces, None)) is not None:
+        group.append(item)
+        left -= len(item[1])
+    return group
 
 
 def may_be_cut(tokenizer: Tokenizer) -> bool:
@@ -169,17 +165,3 @@ def cut(text: str) -> Iterator[str]:
         yield text[begin : match.end()]
         begin = match.end()
     yield text[begin:] if begin else text
-
-
-def _grouped(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Consecutive pieces, with the numbers of their texts, in groups of about `LONG_CHARS` characters."""
-    group: list[tuple[int, str]] = []
-    chars = 0
-    for idx, piece in pieces:
-        group.append((idx, piece))
-        chars += len(piece)
-        if chars >= LONG_CHARS:
-            yield group
-            group, chars = [], 0
-    if group:
-        yield group

@@ -1,7 +1,4 @@
-"""Files over HTTP: resumed after interruptions, retried with back-off, verified, and renamed when complete.
-
-`NAME.part` holds the bytes received so far, `NAME.part.json` the version of the remote file that they belong to.
-"""
+"""Files over HTTP: resumed after interruptions, retried with back-off, verified, and renamed when complete."""
 
 from __future__ import annotations
 
@@ -55,20 +52,13 @@ class _TemporaryError(Exception):
         self.wait_s = wait_s
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A partial file and the version of the remote file that it belongs to."""
+class PartialFile:
+    """`NAME.part`, the bytes received so far, and `NAME.part.json`, the version of the remote file that they are of."""
 
-    target: Path
-    on_bytes: Callable[[int], None]
-
-    @property
-    def path(self) -> Path:
-        return self.target.with_name(self.target.name + ".part")
-
-    @property
-    def version_path(self) -> Path:
-        return self.target.with_name(self.target.name + ".part.json")
+    def __init__(self, target: Path, on_bytes: Callable[[int], None] = lambda _count: None) -> None:
+        self.path = target.with_name(target.name + ".part")
+        self.version_path = target.with_name(target.name + ".part.json")
+        self.on_bytes = on_bytes
 
     def version(self) -> dict[str, Any]:
         """Validator and total size; empty if unknown."""
@@ -79,15 +69,13 @@ class _Part:
             return {}
 
     def size(self) -> int:
+        """Bytes received."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def discard(self) -> None:
+        """Delete what has been received."""
         self.on_bytes(-self.size())
         self.path.unlink(missing_ok=True)
-        self.version_path.unlink(missing_ok=True)
-
-    def publish(self) -> None:
-        self.path.replace(self.target)
         self.version_path.unlink(missing_ok=True)
 
 
@@ -149,14 +137,16 @@ class HttpClient:
 
         `on_bytes` is called with the number of bytes received, negative for bytes that are discarded.
         """
-        part, mismatches = _Part(target, on_bytes), 0
+        part, mismatches = PartialFile(target, on_bytes), 0
         target.parent.mkdir(parents=True, exist_ok=True)
 
         def attempt() -> None:
             nonlocal mismatches
             self._fetch_rest(url, part)
             if sha256 is None or file_digest(part.path) == sha256:
-                return part.publish()
+                part.path.replace(target)
+                part.version_path.unlink(missing_ok=True)
+                return
             mismatches += 1
             part.discard()
             if mismatches > 1:
@@ -165,7 +155,7 @@ class HttpClient:
 
         self._retry(url, attempt, progress=part.size)
 
-    def _fetch_rest(self, url: str, part: _Part) -> None:
+    def _fetch_rest(self, url: str, part: PartialFile) -> None:
         """Append the missing bytes."""
         version, headers = part.version(), {}
         if not version:

@@ -177,11 +177,8 @@ def remove_finished(folder: Path) -> None:
 
 
 def _append(path: Path, part: Part) -> None:
-    with path.open("a+b") as stream:
-        stream.seek(0)
-        content = stream.read()
-        torn = b"" if content.endswith(b"\n") or not content else b"\n"  # the writer of the last line was killed
-        stream.write(torn + f"{part}\n".encode())
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(f"\n{part}\n")  # a line of its own, even if the writer of the line before was killed
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_itt.data.indexed import Manifest
-from megatron_itt.data.text.engine import Engine, choose_engine
+from megatron_itt.data.text.engine import choose_engine
 from megatron_itt.data.text.parts import (
     JOIN_TIMEOUT_S,
     Part,
@@ -32,19 +32,12 @@ from megatron_itt.data.text.parts import (
     remove_finished,
     remove_folder,
 )
-from megatron_itt.data.text.publish import Publication, Shard, existing_output, publish
-from megatron_itt.data.text.shards import (
-    EncodingOptions,
-    ShardRecord,
-    ShardTask,
-    finished_shard,
-    make_shard,
-    prepare_tools,
-)
+from megatron_itt.data.text.publish import Job, Shard, existing_output, publish
+from megatron_itt.data.text.shards import EncodingOptions, ShardTask, finished_shard, make_shard, prepare_tools
 from megatron_itt.data.text.sources import HUB, Segment, find_inputs, split_source
 from megatron_itt.data.text.tokenizer import NO_TOKEN, Tokenizer, load_tokenizer
 from megatron_itt.data.text.tokenizer_folder import check_exportable, warn_of_other_readings
-from megatron_itt.data.text.workers import Report, TaskFunction, Workers
+from megatron_itt.data.text.workers import TaskFunction, Workers
 from megatron_itt.errors import ConfigError, DataError
 
 MIN_SHARD_BYTES = 1 << 19
@@ -97,8 +90,8 @@ def preprocess(options: PreprocessOptions, *, merge_only: bool = False) -> Outco
     Raises `DataError`, and publishes nothing, for damaged input, too many bad lines, or an output of other options.
     """
     with _start(options) as workers:
-        job = _plan_job(options, None)
-        if (existing := job.existing()) is not None:
+        job = _plan(options, None)
+        if (existing := _existing(job)) is not None:
             remove_finished(job.folder)
             return existing
         with locked_folder(job.folder, alone=True):
@@ -120,18 +113,13 @@ def preprocess_part(options: PreprocessOptions, part: Part) -> PartOutcome:
         raise ConfigError(
             "--no-resume would delete what other parts have made; delete the .partial folder instead, then start all"
         )
-    with _start(options) as workers:
-        job = _plan_job(options, part)
-        if (existing := job.existing()) is not None:
+    with _start(options) as workers, ExitStack() as part_lock:
+        job = _plan(options, part)
+        mine = part.of(job.tasks)
+        if (existing := _existing(job)) is not None:
             remove_finished(job.folder)
-            return PartOutcome(num_shards=len(part.of(job.tasks)), merged=existing)
-        return _make_part(job, part, workers)
-
-
-def _make_part(job: _Job, part: Part, workers: Workers) -> PartOutcome:
-    mine = part.of(job.tasks)
-    _check_tokenizer(job.tokenizer)
-    with ExitStack() as part_lock:
+            return PartOutcome(num_shards=len(mine), merged=existing)
+        _check_tokenizer(job.tokenizer)
         with locked_folder(job.folder, wait_s=JOIN_TIMEOUT_S):
             claim(job.folder, job.plan, resume=True, strict=True)
             part_lock.enter_context(locked_part(job.folder, part, mine))
@@ -142,45 +130,49 @@ def _make_part(job: _Job, part: Part, workers: Workers) -> PartOutcome:
             missing = missing or list(parts_at_work(job.folder))  # a part that is made again: its process merges
             if missing:
                 return PartOutcome(num_shards=len(mine), waiting_for=tuple(missing))
-            merged = job.existing() or _publish(job, _finished_shards(job, workers))
+            merged = _existing(job) or _publish(job, _finished_shards(job, workers))
             return PartOutcome(num_shards=len(mine), merged=merged)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job(Publication):
-    """The plan, the same in every process that takes part."""
-
-    sources: list[Segment]
-    tasks: list[ShardTask]
-    plan: dict[str, Any]  # as stored in the folder
-    show_progress: bool
-
-    def existing(self) -> Outcome | None:
-        """The output if it is complete already."""
-        manifest = existing_output(self.prefix, self.encoding, self.sources)
-        return None if manifest is None else Outcome(manifest=manifest, reused=True)
+def _existing(job: Job) -> Outcome | None:
+    """The output if it is complete already."""
+    manifest = existing_output(job)
+    return None if manifest is None else Outcome(manifest=manifest, reused=True)
 
 
-def _plan_job(options: PreprocessOptions, part: Part | None) -> _Job:
+def _plan(options: PreprocessOptions, part: Part | None) -> Job:
     started = time.monotonic()
     tokenizer = load_tokenizer(options.tokenizer)
     _check_options(options, tokenizer)
-    encoding = _encoding_options(options, tokenizer, choose_engine(tokenizer, options.engine))
+    engine = choose_engine(tokenizer, options.engine)
+    encoding = EncodingOptions(
+        tokenizer=tokenizer.path,
+        tokenizer_sha256=tokenizer.sha256,
+        engine=engine.name,
+        engine_version=engine.version,
+        text_key=options.text_key,
+        append_eod=options.append_eod,
+        append_bos=options.append_bos,
+        min_length=options.min_length,
+        deduplicate=options.deduplicate,
+        eod=tokenizer.eod if options.append_eod else None,
+        bos=tokenizer.bos if options.append_bos else None,
+    )
     inputs = find_inputs(options.inputs)
     folder = Path(f"{options.output_prefix}.partial")
     tasks = plan_shards(inputs.sources, encoding, folder, options.shard_bytes)
-    return _Job(
+    return Job(
         prefix=options.output_prefix,
         folder=folder,
         tokenizer=tokenizer,
         encoding=encoding,
+        sources=inputs.sources,
+        left_out=inputs.left_out,
+        tasks=tasks,
+        plan=plan_content(encoding, tasks, part),
         max_bad_fraction=options.max_bad_fraction,
         num_threads=max(_MIN_COPY_THREADS, options.num_workers),
         started=started,
-        left_out=inputs.left_out,
-        sources=inputs.sources,
-        tasks=tasks,
-        plan=plan_content(encoding, tasks, part),
         show_progress=options.show_progress,
     )
 
@@ -209,19 +201,6 @@ def _check_options(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"--output-prefix is {options.output_prefix!r}; give a path that ends in a file name")
 
 
-def _encoding_options(options: PreprocessOptions, tokenizer: Tokenizer, engine: Engine) -> EncodingOptions:
-    same = ("text_key", "append_eod", "append_bos", "min_length", "deduplicate")
-    return EncodingOptions(
-        tokenizer=tokenizer.path,
-        tokenizer_sha256=tokenizer.sha256,
-        engine=engine.name,
-        engine_version=engine.version,
-        eod=tokenizer.eod if options.append_eod else None,
-        bos=tokenizer.bos if options.append_bos else None,
-        **{name: getattr(options, name) for name in same},
-    )
-
-
 def plan_shards(
     sources: Sequence[Segment], encoding: EncodingOptions, folder: Path, shard_bytes: int | None = None
 ) -> list[ShardTask]:
@@ -242,14 +221,14 @@ def plan_shards(
     ]
 
 
-def _make_shards(job: _Job, tasks: Sequence[ShardTask], workers: Workers) -> list[Shard]:
+def _make_shards(job: Job, tasks: Sequence[ShardTask], workers: Workers) -> list[Shard]:
     """Make shards in the workers; return them in order."""
-    return list(zip(tasks, _run(make_shard, tasks, workers, "tokenize" if job.show_progress else None), strict=True))
+    return list(zip(tasks, _run(job, workers, make_shard, tasks, "tokenize"), strict=True))
 
 
-def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
+def _finished_shards(job: Job, workers: Workers) -> list[Shard]:
     """Validate all shards, made by any process. Raises `DataError` naming the parts that lack some."""
-    records = _run(_find_shard, job.tasks, workers, "check" if job.show_progress else None)
+    records = _run(job, workers, finished_shard, job.tasks, "check")
     missing = {idx for idx, record in enumerate(records) if record is None}
     if missing:
         parts = parts_of_missing(job.folder, missing.__contains__, len(job.tasks))
@@ -261,16 +240,10 @@ def _finished_shards(job: _Job, workers: Workers) -> list[Shard]:
     return list(zip(job.tasks, records, strict=True))
 
 
-def _find_shard(task: ShardTask, report: Report) -> ShardRecord | None:
-    record = finished_shard(task)
-    report((task.num_bytes, 0))
-    return record
-
-
-def _run(function: TaskFunction, tasks: Sequence[ShardTask], workers: Workers, description: str | None) -> list[Any]:
-    """Run the tasks; return their results in order. A description shows input MB/s, tokens/s and ETA."""
+def _run(job: Job, workers: Workers, function: TaskFunction, tasks: Sequence[ShardTask], description: str) -> list[Any]:
+    """Run the tasks; return their results in order. The progress bar shows input MB/s, tokens/s and ETA."""
     total, tokens, started = sum(task.num_bytes for task in tasks), 0, time.monotonic()
-    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=description is None) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=not job.show_progress) as bar:
 
         def advance(counts: tuple[int, ...]) -> None:
             nonlocal tokens
@@ -283,7 +256,7 @@ def _run(function: TaskFunction, tasks: Sequence[ShardTask], workers: Workers, d
         return workers.run(function, tasks, advance)
 
 
-def _publish(job: _Job, shards: list[Shard]) -> Outcome:
+def _publish(job: Job, shards: list[Shard]) -> Outcome:
     manifest = publish(job, shards)
     remove_folder(job.folder)
     return Outcome(manifest=manifest, reused=False)

@@ -11,6 +11,7 @@ import json
 import os
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -45,6 +46,24 @@ _NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, err
 _ENTRY = np.dtype([("high", ">u8"), ("low", ">u8"), ("document", "<i8")])
 
 Shard = tuple[ShardTask, ShardRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The plan of a dataset, the same in every process that takes part, and how its shards are published."""
+
+    prefix: str
+    folder: Path  # of the shards, on the same file system
+    tokenizer: Tokenizer
+    encoding: EncodingOptions
+    sources: list[Segment]
+    left_out: Sequence[LeftOut]
+    tasks: list[ShardTask]
+    plan: dict[str, Any]  # as stored in the folder
+    max_bad_fraction: float
+    num_threads: int  # of copying
+    started: float  # time.monotonic()
+    show_progress: bool
 
 
 @dataclass(frozen=True)
@@ -219,18 +238,18 @@ def _compact(task: ShardTask, keep: np.ndarray, dtype: np.dtype) -> ShardTokens:
     return ShardTokens(tokens_path, lengths_path, len(kept_lengths), int(kept_lengths.sum(dtype=np.int64)), crc32)
 
 
-def existing_output(prefix: str, encoding: EncodingOptions, sources: Sequence[Segment]) -> Manifest | None:
+def existing_output(job: Job) -> Manifest | None:
     """Return the manifest of an output that was made from these sources with these options; None without an output.
 
     Raises `DataError` for any other output.
     """
+    prefix, wanted = job.prefix, asdict(job.encoding)
     manifest = read_manifest(prefix)
     if manifest is None:
         present = [path for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]
-        if present and not Path(f"{prefix}.partial").is_dir():
+        if present and not job.folder.is_dir():
             raise DataError(f"{present[0]} exists without a manifest; choose another --output-prefix or delete it")
         return None
-    wanted = asdict(encoding)
     for name in DECISIVE_OPTIONS:
         if manifest.options.get(name) != wanted[name]:
             raise DataError(
@@ -241,10 +260,10 @@ def existing_output(prefix: str, encoding: EncodingOptions, sources: Sequence[Se
         known = manifest.tokenizer.get(name)  # older manifests have no bos
         if wanted[name] is not None and known not in (None, wanted[name]):
             raise DataError(
-                f"{manifest_path(prefix)} was made with {name} token {known}, and that of {encoding.tokenizer} is now "
-                f"{wanted[name]}; restore its tokenizer_config.json, or choose another --output-prefix"
+                f"{manifest_path(prefix)} was made with {name} token {known}, and that of {job.encoding.tokenizer} is "
+                f"now {wanted[name]}; restore its tokenizer_config.json, or choose another --output-prefix"
             )
-    _check_same_sources(prefix, manifest, sources)
+    _check_same_sources(prefix, manifest, job.sources)
     check_sizes(prefix, manifest)
     return manifest
 
@@ -266,87 +285,59 @@ def _check_same_sources(prefix: str, manifest: Manifest, sources: Sequence[Segme
             raise DataError(f"input {source.path} changed since {manifest_path(prefix)} was written; {way_out}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Publication:
-    """Where finished shards are, and how they are published."""
-
-    prefix: str
-    folder: Path  # of the shards, on the same file system
-    tokenizer: Tokenizer
-    encoding: EncodingOptions
-    max_bad_fraction: float
-    num_threads: int  # of copying
-    started: float  # time.monotonic()
-    left_out: Sequence[LeftOut] = ()
-
-
-def publish(publication: Publication, shards: Sequence[Shard]) -> Manifest:
+def publish(job: Job, shards: Sequence[Shard]) -> Manifest:
     """Merge finished shards into `PREFIX.bin`, `.idx` and, last, the manifest.
 
     Raises `DataError` if too many lines were rejected, or no document is left.
     """
-    _check_rejections(publication, shards)
-    prefix, folder = publication.prefix, publication.folder
-    dtype = token_dtype(publication.tokenizer.vocab_size)
-    if publication.encoding.deduplicate:
-        merged = without_duplicates(shards, folder, dtype)
+    _check_rejections(job, shards)
+    dtype = token_dtype(job.tokenizer.vocab_size)
+    if job.encoding.deduplicate:
+        merged = without_duplicates(shards, job.folder, dtype)
     else:
         merged = [ShardTokens.of(*shard) for shard in shards]
-    idx_sha256 = merge_shards(prefix, folder, merged, dtype, num_threads=publication.num_threads)
-    manifest = _describe(publication, [record for _, record in shards], merged, idx_sha256)
-    atomic_write(manifest_path(prefix), json.dumps(asdict(manifest), indent=1) + "\n", durable=True)
+    idx_sha256 = merge_shards(job.prefix, job.folder, merged, dtype, num_threads=job.num_threads)
+    manifest = _describe(job, [record for _, record in shards], merged, idx_sha256)
+    atomic_write(manifest_path(job.prefix), json.dumps(asdict(manifest), indent=1) + "\n", durable=True)
     return manifest
 
 
-def _check_rejections(publication: Publication, shards: Sequence[Shard]) -> None:
+def _check_rejections(job: Job, shards: Sequence[Shard]) -> None:
     """List rejected lines; refuse the output if they are too many, leave no document, or are all lines of a file."""
-    prefix, limit = publication.prefix, publication.max_bad_fraction
+    prefix, limit = job.prefix, job.max_bad_fraction
     documents = sum(record.documents for _, record in shards)
     rejected = sum(record.rejected for _, record in shards)
-    write_rejected(prefix, publication.folder, shards)
+    write_rejected(prefix, job.folder, shards)
     if rejected > limit * (documents + rejected):
         raise DataError(
             f"{rejected} of {documents + rejected} lines give no document, more than --max-bad-fraction {limit}; see "
             f"{rejected_path(prefix)}, mend the input or raise the limit"
         )
-    files = [path for path, (lines, records) in _count_by_file(shards).items() if lines > 0 and records == 0]
+    lines: Counter[str] = Counter()
+    records: Counter[str] = Counter()
+    for segment in (segment for _, record in shards for segment in record.segments):
+        lines[segment["path"]] += segment["lines"]
+        records[segment["path"]] += segment.get("records", segment["lines"])  # shards of earlier versions have no count
+    files = [path for path in lines if lines[path] and not records[path]]
     if files:
-        key = publication.encoding.text_key
         others = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise DataError(
-            f"input {files[0]}{others}: no line has a key {key!r} with a text, so it is no data; see "
+            f"input {files[0]}{others}: no line has a key {job.encoding.text_key!r} with a text, so it is no data; see "
             f"{rejected_path(prefix)}; leave it out of --input, or download it again"
         )
     if documents == 0:
         raise DataError(f"the inputs of {prefix} contain no document; check --input, --text-key and --min-length")
 
 
-def _count_by_file(shards: Sequence[Shard]) -> dict[str, tuple[int, int]]:
-    """Lines of each input file, and how many of them are records."""
-    counts: dict[str, tuple[int, int]] = {}
-    for segment in (segment for _, record in shards for segment in record.segments):
-        lines, records = counts.get(segment["path"], (0, 0))
-        # Shards of earlier versions have no count of records.
-        found = segment.get("records", segment["lines"])
-        counts[segment["path"]] = (lines + segment["lines"], records + found)
-    return counts
-
-
-def _describe(
-    publication: Publication, records: Sequence[ShardRecord], merged: Sequence[ShardTokens], idx_sha256: str
-) -> Manifest:
-    tokenizer, encoding, prefix = publication.tokenizer, publication.encoding, publication.prefix
-    documents, left_out = sum(shard.documents for shard in merged), publication.left_out
+def _describe(job: Job, records: Sequence[ShardRecord], merged: Sequence[ShardTokens], idx_sha256: str) -> Manifest:
+    tokenizer, encoding = job.tokenizer, job.encoding
+    documents, left_out = sum(shard.documents for shard in merged), job.left_out
     first = [asdict(item) for item in left_out[:_MAX_LEFT_OUT]]
     dtype = token_dtype(tokenizer.vocab_size)
     return Manifest(
         version=__version__,
         tokenizer={
-            "path": tokenizer.path,
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "eod": tokenizer.eod,
-            "bos": tokenizer.bos,
+            **{name: getattr(tokenizer, name) for name in ("path", "sha256", "vocab_size", "eod", "bos")},
             "eod_token": tokenizer.name_of(tokenizer.eod),
             "engine": encoding.engine,
             "engine_version": encoding.engine_version,
@@ -360,13 +351,13 @@ def _describe(
         duplicates=sum(record.documents for record in records) - documents,
         text_bytes=sum(record.text_bytes for record in records),
         dtype=dtype.name,
-        bin_bytes=bin_path(prefix).stat().st_size,
-        idx_bytes=idx_path(prefix).stat().st_size,
+        bin_bytes=bin_path(job.prefix).stat().st_size,
+        idx_bytes=idx_path(job.prefix).stat().st_size,
         idx_sha256=idx_sha256,
         bin_parts=[(shard.tokens * dtype.itemsize, shard.crc32) for shard in merged],
         format=1,
         extra={"left_out": {"count": len(left_out), "first": first}} if left_out else {},
-        wall_seconds=round(time.monotonic() - publication.started, 3),
+        wall_seconds=round(time.monotonic() - job.started, 3),
     )
 
 

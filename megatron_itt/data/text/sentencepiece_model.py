@@ -73,16 +73,6 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the token ids of each text, as `encode` does."""
         return self.processor.encode(list(texts), num_threads=1) if texts else []
 
-    @property
-    def source_folder(self) -> None:
-        """None: the `.model` file is all."""
-        return
-
-    @property
-    def finds_special_tokens(self) -> bool:
-        """False: the name of a control piece in a text is text."""
-        return False
-
 
 def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
     """Load a `.model` file.

@@ -23,13 +23,7 @@ import numpy as np
 from megatron_itt.config.environment import disable_tokenizer_threads
 from megatron_itt.data.indexed import token_dtype
 from megatron_itt.data.text.documents import DocumentReader, Rejection
-from megatron_itt.data.text.engine import (
-    Engine,
-    HuggingFaceEngine,
-    bound_memory,
-    choose_engine,
-    find_difference,
-)
+from megatron_itt.data.text.engine import Engine, bound_memory, choose_engine, find_difference, reference_engine
 from megatron_itt.data.text.sources import Segment
 from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_itt.data.text.workers import Report
@@ -108,9 +102,8 @@ def make_shard(task: ShardTask, report: Report) -> ShardRecord:
 
     Raises `DataError` for damaged input, and leaves no file then.
     """
-    record = finished_shard(task)
+    record = finished_shard(task, report)
     if record is not None:
-        report((task.num_bytes, 0))
         return record
     tokenizer, engine = _tools(task.options)
     writer = _ShardWriter(task, tokenizer, engine)
@@ -122,14 +115,20 @@ def make_shard(task: ShardTask, report: Report) -> ShardRecord:
         writer.close()
 
 
-def finished_shard(task: ShardTask) -> ShardRecord | None:
-    """Return the record of a shard that is intact and made from the same input and options, else None."""
+def finished_shard(task: ShardTask, report: Report) -> ShardRecord | None:
+    """Return the record of a shard that is intact and made from the same input and options, else None.
+
+    An intact one is reported as read.
+    """
     try:
         record = ShardRecord(**json.loads(task.file("json").read_text(encoding="utf-8")))
         checksums = {suffix: file_crc32(task.file(suffix)) for suffix in task.options.file_kinds}
     except (OSError, ValueError, TypeError):
         return None
-    return record if record.fingerprint == task.fingerprint and checksums == record.crc32 else None
+    if record.fingerprint != task.fingerprint or checksums != record.crc32:
+        return None
+    report((task.num_bytes, 0))
+    return record
 
 
 def prepare_tools(path: str, engine: str) -> None:
@@ -243,7 +242,7 @@ class _ShardWriter:
         begin = self._num_batches * 7 % len(texts)  # not always the first of its batch
         fitting = (text for text in texts[begin:] + texts[:begin] if len(text) <= CHECK_MAX_CHARS)
         sample = next(fitting, texts[begin][:CHECK_MAX_CHARS])
-        different = find_difference(self.engine, HuggingFaceEngine(self.tokenizer), [sample])
+        different = find_difference(self.engine, reference_engine(self.tokenizer), [sample])
         if different is not None:
             raise DataError(
                 f"tokenizer engine {self.engine.name} {self.engine.version} encodes the document {different!r} unlike "

@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_itt.data.text.compression import (
     DECOMPRESSION_ERRORS,
     GZIP,
+    GZIP_MAGIC,
     JSONL,
     ZSTD,
     ZSTD_MAGIC,
@@ -160,26 +161,24 @@ def _sort_out(
     of data, or that of another file that holds documents (names in capitals, such as README.txt, excepted).
     """
     sources: list[Segment] = []
-    others: list[Path] = []
+    others: list[tuple[Path, bytes]] = []
     for path in paths:
         kind = _recognise(path)
-        if _holds_documents(path, kind, strict=path not in matched and not _named_like_data(path)):
-            stat = path.stat()
-            sources.append(
-                Segment(path=str(path), kind=kind, size=stat.st_size, length=stat.st_size, modified_ns=stat.st_mtime_ns)
-            )
+        head = None if kind == PARQUET else _head(path, kind)
+        if _holds_documents(kind, head, strict=path not in matched and not _named_like_data(path)):
+            size, modified_ns = path.stat().st_size, path.stat().st_mtime_ns
+            sources.append(Segment(path=str(path), kind=kind, size=size, length=size, modified_ns=modified_ns))
         else:
-            others.append(path)
+            others.append((path, head or b""))
     suffixes = {Path(source.path).suffix for source in sources}
-    for path in others:
+    for path, head in others:
         named_like_data = _named_like_data(path) or (path.suffix in suffixes and not path.stem.isupper())
         if named_like_data or not may_leave_out:
-            head = _head(path, _recognise(path)) or b""
             raise DataError(
                 f"input {path} is not JSON Lines or parquet: its text begins with {head[:24]!r}; download it again, "
                 "convert it to one JSON object a line, or leave it out"
             )
-    return sources, [LeftOut(str(path), NOT_DATA) for path in others]
+    return sources, [LeftOut(str(path), NOT_DATA) for path, _ in others]
 
 
 def _named_like_data(path: Path) -> bool:
@@ -199,7 +198,7 @@ def _recognise(path: Path) -> str:
         raise DataError(f"input {path} is a Git LFS pointer, not the data itself; run git lfs pull")
     if head[:4] == ZSTD_MAGIC or (head[1:4] == _SKIPPABLE_ZSTD and head[0] & 0xF0 == 0x50):
         return ZSTD
-    if head[:2] == b"\x1f\x8b":
+    if head[:2] == GZIP_MAGIC:
         return GZIP
     if head[:4] == b"PAR1":
         return PARQUET
@@ -209,20 +208,6 @@ def _recognise(path: Path) -> str:
     return JSONL
 
 
-def _holds_documents(path: Path, kind: str, *, strict: bool) -> bool:
-    """Whether a file is parquet, or text with a JSON object among its first lines.
-
-    `strict`: the text begins with an object. Damaged compression is accepted here: reading reports it.
-    """
-    if kind == PARQUET:
-        return True
-    head = _head(path, kind)
-    if head is None or (kind != JSONL and not head):  # an empty compressed file is valid
-        return True
-    head = head.removeprefix(_BYTE_ORDER_MARK)
-    return head.lstrip().startswith(b"{") or (not strict and _OBJECT_LINE.search(head) is not None)
-
-
 def _head(path: Path, kind: str) -> bytes | None:
     """The beginning of a file's text; None if it cannot be decompressed."""
     try:
@@ -230,6 +215,17 @@ def _head(path: Path, kind: str) -> bytes | None:
             return open_text(raw, kind).read(_HEAD_BYTES)
     except DECOMPRESSION_ERRORS:
         return None
+
+
+def _holds_documents(kind: str, head: bytes | None, *, strict: bool) -> bool:
+    """Whether a text begins with a JSON object, or, unless `strict`, has one among its first lines.
+
+    Parquet and damaged compression, which reading reports, and empty compressed files are accepted.
+    """
+    if head is None or (kind != JSONL and not head):
+        return True
+    head = head.removeprefix(_BYTE_ORDER_MARK)
+    return head.lstrip().startswith(b"{") or (not strict and _OBJECT_LINE.search(head) is not None)
 
 
 def _traverse(paths: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:

@@ -92,19 +92,8 @@ class Tokenizer:
 
     @property
     def source_folder(self) -> Path | None:
-        """The folder whose other files describe the tokenizer too; None if `path` is all."""
-        return self.json_path.parent
-
-    @property
-    def finds_special_tokens(self) -> bool:
-        """Whether the name of a special token in a text is encoded as that token."""
-        return any(token.special for token in self.backend.get_added_tokens_decoder().values())
-
-    def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder that AutoTokenizer reads as this tokenizer."""
-        from megatron_itt.data.text.tokenizer_folder import write_tokenizer_folder
-
-        write_tokenizer_folder(self, folder)
+        """The folder whose other files describe the tokenizer too; None for a `.model` file, which is all."""
+        return None if self.path.endswith(".model") else self.json_path.parent
 
     @property
     def check_texts(self) -> Sequence[str]:

@@ -29,13 +29,7 @@ from megatron_itt.errors import DataError
 from megatron_itt.log import get_logger
 
 # Kept of a tokenizer_config.json: nothing that decides ids.
-_KEPT = (
-    "chat_template",
-    "model_max_length",
-    "padding_side",
-    "truncation_side",
-    "clean_up_tokenization_spaces",
-)
+_KEPT = ("chat_template", "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
 _COPIED_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 _CLASSES_OF_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _MAX_LENGTH = 1_000_000
@@ -49,6 +43,7 @@ def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
     source = tokenizer.source_folder
     settings = _read_config(source)
     special = _special_names(tokenizer, settings)
+    added = _added_tokens(tokenizer.backend)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # known to transformers 4 and 5 alike
         **special,
@@ -56,15 +51,15 @@ def write_tokenizer_folder(tokenizer: Tokenizer, folder: Path) -> None:
         "model_max_length": _MAX_LENGTH,
         **{key: settings[key] for key in _KEPT if key in settings},
         "model_input_names": ["input_ids", "attention_mask"],
-        "split_special_tokens": not tokenizer.finds_special_tokens,
-        "added_tokens_decoder": _added_tokens(tokenizer.backend),
+        # Names of special tokens in a text are text to sentencepiece, and to a tokenizer.json that does not add them.
+        "split_special_tokens": source is None or not any(token["special"] for token in added.values()),
+        "added_tokens_decoder": added,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    if Path(tokenizer.path).suffix == ".model":
-        (folder / "tokenizer.model").write_bytes(Path(tokenizer.path).read_bytes())
-    for name in _COPIED_FILES:
-        if source is not None and (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
+    copied = {name: source / name for name in _COPIED_FILES} if source else {"tokenizer.model": Path(tokenizer.path)}
+    for name, path in copied.items():
+        if path.is_file():
+            (folder / name).write_bytes(path.read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
     (folder / "tokenizer.json").write_bytes(_without_lengths(tokenizer.json_path.read_bytes()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_itt.config import RunConfig, parse_config
-from megatron_itt.data.text.engine import Encoded, HuggingFaceEngine
+from megatron_itt.data.text.engine import Encoded, Engine, reference_engine
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -23,21 +25,19 @@ SENTENCE = (
 WORDS = SENTENCE.split()
 
 
-class WrongEngine:
+def wrong_engine(tokenizer: Tokenizer) -> Engine:
     """Encodes one word differently from the reference."""
+    reference = reference_engine(tokenizer)
 
-    name, version = "wrong", "0"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._reference = HuggingFaceEngine(tokenizer)
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        flat, lengths = self._reference.encode(texts)
+    def encode(texts: Sequence[str]) -> Encoded:
+        flat, lengths = reference.encode(texts)
         starts = np.cumsum(lengths) - lengths
         for start, text in zip(starts, texts, strict=True):
             if "wrong" in text:
                 flat[start] += 1
         return flat, lengths
+
+    return Engine(name="wrong", version="0", encode=encode)
 
 
 def make_texts(count: int, *, seed: int = 0) -> list[str]:
@@ -56,6 +56,18 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text, "meta": {"n": 1}}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def run_until(is_time: Callable[[], bool], *functions: Callable[[], object]) -> None:
+    """Call each function in a process of its own, and kill those at the moment that have not ended before."""
+    processes = [multiprocessing.get_context("fork").Process(target=function) for function in functions]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes) and not is_time():
+        time.sleep(0.002)
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture(scope="session")

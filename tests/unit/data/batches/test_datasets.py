@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_itt.data.batches.datasets import build_datasets, prebuild_index
-from megatron_itt.data.batches.loader import gather
+from megatron_itt.data.batches.loader import TrainLoader, gather
 from megatron_itt.data.indexed import read_index
 from megatron_itt.data.text.tokenizer import Tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.training.step import find_padding
 from tests.unit.data.conftest import make_texts
-
-ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture
@@ -224,57 +222,32 @@ def test_a_tokenizer_larger_than_the_model_is_refused(domains: Any, make_config:
         build_datasets(make_config(domains, vocab_size=384), tokenizer=tokenizer)
 
 
-RANK_SCRIPT = """
-import sys, hashlib, torch, torch.distributed as dist
-from megatron_itt.config import load_config
-from megatron_itt.data.batches.datasets import build_datasets
-from megatron_itt.data.batches.loader import TrainLoader
-from megatron_itt.data.text.tokenizer import load_tokenizer
-
-def main():
-    dist.init_process_group("gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
-    config = load_config(sys.argv[1])
-    datasets = build_datasets(config, tokenizer=load_tokenizer(config.data.tokenizer))
-    loader = TrainLoader(datasets.train, consumed_samples=0, micro_batch_size=2, num_microbatches=4 // size,
-                         data_parallel_rank=rank, data_parallel_size=size)
-    mine = [batch["tokens"].tolist() for batch in loader]
-    everyone = [None] * size
-    dist.all_gather_object(everyone, mine)
-    if rank == 0:
-        order = [batch for group in zip(*everyone) for batch in group]
-        print("ORDER", hashlib.sha256(str(order).encode()).hexdigest(), len(order))
-
-main()
-"""
+def read_as_rank(rank: int, store: Path, config: Any, tokenizer: Tokenizer, answers: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    answers.put((rank, read_batches(config, tokenizer, rank, 2)))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def test_ranks_build_once_and_read_the_order_of_a_single_rank(domains: Any, make_config: Any, tmp_path: Path) -> None:
-    from megatron_itt.config.load import config_to_yaml
+def read_batches(config: Any, tokenizer: Tokenizer, rank: int, size: int) -> list[Any]:
+    train = build_datasets(config, tokenizer=tokenizer).train
+    layout = {"micro_batch_size": 2, "num_microbatches": 4 // size, "data_parallel_rank": rank}
+    with TrainLoader(train, consumed_samples=0, data_parallel_size=size, **layout) as loader:
+        return [batch["tokens"].tolist() for batch in loader]
 
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(config_to_yaml(make_config(domains)))
-    script = tmp_path / "rank.py"
-    script.write_text(RANK_SCRIPT)
-    orders = []
-    for size in (2, 1):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        done = subprocess.run(
-            [*command, str(script), str(recipe)],
-            cwd=ROOT,
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            timeout=600,  # a guard against hangs
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        orders += [line for line in done.stdout.splitlines() if line.startswith("ORDER")]
-    assert len(orders) == 2
-    assert orders[0] == orders[1]
+
+def test_ranks_build_once_and_read_the_order_of_a_single_rank(
+    domains: Any, make_config: Any, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config, context = make_config(domains), multiprocessing.get_context("fork")
+    answers = context.Queue()
+    arguments = (tmp_path / "store", config, tokenizer, answers)
+    ranks = [context.Process(target=read_as_rank, args=(rank, *arguments), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = dict(answers.get(timeout=120) for _ in ranks)  # a guard against hangs
+    for process in ranks:
+        process.join(30)
+    merged = [batch for together in zip(found[0], found[1], strict=True) for batch in together]
+    assert merged == read_batches(config, tokenizer, 0, 1)
     assert len(list((Path(domains["code"][0]).parent / "index_cache").iterdir())) == 1
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

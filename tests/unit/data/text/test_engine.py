@@ -14,23 +14,23 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from megatron_itt.data.text import engine as engine_module
 from megatron_itt.data.text.engine import (
-    HuggingFaceEngine,
-    PiecewiseEngine,
+    bound_memory,
     choose_engine,
     cut,
     find_difference,
     may_be_cut,
+    reference_engine,
 )
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.text.tokenizer import Tokenizer
 from megatron_itt.errors import ConfigError, DataError
-from tests.unit.data.conftest import WrongEngine, make_texts, write_jsonl
+from tests.unit.data.conftest import make_texts, write_jsonl, wrong_engine
 
 TEXTS = ["", "\x00", "a" * 5000, "\U0001f600 \u05d0", "<|endoftext|>inside<|pad|>", " \n\t ", *make_texts(100, seed=9)]
 
 
 def test_flat_ids_and_lengths_are_those_of_single_encoding(tokenizer: Tokenizer) -> None:
-    flat, lengths = HuggingFaceEngine(tokenizer).encode(TEXTS)
+    flat, lengths = reference_engine(tokenizer).encode(TEXTS)
     expected = [tokenizer.encode(text) for text in TEXTS]
     assert lengths.tolist() == [len(ids) for ids in expected]
     assert flat.tolist() == [token for ids in expected for token in ids]
@@ -39,7 +39,7 @@ def test_flat_ids_and_lengths_are_those_of_single_encoding(tokenizer: Tokenizer)
 def test_gigatoken_gives_the_same_ids(tokenizer: Tokenizer) -> None:
     pytest.importorskip("gigatoken")
     engine = choose_engine(tokenizer, "gigatoken")
-    assert find_difference(engine, HuggingFaceEngine(tokenizer), TEXTS) is None
+    assert find_difference(engine, reference_engine(tokenizer), TEXTS) is None
     assert choose_engine(tokenizer, "auto").name == "gigatoken"
 
 
@@ -59,8 +59,8 @@ def test_both_engines_write_the_same_dataset(tokenizer_dir: Path, tmp_path: Path
 
 
 def test_a_difference_is_found_and_shown(tokenizer: Tokenizer) -> None:
-    reference = HuggingFaceEngine(tokenizer)
-    engine = WrongEngine(tokenizer)
+    reference = reference_engine(tokenizer)
+    engine = wrong_engine(tokenizer)
     assert find_difference(engine, reference, ["right", "also right"]) is None
     assert find_difference(engine, reference, ["right", "this is wrong", "right"]) == "this is wrong"
     assert find_difference(engine, reference, []) is None
@@ -116,9 +116,9 @@ def test_ids_of_the_pieces_are_those_of_the_whole(tokenizer: Tokenizer, small_pi
         texts.append("".join(words))
     texts += ["", "short", *make_texts(20)]
     assert sum(len(list(cut(text))) for text in texts) > 5 * len(texts)
-    reference = HuggingFaceEngine(tokenizer)
+    reference = reference_engine(tokenizer)
     expected_flat, expected_lengths = reference.encode(texts)
-    flat, lengths = PiecewiseEngine(reference).encode(texts)
+    flat, lengths = bound_memory(reference, tokenizer).encode(texts)
     assert np.array_equal(flat, expected_flat)
     assert np.array_equal(lengths, expected_lengths)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_itt.data.text.folder_corpus import build_folder_corpus
+from megatron_itt.data.text.corpora import build_folder_corpus
 from megatron_itt.errors import DataError
 
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import random
 import resource
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +17,8 @@ import pytest
 from megatron_itt.data.text.parts import Part, all_parts, enter_as_done, locked_folder, locked_part, parse_part
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess, preprocess_part
 from megatron_itt.errors import ConfigError, DataError
-from tests.unit.data.conftest import make_texts, write_jsonl
+from tests.unit.data.conftest import make_texts, run_until, write_jsonl
 
-ROOT = Path(__file__).parents[4]
 TEXTS = make_texts(300, seed=6)
 
 
@@ -199,33 +194,16 @@ def test_a_merge_that_fails_publishes_nothing_and_can_be_continued(options: Prep
     assert preprocess(options).manifest.documents == len(TEXTS)
 
 
-def test_parts_killed_at_any_moment_end_with_the_same_bytes(options: PreprocessOptions, tmp_path: Path) -> None:
-    write_jsonl(Path(options.inputs[0]), TEXTS * 40)
-    single = replace(options, output_prefix=str(tmp_path / "single"))
-    preprocess(single)
-    for delay in (0.5, 0.9, 1.3):
-        processes = [start(options, part) for part in all_parts(2)]
-        time.sleep(delay)
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-    outputs = [process.communicate(timeout=120) for process in [start(options, part) for part in all_parts(2)]]
-    assert [errors for _, errors in outputs] == ["", ""]
-    assert any("written in" in output or "already done" in output for output, _ in outputs)
-    assert read_output(options) == read_output(single)
-
-
-def start(options: PreprocessOptions, part: Part) -> subprocess.Popen[str]:
-    command = [sys.executable, "tools/preprocess.py", "--input", *options.inputs, "--tokenizer", options.tokenizer]
-    command += ["--output-prefix", options.output_prefix, "--workers", "2", "--tokenizer-engine", "hf", "--quiet"]
-    return subprocess.Popen(
-        [*command, "--part", str(part)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_parts_killed_at_any_moment_end_with_the_same_bytes(
+    options: PreprocessOptions, expected: tuple[bytes, bytes]
+) -> None:
+    folder = Path(f"{options.output_prefix}.partial")
+    parts = [partial(preprocess_part, options, part) for part in all_parts(2)]
+    for num_shards in (0, 2, 5):
+        run_until(lambda wanted=num_shards: len(list(folder.glob("0*.json"))) >= wanted, *parts)  # type: ignore[misc]
+    assert not Path(f"{options.output_prefix}.json").exists()
+    run_until(lambda: False, *parts)
+    assert read_output(options) == expected
 
 
 def test_a_merge_waits_for_a_part_that_is_made_again(options: PreprocessOptions, expected: tuple[bytes, bytes]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from megatron_itt.data.text.sample_corpus import build_sample_corpus
+from megatron_itt.data.text.corpora import build_sample_corpus
 from megatron_itt.errors import DataError
 
 

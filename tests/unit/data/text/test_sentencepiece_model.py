@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from megatron_itt.data.text.engine import ENGINES, GigatokenEngine, HuggingFaceEngine, find_difference
+from megatron_itt.data.text.engine import ENGINES, find_difference, gigatoken_engine, reference_engine
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.text.sentencepiece_model import SentencePieceTokenizer, convert
 from megatron_itt.data.text.tokenizer import load_tokenizer
+from megatron_itt.data.text.tokenizer_folder import write_tokenizer_folder
 from megatron_itt.errors import DataError
 from tests.unit.data.conftest import make_texts, write_jsonl
 
@@ -180,7 +181,7 @@ def test_the_saved_folder_loads_in_transformers_and_encodes_alike(model_path: Pa
     transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(model_path)
     assert isinstance(tokenizer, SentencePieceTokenizer)
-    tokenizer.save(tmp_path / "folder")
+    write_tokenizer_folder(tokenizer, tmp_path / "folder")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "folder"))
@@ -223,9 +224,9 @@ def test_pieces_of_equal_score_are_refused(llama: Path, tmp_path: Path) -> None:
 def test_the_fast_engine_agrees_or_says_that_it_cannot(llama: Path) -> None:
     pytest.importorskip("gigatoken")
     tokenizer = load_tokenizer(llama)
-    reference = HuggingFaceEngine(tokenizer)
+    reference = reference_engine(tokenizer)
     assert (reference.name, reference.version) == ("sentencepiece", sentencepiece.__version__)
-    assert find_difference(GigatokenEngine(tokenizer), reference, odd_texts(300)) is None
+    assert find_difference(gigatoken_engine(tokenizer), reference, odd_texts(300)) is None
 
 
 @pytest.mark.parametrize(("engine", "num_workers"), [("auto", 1), ("hf", 1), ("hf", 2)])

@@ -23,6 +23,7 @@ from megatron_itt.data.text.tokenizer_folder import (
     load_with_transformers,
     warn_of_other_readings,
     with_end_of_document,
+    write_tokenizer_folder,
 )
 from megatron_itt.errors import DataError
 from tests.unit.data.conftest import make_texts, write_jsonl
@@ -57,7 +58,7 @@ def split_digits(backend: tokenizers.Tokenizer) -> None:
 
 def exported_ids(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> list[list[int]]:
     """Ids of an exported folder, read by transformers as a user would."""
-    tokenizer.save(folder)
+    write_tokenizer_folder(tokenizer, folder)
     ids: list[list[int]] = load_with_transformers(folder)(texts, add_special_tokens=False).input_ids
     return ids
 
@@ -122,7 +123,7 @@ def test_another_reading_by_transformers_is_said_when_data_is_written(
 def test_a_tokenizer_that_transformers_reads_alike_is_not_warned_of(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer.save(tmp_path / "saved")  # its config has more keys, so that the comparison takes place
+    write_tokenizer_folder(tokenizer, tmp_path / "saved")  # with more keys, so that the comparison takes place
     saved = load_tokenizer(tmp_path / "saved")
     assert not adds_nothing(saved)
     for one in (tokenizer, saved):
@@ -189,7 +190,7 @@ def test_data_and_export_end_documents_alike(
         "lacks" in name or "same" in name
     )
     tokenizer = load_tokenizer(folder)
-    tokenizer.save(tmp_path / "export")
+    write_tokenizer_folder(tokenizer, tmp_path / "export")
     loaded = check_tokenizer_folder(tokenizer, tmp_path / "export")
     assert (loaded.eos_token_id, loaded.eos_token) == expected
     assert len(loaded) == tokenizer.vocab_size
@@ -197,7 +198,7 @@ def test_data_and_export_end_documents_alike(
 
 def test_the_end_of_document_token_of_the_data_wins_over_the_folders(folder: Path, tmp_path: Path) -> None:
     tokenizer = with_end_of_document(load_tokenizer(folder), 1)
-    tokenizer.save(tmp_path / "export")
+    write_tokenizer_folder(tokenizer, tmp_path / "export")
     assert check_tokenizer_folder(tokenizer, tmp_path / "export").eos_token == "<|pad|>"
     with pytest.raises(DataError, match="has no token 4096"):
         with_end_of_document(tokenizer, 4096)
@@ -214,7 +215,7 @@ def test_an_output_with_another_end_of_document_token_is_not_taken_for_this_one(
 
 def test_the_chat_template_and_the_length_limit_are_taken_over(folder: Path, tmp_path: Path) -> None:
     configure(folder, model_max_length=2048, chat_template="{{ messages }}", padding_side="left")
-    load_tokenizer(folder).save(tmp_path / "export")
+    write_tokenizer_folder(load_tokenizer(folder), tmp_path / "export")
     loaded = load_with_transformers(tmp_path / "export")
     assert (loaded.model_max_length, loaded.chat_template, loaded.padding_side) == (2048, "{{ messages }}", "left")
 

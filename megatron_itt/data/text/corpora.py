@@ -1,13 +1,16 @@
-"""A corpus of real text that every Python installation contains: no download, no licence question.
+"""Corpora for tests and studies, written as one folder of zstd-compressed JSON Lines per domain.
 
-Domain `code`: sources of the standard library. Domain `docs`: the language reference (`pydoc_data/topics.py`) and
-docstrings, of installed packages and of those standard modules whose source is NOT in `code`, so that no held-out
+`build_sample_corpus` takes real text that every Python installation contains: no download, no licence question. Its
+domain `code` is sources of the standard library; `docs` is the language reference (`pydoc_data/topics.py`) and
+docstrings of installed packages and of those standard modules whose source is NOT in `code`, so that no held-out
 docstring is also part of a training source. Docstrings are parsed; nothing is imported or executed.
+`build_folder_corpus` takes folders of plain text, such as unpacked sources and documentation.
 """
 
 from __future__ import annotations
 
 import ast
+import gzip
 import hashlib
 import json
 import os
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import zstandard
 
+from megatron_itt.data.text.compression import GZIP_MAGIC
 from megatron_itt.errors import DataError
 from megatron_itt.files import publishing
 
@@ -33,6 +37,8 @@ _DOCS_MODULE_INTERVAL = 4  # one standard module in 4 gives its docstrings to `d
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "ensurepip"}
 _TEST_FOLDERS = {"test", "tests", "idle_test", "_testing", "testing"}
 _PACKAGES = ("numpy", "tokenizers", "transformers", "torch", "megatron", "yaml", "pydantic")  # in this order, then rest
+_DOCUMENTS_PER_SHARD = 4096  # of a folder corpus
+_MAX_DAMAGE = 1e-3  # characters that are not UTF-8, as a share of those of a file
 
 Document = tuple[str, str]  # (source, text)
 
@@ -61,9 +67,10 @@ class _Domain:
             self.documents.append((source, text))
             self.num_bytes += size
 
-    def in_reading_order(self) -> list[Document]:
-        """Ordered by a hash of the text: deterministic, and the held-out end is a random sample of the domain."""
-        return sorted(self.documents, key=lambda document: hashlib.sha256(document[1].encode()).digest())
+
+def _hash_of_text(document: Document) -> bytes:
+    """The order of a corpus: deterministic, and the held-out end is a random sample of the domain."""
+    return hashlib.sha256(document[1].encode()).digest()
 
 
 def build_sample_corpus(
@@ -94,7 +101,9 @@ def build_sample_corpus(
                     "documents": len(domain.documents),
                     "bytes": domain.num_bytes,
                     "duplicates": domain.num_duplicates,
-                    "shards": write_domain(staging, name, domain.in_reading_order(), documents_per_shard),
+                    "shards": _write_domain(
+                        staging, name, sorted(domain.documents, key=_hash_of_text), documents_per_shard
+                    ),
                 }
                 for name, domain in domains.items()
             }
@@ -133,21 +142,21 @@ def _reusable_summary(output: Path, settings: dict[str, int]) -> dict[str, dict[
 def _collect(min_bytes: int, library: Path, packages: Path) -> dict[str, _Domain]:
     code = _Domain(max_bytes=min_bytes)
     docs = _Domain(max_bytes=max(_MIN_DOMAIN_BYTES * 2, min_bytes // 2))
-    _add_topics(docs, library)
-    for path in _python_files(library, tests=False):
-        source = f"stdlib/{path.relative_to(library).as_posix()}"
+    for topic, text in _topics(library):
+        docs.add(f"reference/{topic}", text)
+    for source, path in _python_files(library, "stdlib", tests=False):
         if zlib.crc32(source.encode()) % _DOCS_MODULE_INTERVAL == 0:
-            _add_docstrings(docs, source, path)
+            docs.add(source, "" if docs.full else _docstrings_of(source, path))
         else:
-            _add_source(code, source, path)
+            code.add(source, "" if code.full else _read_source(path))
     for source, path in _package_files(packages):
         if docs.full:
             break
-        _add_docstrings(docs, source, path)
-    for path in _python_files(library, tests=True):  # only where the plain modules are not enough
+        docs.add(source, _docstrings_of(source, path))
+    for source, path in _python_files(library, "stdlib", tests=True):  # only where the plain modules are not enough
         if code.num_bytes + docs.num_bytes >= min_bytes and code.num_bytes >= _MIN_DOMAIN_BYTES:
             break
-        _add_source(code, f"stdlib/{path.relative_to(library).as_posix()}", path)
+        code.add(source, "" if code.full else _read_source(path))
     total = code.num_bytes + docs.num_bytes
     smallest = min(code.num_bytes, docs.num_bytes)
     if total < min_bytes or smallest < min(_MIN_DOMAIN_BYTES, min_bytes // 4):
@@ -158,57 +167,49 @@ def _collect(min_bytes: int, library: Path, packages: Path) -> dict[str, _Domain
     return {"code": code, "docs": docs}
 
 
-def _python_files(root: Path, *, tests: bool) -> Iterator[Path]:
-    """Python sources below `root` in a fixed order: those in test folders, or all the others."""
-    for folder, subfolders, names in os.walk(root):
+def _python_files(root: Path, name: str, *, tests: bool) -> Iterator[tuple[str, Path]]:
+    """Python sources below `root` in a fixed order, named NAME/...: those in test folders, or all the others."""
+    for folder, subfolders, files in os.walk(root):
         relative = Path(folder).relative_to(root)
         subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
         if bool(_TEST_FOLDERS.intersection(relative.parts)) != tests:
             continue
-        # _sysconfigdata holds the paths of the machine that built Python.
-        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py") and "sysconfig" not in name)
+        for file in sorted(files):
+            if (
+                file.endswith(".py") and "sysconfig" not in file
+            ):  # that holds the paths of the machine that built Python
+                yield f"{name}/{(relative / file).as_posix()}", Path(folder, file)
 
 
 def _package_files(root: Path) -> Iterator[tuple[str, Path]]:
-    if not root.is_dir():
-        return
-    others = sorted(path.name for path in root.iterdir() if path.is_dir() and (path / "__init__.py").is_file())
-    for name in dict.fromkeys([*_PACKAGES, *others]):
-        if (root / name).is_dir():
-            for path in _python_files(root / name, tests=False):
-                yield f"packages/{path.relative_to(root).as_posix()}", path
+    found = sorted(path.parent.name for path in root.glob("*/__init__.py"))
+    for name in dict.fromkeys([*_PACKAGES, *found]):
+        yield from _python_files(root / name, f"packages/{name}", tests=False)
 
 
-def _read(path: Path) -> str | None:
-    """The source text by its declared encoding, with plain newlines; None if it is not text."""
+def _read_source(path: Path) -> str:
+    """The source text by its declared encoding, with plain newlines; empty if it is not text."""
     try:
         with tokenize.open(path) as stream:
             text = stream.read()
     except (OSError, SyntaxError, UnicodeDecodeError):
-        return None
-    return None if "\x00" in text else text
+        return ""
+    return "" if "\x00" in text else text
 
 
-def _add_source(domain: _Domain, source: str, path: Path) -> None:
-    if not domain.full:
-        text = _read(path)
-        if text is not None:
-            domain.add(source, text)
-
-
-def _add_docstrings(domain: _Domain, source: str, path: Path) -> None:
-    """One document per module: each docstring under the name of what it documents."""
-    text = None if domain.full else _read(path)
-    if text is None or '"""' not in text:
-        return
+def _docstrings_of(source: str, path: Path) -> str:
+    """Each docstring of a module under the name of what it documents; empty if it cannot be parsed."""
+    text = _read_source(path)
+    if '"""' not in text:
+        return ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in strings
             module = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
-        return
+        return ""
     module_name = source.split("/", 1)[1][: -len(".py")].replace("/", ".").removesuffix(".__init__")
-    domain.add(source, "\n\n".join(_docstrings(module, module_name)))
+    return "\n\n".join(_docstrings(module, module_name))
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
@@ -222,19 +223,71 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
                 yield from _docstrings(child, f"{name}.{child_name}")
 
 
-def _add_topics(domain: _Domain, library: Path) -> None:
+def _topics(library: Path) -> Iterator[tuple[str, str]]:
     """The language reference: the dictionary literal in `pydoc_data/topics.py`, read without importing it."""
-    text = _read(library / "pydoc_data" / "topics.py")
-    if text is None:
-        return
-    for node in ast.parse(text).body:
+    for node in ast.parse(_read_source(library / "pydoc_data" / "topics.py")).body:
         value = getattr(node, "value", None)
         if isinstance(value, ast.Dict):
-            for topic, body in ast.literal_eval(value).items():
-                domain.add(f"reference/{topic}", body)
+            yield from ast.literal_eval(value).items()
 
 
-def write_domain(root: Path, name: str, documents: Sequence[Document], documents_per_shard: int) -> int:
+def build_folder_corpus(
+    folders: Sequence[Path], output: Path, *, max_bytes: int, max_document_bytes: int = 65_536
+) -> dict[str, dict[str, int]]:
+    """Write `{folder name}/*.jsonl.zst` under `output`; return documents, bytes and shards of each domain.
+
+    Every file that is UTF-8 text (but for a few characters), also inside gzip, is a document; longer ones are split at
+    line ends into pieces of `max_document_bytes`. Exact duplicates are dropped. Documents are in the order of a hash of
+    their text, so that the first `max_bytes` of a folder, and the end that is held out, are random samples of it.
+    Raises DataError for a folder without text, or two of one name.
+    """
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        raise DataError(f"input folders are named {', '.join(names)}; each names a domain, so they must differ")
+    summary = {}
+    for folder in folders:
+        documents = {_hash_of_text(document): document for document in _documents(folder, max_document_bytes)}
+        chosen, size = [], 0
+        for _, document in sorted(documents.items()):
+            if size < max_bytes:
+                chosen.append(document)
+                size += len(document[1].encode())
+        if not chosen:
+            raise DataError(f"input {folder} has no text; give a folder with UTF-8 files")
+        shards = _write_domain(output, folder.name, chosen, _DOCUMENTS_PER_SHARD)
+        summary[folder.name] = {"documents": len(chosen), "bytes": size, "shards": shards}
+    return summary
+
+
+def _documents(folder: Path, max_bytes: int) -> Iterator[Document]:
+    for parent, subfolders, names in os.walk(folder):
+        subfolders.sort()
+        for path in (Path(parent, name) for name in sorted(names)):
+            text = _read_text(path)
+            for idx, piece in enumerate(_pieces(text, max_bytes)):
+                yield f"{path.relative_to(folder).as_posix()}#{idx}", piece
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file; empty for one that is not text."""
+    data = path.read_bytes() if path.is_file() else b""
+    try:
+        text = (gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data).decode(errors="replace")
+    except (OSError, EOFError, zlib.error):
+        return ""
+    return "" if "\x00" in text or text.count("\ufffd") > _MAX_DAMAGE * len(text) else text
+
+
+def _pieces(text: str, max_characters: int) -> Iterator[str]:
+    while len(text) > max_characters:
+        end = text.rfind("\n", 0, max_characters) + 1 or max_characters
+        yield text[:end]
+        text = text[end:]
+    if text.strip():
+        yield text
+
+
+def _write_domain(root: Path, name: str, documents: Sequence[Document], documents_per_shard: int) -> int:
     """Write documents in their order as `{name}/{name}_{00000}.jsonl.zst` under `root`; return the number of shards."""
     (root / name).mkdir(parents=True)
     compressor = zstandard.ZstdCompressor(level=10, write_checksum=True)
