@@ -97,15 +97,10 @@ def read_index(prefix: str | Path) -> Index:
     expected = _HEADER_BYTES + 12 * num_sequences + 8 * num_entries
     if size != expected or num_entries < 1:
         raise DataError(f"{path} is truncated or damaged: {size} bytes, its header implies {expected}; write it again")
-    data = np.memmap(path, mode="r", dtype=np.uint8)
-    edges = np.cumsum([_HEADER_BYTES, 4 * num_sequences, 8 * num_sequences, 8 * num_entries])
-    lengths, pointers, documents = (
-        np.frombuffer(data, dtype=dtype, count=count, offset=int(offset))
-        for dtype, count, offset in zip(
-            (np.int32, np.int64, np.int64), (num_sequences, num_sequences, num_entries), edges[:3], strict=True
-        )
-    )
-    index = Index(str(prefix), np.dtype(_DTYPE_CODES[code]), lengths, pointers, documents)
+    data = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))[_HEADER_BYTES:]
+    lengths, pointers, documents = np.split(data, [4 * num_sequences, 12 * num_sequences])
+    dtype = np.dtype(_DTYPE_CODES[code])
+    index = Index(str(prefix), dtype, lengths.view(np.int32), pointers.view(np.int64), documents.view(np.int64))
     _check_ends(index, path)
     return index
 

@@ -221,21 +221,13 @@ def _fill_buckets(shards: Sequence[Shard], folder: Path, *, num_buckets: int) ->
 def _compact(task: ShardTask, keep: np.ndarray, dtype: np.dtype) -> ShardTokens:
     """Copy the documents of a shard that are kept."""
     lengths = np.fromfile(task.file("lengths"), dtype=np.int32)
-    tokens_path, lengths_path = task.file("kept.tokens"), task.file("kept.lengths")
-    kept_lengths = lengths[keep]
-    source = np.memmap(task.file("tokens"), dtype=dtype, mode="r")
-    ends = np.cumsum(lengths, dtype=np.int64)
-    starts = ends - lengths
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], keep.astype(np.int8), [0]])))  # of runs of kept documents
-    crc32 = 0
-    with naming_file(tokens_path), tokens_path.open("wb") as stream:
-        for first, after_last in edges.reshape(-1, 2):
-            run = source[starts[first] : ends[after_last - 1]].tobytes()
-            stream.write(run)
-            crc32 = zlib.crc32(run, crc32)
-    with naming_file(lengths_path):
-        lengths_path.write_bytes(kept_lengths.tobytes())  # numpy's tofile does not say why it fails
-    return ShardTokens(tokens_path, lengths_path, len(kept_lengths), int(kept_lengths.sum(dtype=np.int64)), crc32)
+    tokens = np.memmap(task.file("tokens"), dtype=dtype, mode="r")
+    kept = {"kept.tokens": np.asarray(tokens)[np.repeat(keep, lengths)], "kept.lengths": lengths[keep]}
+    for suffix, array in kept.items():
+        with naming_file(task.file(suffix)):
+            task.file(suffix).write_bytes(array.data)  # numpy's tofile does not say why it fails
+    paths, (kept_tokens, kept_lengths) = map(task.file, kept), kept.values()
+    return ShardTokens(*paths, len(kept_lengths), len(kept_tokens), zlib.crc32(kept_tokens))
 
 
 def existing_output(job: Job) -> Manifest | None:

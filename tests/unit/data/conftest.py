@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_itt.cli import main
 from megatron_itt.config import RunConfig, parse_config
 from megatron_itt.data.text.engine import Encoded, Engine, reference_engine
 from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
 from megatron_itt.data.text.tokenizer import Tokenizer, train_tokenizer
+from megatron_itt.log import get_logger
 
 SENTENCE = (
     "the of and to in is that for with as on was by it from are this be which an or have not at were their one "
@@ -68,6 +71,22 @@ def run_until(is_time: Callable[[], bool], *functions: Callable[[], object]) -> 
     for process in processes:
         process.kill()
         process.join()
+
+
+@pytest.fixture
+def itt(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `itt COMMAND ARGUMENTS` in this process; returns its exit code and output."""
+    monkeypatch.setattr(get_logger(), "handlers", [])  # both are set by commands, and are as before after the test
+    monkeypatch.setattr(get_logger(), "propagate", True)
+
+    def run(command: str, *arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = main([*command.split(), *map(str, arguments)])
+        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

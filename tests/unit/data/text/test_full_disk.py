@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,14 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield mounted
 
 
-def run_python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.parametrize(("num_workers", "deduplicate"), [(1, False), (2, True)])
 def test_preprocessing_ends_with_one_line_and_continues_with_more_room(
-    disk: SmallDisk, tokenizer_dir: Path, tmp_path: Path, num_workers: int, deduplicate: bool
+    disk: SmallDisk,
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    itt: Callable[..., subprocess.CompletedProcess[str]],
+    num_workers: int,
+    deduplicate: bool,
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", make_texts(2000) + make_texts(50))
     reference = PreprocessOptions(
@@ -47,7 +46,7 @@ def test_preprocessing_ends_with_one_line_and_continues_with_more_room(
     failures = []
     for size in ("16k", "300k", "500k", "99m"):
         disk.resize(size)
-        done = run_python("tools/preprocess.py", *arguments)
+        done = itt("preprocess", *arguments)
         if done.returncode == 0:
             break
         assert done.returncode == 2, (size, done.stderr)
@@ -75,6 +74,11 @@ def test_the_marks_of_duplicates_meet_a_full_disk_as_an_error(disk: SmallDisk) -
         "run = lambda: len(without_duplicates(shards, Path(sys.argv[1]), np.dtype('uint16')))\n"
         "sys.exit(run_command(run))\n"
     )
-    done = run_python("-c", code, disk.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, disk.path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2, done
     assert done.stderr.startswith(f"error: no space left on device while writing {disk.path}/first.bitmap")

@@ -200,7 +200,7 @@ def test_parts_killed_at_any_moment_end_with_the_same_bytes(
     folder = Path(f"{options.output_prefix}.partial")
     parts = [partial(preprocess_part, options, part) for part in all_parts(2)]
     for num_shards in (0, 2, 5):
-        run_until(lambda wanted=num_shards: len(list(folder.glob("0*.json"))) >= wanted, *parts)  # type: ignore[misc]
+        run_until(lambda wanted=num_shards: len(list(folder.glob("0*.json"))) >= wanted, *parts)
     assert not Path(f"{options.output_prefix}.json").exists()
     run_until(lambda: False, *parts)
     assert read_output(options) == expected

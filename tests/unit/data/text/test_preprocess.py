@@ -335,7 +335,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(options: PreprocessOpt
     folder = Path(f"{options.output_prefix}.partial")
     for num_workers, pattern, count in MOMENTS:
         run_until(
-            lambda pattern=pattern, count=count: len(list(folder.glob(pattern))) >= count,  # type: ignore[misc]
+            lambda pattern=pattern, count=count: len(list(folder.glob(pattern))) >= count,
             partial(preprocess, replace(options, num_workers=num_workers)),
         )
     assert not Path(f"{options.output_prefix}.json").exists()
