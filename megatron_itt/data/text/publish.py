@@ -222,12 +222,12 @@ def _compact(task: ShardTask, keep: np.ndarray, dtype: np.dtype) -> ShardTokens:
     """Copy the documents of a shard that are kept."""
     lengths = np.fromfile(task.file("lengths"), dtype=np.int32)
     tokens = np.memmap(task.file("tokens"), dtype=dtype, mode="r")
-    kept = {"kept.tokens": np.asarray(tokens)[np.repeat(keep, lengths)], "kept.lengths": lengths[keep]}
-    for suffix, array in kept.items():
-        with naming_file(task.file(suffix)):
-            task.file(suffix).write_bytes(array.data)  # numpy's tofile does not say why it fails
-    paths, (kept_tokens, kept_lengths) = map(task.file, kept), kept.values()
-    return ShardTokens(*paths, len(kept_lengths), len(kept_tokens), zlib.crc32(kept_tokens))
+    kept_tokens, kept_lengths = np.asarray(tokens)[np.repeat(keep, lengths)], lengths[keep]
+    tokens_path, lengths_path = task.file("kept.tokens"), task.file("kept.lengths")
+    for path, array in ((tokens_path, kept_tokens), (lengths_path, kept_lengths)):
+        with naming_file(path):
+            path.write_bytes(array.data)  # numpy's tofile does not say why it fails
+    return ShardTokens(tokens_path, lengths_path, len(kept_lengths), len(kept_tokens), zlib.crc32(kept_tokens))
 
 
 def existing_output(job: Job) -> Manifest | None:
