@@ -21,6 +21,7 @@ from megatron_itt.evaluation.harness import evaluate_export
 from megatron_itt.evaluation.options import Budget, EvaluationRequest, check_budget, format_budget
 from megatron_itt.evaluation.perplexity import encode_documents, measure_perplexity
 from megatron_itt.evaluation.results import scores_of
+from megatron_itt.hf.families import model_section
 from megatron_itt.log import get_logger
 
 # Paper, Table 2 and its longer form in the appendix: shares in tenths at three routed steps.
@@ -85,23 +86,13 @@ def shape_of(export: ExportedModel) -> tuple[ModelConfig, ThinkingConfig]:
     kind = getattr(config, "model_type", "model")
     if kind not in ("itt", "llama"):
         raise DataError(f"{export.folder} is a {kind}; FLOPs are known for ITT, Loop and LLaMA exports only")
-    model = ModelConfig(
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
-        vocab_size=config.vocab_size,
-        seq_length=config.max_position_embeddings,
-        tie_embeddings=bool(config.tie_word_embeddings),
-    )
     exported = getattr(config, "thinking", None) or {"kind": "none"}
     switches: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in exported.items()
         if key in field_names(ThinkingConfig, "exported")
     }
-    return model, ThinkingConfig(**switches)
+    return ModelConfig(**model_section(config.to_dict())), ThinkingConfig(**switches)
 
 
 def name_of(export: ExportedModel) -> str:

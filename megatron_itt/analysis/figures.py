@@ -22,7 +22,7 @@ from megatron_itt.tables import write_text
 try:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 except ImportError:
     raise DataError("matplotlib is not installed; pip install 'megatron-itt[analysis]'") from None
 
@@ -33,6 +33,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1, 1)), "--", "-.")
 GREY = "#6b6b6b"
+# What a loss is drawn against, by the key of a point: heading of the axis, and the value of one unit.
+AXES = {
+    "tokens": ("training tokens", 1.0),
+    "flops": ("training FLOPs", 1.0),
+    "seconds": ("hours of training", 3600.0),
+    "step": ("steps", 1.0),
+}
 _SMOOTH_SHARE = 0.03  # of a run's logged steps that a drawn training loss is the mean of
 _KINDS = {"none": "LLaMA", "loop": "Loop", "itt": "ITT"}
 RC: dict[str, Any] = {
@@ -123,26 +130,26 @@ def draw_curves(values: Values) -> Figure:
     """Loss above, perplexity below; against tokens, executed training FLOPs and seconds, as far as known (Figure 4)."""
     runs = values["runs"]
     points = [point for run in runs for point in (*run["training"], *run["validation"])]
-    keys = [key for key in ("tokens", "flops", "seconds") if any(p.get(key) is not None for p in points)] or ["step"]
+    keys = [key for key in AXES if key != "step" and any(p.get(key) is not None for p in points)] or ["step"]
     figure, grid = new_figure(2, len(keys), width=3.9 * len(keys) + 0.4, height=6.2, sharey="row")
     handles: dict[str, Any] = {}
     for key, upper, lower in zip(keys, *grid, strict=True):
-        size, unit = _unit(key, max((point[key] or 0.0 for point in points), default=0.0))
         for idx, run in enumerate(runs):
-            handles.update(_draw_run(upper, lower, run, (key, size), idx))
+            handles.update(_draw_run(upper, lower, run, key, idx))
         if key == "tokens":
-            _mark_reach(upper, values["reach"], size)
-        upper.set_xlabel(unit)
-        lower.set_xlabel(unit)
+            _mark_reach(upper, values["reach"])
+        for axes in (upper, lower):
+            axes.set_xlabel(AXES[key][0])
+            axes.xaxis.set_major_formatter(EngFormatter())
     grid[0][0].set_ylabel("loss (nats per token)")
     grid[1][0].set_ylabel("validation perplexity")
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(3, len(handles)))
     return figure
 
 
-def _draw_run(upper: Any, lower: Any, run: Values, axis: tuple[str, float], idx: int) -> dict[str, Any]:
+def _draw_run(upper: Any, lower: Any, run: Values, key: str, idx: int) -> dict[str, Any]:
     """Training loss (thin) and validation loss (markers) above, validation perplexity below. Returns the legend."""
-    key, size = axis
+    size = AXES[key][1]
     style, handles = line_style(idx), {}
     training, validation = (
         [point for point in run[kind] if point.get(key) is not None] for kind in ("training", "validation")
@@ -158,8 +165,9 @@ def _draw_run(upper: Any, lower: Any, run: Values, axis: tuple[str, float], idx:
         (line,) = upper.plot(xs, [point["loss"] for point in validation], **style)
         lower.plot(xs, [math.exp(min(point["loss"], 50.0)) for point in validation], **style)
         lower.set_yscale("log")
-        lower.yaxis.set_major_formatter(FuncFormatter(_log_tick))
-        lower.yaxis.set_minor_formatter(FuncFormatter(_log_tick))
+        lower.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        lower.yaxis.set_major_formatter("{x:,.6g}")
+        lower.yaxis.set_minor_formatter(NullFormatter())
         handles[f"{run['name']} (validation)"] = line
     return handles
 
@@ -170,18 +178,12 @@ def moving_mean(values: Sequence[float], width: int) -> list[float]:
     return [(sums[end] - sums[max(0, end - width)]) / min(width, end) for end in range(1, len(sums))]
 
 
-def _log_tick(value: float, _: object) -> str:
-    """A label for the ticks 1, 2, 3 and 5 of each power of ten of a logarithmic axis, in plain digits."""
-    mantissa = value / 10 ** math.floor(math.log10(value) + 1e-9)
-    return f"{value:,.6g}" if round(mantissa, 3) in (1, 2, 3, 5) else ""
-
-
-def _mark_reach(axes: Any, reach: Sequence[Values], size: float) -> None:
+def _mark_reach(axes: Any, reach: Sequence[Values]) -> None:
     """A level line at the baseline's last loss, and the points where other runs meet it."""
     if reach:
         axes.axhline(reach[0]["baseline_loss"], color=COLOURS[-1], linewidth=0.8, linestyle=":")
     for idx, row in enumerate(row for row in reach if row["tokens"] is not None):
-        at = row["tokens"] / size, row["baseline_loss"]
+        at = row["tokens"], row["baseline_loss"]
         axes.plot(*at, marker="*", markersize=11, color=COLOURS[-1])
         axes.annotate(
             f"{row['run']}: {100 * row['tokens_share']:.1f}% of the tokens",
@@ -193,32 +195,6 @@ def _mark_reach(axes: Any, reach: Sequence[Values], size: float) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
             arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.6},
         )
-
-
-def _unit(key: str, largest: float) -> tuple[float, str]:
-    """A divisor for the values of an axis, and its label."""
-    if key == "flops":
-        size, unit = scaled_flops([largest])
-        return size, f"training {unit} (executed)"
-    units = {
-        "tokens": (
-            (1e9, "billions of tokens"),
-            (1e6, "millions of tokens"),
-            (1e3, "thousands of tokens"),
-            (1, "tokens"),
-        ),
-        "seconds": ((7200.0, "training time, hours"), (1, "training time, seconds")),
-        "step": ((1, "optimizer step"),),
-    }[key]
-    size, name = next(((size, name) for size, name in units if largest >= size), units[-1])
-    return min(size, 3600.0) if key == "seconds" else size, name
-
-
-def scaled_flops(values: Sequence[float]) -> tuple[float, str]:
-    """Return a divisor for FLOPs, and the unit of the quotient."""
-    largest = max(values, default=0.0)
-    sizes = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
-    return next(((size, f"{prefix}FLOPs") for size, prefix in sizes if largest >= size), (1.0, "FLOPs"))
 
 
 def draw_gradients(values: Values) -> Figure:
@@ -259,34 +235,33 @@ def draw_budgets(values: Values) -> Figure:
     ]
     figure, [panels] = new_figure(1, len(drawn), width=3.5 * len(drawn) + 3, height=4.2)
     for axes, (title, rows, key, quantity, label) in zip(panels, drawn, strict=True):
-        unit = _draw_panel(axes, rows, key, quantity)
+        _draw_panel(axes, rows, key, quantity)
         count = {"flops": "executed", "paper_flops": "as the paper counts"}[key]
-        axes.set(title=title, ylabel=label, xlabel=f"{unit} of a sequence of {values['seq_length']:,} tokens ({count})")
+        axes.set(title=title, ylabel=label, xlabel=f"FLOPs of a sequence of {values['seq_length']:,} tokens ({count})")
+        axes.xaxis.set_major_formatter(EngFormatter())
     panels[0].legend(loc="best")
     return figure
 
 
-def _draw_panel(axes: Any, points: Sequence[Values], key: str, quantity: str) -> str:
-    """Points by model and kind of budget, and the Pareto front as a dashed line. Returns the unit of FLOPs."""
-    size, unit = scaled_flops([point[key] for point in points])
+def _draw_panel(axes: Any, points: Sequence[Values], key: str, quantity: str) -> None:
+    """Points by model and kind of budget, and the Pareto front as a dashed line."""
     groups: dict[str, list[Values]] = {}
     for point in points:
         groups.setdefault(_group(point), []).append(point)
     for idx, (name, group) in enumerate(groups.items()):
         style = {**line_style(idx), "linestyle": ""}
-        axes.plot([p[key] / size for p in group], [p[quantity] for p in group], label=name, zorder=3, **style)
+        axes.plot([p[key] for p in group], [p[quantity] for p in group], label=name, zorder=3, **style)
     sign = -1 if quantity == "accuracy" else 1
     front: list[Values] = []
     for point in sorted(points, key=lambda p: (p[key], sign * p[quantity])):
         if not front or sign * point[quantity] < sign * front[-1][quantity]:
             front.append(point)
     style = {"color": GREY, "linestyle": "--", "label": "Pareto front"}
-    axes.plot([p[key] / size for p in front], [p[quantity] for p in front], **style)
+    axes.plot([p[key] for p in front], [p[quantity] for p in front], **style)
     for idx, point in enumerate(p for p in points if p["budget"] and (p in front or p["as_trained"])):
-        at, offset = (point[key] / size, point[quantity]), (5, 6 if idx % 2 else -11)
+        at, offset = (point[key], point[quantity]), (5, 6 if idx % 2 else -11)
         axes.annotate(percent(point["budget"]), at, textcoords="offset points", xytext=offset, fontsize=7.5)
     axes.margins(x=0.12, y=0.12)
-    return unit
 
 
 def _group(point: Values) -> str:

@@ -16,15 +16,14 @@ from markupsafe import Markup
 
 from megatron_itt import __version__
 from megatron_itt.analysis.curves import read_runs, training_costs
+from megatron_itt.analysis.figures import AXES
 from megatron_itt.analysis.measurement import check_new
 from megatron_itt.analysis.passage import Continuation, PassageTrace, continue_text, first_words, trace_passage
 from megatron_itt.analysis.report_charts import (
-    AXES,
     budget_charts,
     domains_of,
     loss_charts,
     metric_charts,
-    safe_json,
     selected_shares,
     tasks_chart,
 )
@@ -135,6 +134,7 @@ def render_report(data: ReportData, *, refresh_s: float | None = None) -> str:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"percent": percent, "budget": format_budget, "label": budget_label}
     run, evaluations = data.run, data.evaluations
     first = next(iter(evaluations.values()), None)
@@ -324,7 +324,7 @@ def _by_budget(run: RunRecord) -> dict[Budget | None, list[ValidationPoint]]:
 
 
 def _passage(passage: PassageTrace, trained: Budget | None) -> dict[str, Any]:
-    """The values for the template; the script gets the same numbers as JSON, safe inside a script element.
+    """The values for the template; the script gets the same numbers as JSON.
 
     Selected tokens are strings of 0 and 1, router weights have three digits.
     """
@@ -346,5 +346,5 @@ def _passage(passage: PassageTrace, trained: Budget | None) -> dict[str, Any]:
         ],
         "shown": shown,
         "notes": " ".join(passage.notes()),
-        "data": safe_json(data),
+        "data": data,
     }

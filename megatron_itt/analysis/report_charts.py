@@ -6,7 +6,6 @@ it reads values under the pointer; marks of a run carry its number as `data-run`
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,18 +15,18 @@ from typing import Any
 from markupsafe import Markup
 
 from megatron_itt.analysis.curves import training_costs
+from megatron_itt.analysis.figures import AXES, GREY, line_style, new_figure, render_inline, styled
 from megatron_itt.analysis.runs import ALL_DOMAINS, RunRecord, ValidationPoint, is_finite
 from megatron_itt.evaluation.options import percent
 
-# What a loss is drawn against: heading of the axis, and the value from the costs of a step.
-AXES = {
-    "tokens": ("training tokens", 1.0),
-    "flops": ("training FLOPs", 1.0),
-    "seconds": ("hours of training", 3600.0),
-    "step": ("steps", 1.0),
-}
 _MAX_POINTS = 500
-_SMALL = {"grad_norm": "Gradient norm", "learning_rate": "Learning rate", "tokens_per_second": "Tokens per second"}
+_SMALL = {
+    "grad_norm": "Gradient norm",
+    "learning_rate": "Learning rate",
+    "tokens_per_second": "Tokens per second",
+    "step_time_s": "Seconds per step",
+    "data_wait_s": "Seconds per step that wait for data",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +41,8 @@ class Line:
     in_legend: bool = True
 
 
-def loss_charts(runs: Mapping[str, RunRecord]) -> tuple[dict[str, Markup], Markup]:
-    """Return the loss chart for every axis that is known, and what the script needs of them as JSON.
+def loss_charts(runs: Mapping[str, RunRecord]) -> tuple[dict[str, Markup], dict[str, Any]]:
+    """Return the loss chart for every axis that is known, and what the script needs of them.
 
     One run: training, and validation of every domain at the main budget. Several: training and overall validation.
     """
@@ -63,7 +62,7 @@ def loss_charts(runs: Mapping[str, RunRecord]) -> tuple[dict[str, Markup], Marku
         if lines:
             title = f"Loss against {AXES[axis][0]}"
             charts[axis], data[axis] = draw(title, lines, AXES[axis][0], "loss (nats per token)", size=(520, 250))
-    return charts, _script_data(data)
+    return charts, data
 
 
 def _losses(
@@ -81,7 +80,7 @@ def _losses(
 
 
 def metric_charts(runs: Mapping[str, RunRecord]) -> list[Markup]:
-    """Return charts of gradient norm, learning rate, speed and selected tokens against steps, one line for each run."""
+    """Return charts of optimizer, speed and selected tokens against steps, one line for each run that logged them."""
     series = {heading: {name: run.series(key) for name, run in runs.items()} for key, heading in _SMALL.items()}
     series["Selected tokens per routed step"] = {name: selected_shares(run) for name, run in runs.items()}
     charts = []
@@ -140,8 +139,6 @@ def draw(
     title: str, lines: Sequence[Line], *labels: str, size: tuple[int, int] = (270, 180)
 ) -> tuple[Markup, dict[str, Any]]:
     """Return a chart of `size` points, and its drawn lines with the place of the axes as shares of the chart."""
-    from megatron_itt.analysis.figures import GREY, line_style, new_figure, render_inline, styled
-
     with styled():
         figure, [[axes]] = new_figure(width=size[0] / 72, height=size[1] / 72)
         drawn = []
@@ -156,7 +153,7 @@ def draw(
             (mark,) = axes.plot(xs, ys, label=line.name if line.in_legend else "_", **style)
             mark.set_gid(f"run{line.run}")
             suffix = "" if line.name.startswith((line.kind, "training")) else f", {line.kind}"
-            drawn.append({"name": line.name + suffix, "run": line.run, "points": points})
+            drawn.append({"name": line.name + suffix, "run": line.run, "points": list(map(_digits, points))})
         axes.set(title=title, **dict(zip(("xlabel", "ylabel"), labels, strict=False)))
         axes.ticklabel_format(axis="y", scilimits=(-3, 6))
         if sum(line.in_legend for line in lines) > 1:
@@ -175,23 +172,5 @@ def _thin_out(points: Sequence[tuple[Any, float]]) -> Sequence[tuple[Any, float]
     return [(statistics.fmean(x for x, _ in group), statistics.fmean(y for _, y in group)) for group in groups]
 
 
-def _script_data(charts: Mapping[str, Mapping[str, Any]]) -> Markup:
-    """The lines as JSON with five digits, safe inside a script element."""
-    rounded = {
-        axis: {
-            **chart,
-            "lines": [{**line, "points": [_digits(point) for point in line["points"]]} for line in chart["lines"]],
-        }
-        for axis, chart in charts.items()
-    }
-    return safe_json(rounded)
-
-
-def _digits(point: tuple[float, float]) -> list[float]:
-    return [float(f"{value:.5g}") for value in point]
-
-
-def safe_json(data: Any) -> Markup:
-    """Return JSON that cannot end the script element that it is in."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True)
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+def _digits(point: tuple[Any, float]) -> list[Any]:
+    return [float(f"{value:.5g}") if isinstance(value, float) else value for value in point]

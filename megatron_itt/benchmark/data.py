@@ -16,16 +16,13 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from megatron_itt.benchmark.results import Section
-from megatron_itt.benchmark.shapes import Shape, with_batch
 from megatron_itt.config.environment import disable_tokenizer_threads
 from megatron_itt.config.run import DataConfig, DomainConfig, RunConfig
-from megatron_itt.data.batches.datasets import build_datasets
-from megatron_itt.data.batches.loader import TrainLoader
 from megatron_itt.data.indexed import read_manifest
 from megatron_itt.data.text.corpora import build_sample_corpus
 from megatron_itt.data.text.documents import DocumentReader, sample_texts
@@ -34,6 +31,9 @@ from megatron_itt.data.text.sources import Segment, find_sources
 from megatron_itt.data.text.tokenizer import load_tokenizer, train_tokenizer
 from megatron_itt.errors import ConfigError, DataError
 from megatron_itt.tables import with_error
+
+if TYPE_CHECKING:
+    from megatron_itt.benchmark.shapes import Shape
 
 _VOCAB_SIZE = 4096
 _BATCH_CHARS = 1 << 20
@@ -165,6 +165,11 @@ def _sample(folder: Path, min_bytes: int) -> tuple[list[str], str]:
 
 def _loaded_tokens_per_second(config: RunConfig, folder: Path, tokenizer: str, num_batches: int) -> float:
     """Measure the loader's thread without any computation beside it."""
+    # Here, so that the processes of `measure_engine` need not import torch.
+    from megatron_itt.benchmark.shapes import with_batch
+    from megatron_itt.data.batches.datasets import build_datasets
+    from megatron_itt.data.batches.loader import TrainLoader
+
     loaded = load_tokenizer(tokenizer)
     blend = {"text": DomainConfig(path=str(folder / "text"), weight=1.0)}
     micro = config.batch.micro

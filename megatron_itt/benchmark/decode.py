@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from megatron_itt.benchmark.results import Section
 from megatron_itt.benchmark.shapes import Shape
 from megatron_itt.config.model import ModelConfig
 from megatron_itt.errors import ConfigError
+from megatron_itt.hf.folder import SHAPE_FIELDS
 from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
 from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 from megatron_itt.tables import Columns
@@ -120,16 +121,9 @@ def measure_decoding(
 
 
 def _settings(model: ModelConfig, num_layers: int, length: int) -> dict[str, Any]:
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
-        "max_position_embeddings": length,
-        "rms_norm_eps": model.norm_eps,
-        "tie_word_embeddings": False,
+    shape = replace(model, num_layers=num_layers, seq_length=length, tie_embeddings=False)
+    return {field: getattr(shape, name) for field, name in SHAPE_FIELDS.items()} | {
+        "rope_theta": float(model.rope_base)
     }
 
 

@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +203,6 @@ def failed_checks(rows: Iterable[dict[str, Any]]) -> list[str]:
 def slug(text: str) -> str:
     """Return text as part of a file name."""
     return re.sub(r"\W+", "-", text).strip("-").lower()
-
-
-def options() -> list[Any]:
-    """Return the fields of a request that are options of the command line."""
-    return [field for field in fields(CheckRequest) if field.name != "command"]
 
 
 def _shape(request: CheckRequest, name: str, *overrides: str) -> Any:

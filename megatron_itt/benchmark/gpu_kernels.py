@@ -19,6 +19,7 @@ from megatron_itt.config.model import ModelConfig
 # Relative to the largest value: sums of thousands of products in another order, in 24 and in 8 bits.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 _NUM_REPEATS = 5
+RowCase = tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]  # kernel, plain PyTorch, inputs
 
 
 class AttentionCase(NamedTuple):
@@ -37,33 +38,22 @@ class AttentionCase(NamedTuple):
 
 def attention_rows(cases: Sequence[AttentionCase], dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
     """Compare the kernel of this device and FlexAttention with a dense mask; time both beside SDPA."""
-    for case in cases:
-        inputs, positions, weights = _attention_inputs(case, dtype, device)
-        expected = _reference_attention(inputs, positions, weights)
-        labels = {"shape": case.name, "selected": case.num_selected, "dtype": _name(dtype)}
-        for name, kernel in attention_kernels(device).items():
-
-            def measure(
-                kernel: Callable[..., Tensor] = kernel, given: Any = (inputs, positions, weights, expected)
-            ) -> Row:
-                run = partial(_with_gradients, partial(kernel, positions=given[1]), given[0], given[2])
-                return {**_compare(run(), given[3], dtype), "ms": _median_ms(run, device)}
-
-            yield guarded({"kernel": name, **labels}, measure)
-        dense = partial(_masked_sdpa, positions=positions)
-        for name, attend, timed in (
-            ("SDPA, dense mask", dense, case),
-            ("SDPA, causal over all tokens", partial(_sdpa, is_causal=True), case._replace(capacity=1.0)),
-        ):
-            labels["selected"] = timed.num_selected
-            yield guarded({"kernel": name, **labels}, partial(_time_attention, attend, timed, dtype, device))
+    kernels = attention_kernels(device)
+    for given in cases:
+        whole = given._replace(capacity=1.0)
+        timed = {"SDPA, dense mask": (_masked_sdpa, given), "SDPA, causal over all tokens": (_causal_sdpa, whole)}
+        for name, (kernel, case) in {**{name: (kernel, given) for name, kernel in kernels.items()}, **timed}.items():
+            labels = {"kernel": name, "shape": case.name, "selected": case.num_selected, "dtype": _name(dtype)}
+            yield guarded(labels, partial(_measure_attention, kernel, case, dtype, device, compare=name in kernels))
 
 
-def _time_attention(
-    attend: Callable[..., Tensor], case: AttentionCase, dtype: torch.dtype, device: torch.device
+def _measure_attention(
+    kernel: Callable[..., Tensor], case: AttentionCase, dtype: torch.dtype, device: torch.device, *, compare: bool
 ) -> Row:
-    inputs, _, weights = _attention_inputs(case, dtype, device)
-    return {"ms": _median_ms(partial(_with_gradients, attend, inputs, weights), device)}
+    inputs, positions, weights = _attention_inputs(case, dtype, device)
+    run = partial(_with_gradients, partial(kernel, positions=positions), inputs, weights)
+    row = _compare(run(), _reference_attention(inputs, positions, weights), dtype) if compare else {}
+    return {**row, "ms": _median_ms(run, device)}
 
 
 def attention_kernels(device: torch.device) -> dict[str, Callable[..., Tensor]]:
@@ -81,24 +71,19 @@ def attention_kernels(device: torch.device) -> dict[str, Callable[..., Tensor]]:
 def row_kernel_rows(models: dict[str, ModelConfig], dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
     """Compare and time the row operations of each shape, at as many rows as a sequence has tokens."""
     for shape, model in models.items():
-        for name, (kernel, plain, inputs) in _row_cases(model, dtype, device).items():
-
-            def measure(
-                kernel: Callable[..., Tensor] = kernel,
-                plain: Callable[..., Tensor] = plain,
-                inputs: tuple[Tensor, ...] = inputs,
-            ) -> Row:
-                run, same = (partial(_with_gradients, function, inputs, None) for function in (kernel, plain))
-                expected = _with_gradients(plain, tuple(part.float() for part in inputs), None)
-                row = _compare(run(), expected, dtype)
-                return {**row, "ms": _median_ms(run, device), "plain_ms": _median_ms(same, device)}
-
-            yield guarded({"kernel": name, "shape": shape, "dtype": _name(dtype)}, measure)
+        for name, case in _row_cases(model, dtype, device).items():
+            labels = {"kernel": name, "shape": shape, "dtype": _name(dtype)}
+            yield guarded(labels, partial(_measure_rows, case, dtype, device))
 
 
-def _row_cases(
-    model: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]]:
+def _measure_rows(case: RowCase, dtype: torch.dtype, device: torch.device) -> Row:
+    kernel, plain, inputs = case
+    run, same = (partial(_with_gradients, function, inputs, None) for function in (kernel, plain))
+    row = _compare(run(), _with_gradients(plain, [part.float() for part in inputs], None), dtype)
+    return {**row, "ms": _median_ms(run, device), "plain_ms": _median_ms(same, device)}
+
+
+def _row_cases(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, RowCase]:
     from megatron_itt.ops import rows
 
     num_rows, batch, width, size = model.seq_length, 2, model.hidden_size, model.head_size
@@ -188,6 +173,10 @@ def _reference_attention(inputs: Sequence[Tensor], positions: Tensor, weights: T
 def _masked_sdpa(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
     visible = torch.arange(key.shape[0], device=key.device) <= positions.t().unsqueeze(-1)  # [b, k, s]
     return _sdpa(query, key, value, attn_mask=visible.unsqueeze(1))
+
+
+def _causal_sdpa(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+    return _sdpa(query, key, value, is_causal=True)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:

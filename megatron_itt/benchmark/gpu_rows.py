@@ -5,10 +5,7 @@ A comparison row has `difference`, `allowed` and `agrees`. An error, out of memo
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_itt.benchmark.isolated import Row
+from megatron_itt.benchmark.layouts import measure_layout
 from megatron_itt.benchmark.machine import machine_facts, paired_ratio, time_interleaved
 from megatron_itt.benchmark.results import describe_exception
-from megatron_itt.benchmark.shapes import Shape, choose_models, load_shape, on_one_rank, random_batches, with_batch
+from megatron_itt.benchmark.shapes import Shape, choose_models, on_one_rank
 from megatron_itt.benchmark.steps import measure_steps
-from megatron_itt.config.environment import process_info, single_process
-from megatron_itt.config.run import ParallelConfig, PrecisionConfig, RunConfig
-from megatron_itt.log import silence_known_warnings
+from megatron_itt.config.environment import single_process
+from megatron_itt.config.run import RunConfig
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
 # bfloat16 keeps 8 bits: logits differ by percents, and near-ties among router logits select other tokens, which changes
@@ -37,14 +34,15 @@ MAX_GRAPH_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 MAX_LAYOUT_DIFFERENCE = 2e-3
 _NUM_REPLAYS, _GRAPH_WARM_UPS, _NUM_LAYOUT_STEPS = 3, 3, 3
 LAYOUTS = {
-    "DP": ParallelConfig(),
-    "TP": ParallelConfig(tensor=2),
-    "TP+SP": ParallelConfig(tensor=2, sequence=True),
-    "PP": ParallelConfig(pipeline=2),
+    "DP": (),
+    "TP": ("parallel.tensor=2",),
+    "TP+SP": ("parallel.tensor=2", "parallel.sequence=true"),
+    "PP": ("parallel.pipeline=2",),
 }
-_LAYOUT_MODEL = (
+_LAYOUT_RECIPE = (
     *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
-    *("model.num_query_groups=4", "model.vocab_size=256", "model.seq_length=64"),
+    *("model.num_query_groups=4", "model.vocab_size=256", "model.seq_length=64", "batch.global=16", "batch.micro=1"),
+    *("precision.dtype=fp32", "precision.parts=native"),
 )
 
 
@@ -77,81 +75,51 @@ def step_rows(shape: Shape, models: Sequence[str], num_repeats: int, stop_after_
         yield from ({"name": missing, "out_of_memory": reason} for missing, reason in left_out.items())
 
 
-def _first_row(measure: Callable[..., Any], *arguments: Any) -> Row:
-    return measure(*arguments).rows[0]
-
-
 def decode_rows(shape: Shape, batch_sizes: Sequence[int], decoding: Any) -> Iterator[Row]:
     """Measure cached decoding, one batch size at a time."""
     from megatron_itt.benchmark.decode import decode_section
 
     for size in batch_sizes:
-        yield guarded({"batch": size}, partial(_first_row, decode_section, shape, [size], decoding))
+        yield guarded({"batch": size}, lambda size=size: decode_section(shape, [size], decoding).rows[0])
 
 
 def precision_rows(config: RunConfig, device: torch.device) -> Iterator[Row]:
     """Compare bfloat16 with float32 for the same weights and tokens, with both kinds of attention."""
     for attend in ("all", "selected"):
         case = on_one_rank(config, replace(config.thinking, attend=attend))
+        labels = {"backend": config.precision.parts, "attend": attend}
+        yield guarded(labels, partial(_compare_precisions, case, device))
 
-        def measure(case: RunConfig = case) -> Row:
-            def outcome(dtype: torch.dtype) -> PassResults:
-                return _in_one_process(case, device, lambda tokens: training_pass(case, tokens, dtype=dtype)())
 
-            wide, narrow = outcome(torch.float32), outcome(torch.bfloat16)
-            found = {
-                "logits": relative_difference([wide.logits], [narrow.logits]),
-                "gradients": relative_difference(wide.gradients, narrow.gradients),
-                "selected": _unequal_share(wide, narrow),
-            }
-            return {**found, "agrees": all(found[key] <= limit for key, limit in MAX_PRECISION_DIFFERENCE.items())}
+def _compare_precisions(config: RunConfig, device: torch.device) -> Row:
+    def outcome(dtype: torch.dtype) -> PassResults:
+        return _in_one_process(config, device, lambda config, tokens: training_pass(config, tokens, dtype=dtype)())
 
-        yield guarded({"backend": config.precision.parts, "attend": attend}, measure)
+    wide, narrow = outcome(torch.float32), outcome(torch.bfloat16)
+    found = {
+        "logits": relative_difference([wide.logits], [narrow.logits]),
+        "gradients": relative_difference(wide.gradients, narrow.gradients),
+        "selected": _unequal_share(wide, narrow),
+    }
+    return {**found, "agrees": all(found[key] <= limit for key, limit in MAX_PRECISION_DIFFERENCE.items())}
 
 
 def layout_rows(num_ranks: int, device: str) -> Iterator[Row]:
     """Compare the losses of a few steps in every layout of `num_ranks` with those of one rank."""
     expected: list[float] = []
-    for layout, parallel in {"one rank": ParallelConfig(), **LAYOUTS}.items():
+    for layout, parallel in {"one rank": (), **LAYOUTS}.items():
         count = 1 if layout == "one rank" else num_ranks
-        if count % (parallel.tensor * parallel.pipeline):
-            continue
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        done = subprocess.run([*command, "-m", __name__, layout, device], capture_output=True, text=True, check=False)
-        labels = {"layout": layout, "ranks": count}
-        if done.returncode != 0:
-            yield {**labels, "error": " ".join(done.stderr.split())[-300:]}
-            continue
-        losses = json.loads(done.stdout.strip().splitlines()[-1])
-        expected = expected or losses
-        difference = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
-        agrees = difference <= MAX_LAYOUT_DIFFERENCE
-        yield {**labels, "losses": losses, "difference": difference, "allowed": MAX_LAYOUT_DIFFERENCE, "agrees": agrees}
 
+        def measure(count: int = count, parallel: Sequence[str] = parallel) -> Row:
+            overrides = (f"runtime.device={device}", *_LAYOUT_RECIPE, *parallel)
+            steps = {"num_ranks": count, "num_steps": _NUM_LAYOUT_STEPS - 1}
+            losses = measure_layout("debug/itt_tiny", overrides, **steps)["losses"]
+            expected[:] = expected or losses
+            difference = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+            allowed = MAX_LAYOUT_DIFFERENCE
+            return {"losses": losses, "difference": difference, "allowed": allowed, "agrees": difference <= allowed}
 
-def print_losses(layout: str, device: str) -> None:
-    """Train in float32 as one rank of a layout; rank 0 prints the losses as a line of JSON."""
-    silence_known_warnings()
-    from megatron_itt.training.step import train_step
-    from megatron_itt.training.trainer import build_trainer
-
-    shape = load_shape("tiny", [f"runtime.device={device}", *_LAYOUT_MODEL], device=device)
-    config = replace(
-        with_batch(shape.config, global_size=16, micro=1),
-        parallel=LAYOUTS.get(layout, ParallelConfig()),
-        precision=PrecisionConfig(dtype="fp32", parts="native"),
-    )
-    place = start_parallel(config)
-    try:
-        trainer = build_trainer(config, place)
-        replicas, losses = place.data_parallel_size, []
-        for step in range(_NUM_LAYOUT_STEPS):
-            batches = random_batches(config, trainer.num_microbatches * replicas, seed=step)
-            losses.append(train_step(trainer, iter(batches[place.data_parallel_rank :: replicas]), step + 1).loss)
-    finally:
-        stop_parallel()
-    if process_info().rank == 0:
-        print(json.dumps(losses), flush=True)
+        yield guarded({"layout": layout, "ranks": count}, measure)
 
 
 def graph_rows(config: RunConfig, device: torch.device) -> Iterator[Row]:
@@ -163,11 +131,9 @@ def graph_rows(config: RunConfig, device: torch.device) -> Iterator[Row]:
     for attend in ("all", "selected"):
         case = on_one_rank(config, replace(config.thinking, attend=attend, recompute="none"))
         for dtype in MAX_GRAPH_DIFFERENCE:
-
-            def measure(case: RunConfig = case, dtype: torch.dtype = dtype) -> Row:
-                return _in_one_process(case, device, lambda tokens: compare_replays(case, tokens, dtype, capture_graph))
-
-            yield guarded({"attend": attend, "dtype": str(dtype).removeprefix("torch.")}, measure)
+            compare = partial(compare_replays, dtype=dtype, capture=capture_graph)
+            labels = {"attend": attend, "dtype": str(dtype).removeprefix("torch.")}
+            yield guarded(labels, partial(_in_one_process, case, device, compare))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,13 +237,9 @@ def _unequal_share(expected: PassResults, found: PassResults) -> float:
     return float(torch.cat([(a != b).flatten() for a, b in pairs]).float().mean())
 
 
-def _in_one_process(config: RunConfig, device: torch.device, function: Callable[[Tensor], Any]) -> Any:
+def _in_one_process(config: RunConfig, device: torch.device, run: Callable[[RunConfig, Tensor], Any]) -> Any:
     start_parallel(config, process=single_process(device.index or 0))
     try:
-        return function(random_tokens(config, seed=0).to(device))
+        return run(config, random_tokens(config, seed=0).to(device))
     finally:
         stop_parallel()
-
-
-if __name__ == "__main__":
-    print_losses(*sys.argv[1:])

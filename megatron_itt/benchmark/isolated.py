@@ -16,23 +16,20 @@ from typing import Any
 from megatron_itt.benchmark.results import describe_exception
 
 Row = dict[str, Any]
-Setup = tuple[Callable[..., object], tuple[Any, ...]] | None
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 SETUP_LIMIT_S = 90.0  # imports of torch, transformers and megatron-core on a cold disk
 _JOIN_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A picklable function that yields rows, its arguments, and its time limit in seconds.
-
-    `setup` runs once, with its own arguments, in a fresh process.
-    """
+    """A picklable function that yields rows, its arguments, and its time limit. `setup` runs once in a new process."""
 
     name: str
     function: Callable[..., Iterator[Row]]
     arguments: tuple[Any, ...]
     limit_s: float
-    setup: Setup = None
+    setup: Call
 
 
 def run_isolated(
@@ -68,29 +65,32 @@ def run_isolated(
 class _Worker:
     """One process, and this end of the pipe to it."""
 
-    def __init__(self, setup: Setup, limit_s: float) -> None:
+    def __init__(self, setup: Call, limit_s: float) -> None:
         self.setup, self._is_ready, self._limit_s = setup, False, limit_s
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, setup))
+        self._process = context.Process(target=_serve, args=(other,))
         self._process.start()
         other.close()
 
     def run(self, check: Check, deadline: float) -> Iterator[Row]:
         try:
             if not self._is_ready:
-                yield from self._rows(min(deadline, time.monotonic() + self._limit_s), "starting")
+                for row in self._rows(self.setup, min(deadline, time.monotonic() + self._limit_s), "starting"):
+                    yield {"error": f"setup failed: {row['error']}"}
+                    return
                 self._is_ready = True
-            self._connection.send((check.function, check.arguments))
-            yield from self._rows(min(deadline, time.monotonic() + check.limit_s), "running")
+            call = check.function, check.arguments
+            yield from self._rows(call, min(deadline, time.monotonic() + check.limit_s), "running")
         except TimeoutError as error:
             yield {"error": str(error)}
         except (EOFError, OSError):
             self._process.join(_JOIN_S)
             yield {"error": f"the process ended with code {self._process.exitcode}"}
 
-    def _rows(self, until: float, activity: str) -> Iterator[Row]:
-        """Yield rows up to the end mark; TimeoutError when the time is over."""
+    def _rows(self, call: Call, until: float, activity: str) -> Iterator[Row]:
+        """Yield the rows of a call up to the end mark; TimeoutError when the time is over."""
+        self._connection.send(call)
         started = time.monotonic()
         while self._connection.poll(max(0.0, until - time.monotonic())):
             row = self._connection.recv()
@@ -107,23 +107,16 @@ class _Worker:
             self._process.join()
 
 
-def _serve(connection: Connection, setup: Setup) -> None:
-    """Run in the process: answer each request with its rows and an end mark."""
-    try:
-        if setup is not None:
-            setup[0](*setup[1])
-    except Exception as error:
-        connection.send({"error": f"setup failed: {describe_exception(error)}"})
-        return
-    connection.send(None)
+def _serve(connection: Connection) -> None:
+    """Run in the process: answer each call with its rows and an end mark."""
     while True:
         try:
             function, arguments = connection.recv()
         except EOFError:
             return
         try:
-            for row in function(*arguments):
+            for row in function(*arguments) or ():  # a setup has none
                 connection.send(row)
-        except Exception as error:  # becomes the last row of this check
+        except Exception as error:  # becomes the last row
             connection.send({"error": describe_exception(error)})
         connection.send(None)

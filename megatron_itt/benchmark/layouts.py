@@ -1,4 +1,4 @@
-"""Training steps of a layout, timed in a job of its own on this machine; and the rates that layout estimates use."""
+"""Training steps of a layout in a job of its own on this machine; and the rates that layout estimates use."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ def check_ranks(num_ranks: int, *, device: str) -> None:
         )
 
 
-def measure_layout(recipe: str, overrides: Sequence[str], *, num_ranks: int, num_steps: int) -> float:
-    """Return the median seconds of `num_steps` optimizer steps on random tokens, after a first one."""
-    return float(_run_job(num_ranks, recipe, str(num_steps), *overrides)["seconds"])
+def measure_layout(recipe: str, overrides: Sequence[str], *, num_ranks: int, num_steps: int) -> dict[str, Any]:
+    """Run `num_steps` + 1 optimizer steps on random tokens; return their `losses` and the median `seconds`.
+
+    The first step is not timed. ConfigError if the job fails.
+    """
+    return _run_job(num_ranks, recipe, str(num_steps), *overrides)
 
 
 def rates_section(shape: Shape, device: torch.device) -> Section:
@@ -101,21 +104,21 @@ def _run_job(num_ranks: int, *arguments: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def _time_steps(recipe: str, num_steps: int, overrides: Sequence[str]) -> dict[str, Any]:
+def _train(recipe: str, num_steps: int, overrides: Sequence[str]) -> dict[str, Any]:
     from megatron_itt.training.trainer import build_trainer
 
     config = load_config(recipe, overrides, world_size=process_info().world_size)
     place = start_parallel(config)
     try:
         trainer = build_trainer(config, place)
-        seconds = []
+        seconds, losses = [], []
         for turn in range(num_steps + 1):
             started = synchronized_time(place.device)
-            train_on_random_tokens(trainer, turn)
+            losses.append(train_on_random_tokens(trainer, turn))
             seconds.append(synchronized_time(place.device) - started)
     finally:
         stop_parallel()
-    return {"seconds": statistics.median(seconds[1:])}
+    return {"seconds": statistics.median(seconds[1:]), "losses": losses}
 
 
 def _main(recipe: str, *arguments: str) -> None:
@@ -124,7 +127,7 @@ def _main(recipe: str, *arguments: str) -> None:
         speed = measure_links(process_info(), num_bytes=int(arguments[0]))
         found: dict[str, Any] = dict(speed.figures) if not speed.problem else {"problem": speed.problem}
     else:
-        found = _time_steps(recipe, int(arguments[0]), arguments[1:])
+        found = _train(recipe, int(arguments[0]), arguments[1:])
     if process_info().rank == 0:
         print(json.dumps(found), flush=True)
 

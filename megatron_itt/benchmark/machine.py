@@ -13,15 +13,15 @@ from typing import Any
 
 import psutil
 import torch
+from torch.utils.benchmark import Timer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # (rows, inner, columns): squares, and the long and flat products of a layer. The fastest one counts.
-_PRODUCTS = {
+PRODUCTS = {
     "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 2560), (4096, 2048, 4096)),
     "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 8192)),
 }
-WARM_UP_S, MEASURED_S = 0.2, 0.4  # per product
-_MIN_REPEATS = 4
+MEASURED_S = 0.6  # per product
 
 
 def matrix_rates(device: torch.device) -> dict[str, float]:
@@ -34,24 +34,20 @@ def matrix_rates(device: torch.device) -> dict[str, float]:
 
 @cache
 def _measure_rates(device: torch.device, _num_threads: int) -> dict[str, float]:
-    sizes = _PRODUCTS[device.type]
+    sizes = PRODUCTS[device.type]
     return {name: max(product_rate(size, device, dtype) for size in sizes) for name, dtype in DTYPES.items()}
 
 
 def product_rate(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
-    """Return FLOP/s by the fastest quarter of repetitions; random numbers, because zeros are faster on some GPUs."""
+    """Return FLOP/s by the fastest quarter of timings; random numbers, because zeros are faster on some GPUs."""
     rows, inner, columns = sizes
     left = torch.randn(rows, inner, device=device, dtype=dtype)
     right = torch.randn(columns, inner, device=device, dtype=dtype)
     out = torch.empty(rows, columns, device=device, dtype=dtype)
-    seconds: list[float] = []
-    began = synchronized_time(device)
-    while (elapsed := synchronized_time(device) - began) < WARM_UP_S + MEASURED_S or len(seconds) < _MIN_REPEATS:
-        started = synchronized_time(device)
-        torch.mm(left, right.t(), out=out)
-        if elapsed >= WARM_UP_S:
-            seconds.append(synchronized_time(device) - started)
-    return 2.0 * rows * inner * columns / sorted(seconds)[len(seconds) // 4]
+    action = {"product": lambda: torch.mm(left, right.t(), out=out)}
+    timer = Timer("product()", globals=action, num_threads=torch.get_num_threads())
+    seconds = sorted(timer.blocked_autorange(min_run_time=MEASURED_S).times)
+    return 2.0 * rows * inner * columns / seconds[len(seconds) // 4]
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,25 +13,21 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_itt.accounting.memory import FLOAT32, activation_bytes, layer_activations, rank_memory
 from megatron_itt.benchmark.results import Section
 from megatron_itt.benchmark.shapes import BASE, Shape, compared_models, random_batches, with_batch
-from megatron_itt.benchmark.steps import release
+from megatron_itt.benchmark.steps import release, train_on_random_tokens
 from megatron_itt.config.run import RunConfig
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
+from megatron_itt.tables import Columns
 
 _MEBI = 2**20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ActivationMemory:
-    """Bytes for one micro-batch. `kept`: held by autograd between forward and backward, without logits and loss.
-
-    `peak`: maximum of a step of one micro-batch, without weights, gradients and optimizer state.
-    """
-
-    name: str
-    kept: int
-    kept_estimate: float
-    peak: int
-    peak_estimate: float
+COLUMNS: Columns = {
+    "model": "{name}",
+    "kept MiB": lambda row: f"{row['kept'] / _MEBI:.1f}",
+    "kept estimate": lambda row: f"{row['kept_estimate'] / _MEBI:.1f}",
+    "kept/estimate": lambda row: f"{row['kept'] / row['kept_estimate']:.2f}",
+    "peak MiB": lambda row: f"{row['peak'] / _MEBI:.1f}",
+    "peak estimate": lambda row: f"{row['peak_estimate'] / _MEBI:.1f}",
+    "peak/estimate": lambda row: f"{row['peak'] / row['peak_estimate']:.2f}",
+}
 
 
 def memory_section(shape: Shape) -> Section:
@@ -48,29 +43,16 @@ def memory_section(shape: Shape) -> Section:
         },
         "ITT x4, selected": models["ITT x4, selected"],
     }
-    rows = [measure_activations(name, config) for name, config in cases.items()]
-    columns: dict[str, str | Callable[[Any], object]] = {"model": "{name}"}
-    for key in ("kept", "peak"):
-        columns |= {
-            f"{key} MiB": partial(_mebi, key=key),
-            f"{key} estimate": partial(_mebi, key=f"{key}_estimate"),
-            f"{key}/estimate": partial(_ratio, key=key),
-        }
-    title = f"Activations of one micro-batch: {shape.describe()}"
-    return Section(title=title, rows=[asdict(row) for row in rows], columns=columns)
+    rows = [{"name": name, **measure_activations(config)} for name, config in cases.items()]
+    return Section(title=f"Activations of one micro-batch: {shape.describe()}", rows=rows, columns=COLUMNS)
 
 
-def _mebi(row: dict[str, Any], key: str) -> str:
-    return f"{row[key] / _MEBI:.1f}"
+def measure_activations(config: RunConfig) -> dict[str, float]:
+    """Return the bytes of activations for one micro-batch, measured and estimated.
 
-
-def _ratio(row: dict[str, Any], key: str) -> str:
-    return f"{row[key] / row[f'{key}_estimate']:.2f}"
-
-
-def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
-    """Build the model; measure what one pass holds and the peak of a step."""
-    from megatron_itt.training.step import train_step
+    `kept` is what autograd holds between forward and backward, without logits and loss; `peak` the maximum of a step of
+    one micro-batch, without weights, gradients and optimizer state.
+    """
     from megatron_itt.training.trainer import build_trainer
 
     place = start_parallel(config)
@@ -78,10 +60,7 @@ def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
         trainer = build_trainer(config, place)
         batch = {key: value.to(place.device) for key, value in random_batches(config, 1, seed=0)[0].items()}
         kept = measure_kept_bytes(trainer.built.chunks[0], batch["tokens"], batch["position_ids"])
-
-        def step(turn: int) -> None:
-            train_step(trainer, iter(random_batches(config, trainer.num_microbatches, seed=turn)), turn + 1)
-
+        step = partial(train_on_random_tokens, trainer)
         step(0)  # the optimizer's state appears with the first step
         gc.collect()
         if place.device.type == "cuda":
@@ -97,14 +76,13 @@ def measure_activations(name: str, config: RunConfig) -> ActivationMemory:
     layers = config.thinking.layer_indices(config.model.num_layers)
     rows = config.batch.micro * config.model.seq_length
     final_norm = rows * config.model.hidden_size * (FLOAT32 + 2 * activation_bytes(config))
-    return ActivationMemory(
-        name=name,
-        kept=kept,
-        kept_estimate=final_norm
-        + sum(layer_activations(config, thinks=layer_idx in layers) for layer_idx in range(config.model.num_layers)),
-        peak=peak,
-        peak_estimate=rank_memory(config, 1, on_cpu=place.device.type == "cpu")[0].activations,
-    )
+    kept_in = [layer_activations(config, thinks=layer in layers) for layer in range(config.model.num_layers)]
+    return {
+        "kept": kept,
+        "kept_estimate": final_norm + sum(kept_in),
+        "peak": peak,
+        "peak_estimate": rank_memory(config, 1, on_cpu=place.device.type == "cpu")[0].activations,
+    }
 
 
 def measure_kept_bytes(chunk: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,30 +47,23 @@ class Outcome:
         return {"seconds": self.seconds, "title": section.title, "rows": section.rows, "notes": list(section.notes)}
 
 
-def run_sections(
-    actions: Mapping[str, Callable[[], Section]], *, report: Callable[[Outcome], None] = lambda _: None
-) -> list[Outcome]:
+def run_sections(actions: Mapping[str, Callable[[], Section]]) -> Iterator[Outcome]:
     """Run all actions in order; an exception becomes the outcome of its section, and the next one runs."""
-    outcomes = []
     for name, action in actions.items():
         started, found = time.perf_counter(), dict[str, Any]()
         try:
             found["section"] = action()
         except Exception as problem:  # one part's fault must not lose the others' figures
             found["error"] = describe_exception(problem)
-        outcomes.append(Outcome(name=name, seconds=time.perf_counter() - started, **found))
-        report(outcomes[-1])
-    return outcomes
+        yield Outcome(name=name, seconds=time.perf_counter() - started, **found)
 
 
 def describe_exception(problem: BaseException) -> str:
     """Format an exception on one line: our own by message, others by type, first line and innermost source line."""
     if isinstance(problem, IttError):
         return str(problem)
-    place, trace = "", problem.__traceback__
-    while trace is not None:
-        place = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})"
-        trace = trace.tb_next
+    frames = traceback.extract_tb(problem.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     lines = str(problem).strip().splitlines()
     return f"{type(problem).__name__}: {lines[0] if lines else ''}{place}"
 

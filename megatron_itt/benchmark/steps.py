@@ -148,11 +148,13 @@ def _build_group(models: Mapping[str, RunConfig], place: Any, left_out: dict[str
     return trainers
 
 
-def train_on_random_tokens(trainer: Any, turn: int) -> None:
-    """Run one optimizer step."""
+def train_on_random_tokens(trainer: Any, turn: int) -> float:
+    """Run one optimizer step and return its loss; the batch of a turn is the same in every layout."""
     from megatron_itt.training.step import train_step
 
-    train_step(trainer, iter(random_batches(trainer.config, trainer.num_microbatches, seed=turn)), turn + 1)
+    replicas, rank = trainer.place.data_parallel_size, trainer.place.data_parallel_rank
+    batches = random_batches(trainer.config, trainer.num_microbatches * replicas, seed=turn)
+    return train_step(trainer, iter(batches[rank::replicas]), turn + 1).loss
 
 
 def _watched_step(trainer: Any, name: str, peaks: dict[str, int], turn: int) -> None:

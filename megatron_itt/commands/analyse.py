@@ -44,7 +44,6 @@ class _Measuring:
     overwrite: Flag = False  # replace existing files
 
     def execute(self) -> int:
-        """Measure, write the file, print its notes, and draw it with --plot."""
         configure_logging()
         # After parsing: --help must not wait for torch or matplotlib.
         from megatron_itt.analysis.measurement import check_new, write_measurement
@@ -254,7 +253,6 @@ class Causality(CausalitySettings):
     overwrite: Flag = False  # replace an existing output
 
     def execute(self) -> int:
-        """Measure, write the report and print it."""
         from megatron_itt.evaluation.causality import report_causality
         from megatron_itt.evaluation.exported_model import load_export
         from megatron_itt.evaluation.heldout import parse_domains, prepare_heldout
@@ -276,7 +274,6 @@ class Plot:
     overwrite: Flag = False  # replace existing figures
 
     def execute(self) -> int:
-        """Draw every file and print where the figures are."""
         if self.output is not None and len(self.measurements) > 1:
             raise DataError(
                 f"--output names one figure but there are {len(self.measurements)} measurements; use --format"

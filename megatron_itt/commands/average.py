@@ -22,7 +22,6 @@ class Average:
     steps: Numbers = ()  # or which ones
 
     def execute(self) -> int:
-        """Average and print where the checkpoint is."""
         print(f"checkpoint: {api.average_checkpoints(self.run, self.output, last=self.last, steps=self.steps)}")
         return 0
 

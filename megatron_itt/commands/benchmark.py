@@ -61,7 +61,6 @@ class Parts:
     name: str = "benchmark"  # of the result files
 
     def execute(self) -> int:
-        """Measure, print each part as it ends, write JSON and Markdown."""
         unknown = [part for part in self.parts if part not in ALL_PARTS]
         if unknown or not self.parts:
             name = unknown[0] if unknown else ""
@@ -85,10 +84,10 @@ class Parts:
         from megatron_itt.benchmark.results import run_sections, write_results
 
         facts = {**machine_facts(device), "command": command_line()}
-        outcomes = run_sections(
-            self._sections(shape, device, variants),
-            report=lambda outcome: print(outcome.as_markdown(), end="\n\n", flush=True),
-        )
+        outcomes = []
+        for outcome in run_sections(self._sections(shape, device, variants)):
+            print(outcome.as_markdown(), end="\n\n", flush=True)
+            outcomes.append(outcome)
         write_results(outcomes, facts=facts, folder=self.output, name=self.name)
         print(f"written to {self.output}")
         return 1 if any(outcome.section is None for outcome in outcomes) else 0
@@ -129,7 +128,6 @@ class GpuCheck(CheckRequest):
     command: Suppress[str] = ""
 
     def execute(self) -> int:
-        """Run the checks, print each row, write JSON lines and Markdown."""
         require_packages()
         return run_check(replace(self, command=command_line()))
 

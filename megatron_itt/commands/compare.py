@@ -25,7 +25,6 @@ class Compare:
     json: Flag = False  # print JSON
 
     def execute(self) -> int:
-        """Print the comparison."""
         found = compare_runs(self.first, self.second)
         print(json.dumps(found, indent=2) if self.json else format_comparison(found))
         return 0

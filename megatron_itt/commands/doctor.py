@@ -28,7 +28,6 @@ class Doctor:
     speed: Flag = False  # measure GPUs, and the links between the ranks of this job
 
     def execute(self) -> int:
-        """Print the state of the machine."""
         recipe = load_config(self.recipe) if self.recipe else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # megatron-core warns about the same packages

@@ -39,7 +39,6 @@ class RedPajama(DownloadOptions):
     show_progress: Suppress[bool] = True
 
     def execute(self) -> int:
-        """Show the plan, download."""
         configure_logging()
         if self.workers < 1 or self.attempts < 1:
             raise ConfigError("--workers and --attempts must be at least 1")
@@ -73,7 +72,6 @@ class Sample:
     min_bytes: int = 8_000_000  # least size of the text
 
     def execute(self) -> int:
-        """Build the corpus, print its size."""
         for name, counts in build_sample_corpus(self.output, min_bytes=self.min_bytes).items():
             print(f"{name}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {counts['shards']} shards")
         print(f"corpus: {self.output}")

@@ -34,7 +34,6 @@ class Evaluate(EvaluationOptions):
     text_key: str = "text"  # key of the text in the held-out documents
 
     def execute(self) -> int:
-        """Evaluate, and print where the table is."""
         configure_logging()
         # After parsing: --help must not wait for torch and lm-eval.
         from megatron_itt.evaluation.harness import choose_tasks, evaluate_export

@@ -29,7 +29,6 @@ class Export(ExportOptions):
     max_shard_bytes: Suppress[int] = ExportOptions.max_shard_bytes
 
     def execute(self) -> int:
-        """Export and upload, and print where the folder is."""
         options = asdict(self) | {"with_tokenizer": not self.no_tokenizer}
         name, public = options.pop("push_to_hub"), options.pop("public")
         del options["no_tokenizer"]

@@ -18,7 +18,6 @@ class Generate(GenerationOptions):
     budget: Fractions = None
 
     def execute(self) -> int:
-        """Generate and print the continuation."""
         from megatron_itt.hf.generation import generate_text
 
         generated = generate_text(self.model, self.prompt, self)

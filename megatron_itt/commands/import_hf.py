@@ -26,7 +26,6 @@ class Import(ImportOptions):
     overrides: Overrides = ()
 
     def execute(self) -> int:
-        """Import and print where the checkpoint is."""
         report = api.import_hf(**asdict(self))
         if report.fresh:
             shown = ", ".join(report.fresh[:NAMES]) + (", ..." if len(report.fresh) > NAMES else "")

@@ -74,7 +74,6 @@ class Check(_Job):
     """Raise an error if the run folder, the weights, the tokenizer or the data would refuse the job."""
 
     def execute(self) -> int:
-        """Check; print nothing."""
         config = self._load()
         refused = self._refusals(config) + find_input_refusals(config)
         if refused:
@@ -87,7 +86,6 @@ class RunDir(_Job):
     """Check recipe and layout, print the run folder, and `finished` if it is; writes nothing."""
 
     def execute(self) -> int:
-        """Print them."""
         config = self._load()
         check_snapshot(config, allow_changed=self.allow_changed)
         print(config.logging.run_dir)
@@ -101,7 +99,6 @@ class Prepare(_Job):
     """Snapshot code and recipe at the first start, print the snapshot's folder. Only for the run folder's owner."""
 
     def execute(self) -> int:
-        """Print it."""
         config = self._load()
         snapshot = use_snapshot(config, allow_changed=self.allow_changed)
         reopen_if_longer(config)
@@ -114,7 +111,6 @@ class Minimum(_Job):
     """Print the fewest processes that the layout needs."""
 
     def execute(self) -> int:
-        """Print it."""
         config = self._load(fits=False)
         print(config.parallel.tensor * config.parallel.pipeline)
         return 0

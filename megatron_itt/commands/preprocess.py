@@ -40,7 +40,6 @@ class Preprocess(PreprocessOptions):
     show_progress: Suppress[bool] = True
 
     def execute(self) -> int:
-        """Write the dataset or a part of it, print its counts."""
         configure_logging()
         if self.merge and self.part is not None:
             raise ConfigError("--part and --merge exclude each other; give one of them")

@@ -13,7 +13,6 @@ EXAMPLES = "  itt quickstart          # or make quickstart, which sets up .venv 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
     def execute(self) -> int:
-        """Run the unfinished stages and print where the report page is."""
         started = time.monotonic()
         code = run_stages(stages())
         if code == 0:

@@ -76,7 +76,6 @@ class Check(_OfLayout):
     megatron-core are installed)"""
 
     def execute(self) -> int:
-        """Print the report."""
         return self._print(self._report(self._load()), report.format_check)
 
     def _report(self, config: RunConfig) -> dict[str, Any]:
@@ -108,7 +107,6 @@ class Layout(_Printed):
     output: Path | None = None  # JSON file for the result
 
     def execute(self) -> int:
-        """Search, measure if asked to, print."""
         gpu = GPUS[self.gpu] if self.calibrate is None else calibrated(GPUS[self.gpu], self.calibrate)
         machine = Machine(num_nodes=self.nodes, gpus_per_node=self.gpus_per_node, gpu=gpu)
         config = load_config(self.recipe, self.overrides)
@@ -126,7 +124,8 @@ class Layout(_Printed):
         check_ranks(num_ranks, device=device)
         for row in layouts:
             overrides = (*self.overrides, *row["overrides"].split())
-            row["measured_s"] = measure_layout(self.recipe, overrides, num_ranks=num_ranks, num_steps=self.measure or 1)
+            measured = measure_layout(self.recipe, overrides, num_ranks=num_ranks, num_steps=self.measure or 1)
+            row["measured_s"] = measured["seconds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +136,6 @@ class Keys:
     json: Flag = False  # print JSON
 
     def execute(self) -> int:
-        """Print them."""
         found = [key for key in describe_keys() if self.pattern.lower() in f"{key['key']} {key['meaning']}".lower()]
         if not found:
             raise ConfigError(f"no key or description contains {self.pattern!r}; itt recipe keys lists all")
@@ -152,7 +150,6 @@ class Flops(_Printed):
     """Parameters and FLOPs of one sequence, as computed and as the paper counts them."""
 
     def execute(self) -> int:
-        """Print both."""
         return self._print(report.flops_report(load_config(self.recipe, self.overrides)), report.format_flops)
 
 
@@ -161,7 +158,6 @@ class Memory(_OfLayout):
     """Bytes per rank for each pipeline stage."""
 
     def execute(self) -> int:
-        """Print the table."""
         return self._print(report.memory_report(self._load(), self.world_size), report.format_memory)
 
 
@@ -200,7 +196,6 @@ class Preprocess(_OfRecipe):
     workers: OptionalCount = None  # processes (default: one per core)
 
     def execute(self) -> int:
-        """Write what is missing, print the table."""
         configure_logging()
         from megatron_itt.data.batches.blend import resolve_blend
         from megatron_itt.data.text.preprocess import PreprocessOptions, preprocess
@@ -243,7 +238,6 @@ class Index(_OfRecipe):
     """
 
     def execute(self) -> int:
-        """Build or check the index, print the blend and the folder of the index."""
         import_megatron_core()
         configure_logging()
         from megatron_itt.data.text.tokenizer import recipe_tokenizer
@@ -267,7 +261,6 @@ class Heldout(_OfRecipe):
     output: Path  # folder for DOMAIN.jsonl.zst
 
     def execute(self) -> int:
-        """Write one file per domain, print where."""
         from megatron_itt.data.batches.blend import write_heldout_text
 
         for domain, path in write_heldout_text(load_config(self.recipe, self.overrides), self.output).items():
@@ -289,7 +282,6 @@ class Plan(_OfRecipe):
     runs: str = "itt-runs"  # volume that tasks see as runs/
 
     def execute(self) -> int:
-        """Print the plan or the file."""
         from megatron_itt.launch.plan import JobShape, format_plan, plan_job
         from megatron_itt.launch.task_files import FORMATS, TaskOptions, load_for_tasks
 

@@ -31,7 +31,6 @@ class Report:
     interval_s: float = 30.0  # of --watch
 
     def execute(self) -> int:
-        """Write the page, and print where it is."""
         if not self.run:
             raise ConfigError("no run is given; name a run folder with --run")
         if self.watch and (self.export is not None or self.text is not None):

@@ -23,7 +23,6 @@ class TrainTokenizer:
     quiet: Flag = False  # no progress bar
 
     def execute(self) -> int:
-        """Train, print the result."""
         configure_logging()
         texts = sample_texts(self.input, text_key=self.text_key, max_bytes=self.max_bytes)
         tokenizer = train_tokenizer(texts, self.output, vocab_size=self.vocab_size, show_progress=not self.quiet)

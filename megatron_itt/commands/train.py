@@ -42,7 +42,6 @@ class Train:
     allow_changed: Repeated = ()  # data, a key of data, or schedule.steps, which may differ from the checkpoint's
 
     def execute(self) -> int:
-        """Train in this process of the job, or run --check or --print-config."""
         silence_known_warnings()
         end_with_torchrun()
         if self.print_config:

@@ -25,7 +25,6 @@ class Data:
     show: int = 0  # print the beginning of so many documents
 
     def execute(self) -> int:
-        """Verify, print what the datasets hold."""
         from megatron_itt.data.text.tokenizer import load_tokenizer
         from megatron_itt.data.text.verify import decode_samples, verify_indexed_dataset
 
@@ -47,7 +46,6 @@ class Checkpoint:
     """checkpoints, or run folders for their newest ones"""
 
     def execute(self) -> int:
-        """Read the files, print which checkpoints are intact."""
         from megatron_itt.checkpoint.integrity import find_damage, read_hashes
         from megatron_itt.checkpoint.store import resolve_checkpoint
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +24,7 @@ from megatron_itt.analysis.budgets import (
 from megatron_itt.errors import DataError
 from megatron_itt.evaluation.exported_model import ExportedModel, load_export
 from megatron_itt.evaluation.perplexity import measure_perplexity
+from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
 from tests.unit.evaluation.exports import TRAINED_BUDGET, standard_library_texts
 
 
@@ -51,6 +54,8 @@ def test_the_shape_of_an_export_is_costed_like_its_recipe(itt: ExportedModel, ll
     assert flops_of(itt, None)["flops"] == forward_flops(model, thinking).total
     assert flops_of(itt, (0.0, 0.0))["flops"] < flops_of(itt, None)["flops"]
     assert name_of(load_export(llama_dir)) == "LLaMA"
+    wide = ITTConfig(**{**itt.model.config.to_dict(), "head_dim": 2 * model.head_size})
+    assert shape_of(replace(itt, model=SimpleNamespace(config=wide)))[0].head_size == 2 * model.head_size
 
 
 def test_three_routed_steps_are_measured_at_the_budgets_of_table_2(itt: ExportedModel) -> None:

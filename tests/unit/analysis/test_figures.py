@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_itt.analysis import router_figures
-from megatron_itt.analysis.figures import DRAW, draw_measurement, moving_mean, scaled_flops
+from megatron_itt.analysis.figures import DRAW, draw_measurement, moving_mean
 from megatron_itt.analysis.measurement import Measurement, read_measurement, write_measurement
 from megatron_itt.cli import run
 from megatron_itt.errors import DataError
@@ -80,6 +80,8 @@ def test_every_command_measures_draws_and_says_what_it_left_out(
     assert run(["analyse", "plot", str(tmp_path / "curves.json"), str(tmp_path / "steps.json"), "--format", "svg"]) == 0
     for name in ("curves", "steps"):
         assert ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert "training tokens" in drawn and ">20 k<" in drawn
 
 
 def test_equal_measurements_give_equal_svg_files(itt_dir: Path, tmp_path: Path) -> None:
@@ -154,7 +156,5 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "t.txt"]
 
 
-def test_flops_get_a_readable_unit_and_means_reach_back() -> None:
-    assert scaled_flops([3e9, 5e12]) == (1e12, "TFLOPs")
-    assert scaled_flops([]) == (1.0, "FLOPs")
+def test_means_reach_back() -> None:
     assert moving_mean([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]

@@ -1,11 +1,16 @@
-"""The page in a real headless browser: it runs without an error, colours the tokens, and its controls work."""
+"""The page in a real headless browser: it runs without an error, colours the tokens, and its controls work.
+
+One browser loads all pages in frames, for starting one takes seconds.
+"""
 
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,8 +26,46 @@ TEXT = "def mean(values):\n    return sum(values) / len(values)\n\n\n<b>bold</b>
 SWITCHES = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--virtual-time-budget=4000", "--enable-logging=stderr", "--v=0"),
+    *("--virtual-time-budget=4000", "--enable-logging=stderr", "--v=0", "--allow-file-access-from-files"),
 ]
+ADDRESSES = {  # frames of the report, by what follows its address
+    "plain": "",
+    "layer": "#layer=1&budget=0.25,0.25",
+    "other layer": "#layer=3&budget=1,1",
+    "all layers": "#layer=all&budget=0.25,0.25",
+    "token": "#token=3",
+    "unknown": "#layer=99&budget=x&token=abc",
+}
+POINT_AND_CHOOSE = (
+    "<script>addEventListener('load', () => {"
+    " const menu = document.getElementById('step'); menu.value = '2'; menu.dispatchEvent(new Event('change'));"
+    " const token = document.querySelectorAll('#tokens .t')[5];"
+    " token.dispatchEvent(new PointerEvent('pointerover', {bubbles: true, pointerType: 'mouse'})); });</script>"
+)
+CHANGE_THE_CHART = (
+    "<script>addEventListener('load', () => {"
+    " const change = (node) => node.dispatchEvent(new Event('change'));"
+    " const menu = document.getElementById('axis'); menu.value = 'step'; change(menu);"
+    " const toggle = document.querySelector('[data-toggles=\"1\"]'); toggle.checked = false; change(toggle);"
+    " const frame = document.querySelector('[data-axis=\"step\"] svg').getBoundingClientRect();"
+    " document.getElementById('losses').dispatchEvent(new PointerEvent('pointermove', {clientX: frame.right})); });"
+    "</script>"
+)
+COLLECT = (
+    "<script>addEventListener('load', () => {"
+    " const pages = Array.from(frames).map((frame) => frame.document.documentElement);"
+    " const found = pages.map((page) => [page.outerHTML, page.scrollWidth, page.clientWidth]);"
+    " document.body.textContent = JSON.stringify(found); });</script>"
+)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page after its scripts ran, in a frame of a width (a headless window cannot be narrower than 500 pixels)."""
+
+    document: str
+    needed_width: int
+    width: int
 
 
 @pytest.fixture(scope="module")
@@ -31,57 +74,70 @@ def report(tmp_path_factory: pytest.TempPathFactory, run_dir: Path, itt_dir: Pat
     return path, write_report(run_dir, output_html=path, export_dir=itt_dir, text=TEXT)
 
 
-def _browse(page: str, profile: Path, *arguments: str) -> tuple[str, str]:
-    """Load a page; returns the document after its script ran, and the console messages."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, *SWITCHES, f"--user-data-dir={profile}", *arguments, page]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture(scope="module")
+def pages(report: tuple[Path, ReportData]) -> dict[str, Page]:
+    """Every page of the tests, by name. None of them writes a message to the console."""
+    path, _ = report
+    folder = path.parent
+    (folder / "run").mkdir()
+    compared = [write_run(folder / name, recipe=real_recipe(name)) for name in ("itt", "none")]
+    texts = {
+        "acting": path.read_text(encoding="utf-8").replace("</body>", f"{POINT_AND_CHOOSE}</body>"),
+        "empty": render_report(measure(folder / "run")),
+        "compared": render_report(measure(*compared)).replace("</body>", f"{CHANGE_THE_CHART}</body>"),
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.html").write_text(text, encoding="utf-8")
+    addresses = {name: path.name + fragment for name, fragment in ADDRESSES.items()}
+    addresses |= {**{name: f"{name}.html" for name in texts}, "narrow": path.name}
+    frames = "<!DOCTYPE html>"
+    for name, address in addresses.items():
+        style = f"width:{420 if name == 'narrow' else 1280}px;height:900px;border:0"
+        frames += f'<iframe src="{html.escape(address)}" style="{style}"></iframe>'
+    (folder / "frames.html").write_text(frames + COLLECT, encoding="utf-8")
+    command = [str(CHROMIUM), *SWITCHES, f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+    done = subprocess.run(
+        [*command, (folder / "frames.html").as_uri()], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return done.stdout, console
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    found = json.loads(html.unescape(re.findall(r"<body>(.*)</body>", done.stdout, re.DOTALL)[0]))
+    return {name: Page(*values) for name, values in zip(addresses, found, strict=True)}
 
 
-def _steps(document: str) -> list[int]:
-    return [int(steps) for steps in re.findall(r'<span class="t[^"]*" data-steps="(\d+)"', document)]
+def _steps(page: Page) -> list[int]:
+    return [int(steps) for steps in re.findall(r'<span class="t[^"]*" data-steps="(\d+)"', page.document)]
 
 
-def _trace(data: ReportData, budget: tuple[float, ...]) -> RoutingTrace:
-    assert data.passage is not None
-    return next(trace for trace in data.passage.traces if trace.budget == budget)
+def _trace(report: tuple[Path, ReportData], budget: tuple[float, ...] = (0.5, 0.25)) -> RoutingTrace:
+    passage = report[1].passage
+    assert passage is not None
+    return next(trace for trace in passage.traces if trace.budget == budget)
 
 
-def test_the_page_runs_without_a_console_message_and_colours_the_tokens(
-    report: tuple[Path, ReportData], tmp_path: Path
-) -> None:
-    path, data = report
-    document, console = _browse(path.as_uri(), tmp_path, "--dump-dom")
-    assert console == ""
-    expected = _trace(data, (0.5, 0.25)).steps_per_token()
-    assert _steps(document) == expected
+def test_the_page_colours_the_tokens(report: tuple[Path, ReportData], pages: dict[str, Page]) -> None:
+    expected = _trace(report).steps_per_token()
+    assert _steps(pages["plain"]) == expected
     assert sum(steps > 0 for steps in expected) > 0
+    document = pages["plain"].document
     levels = [float(level) for level in re.findall(r'data-steps="\d+" style="--level: ?([\d.]+);?">', document)]
     assert levels == pytest.approx([steps / 4 for steps in expected], abs=1e-3)
     assert "extra thinking steps" in document
 
 
 @pytest.mark.parametrize(
-    ("layer", "place", "budget"), [("1", 0, (0.25, 0.25)), ("3", 1, (1.0, 1.0)), ("all", None, (0.25, 0.25))]
+    ("name", "place", "budget"),
+    [("layer", 0, (0.25, 0.25)), ("other layer", 1, (1.0, 1.0)), ("all layers", None, (0.25, 0.25))],
 )
 def test_the_address_chooses_layer_and_budget(
-    report: tuple[Path, ReportData], tmp_path: Path, layer: str, place: int | None, budget: tuple[float, ...]
+    report: tuple[Path, ReportData], pages: dict[str, Page], name: str, place: int | None, budget: tuple[float, ...]
 ) -> None:
-    path, data = report
-    address = f"{path.as_uri()}#layer={layer}&budget={budget[0]:g},{budget[1]:g}"
-    document, console = _browse(address, tmp_path, "--dump-dom")
-    assert console == ""
-    assert _steps(document) == _trace(data, budget).steps_per_token(place)
+    assert _steps(pages[name]) == _trace(report, budget).steps_per_token(place)
 
 
-def test_a_token_shows_its_steps_and_scores(report: tuple[Path, ReportData], tmp_path: Path) -> None:
-    path, data = report
-    document, _ = _browse(f"{path.as_uri()}#token=3", tmp_path, "--dump-dom")
-    tip = re.findall(r'<div id="tip"[^>]*>(.*?)</table>', document, re.DOTALL)[0]
-    trace = _trace(data, (0.5, 0.25))
+def test_a_token_shows_its_steps_and_scores(report: tuple[Path, ReportData], pages: dict[str, Page]) -> None:
+    tip = re.findall(r'<div id="tip"[^>]*>(.*?)</table>', pages["token"].document, re.DOTALL)[0]
+    trace = _trace(report)
     cells = re.findall(r'<td class="(yes|no)">(.) ([\d.]+)</td>', html.unescape(tip))
     expected = [
         ("yes" if step[3] else "no", score[3])
@@ -93,75 +149,32 @@ def test_a_token_shows_its_steps_and_scores(report: tuple[Path, ReportData], tmp
     ]
 
 
-def test_pointing_and_choosing_from_the_menus_work(report: tuple[Path, ReportData], tmp_path: Path) -> None:
-    path, data = report
-    acts = (
-        "<script>addEventListener('load', () => {"
-        " const menu = document.getElementById('step'); menu.value = '2'; menu.dispatchEvent(new Event('change'));"
-        " const token = document.querySelectorAll('#tokens .t')[5];"
-        " token.dispatchEvent(new PointerEvent('pointerover', {bubbles: true, pointerType: 'mouse'})); });</script>"
-    )
-    page = path.with_name("acting.html")
-    page.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{acts}</body>"), encoding="utf-8")
-    document, console = _browse(page.as_uri(), tmp_path, "--dump-dom")
-    assert console == ""
-    trace = _trace(data, (0.5, 0.25))
+def test_pointing_and_choosing_from_the_menus_work(report: tuple[Path, ReportData], pages: dict[str, Page]) -> None:
+    trace = _trace(report)
     expected = [sum(layer[1][idx] for layer in trace.selected) for idx in range(len(trace.selected[0][1]))]
-    assert _steps(document) == expected
-    tip = re.findall(r'<div id="tip" role="tooltip"([^>]*)>.*?: (\d+) extra steps, ([^<]*)<', document, re.DOTALL)[0]
+    assert _steps(pages["acting"]) == expected
+    pattern = r'<div id="tip" role="tooltip"([^>]*)>.*?: (\d+) extra steps, ([^<]*)<'
+    tip = re.findall(pattern, pages["acting"].document, re.DOTALL)[0]
     assert "hidden" not in tip[0]
     assert (int(tip[1]), tip[2]) == (expected[5], "all thinking layers, step 2")
 
 
-def test_unknown_addresses_are_ignored(report: tuple[Path, ReportData], tmp_path: Path) -> None:
-    path, data = report
-    document, console = _browse(f"{path.as_uri()}#layer=99&budget=x&token=abc", tmp_path, "--dump-dom")
-    assert console == ""
-    assert _steps(document) == _trace(data, (0.5, 0.25)).steps_per_token()
+def test_unknown_addresses_are_ignored(report: tuple[Path, ReportData], pages: dict[str, Page]) -> None:
+    assert _steps(pages["unknown"]) == _trace(report).steps_per_token()
 
 
-def test_a_page_of_an_empty_run_runs_too(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    page = tmp_path / "empty.html"
-    page.write_text(render_report(measure(tmp_path / "run")), encoding="utf-8")
-    document, console = _browse(page.as_uri(), tmp_path / "profile", "--dump-dom")
-    assert console == ""
-    assert "The data is incomplete" in document
+def test_a_page_of_an_empty_run_runs_too(pages: dict[str, Page]) -> None:
+    assert "The data is incomplete" in pages["empty"].document
 
 
-@pytest.mark.parametrize("width", [1280, 420])
-def test_nothing_is_wider_than_the_window(report: tuple[Path, ReportData], tmp_path: Path, width: int) -> None:
-    """The page in a frame of the width (a headless window cannot be narrower than 500 pixels)."""
-    path, _ = report
-    script = (
-        "<script>onload = () => { const page = f.contentDocument.documentElement;"
-        " document.title = page.scrollWidth + ' ' + page.clientWidth; }</script>"
-    )
-    frame = path.with_name(f"frame_{width}.html")
-    frame.write_text(
-        f'<iframe id="f" src="{path.name}" style="width:{width}px;height:900px;border:0"></iframe>{script}'
-    )
-    document, _ = _browse(frame.as_uri(), tmp_path, "--dump-dom", "--allow-file-access-from-files")
-    needed, available = map(int, re.findall(r"<title>(\d+) (\d+)</title>", document)[0])
-    assert available > width - 40
-    assert needed <= available
+@pytest.mark.parametrize(("name", "width"), [("plain", 1280), ("narrow", 420)])
+def test_nothing_is_wider_than_the_window(pages: dict[str, Page], name: str, width: int) -> None:
+    assert pages[name].width > width - 40
+    assert pages[name].needed_width <= pages[name].width
 
 
-def test_the_loss_chart_changes_its_axis_leaves_out_a_run_and_reads_values(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, recipe=real_recipe(name)) for name in ("itt", "none")]
-    acts = (
-        "<script>addEventListener('load', () => {"
-        " const change = (node) => node.dispatchEvent(new Event('change'));"
-        " const menu = document.getElementById('axis'); menu.value = 'step'; change(menu);"
-        " const toggle = document.querySelector('[data-toggles=\"1\"]'); toggle.checked = false; change(toggle);"
-        " const frame = document.querySelector('[data-axis=\"step\"] svg').getBoundingClientRect();"
-        " document.getElementById('losses').dispatchEvent(new PointerEvent('pointermove', {clientX: frame.right})); });"
-        "</script>"
-    )
-    page = tmp_path / "compared.html"
-    page.write_text(render_report(measure(*runs)).replace("</body>", f"{acts}</body>"), encoding="utf-8")
-    document, console = _browse(page.as_uri(), tmp_path / "profile", "--dump-dom")
-    assert console == ""
+def test_the_loss_chart_changes_its_axis_leaves_out_a_run_and_reads_values(pages: dict[str, Page]) -> None:
+    document = pages["compared"].document
     assert re.findall(r'data-axis="(\w+)" hidden', document) == ["tokens", "flops"]
     assert set(re.findall(r'data-run="1" style="display: (\w+)', document)) == {"none"}
     last = f"{6.0 * 0.95**20:.4f}"

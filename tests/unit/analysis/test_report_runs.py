@@ -17,7 +17,8 @@ from tests.unit.analysis.runs import real_recipe, routing_line, run_lines, train
 
 
 def _lines(scale: float) -> list[dict[str, Any]]:
-    timed = [routing_line(step) | {"step_time_s": 1800.0, "loss": scale * 0.9**step} for step in range(1, 21)]
+    times = {"step_time_s": 1800.0, "data_wait_s": 0.5}
+    timed = [routing_line(step) | times | {"loss": scale * 0.9**step} for step in range(1, 21)]
     return [validation_line(0), *timed, validation_line(20)]
 
 
@@ -47,7 +48,10 @@ def test_runs_are_drawn_against_tokens_flops_hours_and_steps(runs: list[Path], t
     assert set(re.findall(r'data-run="(\d)"', page)) == {"0", "1"}
     for cell in ("<td>itt</td>", "37.5%", "50.0", "60.0", "2 runs on the same text"):
         assert cell in page
-    assert "Selected tokens per routed step" in page
+    speed = "Tokens per second", "Seconds per step", "Seconds per step that wait for data"
+    for chart in (*speed, "Selected tokens per routed step"):
+        (drawn,) = re.findall(f'<svg role="img" aria-label="{chart}".*?</svg>', page, re.DOTALL)
+        assert {'data-run="0"', 'data-run="1"'} <= set(re.findall(r'data-run="\d"', drawn))
 
 
 def test_runs_on_different_text_are_refused(runs: list[Path], tmp_path: Path) -> None:

@@ -55,15 +55,16 @@ def test_parts_are_written_as_json_and_markdown_and_a_failed_one_loses_no_other(
 ) -> None:
     settings = ["--device", "cpu", "--repeats", "1", "--batches", "0", "--output", str(tmp_path), "--name", "x"]
     sizes = ["model.hidden_size=48", "model.ffn_hidden_size=64", "model.num_layers=2", "model.seq_length=64"]
-    code = main(["benchmark", "--parts", "memory,decode", *settings, *sizes, "model.vocab_size=128", "batch.micro=2"])
+    sizes += ["model.vocab_size=128", "batch.micro=1", "batch.global=1"]
+    code = main(["benchmark", "--parts", "steps,decode", "--models", "LLaMA", *settings, *sizes])
     assert code == 1  # of decode
     content = json.loads((tmp_path / "x.json").read_text())
     assert content["command"].startswith("itt benchmark") and content["rates"]["bf16"] > 0
     assert "--batches 0: give sizes of at least 1" in content["sections"]["decode"]["error"]
-    assert content["sections"]["memory"]["rows"]
+    assert [row["name"] for row in content["sections"]["steps"]["rows"]] == ["LLaMA"]
     page = (tmp_path / "x.md").read_text()
-    assert "Activations of one micro-batch" in page and "FAILED after" in page
-    assert "Activations of one micro-batch" in capsys.readouterr().out
+    assert "## Training step" in page and "FAILED after" in page
+    assert "## Training step" in capsys.readouterr().out
 
 
 def test_activation_memory_is_measured_beside_its_estimate() -> None:

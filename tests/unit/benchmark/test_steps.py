@@ -22,17 +22,11 @@ from megatron_itt.tables import table_of
 from tests.helpers.one_rank import tiny_recipe
 
 MUON = "optimizer.kind=muon optimizer.weight_decay=0.1"
-
-
-@pytest.fixture(autouse=True)
-def _quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ceiling has its own test."""
-    monkeypatch.setattr("megatron_itt.benchmark.machine.WARM_UP_S", 0.0)
-    monkeypatch.setattr("megatron_itt.benchmark.machine.MEASURED_S", 0.01)
+SHAPE = {"model": {"num_layers": 2}, "batch": {"global": 1, "micro": 1}}
 
 
 def test_all_models_are_timed_in_one_table() -> None:
-    config = tiny_recipe()
+    config = tiny_recipe(**SHAPE)
     section = steps_section(Shape(config=config, cut=""), num_repeats=1)
     rows = {row["name"]: row for row in section.rows}
     assert list(rows) == list(compared_models(config))
@@ -68,7 +62,7 @@ def test_flops_of_a_step_count_the_batch_and_the_backward_pass() -> None:
 
 
 def test_models_that_do_not_fit_together_time_interleaved_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    models = choose_models(tiny_recipe(), ["ITT x3", "ITT x4", "Loop x4"])
+    models = choose_models(tiny_recipe(**SHAPE), ["ITT x3", "ITT x4", "Loop x4"])
     held = max(steps.memory_needs(name, config)[0] for name, config in models.items())
     working = max(steps.memory_needs(name, config)[1] for name, config in models.items())
     groups, left_out = steps.group_by_memory(models, 2 * held + working)
@@ -95,13 +89,13 @@ def test_running_out_of_memory_loses_one_model_only(monkeypatch: pytest.MonkeyPa
         step(trainer, turn)
 
     monkeypatch.setattr(steps, "train_on_random_tokens", short_of_memory)
-    rows, left_out = measure_steps(choose_models(tiny_recipe(), ["Loop x4", "ITT x2"]), num_repeats=1)
+    rows, left_out = measure_steps(choose_models(tiny_recipe(**SHAPE), ["Loop x4", "ITT x2"]), num_repeats=1)
     assert [row["name"] for row in rows] == [BASE, "ITT x2"]
     assert left_out == {"Loop x4": "out of memory (CUDA out of memory.)"}
 
 
 def test_memory_of_a_gpu_is_a_column_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _ = measure_steps({BASE: compared_models(tiny_recipe())[BASE]}, num_repeats=1)
+    rows, _ = measure_steps({BASE: compared_models(tiny_recipe(**SHAPE))[BASE]}, num_repeats=1)
     rows[0]["peak_bytes"] = 3 * 2**30
     monkeypatch.setattr(steps, "measure_steps", lambda *arguments, **keys: (rows, {}))
     section = steps_section(Shape(config=tiny_recipe(), cut=""), num_repeats=1)

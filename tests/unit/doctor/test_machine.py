@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -11,34 +13,25 @@ from typing import Any
 
 import pytest
 
+from megatron_itt.cli import run
 from megatron_itt.doctor.machine import format_diagnosis
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def run_doctor(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`path`: a folder whose modules hide the installed ones."""
-    search = os.pathsep.join([*([str(path)] if path else []), str(ROOT)])
-    return subprocess.run(
-        [sys.executable, "tools/doctor.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+BROKEN = "raise RuntimeError('broken build')"
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The report of a machine with broken optional packages."""
-    folder = tmp_path_factory.mktemp("broken")
-    for module in ("transformer_engine", "matplotlib"):
-        (folder / f"{module}.py").write_text("raise RuntimeError('broken build')", encoding="utf-8")
-    (folder / "apex.py").write_text("", encoding="utf-8")
-    done = run_doctor("--json", path=folder)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    folder, output = tmp_path_factory.mktemp("broken"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        for module, text in {"transformer_engine": BROKEN, "matplotlib": BROKEN, "apex": ""}.items():
+            (folder / f"{module}.py").write_text(text, encoding="utf-8")
+            patch.setitem(sys.modules, module, None)  # remembers what is there
+            del sys.modules[module]
+        patch.syspath_prepend(folder)
+        assert run(["doctor", "--json"]) == 0
+    return json.loads(output.getvalue())
 
 
 def test_a_machine_that_runs_the_tests_is_healthy(report: dict[str, Any]) -> None:
@@ -65,7 +58,9 @@ def test_missing_required_packages_are_problems_and_exit_code_1_even_without_tor
     for name in ("torch", "orjson"):
         text = f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')"
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
-    done = run_doctor(path=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "tools/doctor.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     for name in ("torch", "orjson"):
         assert f"problem: {name}: not installed; run make install" in done.stdout

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,18 +20,10 @@ from megatron_itt.doctor.speed import (
     measure_links,
     measure_reading,
 )
-from tests.helpers.launch import free_port
 from tests.helpers.one_rank import tiny_recipe
+from tests.helpers.ranks import Job, free_port, run_jobs
 
-ROOT = Path(__file__).resolve().parents[3]
 A100 = "NVIDIA A100-SXM4-80GB"
-MEASURE_LINKS = """
-import dataclasses, json
-from megatron_itt.config.environment import process_info
-from megatron_itt.doctor.speed import measure_links
-measured = measure_links(process_info(), num_bytes=1 << 20)
-print(json.dumps({**dataclasses.asdict(measured), "line": measured.describe()}))
-"""
 
 
 def test_a_folder_is_measured_and_left_unchanged(tmp_path: Path) -> None:
@@ -104,27 +93,17 @@ def test_one_slow_gpu_among_many_gives_a_warning() -> None:
 
 
 def test_two_ranks_measure_the_links_between_them() -> None:
-    job = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEASURE_LINKS],
-            env={**job, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    first, second = (json.loads(process.communicate()[0]) for process in processes)
-    assert first["problem"] == second["problem"] == ""
-    assert first["figures"]["slowest_link_gb_per_s"] == second["figures"]["slowest_link_gb_per_s"] > 0
-    assert first["line"].startswith("links     2 processes on 1 node(s), gloo: all-reduce ")
+    [[first, second]] = run_jobs(partial(measure_links, num_bytes=1 << 20), [Job(world_size=2, arguments=())])
+    assert first.problem == second.problem == ""
+    assert first.figures["slowest_link_gb_per_s"] == second.figures["slowest_link_gb_per_s"] > 0
+    assert first.describe().startswith("links     2 processes on 1 node(s), gloo: all-reduce ")
 
 
 def test_an_absent_rank_is_a_problem_and_no_hang() -> None:
     port = free_port()
     alone = ProcessInfo(rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=port)
-    measured = measure_links(alone, num_bytes=1 << 10, timeout_s=2.0)
-    expected = f"cannot communicate with the other 1 process(es) of this job at 127.0.0.1:{port} within 2 s"
+    measured = measure_links(alone, num_bytes=1 << 10, timeout_s=1.0)
+    expected = f"cannot communicate with the other 1 process(es) of this job at 127.0.0.1:{port} within 1 s"
     assert expected in measured.problem and "\n" not in measured.problem
     assert measured.warnings == ()
 
