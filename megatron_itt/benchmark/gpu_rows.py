@@ -80,7 +80,11 @@ def decode_rows(shape: Shape, batch_sizes: Sequence[int], decoding: Any) -> Iter
     from megatron_itt.benchmark.decode import decode_section
 
     for size in batch_sizes:
-        yield guarded({"batch": size}, lambda size=size: decode_section(shape, [size], decoding).rows[0])
+
+        def measure(size: int = size) -> Row:
+            return decode_section(shape, [size], decoding).rows[0]
+
+        yield guarded({"batch": size}, measure)
 
 
 def precision_rows(config: RunConfig, device: torch.device) -> Iterator[Row]:
