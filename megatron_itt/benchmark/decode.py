@@ -122,9 +122,8 @@ def measure_decoding(
 
 def _settings(model: ModelConfig, num_layers: int, length: int) -> dict[str, Any]:
     shape = replace(model, num_layers=num_layers, seq_length=length, tie_embeddings=False)
-    return {field: getattr(shape, name) for field, name in SHAPE_FIELDS.items()} | {
-        "rope_theta": float(model.rope_base)
-    }
+    settings = {field: getattr(shape, name) for field, name in SHAPE_FIELDS.items()}
+    return {**settings, "rope_theta": float(model.rope_base)}
 
 
 def _place(model: Any, decoding: Decoding) -> Any:
