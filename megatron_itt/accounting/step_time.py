@@ -27,8 +27,7 @@ from megatron_itt.accounting.flops import (
 )
 from megatron_itt.accounting.gpus import Gpu
 from megatron_itt.accounting.memory import RankMemory, layer_activations, loss_activations
-from megatron_itt.accounting.pipeline import cut_pipeline
-from megatron_itt.accounting.pipeline_schedule import StageTimes, schedule_seconds
+from megatron_itt.accounting.pipeline import StageTimes, cut_pipeline, schedule_seconds
 from megatron_itt.accounting.roofline import ROUTING_OPERATIONS, routed_step_roofline
 from megatron_itt.config.run import RunConfig
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.pipeline_parallel import schedules
 
-from megatron_itt.accounting.pipeline_schedule import StageTimes, schedule_seconds, stage_order
+from megatron_itt.accounting.pipeline import StageTimes, schedule_seconds, stage_order
 
 
 def megatron_order(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[tuple[bool, int, int]]:
