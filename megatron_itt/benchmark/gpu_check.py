@@ -26,7 +26,7 @@ PACKAGES = {
     **{"megatron.core": "megatron-core", "yaml": "pyyaml"},
 }
 _MODELS = ("ITT x4", "ITT x4, selected", "Loop x4")
-_TINY = (
+TINY = (
     *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
     *("model.num_query_groups=2", "model.vocab_size=256", "model.seq_length=64", "batch.global=4", "batch.micro=2"),
 )
@@ -111,7 +111,7 @@ def plan_check(request: CheckRequest, *, num_gpus: int) -> list[Any]:
 
     device = torch.device("cpu") if request.device == "cpu" else torch.device("cuda", 0)
     backends, dtype = usable_backends(request.device), torch.bfloat16
-    small = _shape(request, "tiny", *(() if request.tiny else _TINY))
+    small = _shape(request, "tiny", *(() if request.tiny else TINY))
     whole = {"tiny": small} if request.tiny else {name: _shape(request, name) for name in ("162m", "230m", "466m")}
     shapes = {name: shape for name, shape in whole.items() if name != "230m"}
     first = next(iter(shapes.values()))
@@ -208,7 +208,7 @@ def slug(text: str) -> str:
 def _shape(request: CheckRequest, name: str, *overrides: str) -> Any:
     from megatron_itt.benchmark.shapes import load_shape
 
-    settings = [f"runtime.device={request.device}", *(_TINY if request.tiny else ()), *overrides]
+    settings = [f"runtime.device={request.device}", *(TINY if request.tiny else ()), *overrides]
     return load_shape(name, settings, device=request.device)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_itt.benchmark.gpu_check import TINY
 from megatron_itt.benchmark.isolated import Row
 from megatron_itt.benchmark.layouts import measure_layout
 from megatron_itt.benchmark.machine import machine_facts, paired_ratio, time_interleaved
@@ -39,11 +40,7 @@ LAYOUTS = {
     "TP+SP": ("parallel.tensor=2", "parallel.sequence=true"),
     "PP": ("parallel.pipeline=2",),
 }
-_LAYOUT_RECIPE = (
-    *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
-    *("model.num_query_groups=4", "model.vocab_size=256", "model.seq_length=64", "batch.global=16", "batch.micro=1"),
-    *("precision.dtype=fp32", "precision.parts=native"),
-)
+_LAYOUT_RECIPE = (*TINY, "batch.global=16", "batch.micro=1", "precision.dtype=fp32", "precision.parts=native")
 
 
 def machine_rows(device: torch.device) -> Iterator[Row]:
