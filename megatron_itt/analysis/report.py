@@ -34,6 +34,7 @@ from megatron_itt.evaluation.options import Budget, format_budget, percent
 from megatron_itt.evaluation.results import budget_label, format_score, read_results, result_tables, scores_of
 from megatron_itt.tables import Table, write_text
 
+Scores = dict[tuple[str, str], dict[Any, dict[str, Any]]]  # task and metric -> row of scores by run or by budget
 TEMPLATE_DIR = Path(__file__).parent / "templates"
 _MAX_BUDGETS = 5
 _SOURCES = {"style": "report.css", "script": "report.js", "chart_script": "charts.js"}
@@ -197,17 +198,35 @@ def runs_table(runs: Mapping[str, RunRecord]) -> Table:
 
 def evaluation_tables(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """Return the scores of several runs side by side, each at its trained budget or the first that was evaluated."""
-    scores: dict[tuple[str, str], dict[str, str]] = {}
+    scores: Scores = {}
     for name, results in evaluations.items():
         trained = results.get("trained_budget")
         own = sorted(results["runs"], key=lambda result: result["thinking_budget"] != trained)
         for row in scores_of(own[0]) if own else []:
-            scores.setdefault((row["task"], row["metric"]), {})[name] = format_score(row)
-    if not scores:
-        return []
-    rows = [[*key, *(cells.get(name, "-") for name in evaluations)] for key, cells in scores.items()]
+            scores.setdefault((row["task"], row["metric"]), {})[name] = row
     heading = "Tasks (mean +/- standard error; accuracies in percent)"
-    return [Table(heading=heading, header=["task", "metric", *evaluations], rows=rows, num_text_columns=2)]
+    return _score_tables(heading, scores, {name: name for name in evaluations})
+
+
+def tasks_tables(run: RunRecord) -> list[Table]:
+    """Return the table of the last evaluation in the training loop, a row per task and metric; [] without any."""
+    scores: Scores = {}
+    step = run.tasks[-1]["step"] if run.tasks else 0
+    for entry in (entry for entry in run.tasks if entry["step"] == step):
+        budget = None if entry["budget"] is None else tuple(entry["budget"])
+        for name, value in entry.items():
+            if name not in ("step", "task", "budget", "num_samples") and is_finite(value):
+                row = {"metric": name, "value": value, "stderr": None}
+                scores.setdefault((entry["task"], name), {})[budget] = row
+    budgets = {budget: budget_label(budget, run.trained_budget) for cells in scores.values() for budget in cells}
+    return _score_tables(f"Tasks during training, after step {step:,} (accuracies in percent)", scores, budgets)
+
+
+def _score_tables(heading: str, scores: Scores, columns: Mapping[Any, str]) -> list[Table]:
+    """A table with a row per task and metric, and a heading for each column; [] without scores."""
+    rows = [[*key, *(format_score(cells.get(column)) for column in columns)] for key, cells in scores.items()]
+    header = ["task", "metric", *columns.values()]
+    return [Table(heading=heading, header=header, rows=rows, num_text_columns=2)] if rows else []
 
 
 def summary(run: RunRecord) -> str:
@@ -292,28 +311,6 @@ def budget_table(run: RunRecord) -> Table | None:
         rows.append([budget_label(budget, run.trained_budget), *cells, f"{overall_loss(points):.4f}"])
     header = ["thinking budget", *(f"perplexity, {domain}" for domain in domains), "loss over all (nats)"]
     return Table(header=header, rows=rows) if rows else None
-
-
-def tasks_tables(run: RunRecord) -> list[Table]:
-    """Return the table of the last evaluation in the training loop, a row per task and metric; [] without any."""
-    last = [entry for entry in run.tasks if entry["step"] == run.tasks[-1]["step"]]
-    found = {
-        (entry["task"], name, None if entry["budget"] is None else tuple(entry["budget"])): value
-        for entry in last
-        for name, value in entry.items()
-        if name not in ("step", "task", "budget", "num_samples") and is_finite(value)
-    }
-    budgets = list(dict.fromkeys(budget for _, _, budget in found))
-    rows = []
-    for task, name in dict.fromkeys((task, name) for task, name, _ in found):
-        values = [found.get((task, name, budget)) for budget in budgets]
-        scores = [None if each is None else {"metric": name, "value": each, "stderr": None} for each in values]
-        rows.append([task, name, *map(format_score, scores)])
-    if not rows:
-        return []
-    header = ["task", "metric", *(budget_label(budget, run.trained_budget) for budget in budgets)]
-    heading = f"Tasks during training, after step {last[0]['step']:,} (accuracies in percent)"
-    return [Table(heading=heading, header=header, rows=rows, num_text_columns=2)]
 
 
 def _by_budget(run: RunRecord) -> dict[Budget | None, list[ValidationPoint]]:
