@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,43 +66,27 @@ class Job:
     show_progress: bool
 
 
-@dataclass(frozen=True)
-class ShardTokens:
-    """The documents of a shard that are merged: files of token ids and of document lengths."""
-
-    tokens_path: Path
-    lengths_path: Path
-    documents: int
-    tokens: int
-    crc32: int  # of the token ids
-
-    @classmethod
-    def of(cls, task: ShardTask, record: ShardRecord) -> ShardTokens:
-        """All documents of a shard."""
-        files = task.file("tokens"), task.file("lengths")
-        return cls(*files, record.documents, record.tokens, record.crc32["tokens"])
-
-
 def rejected_path(prefix: str | Path) -> Path:
     """Return the path of the list of rejected lines."""
     return Path(f"{prefix}.rejected.jsonl")
 
 
-def merge_shards(prefix: str, folder: Path, shards: Sequence[ShardTokens], dtype: np.dtype, *, num_threads: int) -> str:
+def merge_shards(prefix: str, folder: Path, shards: Sequence[Shard], dtype: np.dtype, *, num_threads: int) -> str:
     """Concatenate shards, in order, into `PREFIX.bin` and `PREFIX.idx`; return the SHA-256 of the index.
 
     Both are built in `folder` (on the same disk) and renamed when complete. Memory does not grow with the data.
     """
     merged_bin, merged_idx = folder / "merged.bin", folder / "merged.idx"
-    _concatenate(merged_bin, [(shard.tokens_path, shard.tokens * dtype.itemsize) for shard in shards], num_threads)
+    files = [(task.file("tokens"), record.tokens * dtype.itemsize) for task, record in shards]
+    _concatenate(merged_bin, files, num_threads)
 
     def length_chunks() -> Iterator[np.ndarray]:
-        for shard in shards:
-            if shard.documents:
-                yield np.memmap(shard.lengths_path, dtype=np.int32, mode="r")
+        for task, record in shards:
+            if record.documents:
+                yield np.memmap(task.file("lengths"), dtype=np.int32, mode="r")
 
     with naming_file(merged_idx):
-        idx_sha256 = write_index(merged_idx, dtype, sum(shard.documents for shard in shards), length_chunks)
+        idx_sha256 = write_index(merged_idx, dtype, sum(record.documents for _, record in shards), length_chunks)
     for built, final in ((merged_bin, bin_path(prefix)), (merged_idx, idx_path(prefix))):
         flush(built)
         built.replace(final)
@@ -132,15 +116,16 @@ def write_rejected(prefix: str, folder: Path, shards: Sequence[Shard]) -> None:
 
 def without_duplicates(
     shards: Sequence[Shard], folder: Path, dtype: np.dtype, *, bucket_documents: int = BUCKET_DOCUMENTS
-) -> list[ShardTokens]:
-    """Return the documents of each shard that are the first of their text; same order as `shards`."""
+) -> list[Shard]:
+    """Return shards of the documents that are the first of their text; same order as `shards`."""
     is_first = _mark_first(shards, folder, bucket_documents)
     kept = []
     begin = 0
-    for task, record in shards:
-        keep = np.asarray(is_first[begin : begin + record.documents], dtype=bool)
-        begin += record.documents
-        kept.append(ShardTokens.of(task, record) if keep.all() else _compact(task, keep, dtype))
+    for shard in shards:
+        end = begin + shard[1].documents
+        keep = np.asarray(is_first[begin:end], dtype=bool)
+        kept.append(shard if keep.all() else _compact(*shard, keep, dtype))
+        begin = end
     return kept
 
 
@@ -218,16 +203,16 @@ def _fill_buckets(shards: Sequence[Shard], folder: Path, *, num_buckets: int) ->
     return paths
 
 
-def _compact(task: ShardTask, keep: np.ndarray, dtype: np.dtype) -> ShardTokens:
-    """Copy the documents of a shard that are kept."""
+def _compact(task: ShardTask, record: ShardRecord, keep: np.ndarray, dtype: np.dtype) -> Shard:
+    """Copy the documents of a shard that are kept; return the shard of the copies."""
+    kept = replace(task, path=f"{task.path}.kept")
     lengths = np.fromfile(task.file("lengths"), dtype=np.int32)
-    tokens = np.memmap(task.file("tokens"), dtype=dtype, mode="r")
-    kept_tokens, kept_lengths = np.asarray(tokens)[np.repeat(keep, lengths)], lengths[keep]
-    tokens_path, lengths_path = task.file("kept.tokens"), task.file("kept.lengths")
-    for path, array in ((tokens_path, kept_tokens), (lengths_path, kept_lengths)):
+    tokens = np.asarray(np.memmap(task.file("tokens"), dtype=dtype, mode="r"))[np.repeat(keep, lengths)]
+    for path, array in ((kept.file("tokens"), tokens), (kept.file("lengths"), lengths[keep])):
         with naming_file(path):
             path.write_bytes(array.data)  # numpy's tofile does not say why it fails
-    return ShardTokens(tokens_path, lengths_path, len(kept_lengths), len(kept_tokens), zlib.crc32(kept_tokens))
+    checksums = {**record.crc32, "tokens": zlib.crc32(tokens)}
+    return kept, replace(record, documents=int(keep.sum()), tokens=len(tokens), crc32=checksums)
 
 
 def existing_output(job: Job) -> Manifest | None:
@@ -284,12 +269,9 @@ def publish(job: Job, shards: Sequence[Shard]) -> Manifest:
     """
     _check_rejections(job, shards)
     dtype = token_dtype(job.tokenizer.vocab_size)
-    if job.encoding.deduplicate:
-        merged = without_duplicates(shards, job.folder, dtype)
-    else:
-        merged = [ShardTokens.of(*shard) for shard in shards]
+    merged = without_duplicates(shards, job.folder, dtype) if job.encoding.deduplicate else shards
     idx_sha256 = merge_shards(job.prefix, job.folder, merged, dtype, num_threads=job.num_threads)
-    manifest = _describe(job, [record for _, record in shards], merged, idx_sha256)
+    manifest = _describe(job, [record for _, record in shards], [record for _, record in merged], idx_sha256)
     atomic_write(manifest_path(job.prefix), json.dumps(asdict(manifest), indent=1) + "\n", durable=True)
     return manifest
 
@@ -321,9 +303,9 @@ def _check_rejections(job: Job, shards: Sequence[Shard]) -> None:
         raise DataError(f"the inputs of {prefix} contain no document; check --input, --text-key and --min-length")
 
 
-def _describe(job: Job, records: Sequence[ShardRecord], merged: Sequence[ShardTokens], idx_sha256: str) -> Manifest:
+def _describe(job: Job, records: Sequence[ShardRecord], merged: Sequence[ShardRecord], idx_sha256: str) -> Manifest:
     tokenizer, encoding = job.tokenizer, job.encoding
-    documents, left_out = sum(shard.documents for shard in merged), job.left_out
+    documents, left_out = sum(record.documents for record in merged), job.left_out
     first = [asdict(item) for item in left_out[:_MAX_LEFT_OUT]]
     dtype = token_dtype(tokenizer.vocab_size)
     return Manifest(
@@ -337,7 +319,7 @@ def _describe(job: Job, records: Sequence[ShardRecord], merged: Sequence[ShardTo
         options={key: value for key, value in asdict(encoding).items() if key not in ("tokenizer", *MARKS)},
         sources=_merge_segments(records),
         documents=documents,
-        tokens=sum(shard.tokens for shard in merged),
+        tokens=sum(record.tokens for record in merged),
         rejected=sum(record.rejected for record in records),
         too_short=sum(record.too_short for record in records),
         duplicates=sum(record.documents for record in records) - documents,
@@ -346,7 +328,7 @@ def _describe(job: Job, records: Sequence[ShardRecord], merged: Sequence[ShardTo
         bin_bytes=bin_path(job.prefix).stat().st_size,
         idx_bytes=idx_path(job.prefix).stat().st_size,
         idx_sha256=idx_sha256,
-        bin_parts=[(shard.tokens * dtype.itemsize, shard.crc32) for shard in merged],
+        bin_parts=[(record.tokens * dtype.itemsize, record.crc32["tokens"]) for record in merged],
         format=1,
         extra={"left_out": {"count": len(left_out), "first": first}} if left_out else {},
         wall_seconds=round(time.monotonic() - job.started, 3),

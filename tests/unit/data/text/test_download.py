@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,15 +154,16 @@ def test_a_killed_download_goes_on(server: FaultyServer, tmp_path: Path) -> None
     assert any(wanted for method, path, wanted in server.requests if method == "GET" and path.endswith("_0.jsonl"))
 
 
-def test_a_dry_run_fetches_nothing(server: FaultyServer, tmp_path: Path) -> None:
-    command = [*DOWNLOAD, str(tmp_path / "out"), "--dry-run", "--quiet"]
-    command += ["--urls", f"{server.base}/v1.0.0/urls.txt", "--max-tokens", "2B"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+def test_a_dry_run_fetches_nothing(
+    server: FaultyServer, tmp_path: Path, itt: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    command = ("download redpajama", "--output", tmp_path / "out", "--dry-run", "--quiet")
+    command = (*command, "--urls", f"{server.base}/v1.0.0/urls.txt", "--max-tokens", "2B")
+    done = itt(*command)
     assert done.returncode == 0, done.stderr
     assert "to download to" in done.stdout
     assert not (tmp_path / "out").exists()
-    wrong = subprocess.run([*command, "--domains", "news"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    wrong = itt(*command, "--domains", "news")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --domains names news") and wrong.stderr.count("\n") == 1
 
