@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,11 +56,12 @@ class RedPajama(DownloadOptions):
         if self.dry_run:
             print(f"{len(plan.missing):,} files, {plan.bytes_to_fetch / 1e9:,.2f} GB to download to {self.output}")
             return 0
-        report = run_download(plan, options)
-        rate = report.fetched_bytes / 1e6 / max(report.seconds, 1e-9)
+        started = time.monotonic()
+        num_bytes = run_download(plan, options)
+        seconds = time.monotonic() - started
         print(
-            f"{self.output}: {report.fetched_files:,} files fetched ({report.fetched_bytes / 1e9:,.2f} GB in "
-            f"{report.seconds:,.0f} s, {rate:,.1f} MB/s), {report.present_files:,} were complete"
+            f"{self.output}: {len(plan.missing):,} files fetched ({num_bytes / 1e9:,.2f} GB in {seconds:,.0f} s, "
+            f"{num_bytes / 1e6 / max(seconds, 1e-9):,.1f} MB/s), {len(plan.files) - len(plan.missing):,} were complete"
         )
         return 0
 

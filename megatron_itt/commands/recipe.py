@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,9 +249,11 @@ class Index(_OfRecipe):
         from megatron_itt.data.batches.datasets import prebuild_index
 
         print(resolve_blend(config).table())
-        built = prebuild_index(config, tokenizer=tokenizer)
-        done = "built" if built.was_built else "there already, undamaged"
-        print(f"{built.folder}: {done}; {built.size_bytes / 1e6:,.1f} MB, {built.seconds:.1f} s")
+        started = time.monotonic()
+        folder, was_built = prebuild_index(config, tokenizer=tokenizer)
+        size_mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+        done = "built" if was_built else "there already, undamaged"
+        print(f"{folder}: {done}; {size_mb:,.1f} MB, {time.monotonic() - started:.1f} s")
         return 0
 
 

@@ -30,9 +30,9 @@ class Data:
 
         tokenizer = load_tokenizer(self.tokenizer)
         for prefix in self.prefix:
-            found = verify_indexed_dataset(prefix, tokenizer.vocab_size, self.level)
-            manifest = "manifest agrees" if found.has_manifest else "no manifest"
-            print(f"{prefix}: {found.documents:,} documents, {found.tokens:,} {found.dtype} tokens, {manifest}: fine")
+            index, manifest = verify_indexed_dataset(prefix, tokenizer.vocab_size, self.level)
+            contents = f"{index.num_documents:,} documents, {index.num_tokens:,} {index.dtype.name} tokens"
+            print(f"{prefix}: {contents}, {'manifest agrees' if manifest else 'no manifest'}: fine")
             for document_idx, text in decode_samples(prefix, tokenizer, self.show):
                 print(f"  document {document_idx}: {text[:200]!r}")
         return 0

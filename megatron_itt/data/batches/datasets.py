@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import mmap
-import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,16 +86,6 @@ class _RangedDataset(GPTDataset):
         return [*GPTDataset._key_config_attributes(), "document_ranges", "content"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexReport:
-    """The folder of a run's sample indices, and what building them took."""
-
-    folder: Path
-    was_built: bool
-    seconds: float
-    size_bytes: int
-
-
 def build_datasets(config: RunConfig, *, tokenizer: Tokenizer) -> Datasets:
     """Build the datasets of a run; every rank calls this. The number of training samples is fixed by the recipe.
 
@@ -108,18 +97,17 @@ def build_datasets(config: RunConfig, *, tokenizer: Tokenizer) -> Datasets:
         return _open(config, blend, tokenizer, _build_index_on_rank_0(config, blend, tokenizer))
 
 
-def prebuild_index(config: RunConfig, *, tokenizer: Tokenizer) -> IndexReport:
+def prebuild_index(config: RunConfig, *, tokenizer: Tokenizer) -> tuple[Path, bool]:
     """Build the sample indices of a run in one process, unless they are available and undamaged.
 
-    Many processes may call this at once. Raises as `build_datasets` does.
+    Return their folder, and whether they were built. Many processes may call this at once. Raises as `build_datasets`
+    does.
     """
     blend = check_blend(config, tokenizer)
-    started = time.monotonic()
     with _process_group():
         folder, was_built = _build_index(config, blend, tokenizer)
         _open(config, blend, tokenizer, folder)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    return IndexReport(folder=folder, was_built=was_built, seconds=time.monotonic() - started, size_bytes=size)
+    return folder, was_built
 
 
 def check_blend(config: RunConfig, tokenizer: Tokenizer) -> Blend:

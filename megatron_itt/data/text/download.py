@@ -6,7 +6,6 @@ import hashlib
 import re
 import shutil
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -97,16 +96,6 @@ class DownloadPlan:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DownloadReport:
-    """Counts of a finished download."""
-
-    fetched_files: int
-    present_files: int
-    fetched_bytes: int
-    seconds: float
-
-
 def plan_download(options: DownloadOptions) -> DownloadPlan:
     """Read the lists, draw the sample, look up sizes, compare with the output folder and the free space.
 
@@ -129,13 +118,13 @@ def plan_download(options: DownloadOptions) -> DownloadPlan:
     return DownloadPlan(files=chosen, missing=missing, bytes_to_fetch=to_fetch, tokens=estimate_tokens(chosen))
 
 
-def run_download(plan: DownloadPlan, options: DownloadOptions) -> DownloadReport:
-    """Fetch the missing files of a plan; the same plan again resumes after an interruption.
+def run_download(plan: DownloadPlan, options: DownloadOptions) -> int:
+    """Fetch the missing files of a plan and return the bytes fetched; again, it resumes after an interruption.
 
     Every file is tried; `DataError` at the end names those that are not available. A full disk or Ctrl-C ends the
     download at once and keeps the partial files.
     """
-    started, failures, fetched, lock = time.monotonic(), [], 0, threading.Lock()
+    failures, fetched, lock = [], 0, threading.Lock()
     progress = tqdm(
         total=plan.bytes_to_fetch or None,
         unit="B",
@@ -172,12 +161,7 @@ def run_download(plan: DownloadPlan, options: DownloadOptions) -> DownloadReport
             f"{len(failures)} of {len(plan.missing)} files could not be downloaded, first: {failures[0]}; the same "
             "command tries them again and keeps the others"
         )
-    return DownloadReport(
-        fetched_files=len(plan.missing),
-        present_files=len(plan.files) - len(plan.missing),
-        fetched_bytes=fetched,
-        seconds=time.monotonic() - started,
-    )
+    return fetched
 
 
 def parse_url_list(text: str, *, source: str) -> list[RemoteFile]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,47 +31,26 @@ _ENTRIES = 1 << 20
 _TOKENS = 1 << 23
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verified:
-    """Contents of a dataset that passed."""
-
-    documents: int
-    tokens: int
-    dtype: str
-    max_token: int | None  # None after a cheap check
-    has_manifest: bool
-
-
 def verify_indexed_dataset(
-    prefix: str | Path,
-    vocab_size: int,
-    level: Literal["cheap", "full"] = "cheap",
-    *,
-    eod: int | None = None,
-) -> Verified:
-    """Check `PREFIX.bin` and `PREFIX.idx`, and `PREFIX.json` if it exists.
+    prefix: str | Path, vocab_size: int, level: Literal["cheap", "full"] = "cheap", *, eod: int | None = None
+) -> tuple[Index, Manifest | None]:
+    """Check `PREFIX.bin` and `PREFIX.idx`, and `PREFIX.json` if it exists; return index and manifest.
 
     Cheap: files exist, sizes agree with header, manifest and each other, ids are integers, the manifest's vocabulary
     fits. Full: also lengths not negative, pointers contiguous, documents in order, every id below `vocab_size`, every
     document ends in `eod` (default: by the manifest), checksums. Raises `DataError` naming the file.
     """
     index, manifest = open_checked(prefix, vocab_size)
-    max_token = None
     if level == "full":
         if eod is None and manifest is not None and manifest.options.get("append_eod"):
             eod = manifest.tokenizer["eod"]
         _check_entries(index)
-        max_token = _check_tokens(index, vocab_size)
+        _check_tokens(index, vocab_size)
         if eod is not None:
             _check_document_ends(index, eod)
-        _check_hashes(prefix, manifest)
-    return Verified(
-        documents=index.num_documents,
-        tokens=index.num_tokens,
-        dtype=index.dtype.name,
-        max_token=max_token,
-        has_manifest=manifest is not None,
-    )
+        if manifest is not None:
+            _check_hashes(prefix, manifest)
+    return index, manifest
 
 
 def open_checked(prefix: str | Path, vocab_size: int) -> tuple[Index, Manifest | None]:
@@ -83,7 +61,8 @@ def open_checked(prefix: str | Path, vocab_size: int) -> tuple[Index, Manifest |
     index = read_index(prefix)
     if index.dtype.kind not in "iu":
         raise DataError(f"{idx_path(prefix)} holds {index.dtype.name}, not token ids; write the dataset again")
-    _check_manifest(index, manifest, vocab_size)
+    if manifest is not None:
+        _check_manifest(index, manifest, vocab_size)
     return index, manifest
 
 
@@ -107,9 +86,7 @@ def decode_samples(prefix: str | Path, tokenizer: Tokenizer, count: int) -> Iter
     return decode_documents(prefix, tokenizer, sorted(set(np.linspace(0, last, max(0, count), dtype=int).tolist())))
 
 
-def _check_manifest(index: Index, manifest: Manifest | None, vocab_size: int) -> None:
-    if manifest is None:
-        return
+def _check_manifest(index: Index, manifest: Manifest, vocab_size: int) -> None:
     path = manifest_path(index.prefix)
     found = (index.num_documents, index.num_tokens, index.dtype.name)
     expected = (manifest.documents, manifest.tokens, manifest.dtype)
@@ -146,20 +123,16 @@ def _check_entries(index: Index) -> None:
             raise DataError(f"{path} is damaged: its documents are not in order; write it again")
 
 
-def _check_tokens(index: Index, vocab_size: int) -> int | None:
+def _check_tokens(index: Index, vocab_size: int) -> None:
     tokens = index.tokens()
-    highest: int | None = None
     for start in range(0, len(tokens), _TOKENS):
         piece = np.asarray(tokens[start : start + _TOKENS])
-        lowest, top = int(piece.min()), int(piece.max())
-        if lowest < 0 or top >= vocab_size:
+        if piece.min() < 0 or piece.max() >= vocab_size:
             bad = start + int(np.argmax((piece < 0) | (piece >= vocab_size)))
             raise DataError(
                 f"{bin_path(index.prefix)}: token {bad} is {int(tokens[bad])}, outside [0, {vocab_size}); the data was "
                 "written with another tokenizer or is damaged"
             )
-        highest = top if highest is None else max(highest, top)
-    return highest
 
 
 def _check_document_ends(index: Index, eod: int) -> None:
@@ -177,10 +150,8 @@ def _check_document_ends(index: Index, eod: int) -> None:
             )
 
 
-def _check_hashes(prefix: str | Path, manifest: Manifest | None) -> None:
+def _check_hashes(prefix: str | Path, manifest: Manifest) -> None:
     """Compare every byte of both files with the checksums of the manifest."""
-    if manifest is None:
-        return
     if file_digest(idx_path(prefix)) != manifest.idx_sha256:
         raise DataError(f"{idx_path(prefix)} is not the file that {manifest_path(prefix)} describes; write it again")
     with bin_path(prefix).open("rb") as stream:
