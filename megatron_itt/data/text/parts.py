@@ -111,6 +111,7 @@ def claim(folder: Path, plan: dict[str, Any], *, resume: bool, strict: bool) -> 
     """
     path = folder / _PLAN
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, f"{_PLAN}.*")  # of a process that was killed before it had a plan
     previous: dict[str, Any] = {}
     if path.is_file() and resume:
         previous = _read_plan(path)
@@ -118,7 +119,7 @@ def claim(folder: Path, plan: dict[str, Any], *, resume: bool, strict: bool) -> 
     elif any(folder.iterdir()):
         if not path.is_file() and resume:
             raise DataError(f"{folder} exists and was not written by preprocess; delete it or choose another prefix")
-        shutil.rmtree(folder)
+        remove_folder(folder)
         folder.mkdir()
     if not any(parts_at_work(folder)):
         remove_leftovers(folder, "*")

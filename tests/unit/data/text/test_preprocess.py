@@ -264,6 +264,13 @@ def test_a_foreign_partial_folder_is_refused(options: PreprocessOptions) -> None
     assert (folder / "thesis.txt").read_text() == "precious"
 
 
+def test_a_kill_while_the_plan_is_written_does_not_make_the_folder_foreign(options: PreprocessOptions) -> None:
+    folder = Path(f"{options.output_prefix}.partial")
+    folder.mkdir(parents=True)
+    (folder / "plan.json.0123456789ab.tmp").write_text('{"tok')
+    assert preprocess(options).manifest.documents == len(TEXTS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
