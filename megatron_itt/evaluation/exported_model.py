@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,61 +48,34 @@ class ExportedModel:
         )
 
 
-def read_export_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json` of an export folder. EvaluationError where it or the tokenizer is missing."""
-    if not folder.is_dir():
-        raise EvaluationError(f"model folder {folder} does not exist; export a checkpoint with itt export first")
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise EvaluationError(f"{folder} has no config.json, so it is not a Hugging Face export; use itt export")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise EvaluationError(
-            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); copy the one of the training data there"
-        )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvaluationError(f"{config_file} is not valid JSON ({error}); export the model again") from error
-    if not isinstance(config, dict):
-        raise EvaluationError(f"{config_file} must hold a JSON object; export the model again")
-    return config
-
-
 def load_export(folder: Path | str, *, device: str = "auto", dtype: str = "auto") -> ExportedModel:
     """Load an export folder for inference.
 
     `device`: "auto" is the GPU if there is one. `dtype`: "auto" is the saved one on a GPU and float32 on the CPU.
-    EvaluationError for an incomplete folder, ExportError for a damaged one.
+    EvaluationError for an unusable device or tokenizer, ExportError for an incomplete or damaged folder.
     """
     folder = Path(folder).resolve()
-    config = read_export_config(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise EvaluationError(f"device is {device} but this machine has no usable GPU; use --device cpu")
-    recorded = config.get("tokenizer_sha256")
+    model, tokenizer = open_export(folder, dtype="float32" if dtype == "auto" and device == "cpu" else dtype)
+    config = model.config
+    recorded = getattr(config, "tokenizer_sha256", None)
     if recorded is not None and load_tokenizer(folder).sha256 != recorded:
         raise EvaluationError(
             f"the tokenizer in {folder} is not the one that the model was exported with ({str(recorded)[:12]}); export "
             "the model again with itt export"
         )
-    model, tokenizer = open_export(folder, dtype="float32" if dtype == "auto" and device == "cpu" else dtype)
-    model = model.to(device)
-    if len(tokenizer) > model.config.vocab_size:
+    if len(tokenizer) > config.vocab_size:
         raise EvaluationError(
-            f"tokenizer in {folder} has {len(tokenizer)} entries but the model {model.config.vocab_size}; use the "
-            "tokenizer that the model was trained with"
+            f"tokenizer in {folder} has {len(tokenizer)} entries but the model {config.vocab_size}; use the tokenizer "
+            "that the model was trained with"
         )
-    return ExportedModel(folder=folder, model=model, tokenizer=tokenizer, trained_budget=trained_budget(config))
-
-
-def trained_budget(config: dict[str, Any]) -> Budget | None:
-    """The thinking budget that an export was trained with; None for a model without routing (LLaMA, Loop)."""
-    thinking = config.get("thinking")
-    if not isinstance(thinking, dict) or thinking.get("kind", "itt") != "itt" or thinking.get("routing") == "none":
-        return None
-    capacity = thinking.get("capacity") or []
-    return tuple(map(float, [capacity] if isinstance(capacity, int | float) else capacity)) or None
+    thinking = getattr(config, "thinking", {"kind": "none"})
+    is_routed = thinking["kind"] == "itt" and thinking["routing"] != "none" and thinking["capacity"]
+    budget = tuple(thinking["capacity"]) if is_routed else None
+    return ExportedModel(folder=folder, model=model.to(device), tokenizer=tokenizer, trained_budget=budget)
 
 
 @contextmanager

@@ -18,13 +18,7 @@ from typing import Any
 from megatron_itt.config.environment import set_offline, working_directory
 from megatron_itt.config.optional_packages import find_version
 from megatron_itt.errors import EvaluationError
-from megatron_itt.evaluation.exported_model import (
-    ExportedModel,
-    load_export,
-    read_export_config,
-    thinking_at,
-    trained_budget,
-)
+from megatron_itt.evaluation.exported_model import ExportedModel, load_export, thinking_at
 from megatron_itt.evaluation.options import Budget, EvaluationRequest, check_budget, format_budget
 from megatron_itt.evaluation.perplexity import measure_perplexity
 from megatron_itt.evaluation.results import PAPER_TASKS, write_results
@@ -51,12 +45,11 @@ def evaluate_export(request: EvaluationRequest) -> dict[str, Any]:
         raise EvaluationError(f"output {output} exists; choose another folder or give --overwrite")
     if not request.tasks and not request.perplexity_texts:
         raise EvaluationError("nothing to evaluate: give --tasks, --task-dir or --heldout")
-    config = read_export_config(request.model)
-    budgets = [check_budget(budget, trained_budget(config)) for budget in request.budgets]
     tasks, folders, root = request.tasks, request.task_dirs, request.data_root
     with data_access(tasks, folders, root):
-        plan = TaskPlan(tasks, task_dirs=folders, data_root=root) if tasks else None
         export = load_export(request.model, device=request.device, dtype=request.dtype)
+        budgets = [check_budget(budget, export.trained_budget) for budget in request.budgets]
+        plan = TaskPlan(tasks, task_dirs=folders, data_root=root) if tasks else None
         measured = _measure(export, plan, list(dict.fromkeys(budgets)) or [export.trained_budget], request)
     results = {"model": name, **measured}
     with publishing(output, overwrite=True) as folder:

@@ -13,21 +13,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_itt.checkpoint.load import load_model_for_inference
 from megatron_itt.checkpoint.state import RunState
 from megatron_itt.config.run import RunConfig
-from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_itt.data.text.tokenizer_folder import check_tokenizer_folder, load_with_transformers
-from megatron_itt.errors import ExportError
+from megatron_itt.data.text.tokenizer import NO_TOKEN, Tokenizer, check_vocabulary, load_tokenizer
+from megatron_itt.data.text.tokenizer_folder import (
+    check_tokenizer_folder,
+    with_end_of_document,
+    write_tokenizer_folder,
+)
+from megatron_itt.errors import DataError, ExportError
 from megatron_itt.files import publishing
 from megatron_itt.hf.folder import (
     FLOAT32_SUFFIX,
-    cast_weights,
-    copy_tokenizer,
+    SPECIAL_TOKENS,
     keep_special_tokens,
     model_settings,
-    special_token_ids,
     write_configs,
     write_weights,
 )
-from megatron_itt.hf.model_card import CardFacts, render_card
+from megatron_itt.hf.load import register_auto_classes
+from megatron_itt.hf.model_card import render_card
 from megatron_itt.hf.options import ExportOptions
 from megatron_itt.hf.remote_code.configuration_itt import ITTConfig
 from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
@@ -76,6 +79,7 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, options: Expor
         raise ExportError(f"dtype is {options.dtype!r}; use one of {['auto', *sorted(DTYPES)]}.")
     if output.exists():
         raise ExportError(f"{output} exists already; choose another --output or remove it.")
+    register_auto_classes()  # AutoTokenizer reads config.json too
     with (
         load_model_for_inference(checkpoint, dtype=torch.float32) as (built, config, run_state),
         publishing(output) as staging,
@@ -95,33 +99,35 @@ def _write_folder(
     dtype = dtype if dtype in DTYPES else "float32"
     settings = model_settings(config.model, config.thinking)
     settings["max_position_embeddings"] = max(config.model.seq_length, source.get("max_position_embeddings", 0))
-    special_tokens: dict[str, Any] = {}
-    hf_tokenizer = None
     tokenizer = _add_tokenizer(folder, config, run_state, options)
+    special_tokens: dict[str, Any] = {}
     if tokenizer is not None:
         settings["tokenizer_sha256"] = load_tokenizer(folder).sha256  # evaluation accepts no other tokenizer
-        special_tokens = special_token_ids(load_with_transformers(folder), config.model.vocab_size)
+        ids = zip(SPECIAL_TOKENS, (tokenizer.bos, tokenizer.eod, tokenizer.pad), strict=True)
+        special_tokens = {name: token for name, token in ids if token != NO_TOKEN}
     special_tokens, generation = keep_special_tokens(source, special_tokens)
     write_configs(folder, settings, dtype=dtype, special_tokens=special_tokens, generation=generation)
-    if tokenizer is not None:
-        hf_tokenizer = check_tokenizer_folder(tokenizer, folder)
+    hf_tokenizer = None if tokenizer is None else check_tokenizer_folder(tokenizer, folder)
     parity = check_parity(built, build_hf_model(settings, state), config, hf_tokenizer) if options.check else None
-    weights = cast_weights(state, DTYPES[dtype])
+    types = {name: torch.float32 if name.endswith(FLOAT32_SUFFIX) else DTYPES[dtype] for name in state}
+    weights = {name: tensor.detach().to(types[name]).contiguous() for name, tensor in state.items()}
     files = write_weights(folder, weights, max_shard_bytes=options.max_shard_bytes, verify=options.check)
-    facts = CardFacts(
-        recipe=Path(run_state.config.logging.run_dir).name,
-        step=run_state.step,
-        consumed_tokens=run_state.consumed_tokens,
-        data_fingerprint=run_state.data_fingerprint,
-        num_parameters=sum(tensor.numel() for name, tensor in state.items() if not name.endswith(FLOAT32_SUFFIX)),
-        dtype=dtype,
-        parity="not checked" if parity is None else f"logits within {parity.max_relative_difference:.1e} (float32)",
-    )
-    (folder / "README.md").write_text(render_card(settings, facts), encoding="utf-8")
+    num_parameters = sum(tensor.numel() for name, tensor in state.items() if not name.endswith(FLOAT32_SUFFIX))
+    fingerprint = run_state.data_fingerprint
+    facts = {
+        "recipe": f"`{Path(run_state.config.logging.run_dir).name}`",
+        "training": f"{run_state.step:,} steps, {run_state.consumed_tokens:,} tokens",
+        "data fingerprint": f"`{fingerprint}`" if fingerprint else "not recorded",
+        "weights": f"{dtype}, safetensors",
+        "parity with the training model": "not checked"
+        if parity is None
+        else f"logits within {parity.max_relative_difference:.1e} (float32)",
+    }
+    (folder / "README.md").write_text(render_card(settings, num_parameters, facts), encoding="utf-8")
     return ExportReport(
         folder=folder,
         step=run_state.step,
-        num_parameters=facts.num_parameters,
+        num_parameters=num_parameters,
         dtype=dtype,
         weight_files=files,
         parity=parity,
@@ -129,7 +135,7 @@ def _write_folder(
 
 
 def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options: ExportOptions) -> Tokenizer | None:
-    """Write the tokenizer of the training data into the folder; None if none is wanted."""
+    """Write the tokenizer so that AutoTokenizer encodes and ends as the training data; None if none is wanted."""
     if not options.with_tokenizer:
         return None
     source = options.tokenizer or config.data.tokenizer
@@ -139,13 +145,18 @@ def _add_tokenizer(folder: Path, config: RunConfig, run_state: RunState, options
         )
     if options.tokenizer is None and ("/" in source or source.startswith(".")) and not Path(source).exists():
         raise ExportError(f"data.tokenizer of the recipe is {source}, which does not exist; pass --tokenizer DIR.")
-    tokenizer = copy_tokenizer(source, folder, eod=run_state.end_of_document)
+    try:
+        tokenizer = with_end_of_document(load_tokenizer(source), run_state.end_of_document)
+    except DataError as error:
+        raise ExportError(f"{error}; pass --tokenizer DIR, or --no-tokenizer to export without one.") from None
     trained_with = run_state.tokenizer_sha256
     if trained_with is not None and tokenizer.sha256 != trained_with:
         raise ExportError(
             f"tokenizer {source} is not the one that the model was trained with ({trained_with[:12]}); pass that one "
             "with --tokenizer, or --no-tokenizer to export without one."
         )
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    write_tokenizer_folder(tokenizer, folder)
     return tokenizer
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from megatron_itt.config.check import ROPE_KEYS
 from megatron_itt.config.model import ModelConfig
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.folder import SHAPE_FIELDS
-from megatron_itt.hf.load import register_auto_classes
+from megatron_itt.hf.load import read_config
 
 # Recipe keys of attributes that have another name in a recipe.
 RECIPE_KEYS = {"num_key_value_heads": "num_query_groups", "head_size": "head_dim"}
@@ -55,10 +54,9 @@ FIXED_FIELDS: dict[str, Any] = {
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_source_config(folder: Path) -> dict[str, Any]:
     """Return config.json with the defaults of its model type. ExportError if it is missing or not supported."""
-    holds_gguf = any(True for _ in folder.glob("*.gguf")) and not any(True for _ in folder.glob("*.safetensors"))
-    if folder.suffix == ".gguf" or holds_gguf:
+    if folder.suffix == ".gguf" or (any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))):
         raise ExportError(
             f"{folder} is a GGUF file; convert it with transformers and the package gguf: AutoModelForCausalLM."
             "from_pretrained(FOLDER, gguf_file=NAME, quantization_config=GgufConfig(dequantize=True))"
@@ -79,16 +77,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         reasons = "".join(f", {key} is {given[key]!r}" for key in _unsupported(given))
         known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
         raise ExportError(f"model_type of {folder} is {kind!r}, which is not supported{reasons}; supported: {known}.")
-    register_auto_classes()
-    try:
-        return AutoConfig.from_pretrained(str(folder)).to_dict()
-    except Exception as error:  # many classes: whatever transformers raises, it cannot use the config
-        message = " ".join(str(error).split())[:200]
-        raise ExportError(f"{folder}/config.json cannot be used ({message}); correct it.") from None
+    return read_config(folder).to_dict()
 
 
 def model_section(hf: dict[str, Any], seq_length: int | None = None) -> dict[str, Any]:
-    """Return the `model` section of a recipe for a config of `read_config`.
+    """Return the `model` section of a recipe for a config of `read_source_config`.
 
     ExportError names the settings that no recipe has. `seq_length`: of the recipe, None for the folder's.
     """
@@ -126,21 +119,15 @@ def model_section(hf: dict[str, Any], seq_length: int | None = None) -> dict[str
 
 def find_differences(section: dict[str, Any], model: ModelConfig) -> list[str]:
     """Return the keys in which a recipe's model differs from the folder's; floats are compared as float32."""
-    names = [RECIPE_KEYS.get(name, name) for name in SHAPE_FIELDS.values()]
-    names += ["qkv_bias", "qk_norm", "rope_scaling", "logit_soft_cap"]
-    resolved: dict[str, Any] = {
-        "num_query_groups": model.num_key_value_heads,
-        "head_dim": model.head_size,
-        "rope_scaling": model.rope_scaling and model.rope_scaling.settings,
-    }
-    default = {"head_dim": section["hidden_size"] // section["num_attention_heads"]}
-    default |= {"rope_scaling": None, "logit_soft_cap": None}
+    attributes = [*SHAPE_FIELDS.values(), "qkv_bias", "qk_norm", "rope_scaling", "logit_soft_cap"]
+    absent = {"head_dim": section["hidden_size"] // section["num_attention_heads"], "qkv_bias": False, "qk_norm": False}
     problems = []
-    for name in names:
-        wanted = resolved[name] if name in resolved else getattr(model, name)
-        found = section.get(name, default.get(name, False))
-        if name not in NOT_COMPARED and _as_float32(wanted) != _as_float32(found):
-            problems.append(f"model.{name} is {wanted} but the folder's is {found}")
+    for attribute in attributes:
+        key, wanted = RECIPE_KEYS.get(attribute, attribute), getattr(model, attribute)
+        wanted = getattr(wanted, "settings", wanted)  # of rope_scaling
+        found = section.get(key, absent.get(key))
+        if key not in NOT_COMPARED and _as_float32(wanted) != _as_float32(found):
+            problems.append(f"model.{key} is {wanted} but the folder's is {found}")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Files of an exported folder: config.json, generation_config.json, remote code, tokenizer, weights. No megatron."""
+"""Files of an exported folder: config.json, generation_config.json, remote code, weights. No megatron."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.config.switches import exported_thinking
-from megatron_itt.data.text.tokenizer import Tokenizer, load_tokenizer
-from megatron_itt.data.text.tokenizer_folder import with_end_of_document, write_tokenizer_folder
-from megatron_itt.errors import DataError, ExportError
-from megatron_itt.hf.load import INDEX_FILE, read_weights
+from megatron_itt.errors import ExportError
+from megatron_itt.hf.load import read_weights
 
 REMOTE_CODE_FILES = tuple(
     f"{name}_itt.py" for name in ("configuration", "routing", "cache", "static_cache", "layers", "inputs", "modeling")
@@ -72,7 +71,7 @@ def model_settings(model: ModelConfig, thinking: ThinkingConfig) -> dict[str, An
 def read_source(folder: Path, hf: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
     """Return what an export keeps of the folder that a model was imported from, as plain data for the checkpoints.
 
-    hf: of `read_config`. ExportError if generation_config.json is not readable.
+    hf: of `read_source_config`. ExportError if generation_config.json is not readable.
     """
     path = folder / "generation_config.json"
     try:
@@ -120,50 +119,6 @@ def write_configs(
             shutil.copyfile(Path(__file__).parent / "remote_code" / name, folder / name)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds tokenizer files."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-
-
-def copy_tokenizer(tokenizer: str | Path, folder: Path, *, eod: int | None = None) -> Tokenizer:
-    """Write the tokenizer so that AutoTokenizer encodes as the training data was encoded, and return it.
-
-    eod: the end-of-document id of the data, which becomes eos_token (None: the tokenizer's own). ExportError if there
-    is no such tokenizer.
-    """
-    source = Path(tokenizer)
-    if source.is_dir() and not has_tokenizer(source):
-        raise ExportError(
-            f"tokenizer folder {source} holds no tokenizer files (tokenizer.json or tokenizer.model); pass --tokenizer "
-            "with one that does."
-        )
-    try:
-        found = with_end_of_document(load_tokenizer(tokenizer), eod)
-    except DataError as error:
-        raise ExportError(f"{error}; pass --tokenizer DIR, or --no-tokenizer to export without one.") from None
-    write_tokenizer_folder(found, folder)
-    return found
-
-
-def special_token_ids(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """Return the bos, eos and pad ids that exist. ExportError if the tokenizer exceeds the model's vocabulary."""
-    if len(tokenizer) > vocab_size:
-        raise ExportError(
-            f"the tokenizer has {len(tokenizer)} tokens but model.vocab_size is {vocab_size}; export with the "
-            "tokenizer that the data was made with."
-        )
-    ids = {name: getattr(tokenizer, name, None) for name in SPECIAL_TOKENS}
-    return {name: value for name, value in ids.items() if value is not None}
-
-
-def cast_weights(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Cast every tensor to `dtype`, the quantiles of router logits to float32."""
-    return {
-        name: tensor.detach().to(torch.float32 if name.endswith(FLOAT32_SUFFIX) else dtype).contiguous()
-        for name, tensor in state.items()
-    }
-
-
 def write_weights(
     folder: Path, state: dict[str, Tensor], *, max_shard_bytes: int = 5 * 10**9, verify: bool = True
 ) -> list[str]:
@@ -176,7 +131,8 @@ def write_weights(
     for file_name, names in shards.filename_to_tensors.items():
         save_file({name: state[name] for name in names}, str(folder / file_name), metadata={"format": "pt"})
     if shards.is_sharded:
-        _write_json(folder / INDEX_FILE, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        _write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
     if verify:
         stored = read_weights(folder)
         same = {name for name in stored.keys() & state.keys() if torch.equal(stored[name], state[name])}

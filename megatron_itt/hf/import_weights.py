@@ -8,7 +8,7 @@ and after one update the routers too.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from megatron_itt.config.switches import exported_thinking, field_names
 from megatron_itt.data.text.tokenizer import check_vocabulary, load_tokenizer
 from megatron_itt.errors import ConfigError, ExportError
 from megatron_itt.hf.calibration import calibrate
-from megatron_itt.hf.families import find_differences, model_section, read_config
-from megatron_itt.hf.folder import has_tokenizer, read_source
+from megatron_itt.hf.families import find_differences, model_section, read_source_config
+from megatron_itt.hf.folder import read_source
 from megatron_itt.hf.load import read_weights
 from megatron_itt.hf.options import ImportOptions
 from megatron_itt.hf.weight_map import hf_to_megatron
@@ -71,7 +71,7 @@ def import_model(
         return report
     path = output / "recipe.yaml"
     path.write_text(config_to_yaml(config), encoding="utf-8")
-    return ImportReport(**{**vars(report), "recipe": path})
+    return replace(report, recipe=path)
 
 
 def retrofit_config(
@@ -79,14 +79,14 @@ def retrofit_config(
 ) -> RunConfig:
     """Return the recipe of an import: the folder's shape and the options, then `recipe`, then `overrides`."""
     options.refuse_idle()
-    hf, overrides = read_config(folder), list(overrides)
+    hf, overrides = read_source_config(folder), list(overrides)
     length = next((text.partition("=")[2] for text in overrides if text.startswith("model.seq_length=")), None)
     section = model_section(hf, int(length) if length and length.isdigit() else None)
     below: dict[str, Any] = {"model": section}
     if recipe is None:
         below |= {"schedule": {"steps": STEPS}, "logging": {"run_dir": str(output)}}
     given_tokenizer = recipe is not None or any(text.startswith("data.tokenizer=") for text in overrides)
-    if has_tokenizer(folder):
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         below["data"] = {"tokenizer": str(folder.resolve())}
     elif not given_tokenizer and hf["model_type"] != "itt":
         raise ExportError(f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model); add data.tokenizer=DIR.")
@@ -128,7 +128,7 @@ def import_folder(
     folder, output, options = Path(folder), Path(output), options or ImportOptions()
     if checkpoint_root(output).exists():
         raise ExportError(f"{output} holds checkpoints already; choose another --output.")
-    hf = read_config(folder)
+    hf = read_source_config(folder)
     if problems := find_differences(model_section(hf, config.model.seq_length), config.model):
         raise ExportError(f"the folder does not fit the recipe: {'; '.join(problems)}. Change the recipe to match.")
     weights = read_weights(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_itt import __version__
@@ -47,34 +47,20 @@ In bf16 a logit near its threshold may fall on the other side; use float32 where
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class CardFacts:
-    """Facts of the card beyond config.json."""
+def render_card(settings: Mapping[str, Any], num_parameters: int, facts: Mapping[str, str]) -> str:
+    """Return the card as Markdown with the front matter that the hub reads.
 
-    recipe: str
-    step: int
-    consumed_tokens: int
-    data_fingerprint: str | None
-    num_parameters: int
-    dtype: str
-    parity: str
-
-
-def render_card(settings: dict[str, Any], facts: CardFacts) -> str:
-    """Return the card as Markdown with the front matter that the hub reads."""
+    settings: of config.json; facts: rows of the table about the training and the export.
+    """
     thinking = settings.get("thinking")
     title, description = _describe(thinking)
     rows = {
-        "parameters": f"{facts.num_parameters:,}",
+        "parameters": f"{num_parameters:,}",
         "shape": f"{settings['num_hidden_layers']} layers, hidden {settings['hidden_size']}, "
         f"feed-forward {settings['intermediate_size']}, {settings['num_attention_heads']} heads, "
         f"{settings['num_key_value_heads']} key/value heads, vocabulary {settings['vocab_size']}",
         "context": f"{settings['max_position_embeddings']} tokens",
-        "recipe": f"`{facts.recipe}`",
-        "training": f"{facts.step:,} steps, {facts.consumed_tokens:,} tokens",
-        "data fingerprint": f"`{facts.data_fingerprint}`" if facts.data_fingerprint else "not recorded",
-        "weights": f"{facts.dtype}, safetensors",
-        "parity with the training model": facts.parity,
+        **facts,
     }
     routed = False
     if thinking is not None:

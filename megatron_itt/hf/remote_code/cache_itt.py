@@ -7,8 +7,6 @@ Cache entries of a layer, none stored twice and none for padding:
 - other thinking layers (attend=selected, loop, steps that change all tokens): base, and one store per routed step.
 Rows of a batch grow independently, so each store has a length per row.
 
-Imports torch and transformers only; this file is copied into every export.
-
 Shape legend: b rows, g key/value heads, d head size, s tokens of this call, n selected tokens of the batch, k most
 selected tokens of a row, P places in a store, T thinking steps. A cache position counts all tokens of a row, padding
 included, over all calls.
@@ -213,20 +211,17 @@ class CachedKeyValues(CallKeyValues):
         return super().append(step, tokens, k, v, queries) if self.is_first else store.read(newest=self.newest)
 
     def set_current(self, k: Tensor, v: Tensor) -> None:
-        """As CallKeyValues.set_current."""
         self._append_states(0, *self._drop_padding(self.call.all_tokens, k, v))
         if self.is_first:
             super().set_current(k, v)
 
     def update_current(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
-        """As CallKeyValues.update_current."""
         self._states().positions[step:, tokens.row, tokens.take(self.place)] = UNUSED
         self._append_states(step, tokens, k, v)
         if self.is_first:
             super().update_current(step, tokens, k, v)
 
     def read_current(self, step: int) -> KeyValues:
-        """As CallKeyValues.read_current."""
         return super().read_current(step) if self.is_first else self._states().read(step, newest=self.newest)
 
 

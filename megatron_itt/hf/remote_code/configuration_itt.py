@@ -1,7 +1,4 @@
-"""Configuration of the Inner Thinking Transformer: the fields of LLaMA and a dictionary `thinking`.
-
-Imports transformers only; this file is copied into every export.
-"""
+"""Configuration of the Inner Thinking Transformer: the fields of LLaMA and a dictionary `thinking`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Inputs of a call: their checks, the cache to use, and the description of tokens that all layers share.
 
-Imports torch and transformers only; this file is copied into every export.
-
 Shape legend: b rows, s tokens of this call.
 """
 

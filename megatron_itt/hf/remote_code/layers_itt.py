@@ -1,7 +1,5 @@
 """Layers of the Inner Thinking Transformer: attention, MLP, and the thinking steps around them.
 
-Imports torch and transformers only; this file is copied into every export and works there alone.
-
 A thinking layer computes (f is the whole layer; keys and values from the context C, original positions, causal):
 
     y = phi_0 * f(x; x)                                         # base pass
@@ -53,18 +51,6 @@ from .routing_itt import (
     router_logits,
     thresholds,
 )
-
-
-class ITTRMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in at least float32."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
 
 
 # oneDNN's product, as torch.compile calls it; None where PyTorch is built without oneDNN.
@@ -140,8 +126,8 @@ class ITTAttention(nn.Module):
         self.k_proj = ITTLinear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.v_proj = ITTLinear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.o_proj = ITTLinear(query_size, config.hidden_size, bias=False)
-        self.q_norm: nn.Module | None = ITTRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm: nn.Module | None = ITTRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm: nn.Module | None = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm: nn.Module | None = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def key_values(self, hidden_states: Tensor, tokens: Selection, call: CallInputs) -> tuple[Tensor, Tensor]:
         """Project normed hidden_states [m, h] of `tokens` to k, v [n, g, d], k rotated."""
@@ -268,8 +254,8 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         self.num_steps = config.num_routed_steps + 1 if thinks else 1
         self.self_attn = ITTAttention(config, layer_idx)
         self.mlp = ITTMLP(config)
-        self.input_layernorm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if self.kind == "itt":
             self.thinking = ITTThinking(config)
         changes_unselected = self.switches["skip"] == "literal" or self.switches["reweight"] == "symmetric"

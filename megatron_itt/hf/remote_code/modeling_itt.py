@@ -1,7 +1,5 @@
 """The Inner Thinking Transformer as a Hugging Face model: forward pass, thinking budgets, generation.
 
-Imports torch and transformers only; this file is copied into every export and works there alone.
-
 Shape legend: b rows, s tokens of this call, h hidden, d head size, T thinking steps.
 """
 
@@ -30,7 +28,7 @@ from .inputs_itt import (
     refuse_cache_position,
     resolve_cache,
 )
-from .layers_itt import ITTDecoderLayer, ITTRMSNorm, ITTThinking, rotary_frequencies
+from .layers_itt import ITTDecoderLayer, ITTThinking, rotary_frequencies
 from .routing_itt import CallInputs, budget_tensor, resolve_budget, resolve_routing
 from .static_cache_itt import ITTStaticCache, choose_cache
 
@@ -93,7 +91,7 @@ class ITTModel(ITTPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ITTDecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
-        self.norm = ITTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self._rotary_frequencies: dict[torch.device, tuple[Tensor, float]] = {}
         self.post_init()

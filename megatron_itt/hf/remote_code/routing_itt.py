@@ -1,7 +1,5 @@
 """Token routing and the combination of thinking steps: pure functions of tensors, and the selections they produce.
 
-Imports torch only; this file is copied into every export.
-
 Shape legend: b rows of the batch, s tokens of this call, n selected tokens of the whole batch, k most selected tokens
 of a row, h hidden, d head size, T thinking steps. Routed steps are 1 .. T-1; tensors of length T-1 are indexed t-1.
 """

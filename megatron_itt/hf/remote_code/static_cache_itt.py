@@ -5,8 +5,6 @@ call with earlier tokens can be captured by torch.compile and CUDA graphs. The f
 unselected tokens as with `ITTCache`. Stores of a layer are "base", and for a thinking layer "states" (what each routed
 step reads, unselected tokens included) or one per routed step.
 
-Imports torch and transformers only; this file is copied into every export.
-
 Shape legend: b rows, g key/value heads, d head size, s tokens of this call, P places.
 """
 
@@ -67,12 +65,10 @@ class StaticKeyValues(CallKeyValues):
         return store.read() if self.call.is_static else super().append(step, tokens, k, v, queries)
 
     def set_current(self, k: Tensor, v: Tensor) -> None:
-        """As CallKeyValues.set_current."""
         super().set_current(k, v)
         self._write_current(0)
 
     def update_current(self, step: int, tokens: Selection, k: Tensor, v: Tensor) -> None:
-        """As CallKeyValues.update_current."""
         super().update_current(step, tokens, k, v)
         self._write_current(step)
 
@@ -82,7 +78,6 @@ class StaticKeyValues(CallKeyValues):
         store.write(self.place, *self.current, self.positions, first_step=step)
 
     def read_current(self, step: int) -> KeyValues:
-        """As CallKeyValues.read_current."""
         return self.stores["states"].read(step) if self.call.is_static else super().read_current(step)
 
 
@@ -125,7 +120,6 @@ class ITTStaticCache(ITTCache):
         )
 
     def key_values(self, call: CallInputs, layer_idx: int, num_steps: int) -> CallKeyValues:
-        """As ITTCache.key_values."""
         return StaticKeyValues(call, self.layers[layer_idx], num_steps, self.num_places)
 
     def record_call(self, call: CallInputs) -> None:

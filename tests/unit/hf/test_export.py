@@ -267,8 +267,10 @@ def test_an_export_without_any_tokenizer_needs_to_be_asked_for(
     run_dir = checkpoint(ITT, vocab_size=200)
     with pytest.raises(ExportError, match=r"no data\.tokenizer"):
         export_checkpoint(run_dir, tmp_path / "hf")
-    with pytest.raises(ExportError, match=r"257 tokens but model\.vocab_size is 200"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 200 but the tokenizer .* has ids up to 256"):
         export_checkpoint(run_dir, tmp_path / "hf", ExportOptions(tokenizer=str(tokenizer_dir)))
+    with pytest.raises(ExportError, match=r"neither tokenizer\.json nor tokenizer\.model.*--no-tokenizer"):
+        export_checkpoint(run_dir, tmp_path / "hf", ExportOptions(tokenizer=str(tmp_path)))
     assert not (tmp_path / "hf").exists()
 
 

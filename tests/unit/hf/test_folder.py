@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.config.switches import field_names
@@ -19,15 +18,12 @@ from megatron_itt.errors import ExportError
 from megatron_itt.hf import folder as folder_module
 from megatron_itt.hf.folder import (
     REMOTE_CODE_FILES,
-    cast_weights,
-    copy_tokenizer,
     model_settings,
-    special_token_ids,
     write_configs,
     write_weights,
 )
-from megatron_itt.hf.load import SINGLE_FILE, read_weights
-from megatron_itt.hf.model_card import CardFacts, render_card
+from megatron_itt.hf.load import read_weights
+from megatron_itt.hf.model_card import render_card
 from megatron_itt.hf.remote_code.configuration_itt import SWITCHES, THINKING_DEFAULTS, ITTConfig
 from megatron_itt.hf.remote_code.routing_itt import GATES, RESIDUALS, ROUTING_RULES
 
@@ -68,43 +64,17 @@ def test_remote_code_imports_torch_transformers_and_its_own_files_only() -> None
                 assert roots <= {"__future__", "collections", "dataclasses", "torch", "transformers", "typing"}, name
 
 
-def test_the_tokenizer_is_copied_in_a_form_that_transformers_4_knows(tokenizer_dir: Path, tmp_path: Path) -> None:
-    target = tmp_path / "export"
-    target.mkdir()
-    copy_tokenizer(tokenizer_dir, target)
-    config = json.loads((target / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    assert tokenizer.decode(tokenizer("two words")["input_ids"]) == "two words"
-    assert special_token_ids(tokenizer, 300) == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-
-
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer_dir: Path) -> None:
-    with pytest.raises(ExportError, match=r"has 257 tokens but model\.vocab_size is 256"):
-        special_token_ids(AutoTokenizer.from_pretrained(tokenizer_dir), 256)
-
-
-def test_a_folder_without_tokenizer_files_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
-    shutil.rmtree(tokenizer_dir)
-    tokenizer_dir.mkdir()
-    with pytest.raises(ExportError, match="holds no tokenizer files"):
-        copy_tokenizer(tokenizer_dir, tmp_path)
-
-
 def test_the_card_states_the_training_facts() -> None:
-    facts = CardFacts(
-        recipe="466m_itt_x4",
-        step=50000,
-        consumed_tokens=52_428_800_000,
-        data_fingerprint="abc123",
-        num_parameters=466_000_000,
-        dtype="bfloat16",
-        parity="logits within 1.0e-06 (float32)",
-    )
-    card = render_card(model_settings(SHAPE, ITT), facts)
-    for expected in ("466m_itt_x4", "50,000 steps, 52,428,800,000 tokens", "abc123", "thinking_budget=[0.5, 0.25]"):
+    facts = {"recipe": "466m_itt_x4", "training": "50,000 steps, 52,428,800,000 tokens"}
+    card = render_card(model_settings(SHAPE, ITT), 466_000_000, facts)
+    for expected in (
+        "466m_itt_x4",
+        "50,000 steps, 52,428,800,000 tokens",
+        "466,000,000",
+        "thinking_budget=[0.5, 0.25]",
+    ):
         assert expected in card
-    plain = render_card(model_settings(SHAPE, ThinkingConfig()), facts)
+    plain = render_card(model_settings(SHAPE, ThinkingConfig()), 466_000_000, facts)
     assert "thinking_budget" not in plain and "trust_remote_code" not in plain
     assert card.startswith("---\nlibrary_name: transformers\n")
 
@@ -146,17 +116,11 @@ def test_weights_come_back_bit_for_bit(state: dict[str, Tensor], max_shard_bytes
     assert len(names) == {10**9: 1, 600: 3, 1: 6}[max_shard_bytes]
 
 
-def test_casting_leaves_the_quantiles_in_float32(state: dict[str, Tensor]) -> None:
-    cast = cast_weights(state, torch.bfloat16)
-    assert cast["layer.0.weight"].dtype == torch.bfloat16
-    assert torch.equal(cast["a.logit_quantiles"], state["a.logit_quantiles"])
-
-
 def test_a_truncated_weight_file_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
     write_weights(tmp_path, state)
-    path = tmp_path / SINGLE_FILE
+    path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ExportError, match="missing or damaged"):
+    with pytest.raises(ExportError, match="are damaged"):
         read_weights(tmp_path)
 
 
@@ -164,15 +128,4 @@ def test_a_missing_shard_is_refused(state: dict[str, Tensor], tmp_path: Path) ->
     names = write_weights(tmp_path, state, max_shard_bytes=600)
     (tmp_path / names[1]).unlink()
     with pytest.raises(ExportError, match=f"{names[1]} is missing"):
-        read_weights(tmp_path)
-
-
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(ExportError, match="pickled"):
-        read_weights(tmp_path)
-
-
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=SINGLE_FILE):
         read_weights(tmp_path)

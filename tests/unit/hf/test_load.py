@@ -10,22 +10,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_itt.data.text.tokenizer import load_tokenizer
 from megatron_itt.errors import ExportError
-from megatron_itt.hf.folder import AUTO_MAP, REMOTE_CODE_FILES, copy_tokenizer
-from megatron_itt.hf.load import open_export
+from megatron_itt.hf.folder import AUTO_MAP, REMOTE_CODE_FILES
+from megatron_itt.hf.load import open_export, read_weights
 from megatron_itt.hf.remote_code.modeling_itt import ITTForCausalLM
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"config\.json is missing"):
+    with pytest.raises(ExportError, match=r"has no config\.json"):
         open_export(tmp_path)
 
 
-def test_pickled_weights_are_refused(build: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [open_export, read_weights])
+def test_missing_and_pickled_weights_are_refused(read: Callable, build: Callable, tmp_path: Path) -> None:
     build().config.save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match=r"model\.safetensors is missing"):
+        read(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(ExportError, match="pickled"):
-        open_export(tmp_path)
+        read(tmp_path)
 
 
 def test_a_truncated_file_is_refused(build: Callable, tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -33,7 +37,7 @@ def test_a_truncated_file_is_refused(build: Callable, tokenizer_dir: Path, tmp_p
     build(kind="none").save_pretrained(folder)
     config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4, "vocab_size": 61}))
-    copy_tokenizer(tokenizer_dir, folder)
+    load_tokenizer(tokenizer_dir).save(folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     with pytest.raises(ExportError, match="cannot be loaded"):
@@ -54,7 +58,7 @@ def test_the_installed_class_loads_an_export_without_trusting_its_code(
     model, folder, again = build(dtype=torch.float32), tmp_path / "model", tmp_path / "again"
     model.config.auto_map = AUTO_MAP
     model.save_pretrained(folder)
-    copy_tokenizer(tokenizer_dir, folder)
+    load_tokenizer(tokenizer_dir).save(folder)
     for name in REMOTE_CODE_FILES:
         (folder / name).write_text("raise SystemExit('this must not run')")
     tokens = torch.randint(0, 61, (2, 9))
