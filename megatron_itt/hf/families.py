@@ -62,6 +62,8 @@ def read_source_config(folder: Path) -> dict[str, Any]:
             "from_pretrained(FOLDER, gguf_file=NAME, quantization_config=GgufConfig(dequantize=True))"
             ".save_pretrained(OUTPUT), and the tokenizer in the same way."
         )
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is no folder; get a model of the hub with hf download {folder} --local-dir DIR.")
     try:
         given = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -85,13 +87,25 @@ def model_section(hf: dict[str, Any], seq_length: int | None = None) -> dict[str
 
     ExportError names the settings that no recipe has. `seq_length`: of the recipe, None for the folder's.
     """
+    try:
+        section, problems = _convert(hf, seq_length)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        problems = [f"a value of config.json has another type than it must have ({error})"]
+    if problems:
+        raise ExportError(f"{hf['model_type']} of this folder cannot be imported: {'; '.join(problems)}.")
+    return section
+
+
+def _convert(hf: dict[str, Any], seq_length: int | None) -> tuple[dict[str, Any], list[str]]:
+    """The `model` section, and what stands in its way."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope |= hf.get("rotary_scaling") or {}
     fields = {"partial_rotary_factor": rope.pop("partial_rotary_factor", None), **hf}
     problems = [f"{key} is {fields[key]!r}, which is not supported" for key in _unsupported(fields)]
-    rope_base = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    if float(rope_base) != int(rope_base):
-        problems.append(f"rope_theta is {rope_base}, which is not a whole number")
+    rope_base = float(rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
+    if not rope_base.is_integer() or rope_base < 1:
+        problems.append(f"rope_theta is {rope_base}, which is not a whole number above 0")
+        rope_base = 1
     scaling, found = _rope_scaling(rope, hf)
     problems += found
     section: dict[str, Any] = {RECIPE_KEYS.get(name, name): hf.get(key) for key, name in SHAPE_FIELDS.items()}
@@ -112,9 +126,7 @@ def model_section(hf: dict[str, Any], seq_length: int | None = None) -> dict[str
             f"sliding_window is {window}, shorter than model.seq_length = {length}; use model.seq_length={window} or "
             "less"
         )
-    if problems:
-        raise ExportError(f"{hf['model_type']} of this folder cannot be imported: {'; '.join(problems)}.")
-    return section
+    return section, problems
 
 
 def find_differences(section: dict[str, Any], model: ModelConfig) -> list[str]:

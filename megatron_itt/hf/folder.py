@@ -75,8 +75,8 @@ def read_source(folder: Path, hf: dict[str, Any], weights: dict[str, Tensor]) ->
     """
     path = folder / "generation_config.json"
     try:
-        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+        generation = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"{path} cannot be read ({error}); correct it, or remove it.") from None
     dtypes = (tensor.dtype for name, tensor in weights.items() if not name.endswith(FLOAT32_SUFFIX))
     return {

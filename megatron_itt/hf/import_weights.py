@@ -65,11 +65,13 @@ def import_model(
     Keys of `recipe` and `overrides` have the last word. Without a recipe `output`/recipe.yaml is written.
     """
     folder, output, options = Path(folder), Path(output), options or ImportOptions()
+    path = output / "recipe.yaml"
+    if recipe is None and path.exists():
+        raise ExportError(f"{path} exists already; choose another --output, or import with --recipe {path}.")
     config = retrofit_config(folder, output, recipe=recipe, overrides=overrides, options=options)
     report = import_folder(folder, config, output, options=options)
     if recipe is not None:
         return report
-    path = output / "recipe.yaml"
     path.write_text(config_to_yaml(config), encoding="utf-8")
     return replace(report, recipe=path)
 
@@ -90,7 +92,7 @@ def retrofit_config(
         below["data"] = {"tokenizer": str(folder.resolve())}
     elif not given_tokenizer and hf["model_type"] != "itt":
         raise ExportError(f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model); add data.tokenizer=DIR.")
-    thinks = (hf.get("thinking") or {}).get("kind", "none") != "none"
+    thinks = hf["model_type"] == "itt" and hf["thinking"]["kind"] != "none"
     if options.think is not None and thinks:
         raise ExportError(f"--think is {options.think}, but the model in {folder} thinks already; leave it out.")
     if thinks and recipe is None:
@@ -99,8 +101,8 @@ def retrofit_config(
         below["thinking"] = options.thinking(section["num_layers"])
     config = load_config(recipe, overrides, below=below)
     _refuse_start(config.thinking, options)
-    if config.data.tokenizer == str(folder.resolve()):
-        check_vocabulary(load_tokenizer(folder), config.model.vocab_size)
+    if config.data.tokenizer is not None and (recipe is None or config.data.tokenizer == str(folder.resolve())):
+        check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
     return config
 
 
@@ -144,6 +146,8 @@ def import_folder(
         del state
         if any(name.endswith("logit_quantiles") for name in fresh):
             calibrated = calibrate(built, folder, config, options.calibrate)
+        elif options.calibrate != ImportOptions.calibrate:
+            raise ConfigError(f"--calibrate is {options.calibrate}, but no new layer has thresholds; leave it out")
         run_state = new_run_state(config, step=0, source=source)
         save_checkpoint(sharded_model_state(built.chunks), run_state, checkpoint_root(output), keep_last=1)
     finally:
@@ -170,7 +174,7 @@ def _fill(model: torch.nn.Module, state: dict[str, Tensor]) -> list[str]:
 
 def _changed(hf: dict[str, Any], config: RunConfig) -> list[str]:
     """Switches of `thinking` that differ from the folder's and change what its weights compute."""
-    before = hf.get("thinking") or {}
+    before = hf["thinking"] if hf["model_type"] == "itt" else {}
     after = {} if config.thinking.kind == "none" else exported_thinking(config.thinking, config.model.num_layers)
     compared = [key for key in before if key not in field_names(ThinkingConfig, "free_on_resume")]
     return [

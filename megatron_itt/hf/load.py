@@ -87,7 +87,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         return {name: tensor for file in files for name, tensor in load_file(str(file)).items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ExportError(f"the weights in {folder} are damaged ({_short(error)}); copy the folder again.") from None
+        raise ExportError(
+            f"the weights in {folder} are damaged ({_short(error)}); copy the folder again, with git lfs pull "
+            "in a clone of the hub."
+        ) from None
 
 
 def _short(error: Exception) -> str:

@@ -7,7 +7,7 @@ Shape legend: h hidden, d head size, g key/value heads, n attention heads, V voc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -116,6 +116,7 @@ def hf_to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
     left = _known(state)
     result: dict[str, Tensor] = {}
     missing: list[str] = []
+    misshapen: list[str] = []
     _check_values(left)
     _check_head(left, model)
     if model.tie_embeddings:  # some writers store a tied head as well
@@ -123,10 +124,13 @@ def hf_to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
     for rule in rules_of_model(model):
         absent = [name for name in rule.hf if name not in left]
         if not absent:
-            result[rule.megatron] = merge(rule, [left.pop(name) for name in rule.hf], model).contiguous()
+            try:
+                result[rule.megatron] = merge(rule, [left.pop(name) for name in rule.hf], model).contiguous()
+            except (RuntimeError, IndexError):  # of torch
+                misshapen.extend(rule.hf)
         elif not rule.optional:
             missing.extend(absent)
-    _refuse_mismatch(list(left), missing, "Hugging Face")
+    _refuse_mismatch(list(left), missing, "Hugging Face", misshapen)
     return result
 
 
@@ -167,10 +171,10 @@ def _known(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith(IGNORED_SUFFIXES)}
 
 
-def _refuse_mismatch(unknown: list[str], missing: list[str], side: str) -> None:
+def _refuse_mismatch(unknown: list[str], missing: list[str], side: str, misshapen: Sequence[str] = ()) -> None:
     lists = [
         f"{len(names)} {what} ({', '.join(sorted(names)[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
-        for what, names in (("not in the table", unknown), ("missing", missing))
+        for what, names in (("not in the table", unknown), ("missing", missing), ("of other shapes", misshapen))
         if names
     ]
     if lists:

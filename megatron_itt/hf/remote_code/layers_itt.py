@@ -52,7 +52,6 @@ from .routing_itt import (
     thresholds,
 )
 
-
 # oneDNN's product, as torch.compile calls it; None where PyTorch is built without oneDNN.
 FEW_ROWS_PRODUCT = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None

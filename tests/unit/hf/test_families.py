@@ -56,7 +56,7 @@ def source(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
 
 
 def _import(folder: Path, output: Path, options: ImportOptions = THINK, **overrides: str) -> Any:
-    given = ["precision.dtype=fp32", "runtime.device=cpu", "data.tokenizer=none"]
+    given = ["precision.dtype=fp32", "runtime.device=cpu", "data.tokenizer=null"]
     return import_model(folder, output, overrides=[*given, *overrides.values()], options=options)
 
 
@@ -138,7 +138,7 @@ def test_the_recipe_is_written_and_floats_are_compared_as_float32(source: Callab
     folder, _ = source("llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 9.999999747378752e-06}))
-    report = _import(folder, tmp_path / "run", ImportOptions(calibrate="normal"), eps="model.norm_eps=1.0e-5")
+    report = _import(folder, tmp_path / "run", ImportOptions(), eps="model.norm_eps=1.0e-5")
     assert report.recipe.read_text().startswith("model:")
     again = import_model(folder, tmp_path / "again", recipe=report.recipe)
     assert again.recipe is None and again.fresh == []
@@ -153,6 +153,11 @@ BAD = {
     "rows": ({"vocab_size": 50}, r"model.embed_tokens.weight has 61 rows but vocab_size of the folder is 50; set"),
     "window": ({"model_type": "mistral", "sliding_window": 32}, "sliding_window is 32.*model.seq_length=32 or less"),
     "rope": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic' is not"),
+    "theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_theta is nan, which is"),
+    "type": (
+        {"sliding_window": "x"},
+        "llama of this folder cannot be imported: a value of config.json has another type",
+    ),
     "tied": ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
 }
 
@@ -249,6 +254,7 @@ def test_layers_are_named_in_four_ways() -> None:
         ({"think": "1", "steps": 3, "capacity": (0.5, 0.4, 0.3)}, "--capacity has 3 values"),
         ({"think": "1", "start": "scaled"}, "--start is 'scaled'"),
         ({"think": "1", "calibrate": "no/such/file"}, "--calibrate is no/such/file, which cannot be read"),
+        ({"calibrate": "normal"}, "--calibrate is normal, but no new layer has thresholds; leave it out"),
     ],
     ids=str,
 )
