@@ -63,7 +63,9 @@ def read_source_config(folder: Path) -> dict[str, Any]:
             ".save_pretrained(OUTPUT), and the tokenizer in the same way."
         )
     if not folder.is_dir():
-        raise ExportError(f"{folder} is no folder; get a model of the hub with hf download {folder} --local-dir DIR.")
+        raise ExportError(
+            f"{folder} is no folder; name one with config.json (of the hub: hf download NAME --local-dir DIR)."
+        )
     try:
         given = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

@@ -30,7 +30,7 @@ from megatron_itt.hf.families import find_differences, model_section, read_sourc
 from megatron_itt.hf.folder import read_source
 from megatron_itt.hf.load import read_weights
 from megatron_itt.hf.options import ImportOptions
-from megatron_itt.hf.weight_map import hf_to_megatron
+from megatron_itt.hf.weight_map import hf_to_megatron, refuse_mismatch
 from megatron_itt.model.builder import build_model
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
@@ -160,14 +160,13 @@ def import_folder(
 def _fill(model: torch.nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Load mapped tensors and return the names of the thinking tensors that are not among them."""
     expected = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    wrong = [name for name in state if name not in expected or state[name].shape != expected[name].shape]
     fresh = sorted(set(expected) - set(state))
-    lacking = [name for name in fresh if ".thinking." not in name]
-    if wrong or lacking:
-        raise ExportError(
-            f"the folder's tensors do not fit the recipe: wrong or unexpected {sorted(wrong)[:12]}, missing "
-            f"{lacking[:12]}. Check model and thinking in the recipe."
-        )
+    refuse_mismatch(
+        "megatron-core",
+        unknown=set(state) - set(expected),
+        missing=[name for name in fresh if ".thinking." not in name],
+        misshapen=[name for name in state if name in expected and state[name].shape != expected[name].shape],
+    )
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
     return fresh
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,12 +39,14 @@ class ImportOptions:
             raise ConfigError(
                 f"--capacity has {len(capacity)} values; give 1, or one for each of {routed} routed steps"
             )
-        kind, _, number = self.start.partition("=")
-        try:
-            step_init = 0.0 if self.start == "identity" else float(number)
-        except ValueError:
-            kind = ""
-        if self.start != "identity" and kind != "scaled":
+        step_init = 0.0
+        if self.start != "identity":
+            kind, _, number = self.start.partition("=")
+            try:
+                step_init = float(number) if kind == "scaled" else math.nan
+            except ValueError:
+                step_init = math.nan
+        if not math.isfinite(step_init):
             raise ConfigError(f"--start is {self.start!r}; use identity, or scaled= and a number, such as scaled=0.1")
         layers = parse_layers(str(self.think), num_layers)
         return {"kind": "itt", "layers": layers, "capacity": list(capacity), "step_init": step_init}

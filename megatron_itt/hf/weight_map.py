@@ -7,7 +7,7 @@ Shape legend: h hidden, d head size, g key/value heads, n attention heads, V voc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -107,7 +107,7 @@ def megatron_to_hf(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
             result.update((name, part.contiguous()) for name, part in zip(rule.hf, parts, strict=True))
         elif not rule.optional:
             missing.append(rule.megatron)
-    _refuse_mismatch(list(left), missing, "megatron-core")
+    refuse_mismatch("megatron-core", unknown=left, missing=missing)
     return result
 
 
@@ -130,7 +130,7 @@ def hf_to_megatron(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
                 misshapen.extend(rule.hf)
         elif not rule.optional:
             missing.extend(absent)
-    _refuse_mismatch(list(left), missing, "Hugging Face", misshapen)
+    refuse_mismatch("Hugging Face", unknown=left, missing=missing, misshapen=misshapen)
     return result
 
 
@@ -171,14 +171,18 @@ def _known(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith(IGNORED_SUFFIXES)}
 
 
-def _refuse_mismatch(unknown: list[str], missing: list[str], side: str, misshapen: Sequence[str] = ()) -> None:
+def refuse_mismatch(
+    side: str, *, unknown: Iterable[str], missing: Iterable[str], misshapen: Iterable[str] = ()
+) -> None:
+    """Raise ExportError if a list of tensor names of one `side` is not empty."""
+    faults = {"not in the table": sorted(unknown), "missing": sorted(missing), "of another shape": sorted(misshapen)}
     lists = [
-        f"{len(names)} {what} ({', '.join(sorted(names)[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
-        for what, names in (("not in the table", unknown), ("missing", missing), ("of other shapes", misshapen))
+        f"{len(names)} {what} ({', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''})"
+        for what, names in faults.items()
         if names
     ]
     if lists:
         raise ExportError(
-            f"the {side} tensors do not fit the recipe's shape: {'; '.join(lists)}. Check model and thinking in the "
-            "recipe."
+            f"the {side} tensors do not fit the shape: {'; '.join(lists)}. Check config.json of the folder, and model "
+            "and thinking of the recipe."
         )

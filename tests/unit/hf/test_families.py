@@ -183,6 +183,14 @@ def test_tensors_that_contradict_the_config_are_refused(source: Callable, tmp_pa
     save_file({**weights, "lm_head.weight": head[:60].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IttError, match=r"lm_head.weight has 60 rows and model.embed_tokens.weight 61"):
         _import(folder, tmp_path / "run")
+    for name, message in (
+        ("model.norm.weight", "final_layernorm"),
+        ("model.layers.0.self_attn.q_proj.weight", "q_proj"),
+    ):
+        changed = {**weights, "lm_head.weight": head, name: torch.ones(3)}
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(IttError, match=rf"of another shape \(.*{message}"):
+            _import(folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -230,9 +238,16 @@ def test_missing_files_are_named(source: Callable, tmp_path: Path) -> None:
     with pytest.raises(IttError, match=r"config\.json cannot be read"):
         _import(folder, tmp_path / "run")
     (folder / "config.json").write_text(config)
+    for missing in ("org/model", folder / "config.json"):
+        with pytest.raises(IttError, match=r"is no folder; name one with config\.json"):
+            import_model(missing, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("mine")
+    with pytest.raises(IttError, match=r"recipe\.yaml exists already"):
+        _import(folder, tmp_path / "run")
     (folder / "model.safetensors").rename(folder / "weights.gguf")
     with pytest.raises(IttError, match=r"GGUF.*gguf_file=NAME"):
-        _import(folder, tmp_path / "run")
+        _import(folder, tmp_path / "other")
 
 
 def test_layers_are_named_in_four_ways() -> None:
@@ -252,7 +267,7 @@ def test_layers_are_named_in_four_ways() -> None:
         ({"think": "1", "start": "identity=3"}, "--start is 'identity=3'"),
         ({"think": "1", "steps": 1}, "--steps is 1"),
         ({"think": "1", "steps": 3, "capacity": (0.5, 0.4, 0.3)}, "--capacity has 3 values"),
-        ({"think": "1", "start": "scaled"}, "--start is 'scaled'"),
+        *(({"think": "1", "start": text}, f"--start is '{text}'") for text in ("scaled", "scaled=inf", "other=1")),
         ({"think": "1", "calibrate": "no/such/file"}, "--calibrate is no/such/file, which cannot be read"),
         ({"calibrate": "normal"}, "--calibrate is normal, but no new layer has thresholds; leave it out"),
     ],
