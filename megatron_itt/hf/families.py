@@ -99,7 +99,7 @@ def model_section(hf: dict[str, Any], seq_length: int | None = None) -> dict[str
 
 
 def _convert(hf: dict[str, Any], seq_length: int | None) -> tuple[dict[str, Any], list[str]]:
-    """The `model` section, and what stands in its way."""
+    """Return the `model` section and the problems of a config."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope |= hf.get("rotary_scaling") or {}
     fields = {"partial_rotary_factor": rope.pop("partial_rotary_factor", None), **hf}

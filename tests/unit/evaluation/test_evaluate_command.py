@@ -17,7 +17,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     arguments = ["--model", str(tmp_path / "nowhere"), "--tasks", "sciq", "--output", str(tmp_path / "out")]
     assert main(["evaluate", *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: model folder") and len(error.strip().splitlines()) == 1
+    assert (
+        error.startswith("error: ") and "nowhere has no config.json" in error and len(error.strip().splitlines()) == 1
+    )
     assert not (tmp_path / "out").exists()
 
 
