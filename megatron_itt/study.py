@@ -137,8 +137,8 @@ class LadderPlan:
     overrides: Sequence[str] = ()
 
     def jobs(self) -> list[Job]:
-        """Return the queue, the most informative run first: main variants before loops, then small before large models,
-        short before long horizons, seed by seed. ConfigError for a size, variant or recipe that does not exist.
+        """Return the queue, the most informative run first: loops last, then short before long horizons,
+        small before large models, seed by seed. ConfigError for a size, variant or recipe that does not exist.
         """
         known = [*sorted(path.stem for path in self.recipes.glob("*.yaml")), WIDE]
         for kind, names, there in (("size", self.sizes, SIZES), ("variant", self.variants, known)):
@@ -183,7 +183,7 @@ class LadderPlan:
                 command=(*training_command(), str(recipe), *settings),
                 after=before and before[0],
             )
-            rank = (group == 2, self.sizes.index(size), group, horizon, seed, steps, variant)
+            rank = (group == 2, horizon, self.sizes.index(size), group, seed, steps, variant)
             chain.append((rank, job))
             before = run_dir, stable
         return chain

@@ -3,6 +3,7 @@
 # each version read in the other. megatron-core 0.17 and newer need Python 3.12, so the two go together.
 #
 #   bash tools/test_versions.sh                      OTHER_PYTHON=python3.13 bash tools/test_versions.sh
+#   bash tools/test_versions.sh --install            set up the environment only
 #
 # OTHER_PYTHON     default: Python 3.12 or 3.13 if .venv has an older one, else 3.11 or 3.10, on the PATH or in pyenv
 # OTHER_VENV_ROOT  where the second environment, .venv-X.Y, is kept and brought up to date by each call (default: here)
@@ -62,6 +63,7 @@ version=$(minor_of "$python") || {
 venv=${OTHER_VENV_ROOT:-.}/.venv-$version
 mkdir -p "${OTHER_VENV_ROOT:-.}"
 PYTHON=$python VENV=$venv EXTRAS=data,dev bash tools/install.sh
+[ "${1:-}" != --install ] || exit 0
 "$venv/bin/python" -c "from importlib.metadata import version as v; import platform
 print('test-versions: Python', platform.python_version(), 'with megatron-core', v('megatron-core'))"
 exec "$venv/bin/python" -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile \

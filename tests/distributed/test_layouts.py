@@ -70,7 +70,7 @@ def recipe(kind: str, parallel: dict[str, Any], **optimizer: Any) -> Any:
         },
         thinking=THINKING[kind],
         parallel=parallel,
-        batch={"global": 8, "micro": 1, "ramp": RAMP if kind == "itt_ramp" else None},
+        batch={"global": 8, "micro": 2, "ramp": RAMP if kind == "itt_ramp" else None},
         optimizer={
             "z_loss": 0.1 if kind == "itt_z_losses" else 0.0,
             "kind": "muon" if kind == "itt_muon" else "adamw",

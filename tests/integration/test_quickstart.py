@@ -26,13 +26,14 @@ SMALLER = {
     "validation": {"tokens": 12000, "interval_steps": 6},
     "checkpoint": {"save_interval_steps": 2},
 }
-# Pages whose shell blocks are run, and what replaces the paths of a cluster in them.
+# Pages whose shell blocks are run, and what replaces the paths of a cluster, and what takes minutes, in them.
 PAGES = ("README.md", "docs/training.md", "docs/exports.md", "docs/launching.md")
 STAND_INS = {
     "/data/redpajama/arxiv/*.jsonl.zst": "runs/quickstart/corpus/code",
     "/data/tokenizer": "runs/quickstart/tokenizer",
     "runs/466m_itt_x4": "runs/quickstart",
-    "--repeats 3": "--repeats 1",
+    "benchmark --repeats 3": "benchmark --repeats 1 --parts steps,memory --models 'ITT x4'",
+    "decode --repeats 1": "decode --repeats 1 --batches 1 --new-tokens 4",
     "--tasks paper": "--task-dir runs/quickstart/tasks --limit 2",
 }
 
