@@ -38,13 +38,14 @@ HORIZONS = (20, 80, 320)
 DECAY_SHARE = 0.2
 LEARNING_RATE = 0.32  # of hidden size 1: the rate falls with the width
 ORDER_SHARE = 2  # text is laid out for twice the longest horizon: LLaMA reads more at equal FLOPs
-# Non-embedding parameters in millions -> hidden size, MLP width, attention heads; 4 layers.
+# Non-embedding parameters in millions -> layers, hidden size, MLP width, attention heads. Narrow models are shallow: at
+# hidden size 32, four layers are as deep as helps, and thinking adds depth.
 SIZES = {
-    "0.02M": (20, 56, 2),
-    "0.05M": (32, 88, 2),
-    "0.2M": (64, 176, 4),
-    "0.8M": (128, 352, 4),
-    "3.2M": (256, 704, 4),
+    "0.02M": (2, 28, 76, 2),
+    "0.05M": (2, 48, 124, 2),
+    "0.2M": (4, 64, 176, 4),
+    "0.8M": (4, 128, 352, 4),
+    "3.2M": (4, 256, 704, 4),
 }
 
 
@@ -206,10 +207,10 @@ class LadderPlan:
 
     def _wide_shape(self, size: str) -> tuple[str, ...]:
         """The shape of the LLaMA whose FLOPs per token are nearest to those of WIDE_AS."""
-        hidden, width, heads = SIZES[size]
+        layers, hidden, width, heads = SIZES[size]
         target = _flops(self._load(WIDE_AS, _shape(*SIZES[size])))
         shapes = [
-            _shape(wider, round(width * wider / hidden / 4) * 4, heads)
+            _shape(layers, wider, round(width * wider / hidden / 4) * 4, heads)
             for wider in range(hidden, 2 * hidden, 2 * heads)
         ]
         return min(shapes, key=lambda shape: abs(_flops(self._load(BASELINE, shape)) - target))
@@ -222,8 +223,9 @@ def _flops(config: RunConfig) -> float:
     return forward_flops(config.model, config.thinking).total
 
 
-def _shape(hidden: int, width: int, heads: int) -> tuple[str, ...]:
+def _shape(layers: int, hidden: int, width: int, heads: int) -> tuple[str, ...]:
     return (
+        f"model.num_layers={layers}",
         f"model.hidden_size={hidden}",
         f"model.ffn_hidden_size={width}",
         f"model.num_attention_heads={heads}",

@@ -27,15 +27,15 @@ def flops_of(config: RunConfig) -> float:
     return tokens * forward_flops(config.model, config.thinking).total / config.model.seq_length
 
 
-def test_short_horizons_of_the_smallest_models_come_first_and_all_seeds_before_longer_ones() -> None:
+def test_short_horizons_come_first_and_within_them_small_models() -> None:
     order = list(configs(LadderPlan(seeds=2, variants=("llama", "loop_x2", "itt_x4"))))
     main = [name for name in order if "/loop" not in name]
     assert order[: len(main)] == main, "loops come last"
     assert main[0] == "0.02M/itt_x4/seed_1/20"
     places = [
         main.index(f"{size}/llama/seed_{seed}/{hor}")
-        for size in ("0.02M", "0.05M")
         for hor in (20, 320)
+        for size in ("0.02M", "0.05M")
         for seed in (1, 2)
     ]
     assert places == sorted(places)
