@@ -23,7 +23,14 @@ GPUS_PER_NODE = 8
 FLOPS_PER_S, BYTES_PER_S = 989e12, 3.35e12  # of an H100's data sheet
 SCALING = "| recipe | nodes | settings | GiB per GPU | data parallel | micro-batches per step |"
 SEARCH = "| recipe | nodes | GPU | number | settings | GiB | s per step | MFU | largest parts of the step |"
-SEARCHED = (("162m/itt_x4", 1), ("466m/itt_x4", 2), ("scale/1b3_itt_x4", 4), ("scale/7b_itt_x4", 8))
+SEARCHED = {
+    "162m/itt_x4": 1,  # nodes
+    "230m/itt_x4": 1,
+    "466m/itt_x4": 2,
+    "scale/1b3_itt_x4": 4,
+    "scale/7b_itt_x4": 8,
+    "scale/7b_llama": 8,
+}
 FLOPS = "| shape | model | TFLOPs of a step | over LLaMA | matrices | attention | head |"
 ROOFLINE = "| shape | attend | part | GFLOPs | MB | us | share |"
 
@@ -48,13 +55,12 @@ def scaling_row(recipe: str, nodes: str, settings: str) -> list[str]:
 
 
 def search_rows(gpu: str = "a100-80gb") -> Iterator[list[str]]:
-    """The two best layouts that `itt recipe layout` finds, and the recipe's own."""
-    for recipe, nodes in SEARCHED:
+    """The best layout that `itt recipe layout` finds, and the recipe's own."""
+    for recipe, nodes in SEARCHED.items():
         machine = Machine(num_nodes=nodes, gpus_per_node=GPUS_PER_NODE, gpu=GPUS[gpu])
-        report = layout_report(load_config(recipe), machine, num_best=2)
-        named = [("1", report["layouts"][0]), ("2", report["layouts"][1])]
-        named.append((f"{report['own']['number']} (recipe)", report["own"]))
-        for number, row in named:
+        report = layout_report(load_config(recipe), machine, num_best=1)
+        own = report["own"]
+        for number, row in (("1", report["layouts"][0]), (f"{own['number']} (recipe)", own)):
             settings = f"`{row['overrides']}`".replace(" parallel.virtual_pipeline=1", "")
             parts = ", ".join(f"{part} {share:.0%}" for part, share in row["limits"][:3])
             figures = f"{row['memory_gib']:.1f}", f"{row['step_s']:.2f}", f"{row['mfu']:.0%}"

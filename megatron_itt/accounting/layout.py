@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any, Literal
 
 from megatron_itt.accounting.collectives import sent_bytes
@@ -17,6 +17,7 @@ from megatron_itt.config.run import BatchConfig, ParallelConfig, RunConfig
 from megatron_itt.errors import ConfigError
 
 SECONDS_PER_DAY = 86400
+SAME_ESTIMATE = 0.02
 _CHUNKS = (1, 2, 4)
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 _RECOMPUTE: tuple[Literal["none", "routed", "layer"], ...] = ("none", "routed", "layer")
@@ -77,9 +78,16 @@ def find_layouts(config: RunConfig, machine: Machine) -> list[Layout]:
     return sorted(found, key=lambda layout: (layout.time.seconds, layout.memory_bytes))
 
 
-def layout_report(config: RunConfig, machine: Machine, *, num_best: int = 5) -> dict[str, Any]:
-    """Return the best layouts and the recipe's own as data; the latter is None where it fits no such job."""
+def layout_report(config: RunConfig, machine: Machine, *, num_best: int = 5, spread: bool = False) -> dict[str, Any]:
+    """Return the best layouts and the recipe's own as data; the latter is None where it fits no such job.
+
+    With `spread`, as many layouts from the best to the worst, in equal distances of the ranking.
+    """
     layouts, own = find_layouts(config, machine), None
+    chosen = layouts[:num_best]
+    if spread and num_best < len(layouts):
+        steps = max(1, num_best - 1)
+        chosen = [layouts[step * (len(layouts) - 1) // steps] for step in range(num_best)]
     if not find_layout_problems(config, machine.world_size):
         layout = _estimate(config, rank_memory(config, machine.world_size), machine)
         number = 1 + sum(other.time.seconds < layout.time.seconds for other in layouts)
@@ -87,20 +95,45 @@ def layout_report(config: RunConfig, machine: Machine, *, num_best: int = 5) -> 
     return {
         "world_size": machine.world_size,
         "num_layouts": len(layouts),
-        "layouts": [_row(layout, config, machine) for layout in layouts[:num_best]],
+        "layouts": [_row(layout, config, machine) for layout in chosen],
         "own": own,
     }
 
 
+def note_order(report: dict[str, Any]) -> None:
+    """Add how many pairs of the measured layouts are in the order of their estimates.
+
+    Pairs whose estimates differ by less than `SAME_ESTIMATE` are left out. Work is that of the busiest rank, which does
+    not include waiting.
+    """
+    rows = report["layouts"]
+    report["order"] = {"time": _pairs_in_order(rows, "step_s", "measured_s")}
+    if all("measured_processor_s" in row for row in rows):
+        report["order"]["work"] = _pairs_in_order(rows, "busy_s", "measured_processor_s")
+
+
+def _pairs_in_order(rows: Sequence[Mapping[str, Any]], estimate: str, measured: str) -> list[int]:
+    """Count the pairs in the order of their estimates, and all that have one."""
+    ordered = [sorted(pair, key=lambda row: row[estimate]) for pair in combinations(rows, 2)]
+    found = [
+        fast[measured] < slow[measured]
+        for fast, slow in ordered
+        if slow[estimate] > (1 + SAME_ESTIMATE) * fast[estimate]
+    ]
+    return [sum(found), len(found)]
+
+
 def format_layouts(report: Mapping[str, Any]) -> str:
     """Format `layout_report` as text."""
-    lines = [f"{report['num_layouts']} layouts fit {report['world_size']} ranks; the best by estimated time:"]
+    lines = [f"{report['num_layouts']} layouts fit {report['world_size']} ranks; the best first, by estimated time:"]
     named = [(f"{number}.", row) for number, row in enumerate(report["layouts"], start=1)]
     if (own := report["own"]) is not None:
         named.append((f"the recipe's own, number {own['number']}:", own))
     for name, row in named:
         limits = ", ".join(f"{part} {share:.0%}" for part, share in row["limits"][:3])
         measured = f" (measured {row['measured_s']:.3g} s)" if "measured_s" in row else ""
+        if "measured_processor_s" in row:
+            measured = f"{measured[:-1]}, {row['measured_processor_s']:.3g} s of them work of the busiest rank)"
         sent = ", ".join(f"{group} {size / 1e9:.3g} GB" for group, size in row["sent_bytes"].items() if size)
         lines += [
             f"{name} {row['overrides']}",
@@ -110,6 +143,11 @@ def format_layouts(report: Mapping[str, Any]) -> str:
             f"   {limits}; sent per step: {sent or 'nothing'}; {1e3 * row['without_overlap_s']:.0f} ms more without "
             "overlapped gradients and weights",
         ]
+    names = {"time": "time", "work": "work of the busiest rank"}
+    lines += [
+        f"{of_pairs[0]} of {of_pairs[1]} pairs are in the estimated order by {names[kind]}"
+        for kind, of_pairs in report.get("order", {}).items()
+    ]
     return "\n".join(lines)
 
 
@@ -121,6 +159,7 @@ def _row(layout: Layout, config: RunConfig, machine: Machine) -> dict[str, Any]:
         "overrides": layout_overrides(layout.config, config),
         "memory_gib": layout.memory_bytes / GIBI,
         "step_s": seconds,
+        "busy_s": seconds - layout.time.pipeline_bubble,
         "tokens_per_second": config.tokens_per_step / seconds,
         "mfu": work / seconds / machine.world_size / machine.gpu.flops_per_s,
         "days": days,

@@ -14,7 +14,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_itt.accounting.memory import FLOAT32
-from megatron_itt.benchmark.machine import DTYPES, matrix_rates, synchronized_time, time_interleaved
+from megatron_itt.benchmark.machine import (
+    DTYPES,
+    matrix_rates,
+    processor_time_per_thread,
+    synchronized_time,
+    time_interleaved,
+)
 from megatron_itt.benchmark.results import Section
 from megatron_itt.benchmark.shapes import Shape
 from megatron_itt.benchmark.steps import train_on_random_tokens
@@ -41,20 +47,25 @@ def check_ranks(num_ranks: int, *, device: str) -> None:
 def measure_layout(recipe: str, overrides: Sequence[str], *, num_ranks: int, num_steps: int) -> dict[str, Any]:
     """Run `num_steps` + 1 optimizer steps on random tokens; return their `losses` and the median `seconds`.
 
-    The first step is not timed. ConfigError if the job fails.
+    The first step is not timed. On a CPU `processor_seconds` are those of the busiest rank, waiting left out, which
+    other processes do not prolong. ConfigError if the job fails.
     """
     return _run_job(num_ranks, recipe, str(num_steps), *overrides)
 
 
 def rates_section(shape: Shape, device: torch.device) -> Section:
-    """Measure the rates that `itt recipe layout --calibrate` reads: the fields of `accounting.gpus.Gpu`."""
+    """Measure the rates that `itt recipe layout --calibrate` reads: the fields of `accounting.gpus.Gpu`.
+
+    On a CPU they are work per processor time, which other processes do not prolong.
+    """
     config, on_gpu = shape.config, device.type == "cuda"
+    clock = None if on_gpu else processor_time_per_thread
     speed = measure_gpu(
-        0 if on_gpu else None, matrix_size=8192 if on_gpu else 512, copy_bytes=1 << (30 if on_gpu else 27)
+        0 if on_gpu else None, matrix_size=8192 if on_gpu else 512, copy_bytes=1 << (30 if on_gpu else 27), clock=clock
     )
     if speed.problem:
         raise ConfigError(f"{speed.name}: {speed.problem}")
-    rates = matrix_rates(device)
+    rates = matrix_rates(device, clock)
     values = {
         "flops_per_s": rates["bf16"],
         "matrix_flops_per_s": rates[config.precision.dtype],
@@ -82,9 +93,10 @@ def _attention_rate(shape: Shape, device: torch.device) -> float:
     def attend(_turn: int) -> None:
         scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
 
-    seconds = time_interleaved({"attention": attend}, device=device, num_repeats=5, warm_up=1)["attention"]
+    clock = synchronized_time if device.type == "cuda" else lambda _device: processor_time_per_thread()
+    timed = time_interleaved({"attention": attend}, device=device, num_repeats=5, warm_up=1, clock=clock)
     pairs = sizes[0] * sizes[1] * sizes[2] * (sizes[2] + 1) / 2
-    return 3 * 4 * pairs * sizes[3] / statistics.median(seconds)
+    return 3 * 4 * pairs * sizes[3] / statistics.median(timed["attention"])
 
 
 def _all_reduce_rate(num_ranks: int, num_bytes: int) -> float:
@@ -111,20 +123,25 @@ def _train(recipe: str, num_steps: int, overrides: Sequence[str]) -> dict[str, A
     place = start_parallel(config)
     try:
         trainer = build_trainer(config, place)
-        seconds, losses = [], []
+        times, losses = [], []
         for turn in range(num_steps + 1):
-            started = synchronized_time(place.device)
+            started, worked = synchronized_time(place.device), processor_time_per_thread()
             losses.append(train_on_random_tokens(trainer, turn))
-            seconds.append(synchronized_time(place.device) - started)
+            times.append((synchronized_time(place.device) - started, processor_time_per_thread() - worked))
+        seconds, processor_seconds = (statistics.median(column) for column in zip(*times[1:], strict=True))
+        busiest = torch.tensor(processor_seconds, device=place.device)
+        torch.distributed.all_reduce(busiest, op=torch.distributed.ReduceOp.MAX)
     finally:
         stop_parallel()
-    return {"seconds": statistics.median(seconds[1:]), "losses": losses}
+    found = {"seconds": seconds, "losses": losses}
+    return found if place.device.type == "cuda" else {**found, "processor_seconds": float(busiest)}
 
 
 def _main(recipe: str, *arguments: str) -> None:
     silence_known_warnings()
     if recipe == LINKS:
-        speed = measure_links(process_info(), num_bytes=int(arguments[0]))
+        clock = None if torch.cuda.is_available() else processor_time_per_thread
+        speed = measure_links(process_info(), num_bytes=int(arguments[0]), clock=clock)
         found: dict[str, Any] = dict(speed.figures) if not speed.problem else {"problem": speed.problem}
     else:
         found = _train(recipe, int(arguments[0]), arguments[1:])

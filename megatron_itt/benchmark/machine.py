@@ -24,28 +24,34 @@ PRODUCTS = {
 MEASURED_S = 0.6  # per product
 
 
-def matrix_rates(device: torch.device) -> dict[str, float]:
+def matrix_rates(device: torch.device, clock: Callable[[], float] | None = None) -> dict[str, float]:
     """Return FLOP/s of the fastest matrix product by `precision.dtype`.
 
-    Measured once per process and number of threads, so that all sections use the same rates.
+    Measured once per process, number of threads and clock, so that all sections use the same rates.
     """
-    return _measure_rates(device, torch.get_num_threads())
+    return _measure_rates(device, torch.get_num_threads(), clock)
 
 
 @cache
-def _measure_rates(device: torch.device, _num_threads: int) -> dict[str, float]:
+def _measure_rates(device: torch.device, _num_threads: int, clock: Callable[[], float] | None) -> dict[str, float]:
     sizes = PRODUCTS[device.type]
-    return {name: max(product_rate(size, device, dtype) for size in sizes) for name, dtype in DTYPES.items()}
+    return {name: max(product_rate(size, device, dtype, clock) for size in sizes) for name, dtype in DTYPES.items()}
 
 
-def product_rate(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:
+def product_rate(
+    sizes: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Callable[[], float] | None = None,
+) -> float:
     """Return FLOP/s by the fastest quarter of timings; random numbers, because zeros are faster on some GPUs."""
     rows, inner, columns = sizes
     left = torch.randn(rows, inner, device=device, dtype=dtype)
     right = torch.randn(columns, inner, device=device, dtype=dtype)
     out = torch.empty(rows, columns, device=device, dtype=dtype)
     action = {"product": lambda: torch.mm(left, right.t(), out=out)}
-    timer = Timer("product()", globals=action, num_threads=torch.get_num_threads())
+    given: dict[str, Any] = {} if clock is None else {"timer": clock}
+    timer = Timer("product()", globals=action, num_threads=torch.get_num_threads(), **given)
     seconds = sorted(timer.blocked_autorange(min_run_time=MEASURED_S).times)
     return 2.0 * rows * inner * columns / seconds[len(seconds) // 4]
 
@@ -91,6 +97,11 @@ def synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def processor_time_per_thread() -> float:
+    """Return the seconds that each of torch's threads has worked, were they equally busy."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def processor_time(device: torch.device) -> float:

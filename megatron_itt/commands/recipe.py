@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 from megatron_itt.accounting import report
 from megatron_itt.accounting.gpus import GPUS, calibrated
 from megatron_itt.accounting.law import pay_off_line
-from megatron_itt.accounting.layout import Machine, format_layouts, layout_report
+from megatron_itt.accounting.layout import Machine, format_layouts, layout_report, note_order
 from megatron_itt.commands.arguments import Count, Flag, GpuName, OptionalCount, Overrides, Recipe
 from megatron_itt.config import RunConfig
 from megatron_itt.config.keys import describe_keys
@@ -104,29 +104,33 @@ class Layout(_Printed):
     gpu: GpuName = "a100-80gb"  # their kind
     calibrate: Path | None = None  # JSON of itt benchmark --parts rates, whose rates replace those of the GPU
     best: Count = 5  # layouts to print
-    measure: OptionalCount = None  # steps to run of each, on this machine
+    spread: Flag = False  # print as many between the best and the worst; with --measure, a check of the order
+    measure: OptionalCount = None  # steps to run of each, on this machine; on a CPU with the busiest rank's own time
     output: Path | None = None  # JSON file for the result
 
     def execute(self) -> int:
         gpu = GPUS[self.gpu] if self.calibrate is None else calibrated(GPUS[self.gpu], self.calibrate)
         machine = Machine(num_nodes=self.nodes, gpus_per_node=self.gpus_per_node, gpu=gpu)
         config = load_config(self.recipe, self.overrides)
-        found = layout_report(config, machine, num_best=self.best)
+        found = layout_report(config, machine, num_best=self.best, spread=self.spread)
         if self.measure is not None:
-            self._measure(found["layouts"], machine.world_size, config.runtime.device)
+            self._measure(found, machine.world_size, config.runtime.device)
         if self.output is not None:
             write_json(self.output, found)
         return self._print(found, format_layouts)
 
-    def _measure(self, layouts: list[dict[str, Any]], num_ranks: int, device: str) -> None:
+    def _measure(self, found: dict[str, Any], num_ranks: int, device: str) -> None:
         silence_known_warnings()
         from megatron_itt.benchmark.layouts import check_ranks, measure_layout
 
         check_ranks(num_ranks, device=device)
-        for row in layouts:
+        for row in found["layouts"]:
             overrides = (*self.overrides, *row["overrides"].split())
             measured = measure_layout(self.recipe, overrides, num_ranks=num_ranks, num_steps=self.measure or 1)
             row["measured_s"] = measured["seconds"]
+            if "processor_seconds" in measured:
+                row["measured_processor_s"] = measured["processor_seconds"]
+        note_order(found)
 
 
 @dataclass(frozen=True, kw_only=True)

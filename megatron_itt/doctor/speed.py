@@ -22,6 +22,8 @@ from megatron_itt.accounting.gpus import peak_of
 from megatron_itt.config.environment import ProcessInfo, gpu_index
 from megatron_itt.errors import ConfigError
 
+Clock = Callable[[], float]  # seconds
+
 PROBE_BYTES = 64 << 20
 MATRIX_SIZE, COPY_BYTES = 8192, 1 << 30
 _BLOCK_BYTES = 1 << 20
@@ -126,8 +128,13 @@ def _read(path: Path, num_bytes: int) -> dict[str, float]:
     return {"read_mb_per_s": count / 1e6 / elapsed} if count >= _BLOCK_BYTES else {}
 
 
-def measure_gpu(index: int | None, *, matrix_size: int = MATRIX_SIZE, copy_bytes: int = COPY_BYTES) -> Speed:
-    """Measure a GPU (None: the CPU) with `torch.utils.benchmark`: bf16 products, memory, copies from the host."""
+def measure_gpu(
+    index: int | None, *, matrix_size: int = MATRIX_SIZE, copy_bytes: int = COPY_BYTES, clock: Clock | None = None
+) -> Speed:
+    """Measure a GPU (None: the CPU) with `torch.utils.benchmark`: bf16 products, memory, copies from the host.
+
+    `clock`: another one than wall time after the GPU's work.
+    """
     import torch
 
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
@@ -141,9 +148,9 @@ def measure_gpu(index: int | None, *, matrix_size: int = MATRIX_SIZE, copy_bytes
             target = torch.empty_like(source)
             host = torch.ones(copy_bytes // 8, dtype=torch.uint8, pin_memory=on_gpu)
             figures = {
-                "bf16_tflops": 2e-12 * matrix_size**3 / _seconds(lambda: torch.mm(left, left, out=product)),
-                "memory_gb_per_s": 2e-9 * copy_bytes / _seconds(lambda: target.copy_(source)),
-                "host_gb_per_s": 1e-9 * host.numel() / _seconds(lambda: target[: host.numel()].copy_(host)),
+                "bf16_tflops": 2e-12 * matrix_size**3 / _seconds(lambda: torch.mm(left, left, out=product), clock),
+                "memory_gb_per_s": 2e-9 * copy_bytes / _seconds(lambda: target.copy_(source), clock),
+                "host_gb_per_s": 1e-9 * host.numel() / _seconds(lambda: target[: host.numel()].copy_(host), clock),
             }
     except RuntimeError as error:  # out of memory, or a broken device
         return Speed(kind="speed", name=name, problem=str(error).strip().splitlines()[0])
@@ -171,7 +178,9 @@ def gpu_warnings(speeds: Sequence[Speed]) -> list[str]:
     return found
 
 
-def measure_links(job: ProcessInfo, *, num_bytes: int = PROBE_BYTES, timeout_s: float = 60.0) -> Speed:
+def measure_links(
+    job: ProcessInfo, *, num_bytes: int = PROBE_BYTES, timeout_s: float = 60.0, clock: Clock | None = None
+) -> Speed:
     """All-reduce over the ranks of this job, then send from each rank to the next. Every rank must call this."""
     import torch
     import torch.distributed as dist
@@ -188,7 +197,7 @@ def measure_links(job: ProcessInfo, *, num_bytes: int = PROBE_BYTES, timeout_s: 
         dist.init_process_group(
             backend, init_method=f"tcp://{address}", rank=job.rank, world_size=job.world_size, timeout=timeout
         )
-        return _measure_links(job, torch.ones(num_bytes // 4, device=device), backend)
+        return _measure_links(job, torch.ones(num_bytes // 4, device=device), backend, clock)
     except ConfigError as error:
         problem = f"{rank}: {error}"
     except (RuntimeError, ValueError) as error:  # torch raises RuntimeError for failed communication
@@ -202,7 +211,7 @@ def measure_links(job: ProcessInfo, *, num_bytes: int = PROBE_BYTES, timeout_s: 
     return Speed(kind="links", name=backend, problem=problem)
 
 
-def _measure_links(job: ProcessInfo, ones: Any, backend: str) -> Speed:
+def _measure_links(job: ProcessInfo, ones: Any, backend: str, clock: Clock | None) -> Speed:
     import torch
     import torch.distributed as dist
 
@@ -218,9 +227,9 @@ def _measure_links(job: ProcessInfo, ones: Any, backend: str) -> Speed:
         for request in dist.batch_isend_irecv([send, receive]):
             request.wait()
 
-    all_reduce = 2 * (size - 1) / size * ones.nbytes / 1e9 / _seconds(lambda: dist.all_reduce(zeros))
+    all_reduce = 2 * (size - 1) / size * ones.nbytes / 1e9 / _seconds(lambda: dist.all_reduce(zeros), clock)
     results: list[Any] = [None] * size
-    dist.all_gather_object(results, (socket.gethostname(), ones.nbytes / 1e9 / _seconds(send_to_next)))
+    dist.all_gather_object(results, (socket.gethostname(), ones.nbytes / 1e9 / _seconds(send_to_next, clock)))
     hosts, links = zip(*results, strict=True)
     return Speed(
         kind="links",
@@ -251,8 +260,9 @@ def link_warnings(backend: str, all_reduce: float, hosts: Sequence[str], links: 
     return tuple(found)
 
 
-def _seconds(action: Callable[[], Any], *, repeats: int = 10) -> float:
+def _seconds(action: Callable[[], Any], clock: Clock | None, *, repeats: int = 10) -> float:
     """Mean time of an action after a warm-up; every rank of a job runs it equally often."""
     from torch.utils.benchmark import Timer
 
-    return Timer("action()", globals={"action": action}).timeit(repeats).mean
+    given: dict[str, Any] = {} if clock is None else {"timer": clock}
+    return Timer("action()", globals={"action": action}, **given).timeit(repeats).mean

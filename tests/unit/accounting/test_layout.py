@@ -9,7 +9,7 @@ import pytest
 
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.accounting.gpus import GPUS
-from megatron_itt.accounting.layout import Machine, find_layouts, format_layouts, layout_report
+from megatron_itt.accounting.layout import Machine, find_layouts, format_layouts, layout_report, note_order
 from megatron_itt.accounting.report import memory_report
 from megatron_itt.accounting.step_time import layer_products, product_seconds
 from megatron_itt.config import load_config
@@ -91,6 +91,27 @@ def test_a_last_wave_of_tiles_costs_a_whole_one() -> None:
     full, one_more = (product_seconds((128 * tiles, 4096, 128), gpu) for tiles in (108, 109))
     assert full == pytest.approx(2 * 108 * 128 * 4096 * 128 / gpu.matrix_flops_per_s)
     assert one_more == pytest.approx(2 * full)
+
+
+def test_layouts_are_spread_from_the_best_to_the_worst() -> None:
+    config = load_config("162m/llama")
+    layouts = find_layouts(config, ONE_NODE)
+    found = [row["step_s"] for row in layout_report(config, ONE_NODE, num_best=3, spread=True)["layouts"]]
+    assert found == [layouts[number].time.seconds for number in (0, (len(layouts) - 1) // 2, len(layouts) - 1)]
+
+
+def test_pairs_in_the_order_of_their_estimates_are_counted_unless_those_are_equal() -> None:
+    measured = [(1.0, 1.0, 5.0), (1.01, 0.9, 4.0), (2.0, 1.5, 7.0), (3.0, 1.4, 6.0)]
+    rows = [
+        {"step_s": step_s, "busy_s": step_s, "measured_s": seconds, "measured_processor_s": work}
+        for step_s, seconds, work in measured
+    ]
+    report = {"layouts": rows}
+    note_order(report)
+    assert report["order"] == {"time": [4, 5], "work": [4, 5]}
+    del rows[0]["measured_processor_s"]  # on GPUs
+    note_order(report)
+    assert report["order"] == {"time": [4, 5]}
 
 
 def test_a_model_that_fits_nowhere_names_the_least_that_would_do() -> None:

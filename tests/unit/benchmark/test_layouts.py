@@ -34,5 +34,8 @@ def test_the_best_layouts_are_measured_on_two_ranks(tmp_path: Path) -> None:
     output = tmp_path / "layouts.json"
     options = ["--gpus-per-node", "2", "--best", "2", "--measure", "1", "--output", str(output)]
     assert run(["recipe", "layout", *TINY, *options]) == 0
-    rows = json.loads(output.read_text())["layouts"]
+    found = json.loads(output.read_text())
+    rows = found["layouts"]
+    assert found["order"]["time"][1] <= 1
     assert len(rows) == 2 and all(row["measured_s"] > 0 and row["step_s"] > 0 for row in rows)
+    assert all(0 < row["measured_processor_s"] < 2 * row["measured_s"] for row in rows)

@@ -29,7 +29,7 @@ def test_the_ceiling_is_the_best_of_both_types() -> None:
 def test_the_ceiling_is_measured_once_for_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
-    def rate(sizes: object, device: torch.device, dtype: torch.dtype) -> float:
+    def rate(sizes: object, device: torch.device, dtype: torch.dtype, clock: object) -> float:
         measured.append(dtype)
         return float(len(measured))
 
