@@ -93,10 +93,11 @@ def shape_of(config: RunConfig) -> Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedLaw:
-    """A law, the fits to resampled seeds, and the range of the runs that they were fitted to."""
+    """A law, the fits to resampled seeds, and the thinking models and range of the runs that they were fitted to."""
 
     law: Law
     resampled: tuple[Law, ...]
+    variants: tuple[str, ...]
     parameters: tuple[float, float]  # least and most
     tokens_per_parameter: tuple[float, float]
     num_runs: int
@@ -131,6 +132,7 @@ def read_law(path: Path | None = None) -> FittedLaw | None:
         return FittedLaw(
             law=Law(**content["law"]),
             resampled=tuple(Law(**each) for each in content["resampled"]),
+            variants=tuple(content["variants"]),
             parameters=tuple(content["parameters"]),
             tokens_per_parameter=tuple(content["tokens_per_parameter"]),
             num_runs=content["num_runs"],

@@ -36,6 +36,7 @@ WIDE = "llama_wide"
 # Weak priors of the exponents, mean and standard deviation: few sizes alone leave them open. phi has none.
 PRIORS = {"a": (0.34, 0.2), "b": (0.28, 0.2)}
 _START = Law(E=1.0, A=10.0, a=0.34, B=20.0, b=0.28, phi=0.4)
+_EQUAL_FLOPS = 0.06  # relative difference in FLOPs up to which a wider LLaMA is a baseline
 _NOISE = 0.01  # nats, that a residual is compared with when it is weighed against a prior
 _ITERATIONS = 200
 _RESAMPLINGS = 100
@@ -92,6 +93,7 @@ def difference_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
     The LLaMAs: the same on as many tokens; the same on more (equal FLOPs); a larger one (equal FLOPs and tokens).
     """
     losses: dict[tuple[Any, ...], dict[int, float]] = {}
+    flops = {key: shape.total for key, shape in _shapes(points).items()}
     for point in points:
         key = (point.size, point.variant, point.horizon, point.equal_to)
         losses.setdefault(key, {})[point.seed] = point.loss
@@ -101,12 +103,15 @@ def difference_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {"size": size, "horizon": horizon, "variant": variant, "seeds": len(own)}
         row["loss"], row["loss_error"] = mean_and_error(list(own.values()))
-        for name, other in (
-            ("equal_tokens", (size, BASELINE, horizon, None)),
-            ("equal_flops", (size, BASELINE, horizon, variant)),
-            ("wide", (size, WIDE, horizon, None)),
+        spent = flops[size, variant]
+        as_costly = [name for at, name in flops if at == size and flops[at, name] == spent]  # a switch costs nothing
+        is_wide = math.isclose(flops.get((size, WIDE), 0.0), spent, rel_tol=_EQUAL_FLOPS)
+        for name, others in (
+            ("equal_tokens", [(size, BASELINE, horizon, None)]),
+            ("equal_flops", [(size, BASELINE, horizon, name) for name in as_costly]),
+            ("wide", [(size, WIDE, horizon, None)] * is_wide),
         ):
-            theirs = losses.get(other, {})
+            theirs = next((losses[other] for other in others if other in losses), {})
             paired = [own[seed] - theirs[seed] for seed in sorted(set(own) & set(theirs))]
             row[name], row[f"{name}_error"] = mean_and_error(paired)
             row[f"{name}_seeds"] = len(paired)
@@ -114,12 +119,12 @@ def difference_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["size"], row["variant"], row["horizon"]))
 
 
-def fit_ladder(points: Sequence[Point]) -> FittedLaw:
-    """Fit the law to the runs of LLaMA and ITT, and again to every resampling of the seeds with replacement.
+def fit_ladder(points: Sequence[Point], thinking: Sequence[str] = ("itt_x2", "itt_x4")) -> FittedLaw:
+    """Fit the law to the runs of LLaMA and of `thinking`, and again to every resampling of the seeds with replacement.
 
     DataError for runs that cannot determine it: two sizes, two horizons and one thinking model are needed.
     """
-    used = [point for point in points if not point.variant.startswith("loop")]
+    used = [point for point in points if point.variant in (BASELINE, WIDE, *thinking)]
     sizes, horizons = {point.shape.parameters for point in used}, {point.horizon for point in used}
     if min(len(sizes), len(horizons)) < 2 or all(point.shape.recurrent == 0 for point in used):
         raise DataError(
@@ -140,6 +145,7 @@ def fit_ladder(points: Sequence[Point]) -> FittedLaw:
     return FittedLaw(
         law=law,
         resampled=tuple(refitted[seeds] for seeds in drawn if seeds in refitted) if len(seeds) > 1 else (),
+        variants=tuple(thinking),
         parameters=(min(sizes), max(sizes)),
         tokens_per_parameter=(min(ratios), max(ratios)),
         num_runs=len(used),
@@ -187,8 +193,8 @@ def ladder_markdown(points: Sequence[Point], fitted: FittedLaw | None) -> str:
         shapes = _shapes(points)
         for row in rows:
             shape = shapes[row["size"], row["variant"]]
-            tokens = row["horizon"] * shape.parameters
-            row["optimal"] = predict(fitted, shape, tokens)[2]
+            if row["variant"] in fitted.variants:
+                row["optimal"] = predict(fitted, shape, row["horizon"] * shape.parameters)[2]
     seeds = sorted({row["seeds"] for row in rows})
     parts = [
         "# The ladder: LLaMA and ITT by size and training tokens",
@@ -235,8 +241,9 @@ def _describe_law(fitted: FittedLaw) -> str:
     )
     priors = ", ".join(f"{name} {mean} +/- {deviation}" for name, (mean, deviation) in PRIORS.items())
     return (
-        f"L = E + A * N_eff^-a + B * D^-b, N_eff = N_once + r^phi * N_recurrent, fitted to {fitted.num_runs} runs of "
-        f"{fitted.num_seeds} seeds: {shown}. Intervals: 90%, over resampled seeds. Priors: {priors}; none on phi. "
+        "L = E + A * N_eff^-a + B * D^-b, N_eff = N_once + r^phi * N_recurrent, fitted to "
+        f"{fitted.num_runs} runs of LLaMA, {', '.join(fitted.variants)} with {fitted.num_seeds} seeds: {shown}. "
+        f"Intervals: 90%, over resampled seeds. Priors: {priors}; none on phi. "
         f"Range: {fitted.parameters[0]:,} to {fitted.parameters[1]:,} parameters of attention and MLP, "
         f"{fitted.tokens_per_parameter[0]:,.0f} to {fitted.tokens_per_parameter[1]:,.0f} tokens per parameter."
     )
@@ -245,6 +252,8 @@ def _describe_law(fitted: FittedLaw) -> str:
 def _verdicts(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], fitted: FittedLaw) -> Iterator[str]:
     shapes = _shapes(points)
     for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
+        if variant not in fitted.variants:
+            continue
         shape = shapes[size, variant]
         last = max(
             (row for row in rows if (row["size"], row["variant"]) == (size, variant)), key=lambda row: row["horizon"]
@@ -275,10 +284,9 @@ def measure_ladder(points: Sequence[Point], fitted: FittedLaw | None) -> Measure
     rows = difference_rows(points)
     curves, shapes = [], _shapes(points)
     for size, variant in dict.fromkeys((row["size"], row["variant"]) for row in rows):
-        shape = shapes[size, variant]
-        curve = (
-            [] if fitted is None else [_on_curve(fitted, shape, ratio) for ratio in np.geomspace(10, 3000, 40).tolist()]
-        )
+        curve = []
+        if fitted is not None and variant in fitted.variants:
+            curve = [_on_curve(fitted, shapes[size, variant], ratio) for ratio in np.geomspace(10, 3000, 40).tolist()]
         curves.append({"size": size, "variant": variant, "curve": curve})
     fit = None if fitted is None else fitted.as_json()
     return Measurement(kind="ladder", values={"rows": rows, "curves": curves, "fit": fit})

@@ -111,7 +111,7 @@ class Ladder:
     recipes: Path = Path("recipes/ladder")  # folder of the recipes
     root: Path = Path("runs/ladder")  # folder of the runs
     sizes: Names = ("0.02M", "0.05M")  # of 0.02M, 0.05M, 0.2M, 0.8M, 3.2M non-embedding parameters
-    variants: Names = ("llama", "itt_x2", "itt_x4", "llama_wide")  # and loop_x2, loop_x4
+    variants: Names = ("llama", "itt_x2", "itt_x4", "llama_wide")  # and loop_x2, loop_x4, itt_x4_SWITCH
     seeds: int = 3
     horizons: Numbers = (20, 80, 320)  # tokens per non-embedding parameter
     jobs: int | None = None  # runs at a time (default: 2; 8 with --gpu-minutes)
@@ -153,6 +153,7 @@ class Fit:
     """Fit the law of loss to the finished runs of a ladder; write tables and a figure."""
 
     root: Path = Path("runs/ladder")  # folder of the runs
+    thinking: Names = ("itt_x2", "itt_x4")  # thinking models that the law is fitted to, beside LLaMA
     output: Path | None = None  # results, without ending (default: ROOT/results)
     law: Path | None = None  # also write the fitted law here, such as recipes/ladder/law.json
 
@@ -165,7 +166,7 @@ class Fit:
 
         points, fitted = collect_ladder(self.root), None
         try:
-            fitted = fit_ladder(points)
+            fitted = fit_ladder(points, self.thinking)
         except DataError as error:
             get_logger().warning("no fit: %s", error)
         output, page = self.output or self.root / "results", ladder_markdown(points, fitted)

@@ -37,7 +37,6 @@ from megatron_itt.config.load import config_to_yaml
 from megatron_itt.errors import ConfigError, DataError
 
 LAW = Law(E=1.2, A=12.0, a=0.33, B=60.0, b=0.35, phi=0.45)
-RATIOS = {None: 1.0, "itt_x2": 1.35, "itt_x4": 1.6}
 
 
 def shape(variant: str, hidden: int) -> Shape:
@@ -52,7 +51,8 @@ def made_up_runs(law: Law, noise: float, *, seeds: int = 3) -> list[Point]:
         for variant in ("llama", "itt_x2", "itt_x4", "llama_wide"):
             own = shape(variant, hidden)
             for horizon in (20, 80, 320):
-                for equal_to, ratio in RATIOS.items() if variant == "llama" else [(None, 1.0)]:
+                for equal_to in (None, "itt_x2", "itt_x4") if variant == "llama" else (None,):
+                    ratio = shape(equal_to, hidden).total / own.total if equal_to else 1.0
                     tokens = horizon * ratio * shape("llama", hidden).parameters
                     losses = law.loss(own.effective(law.phi), tokens) + noise * random.normal(size=seeds)
                     points += [
@@ -121,6 +121,20 @@ def test_differences_are_paired_by_seed_with_standard_errors() -> None:
     assert row["equal_flops"] == pytest.approx(expected, abs=0.003)
     assert row["equal_flops_error"] == pytest.approx(0, abs=1e-9)
     assert row["loss_error"] == pytest.approx(0.1 / math.sqrt(3))
+
+
+def test_a_switch_has_the_baselines_of_its_flops_and_no_part_in_the_law() -> None:
+    points = made_up_runs(LAW, 0.0)
+    switched = [
+        replace(each, variant="itt_x4_zloss", loss=each.loss - 0.5) for each in points if each.variant == "itt_x4"
+    ]
+    rows = {(row["size"], row["variant"], row["horizon"]): row for row in difference_rows(points + switched)}
+    own, plain = rows["large", "itt_x4_zloss", 80], rows["large", "itt_x4", 80]
+    for name in ("equal_tokens", "equal_flops", "wide"):
+        assert own[name] == pytest.approx(plain[name] - 0.5)
+    assert rows["large", "itt_x2", 80]["wide"] is None, "the larger LLaMA has the FLOPs of x4"
+    assert fit_ladder(points + switched).law == fit_ladder(points).law
+    assert fit_ladder(points + switched, ["itt_x4_zloss"]).law.phi > fit_ladder(points).law.phi
 
 
 def test_runs_that_cannot_determine_the_law_are_refused(tmp_path: Path) -> None:
