@@ -66,7 +66,15 @@ def _measure(
         label = "" if budget is None else f" at thinking budget {format_budget(budget)}"
         if plan is not None:
             logger.info(f"evaluating {', '.join(request.tasks)}{label}")
-            runs.append(run_harness(export, plan, budget=budget, limit=request.limit, batch_size=request.batch_size))
+            run = run_harness(
+                export,
+                plan,
+                budget=budget,
+                limit=request.limit,
+                batch_size=request.batch_size,
+                log_samples=request.log_samples,
+            )
+            runs.append(run)
         for domain, texts in request.perplexity_texts.items():
             logger.info(f"perplexity on {domain}{label}")
             measured = measure_perplexity(
@@ -88,7 +96,13 @@ def _measure(
 
 
 def run_harness(
-    export: ExportedModel, plan: TaskPlan, *, budget: Budget | None, limit: int | None = None, batch_size: int = 8
+    export: ExportedModel,
+    plan: TaskPlan,
+    *,
+    budget: Budget | None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    log_samples: bool = False,
 ) -> dict[str, Any]:
     """Run lm-eval on the planned tasks; return its results object with two keys of ours."""
     import lm_eval
@@ -105,7 +119,7 @@ def run_harness(
             tasks=plan.loaded,
             batch_size=batch_size,
             limit=limit,
-            log_samples=False,
+            log_samples=log_samples,
             bootstrap_iters=_BOOTSTRAP_ITERATIONS,
             task_manager=plan.manager,
         )

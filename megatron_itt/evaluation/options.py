@@ -28,6 +28,7 @@ class EvaluationOptions:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
     overwrite: bool = False  # replace an existing output
+    log_samples: bool = False  # also write every record to samples_TASK_budget_BUDGET.jsonl
     perplexity_max_tokens: int | None = None  # tokens per domain (default: all)
 
     def __post_init__(self) -> None:

@@ -101,10 +101,16 @@ def read_results(path: Path | str) -> dict[str, Any]:
 
 
 def write_results(results: dict[str, Any], folder: Path) -> None:
-    """Write `results.json`, `results.md` and one file in lm-eval's own format per thinking budget into `folder`."""
-    write_json(folder / RESULTS_FILE, results)
+    """Write `results.json`, `results.md` and one file in lm-eval's own format per thinking budget into `folder`.
+
+    Logged samples, one record per line, are moved from `results` to one file per task and budget.
+    """
     for run in results["runs"]:
-        write_json(folder / f"budget_{format_budget(run['thinking_budget']).replace(',', '_')}.json", run)
+        name = f"budget_{format_budget(run['thinking_budget']).replace(',', '_')}"
+        for task, samples in run.pop("samples", {}).items():
+            write_text(folder / f"samples_{task}_{name}.jsonl", "".join(json.dumps(each) + "\n" for each in samples))
+        write_json(folder / f"{name}.json", run)
+    write_json(folder / RESULTS_FILE, results)
     tables = [table.markdown() for table in result_tables(results)]
     write_text(folder / TABLE_FILE, "\n\n".join([f"# Evaluation of {results['model']}", *tables]) + "\n")
 

@@ -65,6 +65,8 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         if (folder / SAFE_WEIGHTS_NAME).is_file():
             return [folder / SAFE_WEIGHTS_NAME]
+        if shards := sorted(path.name for path in folder.glob("model-*-of-*.safetensors")):
+            raise ExportError(f"{index.name} of {shards[0]} is missing in {folder}; copy the folder again.")
         is_pickled = any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth"))
         pickled = "its weights are pickled and could run code when read"
         reason = pickled if is_pickled else f"{SAFE_WEIGHTS_NAME} is missing"

@@ -147,11 +147,11 @@ def _check_values(state: Mapping[str, Tensor]) -> None:
 def _check_head(state: Mapping[str, Tensor], model: ModelConfig) -> None:
     """ExportError for a head that does not fit the embedding or `model.tie_embeddings`."""
     head, embedding = state.get(HEAD_RULE.hf[0]), state.get(GLOBAL_RULES[0].hf[0])
-    if embedding is None or (head is None and model.tie_embeddings):
+    if embedding is None:
         return
-    if head is None:
+    if head is None and not model.tie_embeddings:
         raise ExportError("lm_head.weight is missing, but the embeddings are not tied; set model.tie_embeddings=true.")
-    if head.shape != embedding.shape:
+    if head is not None and head.shape != embedding.shape:
         raise ExportError(
             f"lm_head.weight has {head.shape[0]} rows and model.embed_tokens.weight {embedding.shape[0]}: they are "
             "padded differently; cut both to the vocabulary and save the model again."
@@ -161,7 +161,7 @@ def _check_head(state: Mapping[str, Tensor], model: ModelConfig) -> None:
             f"model.embed_tokens.weight has {embedding.shape[0]} rows but vocab_size of the folder is "
             f"{model.vocab_size}; set vocab_size in config.json to the rows."
         )
-    if model.tie_embeddings and not torch.equal(head, embedding):
+    if head is not None and model.tie_embeddings and not torch.equal(head, embedding):
         raise ExportError(
             "lm_head.weight differs from model.embed_tokens.weight, but model.tie_embeddings is true; set it to false."
         )

@@ -104,6 +104,27 @@ def test_every_budget_is_a_run_and_the_harness_alone_gives_the_same_scores(
         assert value == pytest.approx(unaided["results"][task][f"{metric},none"], rel=1e-4)  # float32, other batches
 
 
+def test_logged_samples_are_the_records_behind_the_scores(itt_dir: Path, task_dir: Path, tmp_path: Path) -> None:
+    request = EvaluationRequest(
+        model=itt_dir,
+        output=tmp_path / "out",
+        tasks=HELDOUT_TASKS[:1],
+        task_dirs=[task_dir],
+        budgets=((0.5, 0.25), (0.0, 0.0)),
+        limit=5,
+        log_samples=True,
+        device="cpu",
+    )
+    results = evaluate_export(request)
+    assert all("samples" not in run for run in results["runs"])
+    for run, budget in zip(results["runs"], ("0.5_0.25", "0_0"), strict=True):
+        lines = (tmp_path / "out" / f"samples_{HELDOUT_TASKS[0]}_budget_{budget}.jsonl").read_text(encoding="utf-8")
+        records = [json.loads(line) for line in lines.splitlines()]
+        assert [record["doc_id"] for record in records] == list(range(5))
+        correct = [record["acc"] for record in records]
+        assert sum(correct) / 5 == pytest.approx(_scores(run)[HELDOUT_TASKS[0], "acc"])
+
+
 def test_a_task_folder_can_move(llama_dir: Path, task_dir: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(task_dir, moved)

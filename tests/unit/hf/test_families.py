@@ -193,6 +193,14 @@ def test_tensors_that_contradict_the_config_are_refused(source: Callable, tmp_pa
             _import(folder, tmp_path / "run")
 
 
+def test_tied_embeddings_of_more_rows_than_the_vocabulary_are_refused(source: Callable, tmp_path: Path) -> None:
+    folder, _ = source("smollm2")
+    weights = load_file(folder / "model.safetensors") | {"model.embed_tokens.weight": torch.zeros(64, 32)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IttError, match=r"embed_tokens.weight has 64 rows but vocab_size of the folder is 61; set"):
+        _import(folder, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [(torch.zeros(32, dtype=torch.int8), r"quantised \(int8\); dequantize"), (torch.full((32,), torch.nan), "finite")],

@@ -30,6 +30,9 @@ def test_missing_and_pickled_weights_are_refused(read: Callable, build: Callable
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(ExportError, match="pickled"):
         read(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"anything")
+    with pytest.raises(ExportError, match=r"index\.json of model-00001-of-00002\.safetensors is missing"):
+        read(tmp_path)
 
 
 def test_a_truncated_file_is_refused(build: Callable, tokenizer_dir: Path, tmp_path: Path) -> None:
