@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_itt.accounting.flops import count_parameters, forward_flops
 from megatron_itt.analysis.ladder import WIDE
@@ -38,14 +39,26 @@ HORIZONS = (20, 80, 320)
 DECAY_SHARE = 0.2
 LEARNING_RATE = 0.32  # of hidden size 1: the rate falls with the width
 ORDER_SHARE = 2  # text is laid out for twice the longest horizon: LLaMA reads more at equal FLOPs
-# Non-embedding parameters in millions -> layers, hidden size, MLP width, attention heads. Narrow models are shallow: at
-# hidden size 32, four layers are as deep as helps, and thinking adds depth.
+
+
+class Size(NamedTuple):
+    """A shape of the ladder."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    thinking: tuple[int, ...]  # layers that think where the recipe leaves thinking.layers at its default
+
+
+# By non-embedding parameters. Half of the layers think, not the last one: its gates close (docs/does_it_pay.md). Narrow
+# models are shallow: at hidden size 32, four layers are as deep as helps, and thinking adds depth.
 SIZES = {
-    "0.02M": (2, 28, 76, 2),
-    "0.05M": (2, 48, 124, 2),
-    "0.2M": (4, 64, 176, 4),
-    "0.8M": (4, 128, 352, 4),
-    "3.2M": (4, 256, 704, 4),
+    "0.02M": Size(2, 28, 76, 2, (0,)),
+    "0.05M": Size(2, 48, 124, 2, (0,)),
+    "0.2M": Size(4, 64, 176, 4, (1, 2)),
+    "0.8M": Size(4, 128, 352, 4, (1, 2)),
+    "3.2M": Size(4, 256, 704, 4, (1, 2)),
 }
 
 
@@ -156,7 +169,7 @@ class LadderPlan:
 
     def _chain(self, size: str, variant: str, seed: int) -> list[tuple[tuple[object, ...], Job]]:
         """The runs of one model and seed by length, each branching from the one before, with their ranks."""
-        shape = self._wide_shape(size) if variant == WIDE else _shape(*SIZES[size])
+        shape = self._wide_shape(size) if variant == WIDE else self._shape(size, variant)
         lengths, longest = self._lengths(size, variant), self._steps(size, max(self.horizons), BASELINE)
         group = 0 if variant in LADDER_VARIANTS else 1 if variant == WIDE else 2
         chain: list[tuple[tuple[object, ...], Job]] = []
@@ -200,22 +213,28 @@ class LadderPlan:
 
     def _steps(self, size: str, horizon: int, spent_by: str) -> int:
         """Steps of the LLaMA of a size with the FLOPs that a model spends on a horizon."""
-        shape = _shape(*SIZES[size])
-        llama = self._load(BASELINE, shape)
-        ratio = _flops(self._load(spent_by, shape)) / _flops(llama)
-        return round(horizon * count_parameters(llama.model, llama.thinking).matrices * ratio / llama.tokens_per_step)
+        llama, spender = (self._load(name, self._shape(size, name)) for name in (BASELINE, spent_by))
+        parameters, ratio = count_parameters(llama.model, llama.thinking).matrices, _flops(spender) / _flops(llama)
+        return round(horizon * parameters * ratio / llama.tokens_per_step)
+
+    def _shape(self, size: str, variant: str) -> tuple[str, ...]:
+        """The shape of a size, and the layers that think by default, as overrides of a variant's recipe."""
+        shape, thinking = _overrides(SIZES[size]), self._load(variant).thinking
+        if thinking.kind == "none" or thinking.layers != "every_other":
+            return shape
+        return (*shape, f"thinking.layers={json.dumps(SIZES[size].thinking)}")
 
     def _wide_shape(self, size: str) -> tuple[str, ...]:
         """The shape of the LLaMA whose FLOPs per token are nearest to those of WIDE_AS."""
-        layers, hidden, width, heads = SIZES[size]
-        target = _flops(self._load(WIDE_AS, _shape(*SIZES[size])))
+        own = SIZES[size]
+        target = _flops(self._load(WIDE_AS, self._shape(size, WIDE_AS)))
         shapes = [
-            _shape(layers, wider, round(width * wider / hidden / 4) * 4, heads)
-            for wider in range(hidden, 2 * hidden, 2 * heads)
+            _overrides(own._replace(hidden=wider, ffn=round(own.ffn * wider / own.hidden / 4) * 4))
+            for wider in range(own.hidden, 2 * own.hidden, 2 * own.heads)
         ]
         return min(shapes, key=lambda shape: abs(_flops(self._load(BASELINE, shape)) - target))
 
-    def _load(self, variant: str, shape: Sequence[str]) -> RunConfig:
+    def _load(self, variant: str, shape: Sequence[str] = ()) -> RunConfig:
         return load_config(self.recipes / f"{variant}.yaml", (*shape, *self.overrides))
 
 
@@ -223,14 +242,14 @@ def _flops(config: RunConfig) -> float:
     return forward_flops(config.model, config.thinking).total
 
 
-def _shape(layers: int, hidden: int, width: int, heads: int) -> tuple[str, ...]:
+def _overrides(size: Size) -> tuple[str, ...]:
     return (
-        f"model.num_layers={layers}",
-        f"model.hidden_size={hidden}",
-        f"model.ffn_hidden_size={width}",
-        f"model.num_attention_heads={heads}",
-        f"model.init_std={hidden**-0.5:.3f}",
-        f"optimizer.learning_rate={LEARNING_RATE / hidden:.2e}",
+        f"model.num_layers={size.layers}",
+        f"model.hidden_size={size.hidden}",
+        f"model.ffn_hidden_size={size.ffn}",
+        f"model.num_attention_heads={size.heads}",
+        f"model.init_std={size.hidden**-0.5:.3f}",
+        f"optimizer.learning_rate={LEARNING_RATE / size.hidden:.2e}",
     )
 
 
