@@ -16,7 +16,7 @@ from megatron_itt.errors import DataError, EvaluationError
 from megatron_itt.evaluation.exported_model import ExportedModel
 from megatron_itt.evaluation.options import Budget
 from megatron_itt.evaluation.perplexity import Window, sliding_windows
-from megatron_itt.hf.remote_code.routing_itt import thresholds
+from megatron_itt.hf.remote_code.routing_itt import GATES, thresholds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +154,7 @@ def run_routing(export: ExportedModel, windows: Sequence[Window], budget: Budget
 
 def router_gate(export: ExportedModel) -> Callable[[Tensor], Tensor]:
     """Return the function from router logits to router weights of this model."""
-    return torch.tanh if export.model.config.thinking["gate"] == "tanh" else torch.sigmoid
+    return GATES[export.model.config.thinking["gate"]]
 
 
 def _encode(export: ExportedModel, text: str) -> tuple[list[int], list[str]]:

@@ -160,8 +160,7 @@ def measure_router_weights(
         raise DataError("the text is empty; give a file with at least one word")
     windows = list(sliding_windows(documents, export.max_length))
     gate = router_gate(export)
-    is_tanh = gate is torch.tanh
-    edges = torch.linspace(-1.0 if is_tanh else 0.0, 1.0, NUM_BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(float(gate(torch.tensor(-math.inf))), 1.0, NUM_BINS + 1, dtype=torch.float64)
     rows = []
     for layer_idx, (selected, logits) in run_routing(export, windows, budget).items():
         for step, weights in enumerate(gate(logits.double())):
@@ -171,7 +170,7 @@ def measure_router_weights(
     if len(windows) > len(documents):
         notes.append(f"Texts longer than {export.max_length:,} tokens were read in {len(windows):,} windows.")
     values = {
-        "gate": "tanh" if is_tanh else "sigmoid",
+        "gate": export.model.config.thinking["gate"],
         "budget": list(budget or export.trained_budget),
         "edges": edges.tolist(),
         "steps": rows,
