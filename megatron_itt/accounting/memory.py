@@ -25,10 +25,11 @@ from megatron_itt.errors import ConfigError
 
 FLOAT32 = 4  # bytes; optimizer state, norm statistics and the softmax of the loss are always float32
 ADAM_MOMENTS = 2
-# Heap of the C library beyond tensors, relative to the activations that layers keep for backward: freed blocks that
-# nothing fits into. Measured with glibc: 0.6 (30 layers of 192), 0.7 (4 of 512), 1.2 to 1.8 (30 of 576). Separate
-# mappings would lose nothing, but take a fifth more time.
-HEAP_LOSS = 1.0
+# Heap of the C library beyond tensors: freed blocks that nothing fits into. Bytes per element of the activations that
+# layers keep for backward; float32 loses as much as bf16. Measured with glibc, relative to this value: 0.6 (30 layers
+# of 192), 0.7 (4 of 512), 0.4 to 0.5 (8 of 384), 1.2 to 1.8 (30 of 576). Separate mappings would lose nothing, but take
+# a fifth more time.
+HEAP_LOSS = 2.0
 
 # s: sequence length, h: hidden size, k: selected tokens of a step
 
@@ -43,7 +44,7 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
-    kept: float  # the activations that layers hold from forward to backward
+    heap_loss: float  # beyond tensors, of a process on the CPU
 
     @property
     def total(self) -> float:
@@ -52,7 +53,7 @@ class RankMemory:
 
     def resident(self, program: float) -> float:
         """Return the peak resident memory of a process on the CPU that held `program` bytes before the run."""
-        return program + self.total + HEAP_LOSS * self.kept
+        return program + self.total + self.heap_loss
 
 
 def rank_memory(config: RunConfig, world_size: int, *, on_cpu: bool = False) -> list[RankMemory]:
@@ -238,7 +239,7 @@ def _stage_memory(config: RunConfig, world_size: int, stage: int, *, on_cpu: boo
         gradients=(FLOAT32 if config.optimizer.grad_reduce_dtype == "fp32" else element) * parameters,
         optimizer=FLOAT32 * state / num_shards,
         activations=kept + max(transient),
-        kept=kept,
+        heap_loss=HEAP_LOSS * kept / element,
     )
 
 
