@@ -30,6 +30,7 @@ BASELINES = (
 )
 INTERVAL = (0.05, 0.95)  # quantiles of the fits to resampled seeds
 _MOST_TOKENS_PER_PARAMETER = 1e6
+_LONGEST = 100_000  # tokens per parameter: a crossover beyond is no length of a training
 _GRID = 80  # points of a scan over tokens or sizes
 
 
@@ -274,8 +275,10 @@ def pay_off_line(config: RunConfig) -> str | None:
 
 def format_crossover(value: float, between: tuple[float, float], parameters: float) -> str:
     """Format a crossover, given in tokens, as tokens per parameter with its interval."""
-    if math.isinf(value):
-        reach = "" if math.isinf(between[0]) else f" (or from {between[0] / parameters:,.2g} tokens per parameter on)"
-        return f"does not pay{reach}"
-    shown = ["never" if math.isinf(end) else f"{end / parameters:,.2g}" for end in between]
+    low, high = (end / parameters for end in between)
+    if value / parameters > _LONGEST:
+        bound = "" if math.isinf(value) else f" below {_LONGEST:,.0f} tokens per parameter"
+        reach = f" (or from {low:,.2g} tokens per parameter on)" if low <= _LONGEST else ""
+        return f"does not pay{bound}{reach}"
+    shown = ["never" if math.isinf(end) else f"{end:,.2g}" for end in (low, high)]
     return f"pays from {value / parameters:,.2g} [{shown[0]}, {shown[1]}] tokens per parameter on"

@@ -55,8 +55,9 @@ def _run(environment: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_wheel_and_sdist_have_every_recipe(dist: Path, environment: Path) -> None:
-    names = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
+def test_wheel_and_sdist_have_every_recipe_and_the_law(dist: Path, environment: Path) -> None:
+    files = [path for ending in ("yaml", "json") for path in (ROOT / "recipes").rglob(f"*.{ending}")]
+    names = {path.relative_to(ROOT).as_posix() for path in files}
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         assert names <= {name.partition("/")[2] for name in archive.getnames()}
