@@ -32,9 +32,9 @@ class Gpu:
     memory_bytes_per_s: float
     link_bytes_per_s: float  # to another GPU of the node
     network_bytes_per_s: float  # of one adapter; a node has one for each GPU
-    num_multiprocessors: int  # tiles of a product that are computed at a time; 0: products have no tiles
+    num_multiprocessors: int  # tiles of a product that are computed at a time; 0: a processor, without tiles
     latency_s: float  # of a collective
-    launch_s: float  # of a kernel
+    launch_s: float  # of a kernel; on a processor the call of an operation
 
 
 def _from_sheet(

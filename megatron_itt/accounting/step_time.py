@@ -2,7 +2,8 @@
 
 Matrix products run in tiles of 128 x 128, and a last wave of tiles that does not fill the GPU costs a whole one. What
 they keep for backward is written and read once through memory, twice in backward. No pass is faster than the launches
-of its kernels. Tensor-parallel collectives of backward overlap with products, as megatron-core's linear layers do.
+of its kernels; on a processor, which does not queue them, calls take their time besides. Tensor-parallel collectives of
+backward overlap with products, as megatron-core's linear layers do.
 """
 
 from __future__ import annotations
@@ -142,6 +143,17 @@ def layer_products(config: RunConfig, *, thinks: bool) -> Iterator[tuple[float, 
         num_stale = s if changes_skipped(thinking) else k
 
 
+def count_kernels(config: RunConfig) -> int:
+    """Return the kernels of the layers for one micro-batch, forward and backward, without recomputation."""
+    thinking_layers = config.thinking.layer_indices(config.model.num_layers)
+    layers = range(config.model.num_layers)
+    return 3 * sum(_num_kernels(config, thinks=layer_idx in thinking_layers) for layer_idx in layers)
+
+
+def _num_kernels(config: RunConfig, *, thinks: bool) -> int:
+    return KERNELS_PER_PASS * (1 + (config.thinking.num_routed_steps if thinks else 0))
+
+
 def product_seconds(sizes: tuple[float, float, float], gpu: Gpu) -> float:
     """Return the time of one product (rows, inner, columns)."""
     rows, inner, columns = sizes
@@ -176,13 +188,14 @@ def _layer_cost(config: RunConfig, gpu: Gpu, group: Placement, *, thinks: bool) 
         costs = routed_step_roofline(config.model, thinking)
         traffic += config.batch.micro * sum(c.num_bytes for c in costs if c.operation in ROUTING_OPERATIONS)
     times = [_with_gradients(sizes, gpu) for sizes in layer_products(config, thinks=thinks)]
-    kernels = KERNELS_PER_PASS * (1 + (thinking.num_routed_steps if thinks else 0)) * gpu.launch_s
+    calls = _num_kernels(config, thinks=thinks) * gpu.launch_s
+    queues = gpu.num_multiprocessors > 0
     forward = _Cost(
         products=sum(time for time, _ in times),
         attention=flops / gpu.attention_flops_per_s,
-        traffic=traffic / gpu.memory_bytes_per_s,
+        traffic=traffic / gpu.memory_bytes_per_s + (0.0 if queues else calls),
         collectives=group.seconds(passes, gpu),
-        launches=kernels,
+        launches=calls if queues else 0.0,
     )
     gradients = sum(time for _, time in times)
     overlapped = _OVERLAPPED[config.parallel.sequence] * group.seconds(passes_back, gpu)
@@ -191,7 +204,7 @@ def _layer_cost(config: RunConfig, gpu: Gpu, group: Placement, *, thinks: bool) 
         attention=2 * forward.attention,
         traffic=2 * forward.traffic,
         collectives=group.seconds(passes_back, gpu) - min(overlapped, gradients / 2),
-        launches=2 * kernels,
+        launches=2 * forward.launches,
     )
     if thinks and thinking.kind == "itt" and thinking.recompute != "none":  # its collectives are in `passes_back`
         again = replace(forward, collectives=0.0)

@@ -72,7 +72,7 @@ def rates_section(shape: Shape, device: torch.device) -> Section:
         "attention_flops_per_s": _attention_rate(shape, device),
         "memory_bytes_per_s": 1e9 * speed.figures["memory_gb_per_s"],
     }
-    if not on_gpu:  # a processor has no tiles and no launches, and its ranks share its memory
+    if not on_gpu:  # a processor has no tiles, its calls are not measured, and its ranks share its memory
         cores = max(2, psutil.cpu_count() or 2)
         memory = psutil.virtual_memory().total / cores
         values |= {"num_multiprocessors": 0, "launch_s": 0.0, "memory_bytes": memory}

@@ -19,6 +19,7 @@ GRID = ["optimizer.learning_rate=1e-2,5e-3,2e-3", "runtime.seed=1,2,3", "checkpo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_sweep_that_was_killed_twice_has_the_table_of_one_that_was_not(recipe: Path, tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "megatron_itt.cli", "sweep", str(recipe), *GRID, "--root", str(killed)]

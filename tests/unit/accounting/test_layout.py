@@ -10,8 +10,9 @@ import pytest
 from megatron_itt.accounting.flops import forward_flops
 from megatron_itt.accounting.gpus import GPUS
 from megatron_itt.accounting.layout import Machine, find_layouts, format_layouts, layout_report, note_order
+from megatron_itt.accounting.memory import rank_memory
 from megatron_itt.accounting.report import memory_report
-from megatron_itt.accounting.step_time import layer_products, product_seconds
+from megatron_itt.accounting.step_time import count_kernels, estimate_step, layer_products, product_seconds
 from megatron_itt.config import load_config
 from megatron_itt.errors import ConfigError
 from tests.helpers.one_rank import tiny_recipe
@@ -91,6 +92,19 @@ def test_a_last_wave_of_tiles_costs_a_whole_one() -> None:
     full, one_more = (product_seconds((128 * tiles, 4096, 128), gpu) for tiles in (108, 109))
     assert full == pytest.approx(2 * 108 * 128 * 4096 * 128 / gpu.matrix_flops_per_s)
     assert one_more == pytest.approx(2 * full)
+
+
+def test_calls_add_to_the_work_of_a_processor_and_run_beside_that_of_a_gpu() -> None:
+    config, a100 = load_config("162m/itt_x4", ["batch.global=8"]), GPUS["a100-80gb"]
+
+    def seconds(num_multiprocessors: int, launch_s: float) -> float:
+        gpu = replace(a100, num_multiprocessors=num_multiprocessors, launch_s=launch_s)
+        return estimate_step(config, rank_memory(config, 1), gpu, world_size=1, gpus_per_node=1).seconds
+
+    calls = count_kernels(config) * config.num_microbatches(1)
+    assert seconds(0, 1e-5) - seconds(0, 0.0) == pytest.approx(1e-5 * calls)
+    assert seconds(108, 1e-9) == seconds(108, 0.0)
+    assert seconds(108, 1.0) > 0.99 * calls
 
 
 def test_layouts_are_spread_from_the_best_to_the_worst() -> None:
