@@ -57,7 +57,7 @@ def test_of_processes_that_saw_the_same_dead_owner_one_takes_over(tmp_path: Path
     found = [winners.get(timeout=60) for _ in range(30)]
     for process in processes:
         process.join(timeout=60)
-    assert found == list(range(30)) and winners.empty()
+    assert sorted(found) == list(range(30)) and winners.empty(), "the queue may swap rounds of two processes"
     assert names(tmp_path) == ["in_use"]
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_itt.data.text.tokenizer import load_tokenizer
+from megatron_itt.data.text.tokenizer_folder import write_tokenizer_folder
 from megatron_itt.errors import ExportError
 from megatron_itt.hf.folder import AUTO_MAP, REMOTE_CODE_FILES
 from megatron_itt.hf.load import open_export, read_weights
@@ -40,7 +41,7 @@ def test_a_truncated_file_is_refused(build: Callable, tokenizer_dir: Path, tmp_p
     build(kind="none").save_pretrained(folder)
     config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4, "vocab_size": 61}))
-    load_tokenizer(tokenizer_dir).save(folder)
+    write_tokenizer_folder(load_tokenizer(tokenizer_dir), folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     with pytest.raises(ExportError, match="cannot be loaded"):
@@ -61,7 +62,7 @@ def test_the_installed_class_loads_an_export_without_trusting_its_code(
     model, folder, again = build(dtype=torch.float32), tmp_path / "model", tmp_path / "again"
     model.config.auto_map = AUTO_MAP
     model.save_pretrained(folder)
-    load_tokenizer(tokenizer_dir).save(folder)
+    write_tokenizer_folder(load_tokenizer(tokenizer_dir), folder)
     for name in REMOTE_CODE_FILES:
         (folder / name).write_text("raise SystemExit('this must not run')")
     tokens = torch.randint(0, 61, (2, 9))
