@@ -33,12 +33,12 @@ from megatron_itt.launch.refusals import finished_step
 from megatron_itt.tables import Columns, table_of, with_error
 
 WIDE = "llama_wide"
-# Weak priors of the exponents, mean and standard deviation: few sizes alone leave them open. phi has none.
-PRIORS = {"a": (0.34, 0.2), "b": (0.28, 0.2)}
+# Weak priors of floor and exponents, mean and standard deviation: few sizes alone leave them open. phi has none.
+PRIORS = {"E": (1.0, 0.5), "a": (0.34, 0.2), "b": (0.28, 0.2)}
 _START = Law(E=1.0, A=10.0, a=0.34, B=20.0, b=0.28, phi=0.4)
 _EQUAL_FLOPS = 0.06  # relative difference in FLOPs up to which a wider LLaMA is a baseline
 _NOISE = 0.01  # nats, that a residual is compared with when it is weighed against a prior
-_ITERATIONS = 200
+_ITERATIONS = 500
 _RESAMPLINGS = 100
 
 
@@ -169,7 +169,8 @@ def fit_law(points: Sequence[Point], start: Law) -> Law:
     def residuals(theta: np.ndarray) -> np.ndarray:
         floor, of_size, a, of_tokens, b = np.exp(theta[:5])
         found = floor + of_size * (once + passes ** theta[5] * recurrent) ** -a + of_tokens * tokens**-b
-        held = [(value - PRIORS[name][0]) / PRIORS[name][1] for name, value in (("a", a), ("b", b))]
+        own = (("E", floor), ("a", a), ("b", b))
+        held = [(value - PRIORS[name][0]) / PRIORS[name][1] for name, value in own]
         return np.concatenate([(found - loss) / _NOISE, held])
 
     theta = np.array([*(math.log(value) for value in list(asdict(start).values())[:5]), start.phi])
@@ -261,7 +262,7 @@ def _verdicts(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], fitted
         lines = [f"**{variant}, {size}** (measured to {last['horizon']} tokens per parameter)", ""]
         for found in predict(fitted, shape, last["horizon"] * shape.parameters):
             line = format_crossover(found.crossover, found.crossover_interval, shape.parameters)
-            if math.isfinite(found.crossover) and found.crossover > 0:
+            if line.startswith("pays") and found.crossover > 0:
                 outside = fitted.outside(shape.parameters, found.crossover / shape.parameters)
                 line += f" (extrapolated: {outside})" if outside else ""
             lines.append(f"- {found.baseline}: {line}")
