@@ -39,6 +39,7 @@ _START = Law(E=1.0, A=10.0, a=0.34, B=20.0, b=0.28, phi=0.4)
 _EQUAL_FLOPS = 0.06  # relative difference in FLOPs up to which a wider LLaMA is a baseline
 _NOISE = 0.01  # nats, that a residual is compared with when it is weighed against a prior
 _ITERATIONS = 500
+_STUCK = 1e12  # damping at which no step lowers the sum of squares
 _RESAMPLINGS = 100
 
 
@@ -182,6 +183,8 @@ def fit_law(points: Sequence[Point], start: Law) -> Law:
         tried = residuals(theta + step.clip(-1, 1))
         if np.isfinite(tried).all() and tried @ tried < current @ current:
             theta, current, damping = theta + step.clip(-1, 1), tried, max(damping / 4, 1e-12)
+        elif damping > _STUCK:
+            break
         else:
             damping *= 8
     return Law(**dict(zip(("E", "A", "a", "B", "b"), np.exp(theta[:5]).tolist(), strict=True)), phi=float(theta[5]))
