@@ -273,12 +273,17 @@ def pay_off_line(config: RunConfig) -> str | None:
     )
 
 
+def is_within_reach(crossover: float, parameters: float) -> bool:
+    """Whether a crossover, given in tokens, is a length that a model of so many parameters could be trained for."""
+    return crossover <= _LONGEST * parameters
+
+
 def format_crossover(value: float, between: tuple[float, float], parameters: float) -> str:
     """Format a crossover, given in tokens, as tokens per parameter with its interval."""
     low, high = (end / parameters for end in between)
-    if value / parameters > _LONGEST:
+    if not is_within_reach(value, parameters):
         bound = "" if math.isinf(value) else f" below {_LONGEST:,.0f} tokens per parameter"
-        reach = f" (or from {low:,.2g} tokens per parameter on)" if low <= _LONGEST else ""
+        reach = f" (or from {low:,.2g} tokens per parameter on)" if is_within_reach(between[0], parameters) else ""
         return f"does not pay{bound}{reach}"
     shown = ["never" if math.isinf(end) else f"{end:,.2g}" for end in (low, high)]
     return f"pays from {value / parameters:,.2g} [{shown[0]}, {shown[1]}] tokens per parameter on"

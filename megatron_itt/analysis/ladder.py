@@ -21,6 +21,7 @@ from megatron_itt.accounting.law import (
     Shape,
     format_crossover,
     interval,
+    is_within_reach,
     loss_differences,
     predict,
     shape_of,
@@ -105,14 +106,16 @@ def difference_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"size": size, "horizon": horizon, "variant": variant, "seeds": len(own)}
         row["loss"], row["loss_error"] = mean_and_error(list(own.values()))
         spent = flops[size, variant]
-        as_costly = [name for at, name in flops if at == size and flops[at, name] == spent]  # a switch costs nothing
+        # A switch costs nothing: the LLaMA that spent the FLOPs of ITT x4 is also the baseline of its variants.
+        spenders = [other for at, other in flops if at == size and flops[at, other] == spent]
         is_wide = math.isclose(flops.get((size, WIDE), 0.0), spent, rel_tol=_EQUAL_FLOPS)
         for name, others in (
-            ("equal_tokens", [(size, BASELINE, horizon, None)]),
-            ("equal_flops", [(size, BASELINE, horizon, name) for name in as_costly]),
-            ("wide", [(size, WIDE, horizon, None)] * is_wide),
+            ("equal_tokens", [(BASELINE, None)]),
+            ("equal_flops", [(BASELINE, spender) for spender in spenders]),
+            ("wide", [(WIDE, None)] if is_wide else []),
         ):
-            theirs = next((losses[other] for other in others if other in losses), {})
+            runs = [(size, other, horizon, equal_to) for other, equal_to in others]
+            theirs = next((losses[key] for key in runs if key in losses), {})
             paired = [own[seed] - theirs[seed] for seed in sorted(set(own) & set(theirs))]
             row[name], row[f"{name}_error"] = mean_and_error(paired)
             row[f"{name}_seeds"] = len(paired)
@@ -265,7 +268,7 @@ def _verdicts(points: Sequence[Point], rows: Sequence[Mapping[str, Any]], fitted
         lines = [f"**{variant}, {size}** (measured to {last['horizon']} tokens per parameter)", ""]
         for found in predict(fitted, shape, last["horizon"] * shape.parameters):
             line = format_crossover(found.crossover, found.crossover_interval, shape.parameters)
-            if line.startswith("pays") and found.crossover > 0:
+            if found.crossover > 0 and is_within_reach(found.crossover, shape.parameters):
                 outside = fitted.outside(shape.parameters, found.crossover / shape.parameters)
                 line += f" (extrapolated: {outside})" if outside else ""
             lines.append(f"- {found.baseline}: {line}")

@@ -175,9 +175,8 @@ def _python_files(root: Path, name: str, *, tests: bool) -> Iterator[tuple[str, 
         if bool(_TEST_FOLDERS.intersection(relative.parts)) != tests:
             continue
         for file in sorted(files):
-            if (
-                file.endswith(".py") and "sysconfig" not in file
-            ):  # that holds the paths of the machine that built Python
+            # _sysconfigdata holds the paths of the machine that built Python.
+            if file.endswith(".py") and "sysconfig" not in file:
                 yield f"{name}/{(relative / file).as_posix()}", Path(folder, file)
 
 

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -35,8 +36,8 @@ def drop_manifest(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("level", ["cheap", "full"])
-def test_sound_data_passes(prefix: str, level: str) -> None:
-    index, manifest = verify_indexed_dataset(prefix, 400, level)  # type: ignore[arg-type]
+def test_sound_data_passes(prefix: str, level: Literal["cheap", "full"]) -> None:
+    index, manifest = verify_indexed_dataset(prefix, 400, level)
     assert (index.num_documents, index.dtype.name) == (50, "uint16")
     assert manifest is not None and manifest.documents == 50
 
