@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,7 +236,12 @@ class LadderPlan:
         return min(shapes, key=lambda shape: abs(_flops(self._load(BASELINE, shape)) - target))
 
     def _load(self, variant: str, shape: Sequence[str] = ()) -> RunConfig:
-        return load_config(self.recipes / f"{variant}.yaml", (*shape, *self.overrides))
+        return _load_once(self.recipes / f"{variant}.yaml", (*shape, *self.overrides))
+
+
+@cache  # every seed and horizon asks for the same few
+def _load_once(recipe: Path, overrides: tuple[str, ...]) -> RunConfig:
+    return load_config(recipe, overrides)
 
 
 def _flops(config: RunConfig) -> float:
