@@ -132,15 +132,24 @@ def run_harness(
 class TaskPlan:
     """Tasks of lm-eval and of `task_dirs`, checked for their data and loaded once for all budgets.
 
-    EvaluationError for one that is unknown or whose data is not there. Needs `data_access`.
+    EvaluationError for one that is unknown or whose data is not there, which names `data_root` by the setting that it
+    came from. Needs `data_access`.
     """
 
-    def __init__(self, names: Sequence[str], *, task_dirs: Sequence[Path] = (), data_root: Path | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        task_dirs: Sequence[Path] = (),
+        data_root: Path | None = None,
+        data_root_setting: str = "--data-root",
+    ) -> None:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise EvaluationError(f"lm-eval is not installed ({error}); pip install 'megatron-itt[eval]'") from error
         folders = [_existing_folder(folder) for folder in task_dirs]
+        self._data_root_setting = data_root_setting
         with quiet_harness():
             self.manager = TaskManager(include_path=folders, include_defaults=False)
             if any(name not in self.manager.task_index for name in names):
@@ -179,7 +188,7 @@ class TaskPlan:
             if not folder.is_dir() or not any(folder.iterdir()):
                 raise EvaluationError(
                     f"task {name!r} reads the data set {source}, but {folder} does not exist or is empty; copy the "
-                    "data set there, or leave --data-root out to fetch it from the hub"
+                    f"data set there, or leave {self._data_root_setting} out to fetch it from the hub"
                 )
 
     def _load(self, name: str) -> list[Any]:
@@ -193,7 +202,8 @@ class TaskPlan:
             sources = sorted({str(leaf.get("dataset_path")) for leaf, _ in leaves})
             reason = " ".join(str(error).split())[:300]
             raise EvaluationError(
-                f"task {name!r} cannot read its data set {', '.join(sources)}: {reason}; give a local copy: --data-root"
+                f"task {name!r} cannot read its data set {', '.join(sources)}: {reason}; give a local copy: "
+                f"{self._data_root_setting}"
             ) from error
         num_fewshot = next((task.num_fewshot for task in PAPER_TASKS if task.task == name), None)
         if num_fewshot is not None:

@@ -36,8 +36,12 @@ class TrainingTasks:
         names, self._limit = list(dict.fromkeys(settings.names)), settings.limit
         folders = [] if settings.task_dir is None else [Path(settings.task_dir).resolve()]
         root = None if settings.data_root is None else Path(settings.data_root).resolve()
-        with data_access(names, folders, root):
-            plan = TaskPlan(names, task_dirs=folders, data_root=root)
+        try:
+            with data_access(names, folders, root):
+                setting = "validation.tasks.data_root"
+                plan = TaskPlan(names, task_dirs=folders, data_root=root, data_root_setting=setting)
+        except EvaluationError as error:
+            raise EvaluationError(f"validation.tasks: {error}") from error
         self._tasks = plan.manager.load(plan.loaded)
         for name, task in self._tasks["tasks"].items():
             if task.OUTPUT_TYPE not in _SCORED:

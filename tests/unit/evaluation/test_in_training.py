@@ -133,10 +133,14 @@ def test_bits_per_byte_are_those_of_the_right_continuations() -> None:
     [
         ({"task_dir": "nowhere"}, r"task folder .*nowhere does not exist"),
         ({"data_root": "nowhere"}, r"data root .*nowhere does not exist"),
+        (
+            {"names": ["hub"], "data_root": "."},
+            r"validation\.tasks: task 'hub' .*no/such does not exist.* leave validation\.tasks\.data_root out",
+        ),
         ({"names": ["lost"]}, r"task 'lost' reads .*lost\.jsonl, which does not exist"),
         ({"names": ["story"]}, r"story is of type generate_until; .*itt evaluate"),
     ],
-    ids=["folder", "root", "data", "generation"],
+    ids=["folder", "root", "data set", "data", "generation"],
 )
 def test_tasks_that_cannot_be_scored_are_refused_in_one_line(
     tokenizer_dir: Path, task_dir: Path, tmp_path: Path, change: dict[str, Any], message: str
@@ -147,6 +151,7 @@ def test_tasks_that_cannot_be_scored_are_refused_in_one_line(
             f"dataset_kwargs: {{data_files: {{test: {task_dir / file}.jsonl}}}}\n"
             "doc_to_text: '{{context}}'\ndoc_to_target: '{{word}}'\n"
         )
+    (tmp_path / "hub.yaml").write_text("task: hub\ndataset_path: no/such\noutput_type: loglikelihood\n")
     config = _recipe(tokenizer_dir, {"names": ["lost"], "task_dir": str(tmp_path), **change})
     with pytest.raises(EvaluationError, match=message) as caught:
         TrainingTasks(config, load_tokenizer(tokenizer_dir))
