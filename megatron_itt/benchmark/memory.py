@@ -104,12 +104,15 @@ def measure_kept_bytes(chunk: torch.nn.Module, tokens: torch.Tensor, positions: 
 
 
 def _peak_on_cpu(step: Any) -> int:
-    """Read the allocator's events, which the profiler records."""
+    """Read the allocator's events, which the profiler records, up to the reduction of gradients."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step(1)
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    # From here on gloo's threads, which are not recorded, free their copy of the gradients when it suits them.
+    end = max(event.start_ns() for event in events if event.name().startswith("c10d::reduce_scatter"))
     held = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
+    for event in events:
+        if event.name() == "[memory]" and event.start_ns() < end:
+            held += event.nbytes()
+            highest = max(highest, held)
     return highest

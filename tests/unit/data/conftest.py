@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
+import signal
 import subprocess
-import time
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,14 +64,24 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def run_until(is_time: Callable[[], bool], *functions: Callable[[], object]) -> None:
-    """Call each function in a process of its own, and kill those at the moment that have not ended before."""
-    processes = [multiprocessing.get_context("fork").Process(target=function) for function in functions]
+    """Call each function in a process of its own, which dies, workers and all, as soon as it touches a file in time.
+
+    Its own file operations ask for the time: a watcher may be kept waiting until all is done.
+    """
+
+    def run(function: Callable[[], object]) -> None:
+        def die_in_time(event: str, _: object) -> None:
+            if event in ("open", "os.rename") and is_time():
+                os.killpg(0, signal.SIGKILL)
+
+        os.setpgid(0, 0)
+        sys.addaudithook(die_in_time)
+        function()
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(function,)) for function in functions]
     for process in processes:
         process.start()
-    while any(process.is_alive() for process in processes) and not is_time():
-        time.sleep(0.002)
     for process in processes:
-        process.kill()
         process.join()
 
 
