@@ -1,7 +1,7 @@
 # Every target sets up .venv first if it has to; nothing needs activating. `make help` lists the targets.
 #
 #   PYTHON=python3.12   the interpreter to make .venv with (default: the first of python3, python3.13 .. 3.10 that fits)
-#   PYTEST_WORKERS=4    processes for the tests (default 2)
+#   PYTEST_WORKERS=4    processes for the tests (default 3)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PYTEST_WORKERS ?= 2
+PYTEST_WORKERS ?= 3
 SOURCES := megatron_itt tools tests setup.py
 
 # One thread per process: the tests and the CPU runs bring their own processes.

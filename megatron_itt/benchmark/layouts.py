@@ -7,6 +7,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -14,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_itt.accounting.memory import FLOAT32
+from megatron_itt.accounting.step_time import count_kernels
 from megatron_itt.benchmark.machine import (
     DTYPES,
     matrix_rates,
@@ -22,9 +25,9 @@ from megatron_itt.benchmark.machine import (
     time_interleaved,
 )
 from megatron_itt.benchmark.results import Section
-from megatron_itt.benchmark.shapes import Shape
+from megatron_itt.benchmark.shapes import Shape, on_one_rank, with_batch
 from megatron_itt.benchmark.steps import train_on_random_tokens
-from megatron_itt.config import load_config
+from megatron_itt.config import RunConfig, load_config
 from megatron_itt.config.environment import process_info
 from megatron_itt.doctor.speed import PROBE_BYTES, measure_gpu, measure_links
 from megatron_itt.errors import ConfigError
@@ -32,6 +35,7 @@ from megatron_itt.log import silence_known_warnings
 from megatron_itt.parallel.groups import start_parallel, stop_parallel
 
 LINKS = "links"  # in place of a recipe: measure the links between the ranks
+FEW_TOKENS, SEVERAL = 16, 5
 
 
 def check_ranks(num_ranks: int, *, device: str) -> None:
@@ -72,10 +76,10 @@ def rates_section(shape: Shape, device: torch.device) -> Section:
         "attention_flops_per_s": _attention_rate(shape, device),
         "memory_bytes_per_s": 1e9 * speed.figures["memory_gb_per_s"],
     }
-    if not on_gpu:  # a processor has no tiles, its calls are not measured, and its ranks share its memory
+    if not on_gpu:  # a processor has no tiles, and its ranks share its memory
         cores = max(2, psutil.cpu_count() or 2)
         memory = psutil.virtual_memory().total / cores
-        values |= {"num_multiprocessors": 0, "launch_s": 0.0, "memory_bytes": memory}
+        values |= {"num_multiprocessors": 0, "launch_s": seconds_of_a_call(config), "memory_bytes": memory}
     num_ranks = torch.cuda.device_count() if on_gpu else 2
     if num_ranks > 1:
         values["link_bytes_per_s"] = _all_reduce_rate(num_ranks, PROBE_BYTES)
@@ -97,6 +101,31 @@ def _attention_rate(shape: Shape, device: torch.device) -> float:
     timed = time_interleaved({"attention": attend}, device=device, num_repeats=5, warm_up=1, clock=clock)
     pairs = sizes[0] * sizes[1] * sizes[2] * (sizes[2] + 1) / 2
     return 3 * 4 * pairs * sizes[3] / statistics.median(timed["attention"])
+
+
+def seconds_of_a_call(config: RunConfig) -> float:
+    """Return the processor seconds of a micro-batch of a few tokens over the kernels of its layers.
+
+    Nothing but calls takes time in it. It is the difference between steps of several micro-batches and of one, so that
+    the optimizer is left out.
+    """
+    from megatron_itt.training.trainer import build_trainer
+
+    model = replace(config.model, seq_length=FEW_TOKENS)
+    short = on_one_rank(replace(config, model=model), replace(config.thinking, recompute="none"))
+    cases = {number: with_batch(short, global_size=number, micro=1) for number in (1, SEVERAL)}
+    place = start_parallel(cases[1])
+    try:
+        steps = {
+            str(number): partial(train_on_random_tokens, build_trainer(case, place)) for number, case in cases.items()
+        }
+        timed = time_interleaved(
+            steps, device=place.device, num_repeats=5, clock=lambda _device: processor_time_per_thread()
+        )
+    finally:
+        stop_parallel()
+    one, several = (statistics.median(timed[str(number)]) for number in cases)
+    return max(0.0, several - one) / (SEVERAL - 1) / count_kernels(short)
 
 
 def _all_reduce_rate(num_ranks: int, num_bytes: int) -> float:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_itt.benchmark.layouts import check_ranks
+from megatron_itt.benchmark.layouts import check_ranks, seconds_of_a_call
 from megatron_itt.cli import run
 from megatron_itt.errors import ConfigError
+from tests.helpers.one_rank import tiny_recipe
 
 TINY = [
     "debug/itt_tiny",
@@ -27,6 +28,10 @@ def test_a_machine_without_the_ranks_is_refused_unless_the_recipe_asks_for_the_c
     with pytest.raises(ConfigError, match=r"--measure needs 8 GPUs on this machine, which has 0"):
         check_ranks(8, device="auto")
     check_ranks(2, device="cpu")
+
+
+def test_a_call_of_an_operation_takes_microseconds_of_a_processor() -> None:
+    assert 1e-7 < seconds_of_a_call(tiny_recipe(runtime={"device": "cpu"})) < 1e-2
 
 
 @pytest.mark.slow
