@@ -79,13 +79,15 @@ def layer_passes(config: RunConfig, *, thinks: bool) -> tuple[Passes, Passes]:
     """Return the tensor-parallel passes of a layer for one micro-batch: forward, and backward with recomputation."""
     thinking, length, sequence = config.thinking, config.model.seq_length, config.parallel.sequence
     forward, backward = _base_pass(config)
+    has_mlp = thinking.reuse == "layer"
     if not thinks or thinking.kind == "none":
         return forward, backward
     routed_forward, routed_backward = Passes(), Passes()
     routes = thinking.kind == "itt" and thinking.routing != "none"
     if computes_all_tokens(thinking):
         for _ in range(thinking.num_routed_steps):
-            routed_forward, routed_backward = routed_forward + forward, routed_backward + backward
+            again, again_backward = _base_pass(config, has_mlp=has_mlp)
+            routed_forward, routed_backward = routed_forward + again, routed_backward + again_backward
             routed_forward += _logits(config) if routes and sequence else Passes()
     else:
         if sequence:  # the logits and the hidden states of all tokens
@@ -95,8 +97,10 @@ def layer_passes(config: RunConfig, *, thinks: bool) -> tuple[Passes, Passes]:
         num_stale = length
         for share in thinking.nominal_capacity:
             k = count_selected_tokens(thinking, share, length)
-            routed_forward += _of_tokens(config, k, 4, calls=4 if sequence else 2)
-            routed_backward += _of_tokens(config, k, 5 if sequence else 4, calls=5 if sequence else 2)
+            routed_forward += _halves(config, k, has_mlp=has_mlp)
+            routed_backward += _halves(config, k, has_mlp=has_mlp)
+            if sequence and has_mlp:  # the inputs of the MLP again; those of attention are the gathered hidden states
+                routed_backward += _of_tokens(config, k, 1)
             if not sequence and thinking.attend == "all":  # gradients of the keys and values that were computed again
                 routed_backward += _of_tokens(config, num_stale, 2, calls=1)
             num_stale = k
@@ -131,11 +135,17 @@ def gradient_passes(config: RunConfig, parameters: int) -> tuple[Passes, Passes]
     return gradients, Passes(num_bytes=element * parameters, calls=1)
 
 
-def _base_pass(config: RunConfig) -> tuple[Passes, Passes]:
-    """A layer over all tokens; under sequence parallelism backward gathers the inputs of both projections again."""
-    length, sequence = config.model.seq_length, config.parallel.sequence
-    forward = _of_tokens(config, length, 4, calls=4 if sequence else 2)
-    return forward, _of_tokens(config, length, 6, calls=6) if sequence else forward
+def _base_pass(config: RunConfig, *, has_mlp: bool = True) -> tuple[Passes, Passes]:
+    """A layer over all tokens; under sequence parallelism backward gathers the inputs of attention and MLP again."""
+    length = config.model.seq_length
+    passes = _halves(config, length, has_mlp=has_mlp)
+    return passes, passes + _of_tokens(config, length, 1 + has_mlp) if config.parallel.sequence else passes
+
+
+def _halves(config: RunConfig, tokens: int, *, has_mlp: bool) -> Passes:
+    """What attention and MLP send: each one all-reduce, or an all-gather and a reduce-scatter."""
+    halves = 1 + has_mlp
+    return _of_tokens(config, tokens, 2 * halves, calls=halves * (2 if config.parallel.sequence else 1))
 
 
 def _logits(config: RunConfig) -> Passes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 from megatron_itt.errors import ConfigError
@@ -106,6 +106,12 @@ def layer_parameters(model: ModelConfig) -> LayerParameters:
     )
 
 
+def routed_layer(model: ModelConfig, thinking: ThinkingConfig) -> LayerParameters:
+    """Return the parameters that a routed step computes with."""
+    layer = layer_parameters(model)
+    return replace(layer, mlp=0) if thinking.reuse == "attention" else layer
+
+
 def thinking_layer_parameters(model: ModelConfig, thinking: ThinkingConfig) -> int:
     """Return what one thinking layer adds: a router per routed step and a step encoding per step; 0 for a loop."""
     return (thinking.num_routed_steps + thinking.num_steps) * model.hidden_size if thinking.kind == "itt" else 0
@@ -128,7 +134,8 @@ def count_parameters(model: ModelConfig, thinking: ThinkingConfig) -> ParameterC
 def paper_flops(model: ModelConfig, thinking: ThinkingConfig, *, budget: Sequence[float] | None = None) -> float:
     """Return the FLOPs as the paper counts them; `budget` replaces the capacity of the recipe.
 
-    Source: paper, Tables 1 and 2. The formula is deduced from their columns and matches them within 0.01 TFLOPs.
+    A routed step counts as a whole layer, whatever `thinking.reuse` is. Source: paper, Tables 1 and 2. The formula is
+    deduced from their columns and matches them within 0.01 TFLOPs.
     """
     s, num_layers = model.seq_length, model.num_layers
     base = s * (2 * count_parameters(model, thinking).base + 4 * num_layers * s * model.attention_width)
@@ -147,11 +154,12 @@ def forward_flops(
     layer = layer_parameters(model)
     num_thinking_layers = len(thinking.layer_indices(model.num_layers))
     selected = [count_selected_tokens(thinking, share, s) for share in _step_budgets(thinking, budget)]
+    again = routed_layer(model, thinking)
     if thinking.kind == "loop" or thinking.attend == "selected":
-        step_matrices: list[float] = [2 * k * layer.matrices for k in selected]
+        step_matrices: list[float] = [2 * k * again.matrices for k in selected]
         step_pairs = [_count_pairs(k, k, causal) for k in selected]
     else:
-        step_matrices = _matrices_over_all_keys(layer, selected, s, skipped_change=changes_skipped(thinking))
+        step_matrices = _matrices_over_all_keys(again, selected, s, skipped_change=changes_skipped(thinking))
         step_pairs = [_count_pairs(k, s, causal) for k in selected]
     pairs = model.num_layers * _count_pairs(s, s, causal) + num_thinking_layers * sum(step_pairs)
     routes = thinking.kind == "itt" and thinking.routing != "none"

@@ -134,6 +134,7 @@ class _Sizes:
     heads: float
     head_size: int
     qk_norm: bool
+    steps_have_mlp: bool
     seq_length: int
     element: int  # bytes
     sequence_degree: int
@@ -149,6 +150,7 @@ class _Sizes:
             heads=model.num_attention_heads / tensor,
             head_size=model.head_size,
             qk_norm=model.qk_norm,
+            steps_have_mlp=config.thinking.reuse == "layer",
             seq_length=model.seq_length,
             element=activation_bytes(config),
             sequence_degree=tensor if config.parallel.sequence else 1,
@@ -200,7 +202,8 @@ class _Sizes:
     def routed_step(self, k: float, num_stale: float, *, attends_all: bool, masks_attention: bool) -> float:
         """A step that computes k selected tokens; keys and values of `num_stale` tokens are out of date."""
         s, own = self.seq_length, self.local(k)
-        total = self.norm(k) + self.norm(own) + self.mlp(k) + self.step_encoding(own) + self.rotary_cos_sin(k)
+        total = self.norm(k) + self.step_encoding(own) + self.rotary_cos_sin(k)
+        total += self.norm(own) + self.mlp(k) if self.steps_have_mlp else 0
         if not attends_all:
             return total + self.attention(k, k, projected=self.query + 2 * self.key)
         total += self.norm(num_stale) + self.rotary_cos_sin(num_stale)
@@ -210,7 +213,9 @@ class _Sizes:
     def masked_step(self, s: float, *, masks_attention: bool) -> float:
         """A step that computes all tokens and keeps the selected ones."""
         mask = self.element * s * s if masks_attention else 0
-        return self.hidden_states(self.local(s)) + mask + self.base_pass(s) + self.step_encoding(self.local(s))
+        left_out = 0 if self.steps_have_mlp else self.norm(self.local(s)) + self.mlp(s)
+        computed = self.base_pass(s) - left_out
+        return self.hidden_states(self.local(s)) + mask + computed + self.step_encoding(self.local(s))
 
 
 def _stage_memory(config: RunConfig, world_size: int, stage: int, *, on_cpu: bool) -> RankMemory:

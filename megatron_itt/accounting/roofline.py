@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_itt.accounting.flops import changes_skipped, count_selected_tokens, forward_flops, layer_parameters
+from megatron_itt.accounting.flops import changes_skipped, count_selected_tokens, forward_flops, routed_layer
 from megatron_itt.config.model import ModelConfig, ThinkingConfig
 
 FLOAT32, POSITION = 4, 8  # bytes of a router logit, and of a position
@@ -62,15 +62,15 @@ def _attention_elements(model: ModelConfig, thinking: ThinkingConfig, k: int) ->
 
 def _layer_elements(model: ModelConfig, thinking: ThinkingConfig, selected: list[int]) -> int:
     """Weights once per step, and the inputs and results of each norm, product and activation."""
-    h, ffn, weights = model.hidden_size, model.ffn_hidden_size, layer_parameters(model)
+    h, ffn, weights = model.hidden_size, model.ffn_hidden_size, routed_layer(model, thinking)
     width, key_width = model.attention_width, 2 * model.num_key_value_heads * model.head_size
     attends_all, total, num_stale = thinking.attend == "all", 0, model.seq_length
     for k in selected:
         num_keys = num_stale if attends_all else k
-        norms = 4 * k * h + (2 * num_keys * h if attends_all else 0)
+        norms = 2 * k * h + (2 * num_keys * h if attends_all else 0)
         query, keys = k * (h + width), num_keys * (h + key_width)
         projection = k * (width + 2 * h)  # with the residual
-        mlp = k * (h + 2 * ffn) + k * 3 * ffn + k * (ffn + 2 * h)
+        mlp = k * (2 * h + h + 2 * ffn) + k * 3 * ffn + k * (ffn + 2 * h) if weights.mlp else 0  # with its norm
         total += weights.matrices + norms + query + keys + projection + mlp
         num_stale = model.seq_length if changes_skipped(thinking) else k
     return total

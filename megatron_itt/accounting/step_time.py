@@ -124,14 +124,17 @@ def layer_products(config: RunConfig, *, thinks: bool) -> Iterator[tuple[float, 
     query, key_value = layer.query / h / tensor, layer.key_value / h / tensor
     ffn = model.ffn_hidden_size / tensor
 
-    def after_attention(tokens: int) -> Iterator[tuple[float, float, float]]:
-        yield from ((micro * tokens, query, h), (micro * tokens, h, 2 * ffn), (micro * tokens, ffn, h))
+    def after_attention(tokens: int, *, has_mlp: bool = True) -> Iterator[tuple[float, float, float]]:
+        yield micro * tokens, query, h
+        if has_mlp:
+            yield from ((micro * tokens, h, 2 * ffn), (micro * tokens, ffn, h))
 
+    steps_have_mlp = thinking.reuse == "layer"
     routed = thinking.nominal_capacity if thinks else ()
     whole = 1 + (len(routed) if computes_all_tokens(thinking) else 0)
-    for _ in range(whole):
+    for number in range(whole):
         yield micro * s, h, query + key_value
-        yield from after_attention(s)
+        yield from after_attention(s, has_mlp=number == 0 or steps_have_mlp)
     num_stale = s
     for share in routed[: 0 if whole > 1 else None]:
         k = count_selected_tokens(thinking, share, s)
@@ -139,7 +142,7 @@ def layer_products(config: RunConfig, *, thinks: bool) -> Iterator[tuple[float, 
             yield micro * k, h, query + key_value
         else:
             yield from ((micro * k, h, query), (micro * num_stale, h, key_value))
-        yield from after_attention(k)
+        yield from after_attention(k, has_mlp=steps_have_mlp)
         num_stale = s if changes_skipped(thinking) else k
 
 

@@ -163,6 +163,8 @@ class ThinkingConfig:
     )
     attend: Literal["all", "selected"] = setting("all", exported=True, idle=_SELECTION)
     update: Literal["full", "delta"] = setting("full", exported=True, idle=(*_ROUTED, "residual replace"))
+    # what a routed step computes of the layer; attention: without the MLP
+    reuse: Literal["layer", "attention"] = setting("layer", exported=True, idle=_ROUTED)
     skip: Literal["keep", "literal"] = setting("keep", exported=True, idle=(*_SELECTION, "residual replace"))
     # activations that the backward pass recomputes
     recompute: Literal["none", "routed", "layer"] = setting("none", free_on_resume=True, idle=_THINKING)

@@ -61,6 +61,7 @@ class ThinkingLayer(TransformerLayer):
         self.shards = SequenceShards(self.tp_group if config.sequence_parallel else None)
         self.gate = choose("gate", thinking.gate, step_update.GATES)
         self.update = choose("residual", thinking.residual, RESIDUALS)
+        self.has_mlp = choose("reuse", thinking.reuse, HAS_MLP)
         self.attend = choose("attend", thinking.attend, ATTEND)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -79,6 +80,10 @@ class ThinkingLayer(TransformerLayer):
     def _base_pass(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The base layer over all tokens. [p, b, h] -> [p, b, h]."""
         return super().forward(hidden_states, **kwargs)[0]
+
+    def _attention_pass(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The base layer over all tokens without its MLP. [p, b, h] -> [p, b, h]."""
+        return self._forward_attention(hidden_states, **kwargs)[0]
 
     def _think(self, hidden_states: Tensor, plan: RoutingPlan, kwargs: dict[str, Any]) -> Tensor:
         """phi_0 and all routed steps. [p, b, h] -> [p, b, h]."""
@@ -135,7 +140,8 @@ class ThinkingLayer(TransformerLayer):
                 if self.switches.attend == "selected":
                     mask = selected_keys_mask(selected, kwargs.get("attention_mask"))
                     step_kwargs = {**kwargs, "attention_mask": mask}
-            result = self._base_pass(hidden_states, step_kwargs)
+            compute = self._base_pass if self.has_mlp else self._attention_pass
+            result = compute(hidden_states, step_kwargs)
             scaling = {"step": step, "logits": logits, "temperature": plan.temperature}
             hidden_states = self.update(self, hidden_states, tokens, hidden_states, result, **scaling)
         return hidden_states
@@ -193,11 +199,11 @@ class ThinkingLayer(TransformerLayer):
         )
 
     def _after_attention(self, attended: tuple[Tensor, Tensor | None], rows: Tensor) -> Tensor:
-        """The part of a transformer layer after attention: residual, norm, MLP, residual. [q, b, h] -> [q, b, h]."""
+        """What a routed step computes after attention: residual; norm, MLP, residual. [q, b, h] -> [q, b, h]."""
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             rows = add(attended, rows, self.hidden_dropout)
-        return self._forward_mlp(rows)
+        return self._forward_mlp(rows) if self.has_mlp else rows
 
     def _replace(
         self, hidden_states: Tensor, tokens: SelectedTokens, rows: Tensor, result: Tensor, **_scaling: Any
@@ -252,6 +258,8 @@ class ThinkingLayer(TransformerLayer):
         return hidden_states + 0.0 * unused.to(hidden_states.dtype)
 
 
+# `thinking.reuse`: whether routed steps compute the layer's MLP.
+HAS_MLP = {"layer": True, "attention": False}
 # `thinking.residual`: how a routed step changes the hidden states.
 RESIDUALS: dict[str, Callable[..., Tensor]] = {
     "accumulate": ThinkingLayer._accumulate,

@@ -30,6 +30,8 @@ THINKING: dict[str, dict[str, Any]] = {
     "itt_elastic": {"capacity": {"sample": [0.3, 0.9]}},
     "itt_z_losses": {"recompute": "routed", "router_z_loss": 0.1},
     "itt_topp": {"routing": "topp"},
+    "itt_attention": {"reuse": "attention"},
+    "itt_attention_threshold": {"reuse": "attention", "routing": "threshold"},
     "itt_delta_recompute_all": {"update": "delta", "recompute": "layer"},
     "loop": {"kind": "loop", "capacity": [1.0, 1.0, 1.0]},
     "none": {"kind": "none", "capacity": []},

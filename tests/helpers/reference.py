@@ -135,7 +135,8 @@ def _think(
         selected = select_tokens(logits.tolist(), capacity, rule, quantiles)
         gates = [1.0 if rule == "none" else _gate(logit / temperature, thinking.gate) for logit in logits]
         again = {position: y[position] for position in selected}
-        refined = layer.apply(again, y if thinking.attend == "all" else again)  # y before this step
+        context = y if thinking.attend == "all" else again  # y before this step
+        refined = layer.apply(again, context, has_mlp=thinking.reuse == "layer")
         updated = {}
         for position in range(num_tokens):
             phi = layer.phi(step, thinking)
@@ -209,14 +210,16 @@ class BaseLayer:
             return np.ones_like(self.input_norm)
         return self.step_encoding[step]
 
-    def apply(self, queries: Rows, context: Rows) -> Rows:
-        """f(Q; C): attention of the rows Q over the rows C at or before them, MLP, both inner residuals."""
+    def apply(self, queries: Rows, context: Rows, *, has_mlp: bool = True) -> Rows:
+        """f(Q; C): attention of the rows Q over the rows C at or before them, MLP if any, the inner residuals."""
         cache = {position: self._project(row, position) for position, row in context.items()}
         outputs = {}
         for position, row in queries.items():
             attended = row + self.projection @ self._attend(self._project(row, position)[0], position, cache)
-            gate, up = np.split(self.fc1 @ _rms_norm(attended, self.mlp_norm, self.eps), 2)
-            outputs[position] = attended + self.fc2 @ (gate / (1 + np.exp(-gate)) * up)
+            outputs[position] = attended
+            if has_mlp:
+                gate, up = np.split(self.fc1 @ _rms_norm(attended, self.mlp_norm, self.eps), 2)
+                outputs[position] = attended + self.fc2 @ (gate / (1 + np.exp(-gate)) * up)
         return outputs
 
     def _project(self, row: Array, position: int) -> tuple[list[Array], list[Array], list[Array]]:

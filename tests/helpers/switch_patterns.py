@@ -12,6 +12,7 @@ PATTERNS: list[dict[str, Any]] = [
     {"reweight": "symmetric"},
     {"residual": "replace"},
     {"update": "delta", "gate": "tanh"},
+    {"reuse": "attention"},
     {"kind": "loop"},
     {"kind": "none"},
 ]

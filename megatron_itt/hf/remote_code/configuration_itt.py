@@ -16,6 +16,7 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "reweight": ("selected", "symmetric"),
     "attend": ("all", "selected"),
     "update": ("full", "delta"),
+    "reuse": ("layer", "attention"),
     "skip": ("keep", "literal"),
 }
 THINKING_DEFAULTS: dict[str, Any] = {

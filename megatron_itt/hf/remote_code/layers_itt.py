@@ -281,11 +281,15 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         normed = self.input_layernorm(tokens.pad_rows(tokens.take(hidden_states)))
         return self.self_attn.key_values(normed, tokens, call)
 
-    def _f(self, hidden_states: Tensor, tokens: Selection, call: CallInputs, kv: KeyValues) -> Tensor:
-        """The base layer with its residual connections on hidden_states [n, h] of `tokens`."""
+    def _f(
+        self, hidden_states: Tensor, tokens: Selection, call: CallInputs, kv: KeyValues, *, has_mlp: bool = True
+    ) -> Tensor:
+        """The base layer, or its attention, with residual connections on hidden_states [n, h] of `tokens`."""
         rows = tokens.pad_rows(hidden_states)
         rows = rows + self.self_attn(self.input_layernorm(rows), tokens, kv, call)
-        return (rows + self.mlp(self.post_attention_layernorm(rows)))[: tokens.num_tokens]
+        if has_mlp:
+            rows = rows + self.mlp(self.post_attention_layernorm(rows))
+        return rows[: tokens.num_tokens]
 
     def _pass_all(self, hidden_states: Tensor, step: int, call: CallInputs, kv: CallKeyValues) -> Tensor:
         """f(x; x) on all tokens of hidden_states [b, s, h]."""
@@ -333,7 +337,7 @@ class ITTDecoderLayer(GradientCheckpointingLayer):
         if self.keeps_keys:
             keys = kv.read_current(step)
         tokens = selected.take(y)
-        output = self._f(tokens, selected, call, keys)
+        output = self._f(tokens, selected, call, keys, has_mlp=self.switches["reuse"] == "layer")
         y = selected.put(unselected, self._combine(tokens, output, step, selected, weight))
         if self.keeps_keys and step + 1 < self.num_steps:
             kv.update_current(step, selected, *self._key_values(y, selected, call))

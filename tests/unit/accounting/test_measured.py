@@ -44,6 +44,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "recompute-layer": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "recompute": "layer"},
     "sampled": {"kind": "itt", "capacity": {"sample": [0.5, 0.5], "steps": 2}},
     "symmetric": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "reweight": "symmetric"},
+    "attention": {"kind": "itt", "capacity": [0.5, 0.7, 0.5], "reuse": "attention"},
+    "attention-threshold": {"kind": "itt", "capacity": [1.0], "reuse": "attention", "routing": "threshold"},
     "routing-none": {"kind": "itt", "capacity": [1.0, 1.0], "routing": "none"},
 }
 CASES = [(shape, kind) for shape in SHAPES for kind in KINDS if shape != "qwen" or kind in ("llama", "all", "selected")]

@@ -102,6 +102,7 @@ SWITCHES: list[dict[str, Any]] = [
     ITT | {"step_encoding": False},
     ITT | {"gate": "tanh"},
     ITT | {"update": "delta"},
+    ITT | {"reuse": "attention"},
     ITT | {"reweight": "symmetric"},
     ITT | {"skip": "literal"},
     ITT | {"routing": "topp", "reweight": "symmetric"},
@@ -168,6 +169,7 @@ def _every_combination() -> list[dict[str, Any]]:
         "reweight": ("selected", "symmetric"),
         "attend": ("all", "selected"),
         "update": ("full", "delta"),
+        "reuse": ("layer", "attention"),
         "skip": ("keep", "literal"),
     }
     return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]

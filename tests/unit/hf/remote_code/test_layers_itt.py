@@ -26,6 +26,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"reweight": "symmetric"},
     {"reweight": "symmetric", "attend": "selected"},
     {"update": "delta"},
+    {"reuse": "attention"},
     {"skip": "literal"},
     {"skip": "literal", "attend": "selected"},
     {"kind": "loop"},

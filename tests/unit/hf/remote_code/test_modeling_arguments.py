@@ -260,7 +260,9 @@ def test_an_early_exit_of_the_model_assists_it_and_changes_no_token(build: Calla
     assert torch.equal(model.generate(TOKENS[:1], max_new_tokens=9, assistant_early_exit=2), expected)
 
 
-@pytest.mark.parametrize("key", ["residual", "routing", "gate", "reweight", "attend", "update", "skip", "kind"])
+@pytest.mark.parametrize(
+    "key", ["residual", "routing", "gate", "reweight", "attend", "update", "reuse", "skip", "kind"]
+)
 def test_a_switch_that_is_changed_under_a_model_is_checked_at_its_next_call(key: str, build: Callable) -> None:
     model = build()
     model.config.thinking[key] = "unknown"

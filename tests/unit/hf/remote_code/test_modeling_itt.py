@@ -272,7 +272,7 @@ def test_a_bad_configuration_says_what_is_wrong(change: dict, message: str, buil
 
 
 def test_a_switch_changed_after_the_configuration_was_made_is_checked_again(build: Callable) -> None:
-    for switch in ("gate", "residual", "routing", "reweight", "attend", "update", "skip", "kind"):
+    for switch in ("gate", "residual", "routing", "reweight", "attend", "update", "reuse", "skip", "kind"):
         config = build().config
         config.thinking[switch] = "relu"
         with pytest.raises(ValueError, match=f"thinking.{switch} is 'relu'; use one of"):
