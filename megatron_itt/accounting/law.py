@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_itt.accounting.flops import count_parameters, forward_flops
+from megatron_itt.accounting.flops import count_parameters, forward_flops, routed_layer
 from megatron_itt.config import RunConfig
 from megatron_itt.config.load import find_recipe
 from megatron_itt.config.model import ThinkingConfig
@@ -55,7 +55,7 @@ class Shape:
     """What the law needs of a model; parameters are those of attention and MLP, FLOPs those of one token forward."""
 
     once: int
-    recurrent: int
+    recurrent: int  # of the thinking layers, what their steps compute with
     passes: float  # r, of the thinking layers
     matrices: float  # FLOPs of the LLaMA of this shape that grow with the square of its width
     other: float  # those that grow with the width: attention and head
@@ -81,7 +81,8 @@ def shape_of(config: RunConfig) -> Shape:
     own = forward_flops(model, thinking)
     llama = forward_flops(model, ThinkingConfig())
     parameters = count_parameters(model, thinking).matrices
-    recurrent = parameters * len(thinking.layer_indices(model.num_layers)) // model.num_layers
+    layer = routed_layer(model, thinking)
+    recurrent = (layer.matrices + layer.biases) * len(thinking.layer_indices(model.num_layers))
     return Shape(
         once=parameters - recurrent,
         recurrent=recurrent,

@@ -47,9 +47,9 @@ def check_resumable(
             "from it with checkpoint.initial_weights"
         )
     saved, wanted = state.recipe, dump_config(config)
-    found = _differences(saved, wanted)
-    updates = [(name, key) for name in _UPDATE_SECTIONS for key in wanted[name] if key not in _FREE_KEYS.get(name, ())]
     defaults = dump_config(state.config)  # of keys that a checkpoint's version did not have
+    found = _differences({name: {**defaults[name], **saved[name]} for name in _MODEL_KEYS}, wanted)
+    updates = [(name, key) for name in _UPDATE_SECTIONS for key in wanted[name] if key not in _FREE_KEYS.get(name, ())]
     for section, key in (*_ORDER_KEYS, *updates):
         before, now = saved[section].get(key, defaults[section][key]), wanted[section][key]
         if before != now:

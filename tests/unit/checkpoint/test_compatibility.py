@@ -55,6 +55,17 @@ def test_another_architecture_or_order_of_samples_is_refused(sections: dict[str,
     assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["model.qk_norm", "thinking.reuse", "schedule.decay_shape", "batch.ramp"])
+def test_a_checkpoint_from_before_a_key_existed_has_its_default(key: str) -> None:
+    state = new_run_state(tiny_recipe(), step=3, data_fingerprint="data")
+    section, name = key.split(".")
+    del state.recipe[section][name]
+    check_resumable(state, tiny_recipe(), fingerprint_at=lambda _: "data")
+    if key == "thinking.reuse":
+        with pytest.raises(CheckpointError, match=r"thinking\.reuse was 'layer' and is now 'attention'"):
+            check_resumable(state, tiny_recipe(thinking={"reuse": "attention"}), fingerprint_at=lambda _: "data")
+
+
 def test_changed_data_is_refused() -> None:
     with pytest.raises(CheckpointError, match="data fingerprint"):
         check(fingerprint="other")
