@@ -38,6 +38,8 @@ WIDE = "llama_wide"
 PRIORS = {"E": (1.0, 0.5), "a": (0.34, 0.2), "b": (0.28, 0.2)}
 _START = Law(E=1.0, A=10.0, a=0.34, B=20.0, b=0.28, phi=0.4)
 _EQUAL_FLOPS = 0.06  # relative difference in FLOPs up to which a wider LLaMA is a baseline
+_SAME_LENGTH = 0.01  # relative difference in tokens of runs that count as equally long: lengths are whole steps
+_NEIGHBOURS = 1.5  # ratio of tokens up to which the loss between two runs is interpolated
 _NOISE = 0.01  # nats, that a residual is compared with when it is weighed against a prior
 _ITERATIONS = 500
 _STUCK = 1e12  # damping at which no step lowers the sum of squares
@@ -94,33 +96,46 @@ def difference_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
 
     The LLaMAs: the same on as many tokens; the same on more (equal FLOPs); a larger one (equal FLOPs and tokens).
     """
-    losses: dict[tuple[Any, ...], dict[int, float]] = {}
     flops = {key: shape.total for key, shape in _shapes(points).items()}
+    own: dict[tuple[str, str, int], list[Point]] = {}
+    llama: dict[tuple[str, int], dict[int, float]] = {}  # by size and seed: loss by tokens
+    wide = {(point.size, point.horizon, point.seed): point.loss for point in points if point.variant == WIDE}
     for point in points:
-        key = (point.size, point.variant, point.horizon, point.equal_to)
-        losses.setdefault(key, {})[point.seed] = point.loss
+        if point.variant == BASELINE:
+            llama.setdefault((point.size, point.seed), {})[point.tokens] = point.loss
+        elif point.variant != WIDE:
+            own.setdefault((point.size, point.variant, point.horizon), []).append(point)
     rows = []
-    for (size, variant, horizon, equal_to), own in losses.items():
-        if variant in (BASELINE, WIDE) or equal_to is not None:
-            continue
-        row: dict[str, Any] = {"size": size, "horizon": horizon, "variant": variant, "seeds": len(own)}
-        row["loss"], row["loss_error"] = mean_and_error(list(own.values()))
+    for (size, variant, horizon), runs in sorted(own.items(), key=lambda item: item[0]):
+        row: dict[str, Any] = {"size": size, "horizon": horizon, "variant": variant, "seeds": len(runs)}
+        row["loss"], row["loss_error"] = mean_and_error([point.loss for point in runs])
         spent = flops[size, variant]
-        # A switch costs nothing: the LLaMA that spent the FLOPs of ITT x4 is also the baseline of its variants.
-        spenders = [other for at, other in flops if at == size and flops[at, other] == spent]
+        price = spent / flops.get((size, BASELINE), math.nan)
         is_wide = math.isclose(flops.get((size, WIDE), 0.0), spent, rel_tol=_EQUAL_FLOPS)
-        for name, others in (
-            ("equal_tokens", [(BASELINE, None)]),
-            ("equal_flops", [(BASELINE, spender) for spender in spenders]),
-            ("wide", [(WIDE, None)] if is_wide else []),
+        for name, theirs in (
+            ("equal_tokens", [_loss_at(llama.get((size, point.seed), {}), point.tokens) for point in runs]),
+            ("equal_flops", [_loss_at(llama.get((size, point.seed), {}), price * point.tokens) for point in runs]),
+            ("wide", [wide.get((size, horizon, point.seed)) if is_wide else None for point in runs]),
         ):
-            runs = [(size, other, horizon, equal_to) for other, equal_to in others]
-            theirs = next((losses[key] for key in runs if key in losses), {})
-            paired = [own[seed] - theirs[seed] for seed in sorted(set(own) & set(theirs))]
+            paired = [point.loss - loss for point, loss in zip(runs, theirs, strict=True) if loss is not None]
             row[name], row[f"{name}_error"] = mean_and_error(paired)
             row[f"{name}_seeds"] = len(paired)
         rows.append(row)
-    return sorted(rows, key=lambda row: (row["size"], row["variant"], row["horizon"]))
+    return rows
+
+
+def _loss_at(runs: Mapping[int, float], tokens: float) -> float | None:
+    """Return the loss of the run of so many tokens, or what lies between the two next to it (in log tokens)."""
+    if not runs or math.isnan(tokens):
+        return None
+    nearest = min(runs, key=lambda length: abs(math.log(length / tokens)))
+    if math.isclose(nearest, tokens, rel_tol=_SAME_LENGTH):
+        return runs[nearest]
+    below, above = [n for n in runs if n < tokens], [n for n in runs if n > tokens]
+    if not below or not above or min(above) > _NEIGHBOURS * max(below):
+        return None
+    ends = max(below), min(above)
+    return float(np.interp(math.log(tokens), np.log(ends), [runs[end] for end in ends]))
 
 
 def fit_ladder(points: Sequence[Point], thinking: Sequence[str] = ("itt_x2", "itt_x4")) -> FittedLaw:

@@ -137,6 +137,24 @@ def test_a_switch_has_the_baselines_of_its_flops_and_no_part_in_the_law() -> Non
     assert fit_ladder(points + switched, ["itt_x4_zloss"]).law.phi > fit_ladder(points).law.phi
 
 
+def test_a_cheaper_switch_is_compared_with_what_lies_between_two_llamas_if_they_are_near() -> None:
+    points = made_up_runs(LAW, 0.0)
+    x4 = [each for each in points if each.variant == "itt_x4"]
+    llama = shape("llama", 40).total
+    for price, is_known in (
+        (0.5 * (shape("itt_x2", 40).total + shape("itt_x4", 40).total) / llama, True),
+        (2.2, False),
+    ):
+        priced = [replace(each, variant="cheap", shape=replace(each.shape, total=price * llama)) for each in x4]
+        rows = {(row["size"], row["variant"], row["horizon"]): row for row in difference_rows(points + priced)}
+        found = rows["large", "cheap", 80]["equal_flops"]
+        if is_known:
+            own = priced[-1].shape
+            assert found == pytest.approx(loss_differences(LAW, own, 80 * own.parameters)[0], abs=0.003)
+        else:
+            assert found is None
+
+
 def test_runs_that_cannot_determine_the_law_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 sizes and 3 horizons"):
         fit_ladder(
