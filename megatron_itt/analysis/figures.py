@@ -300,9 +300,13 @@ def _lines(points: Sequence[Values]) -> dict[str, list[Values]]:
 
 
 def draw_ladder(values: Values) -> Figure:
-    """Loss minus that of the LLaMA of equal FLOPs against tokens per parameter: runs with errors, the law as lines."""
+    """Loss minus that of the LLaMA of equal FLOPs against tokens per parameter: runs with errors, the law as lines.
+
+    Where there is a law, of the thinking models that it was fitted to; the tables have all.
+    """
     figure, [[axes]] = new_figure(width=6.4, height=4.2)
-    for idx, line in enumerate(values["curves"]):
+    fitted = [line for line in values["curves"] if line["curve"]]
+    for idx, line in enumerate(fitted or values["curves"]):
         style, names = line_style(idx), ("size", "variant")
         rows = [row for row in values["rows"] if all(row[name] == line[name] for name in names)]
         rows = [row for row in rows if row["equal_flops"] is not None]
@@ -320,9 +324,8 @@ def draw_ladder(values: Values) -> Figure:
             axes.plot(ratios, middle, color=colour, linestyle=style["linestyle"])
             axes.fill_between(ratios, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(0, color=GREY, linewidth=1)
-    axes.set(
-        xscale="log", xlabel="training tokens per parameter", ylabel="loss minus LLaMA of equal FLOPs (nats per token)"
-    )
+    axes.set(xscale="log", xlabel="training tokens per parameter", ylabel="minus LLaMA of equal FLOPs (nats per token)")
+    axes.xaxis.set_major_formatter("{x:,.6g}")  # as a power it would be a formula
     axes.legend()
     return figure
 

@@ -225,8 +225,8 @@ def ladder_markdown(points: Sequence[Point], fitted: FittedLaw | None) -> str:
         "runs read the same text in the same order. Tokens per parameter: of attention and MLP of the LLaMA.",
         "## Against the three baselines",
         table_of(_DIFFERENCES, rows),
-        f"The first two baselines and equal tokens are measured; {BASELINES[2]} is that of the fitted law, with its "
-        "90% interval.",
+        f"The first two baselines and equal tokens are measured, between two runs in log tokens where none spent just as "
+        f"much; {BASELINES[2]} is that of the fitted law, with its 90% interval.",
     ]
     if fitted is not None:
         parts += ["## The law", _describe_law(fitted), "## Verdicts", *_verdicts(points, rows, fitted)]

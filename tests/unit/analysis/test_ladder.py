@@ -191,7 +191,11 @@ def test_tables_name_every_baseline_and_the_figure_is_drawn(fitted: FittedLaw, t
     for words in ("more tokens (equal FLOPs)", "a larger LLaMA (equal FLOPs and tokens)", "the FLOPs-optimal LLaMA"):
         assert page.count(words) >= 2
     assert "pays from" in page
-    draw_measurement(measure_ladder(points, fitted), tmp_path / "ladder.svg")
+    switched = [replace(each, variant="itt_x4_zloss") for each in points if each.variant == "itt_x4"]
+    draw_measurement(measure_ladder(points + switched, fitted), tmp_path / "ladder.svg")
+    figure = (tmp_path / "ladder.svg").read_text()
+    assert "itt_x4, large" in figure and ">1,000<" in figure
+    assert "itt_x4_zloss" not in figure, "the law is not fitted to it"
     assert "no fit" not in ladder_markdown(points, None)
 
 
