@@ -92,7 +92,7 @@ setup(
     # hf/remote_code is copied as source files into every export, also where it is not importable as a package.
     package_data={
         "megatron_itt": ["py.typed", "hf/remote_code/*.py", "analysis/templates/*"],
-        "megatron_itt.recipes": ["*/*.yaml", "ladder/law.json", "README.md"],
+        "megatron_itt.recipes": ["*/*.yaml", "ladder/law*.json", "README.md"],
     },
     entry_points={"console_scripts": ["itt=megatron_itt.cli:main"]},
     install_requires=REQUIRED,

@@ -22,7 +22,8 @@ from megatron_itt.config.model import ThinkingConfig
 from megatron_itt.errors import DataError
 from megatron_itt.tables import markdown_table
 
-LAW_FILE = "recipes/ladder/law.json"
+# Of routed steps that compute the whole layer, or its attention alone (`thinking.reuse`), as their phi differ.
+LAW_FILES = {"layer": "recipes/ladder/law.json", "attention": "recipes/ladder/law_attention.json"}
 BASELINES = (
     "the same LLaMA on more tokens (equal FLOPs)",
     "a larger LLaMA (equal FLOPs and tokens)",
@@ -106,7 +107,7 @@ class FittedLaw:
     num_seeds: int
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain data for LAW_FILE."""
+        """Return plain data for a file of LAW_FILES."""
         return asdict(self)
 
     def outside(self, parameters: float, tokens_per_parameter: float) -> str:
@@ -124,13 +125,17 @@ class FittedLaw:
         return ", ".join(parts)
 
 
-def read_law(path: Path | None = None) -> FittedLaw | None:
-    """Read a fitted law, by default the shipped one; None where there is none. DataError for a damaged file."""
-    found = path or find_recipe(LAW_FILE)
-    if not found.is_file():
+def shipped_law(thinking: ThinkingConfig) -> Path:
+    """Return the file of the law for these routed steps."""
+    return find_recipe(LAW_FILES[thinking.reuse])
+
+
+def read_law(path: Path) -> FittedLaw | None:
+    """Read a fitted law; None where there is none. DataError for a damaged file."""
+    if not path.is_file():
         return None
     try:
-        content = json.loads(found.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         return FittedLaw(
             law=Law(**content["law"]),
             resampled=tuple(Law(**each) for each in content["resampled"]),
@@ -141,7 +146,7 @@ def read_law(path: Path | None = None) -> FittedLaw | None:
             num_seeds=content["num_seeds"],
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"law {found} cannot be read ({error}); make it again with itt study fit") from None
+        raise DataError(f"law {path} cannot be read ({error}); make it again with itt study fit") from None
 
 
 @cache  # of equal resamplings
@@ -260,7 +265,7 @@ def format_predictions(fitted: FittedLaw, config: RunConfig) -> str:
 
 def pay_off_line(config: RunConfig) -> str | None:
     """Return one line on whether the thinking of a recipe pays by the shipped law; None without thinking or a law."""
-    fitted = read_law() if config.thinking.kind != "none" else None
+    fitted = read_law(shipped_law(config.thinking)) if config.thinking.kind != "none" else None
     if fitted is None:
         return None
     shape = shape_of(config)
@@ -284,7 +289,12 @@ def format_crossover(value: float, between: tuple[float, float], parameters: flo
     low, high = (end / parameters for end in between)
     if not is_within_reach(value, parameters):
         bound = "" if math.isinf(value) else f" below {_LONGEST:,.0f} tokens per parameter"
-        reach = f" (or from {low:,.2g} tokens per parameter on)" if is_within_reach(between[0], parameters) else ""
+        reach = f" (or from {_rounded(low)} tokens per parameter on)" if is_within_reach(between[0], parameters) else ""
         return f"does not pay{bound}{reach}"
-    shown = ["never" if math.isinf(end) else f"{end:,.2g}" for end in (low, high)]
-    return f"pays from {value / parameters:,.2g} [{shown[0]}, {shown[1]}] tokens per parameter on"
+    shown = ["never" if math.isinf(end) else _rounded(end) for end in (low, high)]
+    return f"pays from {_rounded(value / parameters)} [{shown[0]}, {shown[1]}] tokens per parameter on"
+
+
+def _rounded(value: float) -> str:
+    """Two significant digits, without a power of ten."""
+    return f"{float(f'{value:.2g}'):,g}"

@@ -125,7 +125,7 @@ def difference_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def _loss_at(runs: Mapping[int, float], tokens: float) -> float | None:
-    """Return the loss of the run of so many tokens, or what lies between the two next to it (in log tokens)."""
+    """Return the loss of the run of so many tokens, or what is between the two next to it (in log tokens)."""
     if not runs or math.isnan(tokens):
         return None
     nearest = min(runs, key=lambda length: abs(math.log(length / tokens)))
@@ -225,8 +225,9 @@ def ladder_markdown(points: Sequence[Point], fitted: FittedLaw | None) -> str:
         "runs read the same text in the same order. Tokens per parameter: of attention and MLP of the LLaMA.",
         "## Against the three baselines",
         table_of(_DIFFERENCES, rows),
-        f"The first two baselines and equal tokens are measured, between two runs in log tokens where none spent just as "
-        f"much; {BASELINES[2]} is that of the fitted law, with its 90% interval.",
+        "The first two baselines and equal tokens are measured; where no LLaMA spent just as many FLOPs, its loss is "
+        "interpolated between the two next to them in log tokens. "
+        f"{BASELINES[2][0].upper()}{BASELINES[2][1:]} is that of the fitted law, with its 90% interval.",
     ]
     if fitted is not None:
         parts += ["## The law", _describe_law(fitted), "## Verdicts", *_verdicts(points, rows, fitted)]

@@ -6,7 +6,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_itt.accounting.law import LAW_FILE, format_predictions, read_law
+from megatron_itt.accounting.law import format_predictions, read_law, shipped_law
 from megatron_itt.commands.arguments import Flag, Names, Numbers, Overrides, Recipe
 from megatron_itt.config import load_config
 from megatron_itt.errors import ConfigError, DataError
@@ -186,15 +186,16 @@ class Predict:
 
     recipe: Recipe
     overrides: Overrides = ()
-    law: Path | None = None  # of itt study fit --law (default: recipes/ladder/law.json)
+    law: Path | None = None  # of itt study fit --law (default: the shipped law of its thinking.reuse)
 
     def execute(self) -> int:
         """Print the table of predictions. ConfigError for a recipe without thinking or without a law."""
-        config, fitted = load_config(self.recipe, self.overrides), read_law(self.law)
+        config = load_config(self.recipe, self.overrides)
         if config.thinking.kind == "none":
             raise ConfigError(f"{self.recipe} has thinking.kind none; give a recipe that thinks")
-        if fitted is None:
-            raise ConfigError(f"there is no law at {self.law or LAW_FILE}; make one with itt study fit --law FILE")
+        path = self.law or shipped_law(config.thinking)
+        if (fitted := read_law(path)) is None:
+            raise ConfigError(f"there is no law at {path}; make one with itt study fit --law FILE")
         print(format_predictions(fitted, config))
         return 0
 
