@@ -125,6 +125,10 @@ def run_download(plan: DownloadPlan, options: DownloadOptions) -> int:
     download at once and keeps the partial files.
     """
     failures, fetched, lock = [], 0, threading.Lock()
+    missing = {file.path for file in plan.missing}
+    for file in plan.files:
+        if file.path not in missing:  # a process that was killed just after the file appeared leaves its version
+            PartialFile(options.output / file.path).version_path.unlink(missing_ok=True)
     progress = tqdm(
         total=plan.bytes_to_fetch or None,
         unit="B",

@@ -154,6 +154,17 @@ def test_a_killed_download_goes_on(server: FaultyServer, tmp_path: Path) -> None
     assert any(wanted for method, path, wanted in server.requests if method == "GET" and path.endswith("_0.jsonl"))
 
 
+def test_what_a_kill_leaves_beside_a_complete_file_is_removed(
+    server: FaultyServer, tmp_path: Path, itt: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    command = ("download redpajama", "--output", tmp_path, "--quiet", "--no-checksums", "--domains", "arxiv")
+    command = (*command, "--urls", f"{server.base}/v1.0.0/urls.txt")
+    assert itt(*command).returncode == 0
+    (tmp_path / "arxiv/arxiv_1.jsonl.part.json").write_text('{"validator": null, "total": 30001}')
+    assert itt(*command).returncode == 0
+    assert contents(tmp_path) == expected(server, "arxiv")
+
+
 def test_a_dry_run_fetches_nothing(
     server: FaultyServer, tmp_path: Path, itt: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
