@@ -19,6 +19,8 @@ from megatron_itt.parallel.groups import start_parallel, stop_parallel
 from megatron_itt.tables import Columns
 
 _MEBI = 2**20
+# Of gradients, with a distributed optimizer and with a whole one.
+_REDUCTIONS = ("c10d::reduce_scatter", "c10d::allreduce_coalesced")
 COLUMNS: Columns = {
     "model": "{name}",
     "kept MiB": lambda row: f"{row['kept'] / _MEBI:.1f}",
@@ -109,7 +111,7 @@ def _peak_on_cpu(step: Any) -> int:
         step(1)
     events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     # From here on gloo's threads, which are not recorded, free their copy of the gradients when it suits them.
-    end = max(event.start_ns() for event in events if event.name().startswith("c10d::reduce_scatter"))
+    end = max(event.start_ns() for event in events if event.name().startswith(_REDUCTIONS))
     held = highest = 0
     for event in events:
         if event.name() == "[memory]" and event.start_ns() < end:

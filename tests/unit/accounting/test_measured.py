@@ -152,6 +152,16 @@ def test_a_large_vocabulary_takes_what_is_estimated_for_its_loss(tied: bool, dty
     assert measured["peak"] == pytest.approx(measured["peak_estimate"], rel=0.1)
 
 
+def test_a_whole_optimizer_takes_the_same_activations() -> None:
+    config = make_config("heads", "llama")
+    stop_parallel()
+    sharded, whole = (
+        measure_activations(replace(config, optimizer=replace(config.optimizer, distributed=distributed)))["peak"]
+        for distributed in (True, False)
+    )
+    assert whole == pytest.approx(sharded, rel=0.01)
+
+
 # A process of its own: resident memory is counted from its start.
 RESIDENT = """
 import warnings; warnings.simplefilter("ignore")
