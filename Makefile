@@ -31,7 +31,7 @@ quickstart: $(STAMP)  ## the whole line on this machine: text, data, training, e
 	@$(PY) tools/quickstart.py
 
 test: lint types  ## lint, types and all fast tests
-	@$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder  # the long files first
+	@$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 test-parallel: $(STAMP)  ## the full matrix of parallel layouts (gloo, long)
 	@$(PY) -m pytest tests/distributed --slow --timeout 3600

@@ -79,14 +79,13 @@ def layer_passes(config: RunConfig, *, thinks: bool) -> tuple[Passes, Passes]:
     """Return the tensor-parallel passes of a layer for one micro-batch: forward, and backward with recomputation."""
     thinking, length, sequence = config.thinking, config.model.seq_length, config.parallel.sequence
     forward, backward = _base_pass(config)
-    has_mlp = thinking.reuse == "layer"
     if not thinks or thinking.kind == "none":
         return forward, backward
     routed_forward, routed_backward = Passes(), Passes()
-    routes = thinking.kind == "itt" and thinking.routing != "none"
+    routes, has_mlp = thinking.kind == "itt" and thinking.routing != "none", thinking.steps_have_mlp
     if computes_all_tokens(thinking):
+        again, again_backward = _base_pass(config, has_mlp=has_mlp)
         for _ in range(thinking.num_routed_steps):
-            again, again_backward = _base_pass(config, has_mlp=has_mlp)
             routed_forward, routed_backward = routed_forward + again, routed_backward + again_backward
             routed_forward += _logits(config) if routes and sequence else Passes()
     else:

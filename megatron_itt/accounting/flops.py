@@ -109,7 +109,7 @@ def layer_parameters(model: ModelConfig) -> LayerParameters:
 def routed_layer(model: ModelConfig, thinking: ThinkingConfig) -> LayerParameters:
     """Return the parameters that a routed step computes with."""
     layer = layer_parameters(model)
-    return replace(layer, mlp=0) if thinking.reuse == "attention" else layer
+    return layer if thinking.steps_have_mlp else replace(layer, mlp=0)
 
 
 def thinking_layer_parameters(model: ModelConfig, thinking: ThinkingConfig) -> int:

@@ -150,7 +150,7 @@ class _Sizes:
             heads=model.num_attention_heads / tensor,
             head_size=model.head_size,
             qk_norm=model.qk_norm,
-            steps_have_mlp=config.thinking.reuse == "layer",
+            steps_have_mlp=config.thinking.steps_have_mlp,
             seq_length=model.seq_length,
             element=activation_bytes(config),
             sequence_degree=tensor if config.parallel.sequence else 1,
@@ -187,9 +187,10 @@ class _Sizes:
         """Gate and up projections, and the product of the activated gate with the up projection."""
         return self.element * tokens * 3 * self.ffn
 
-    def base_pass(self, tokens: float) -> float:
-        """The base layer over all tokens; all layers share one table of cosines and sines."""
-        return 2 * self.norm(self.local(tokens)) + self.attention(tokens, tokens, projected=self.key) + self.mlp(tokens)
+    def base_pass(self, tokens: float, *, has_mlp: bool = True) -> float:
+        """The base layer, or its attention, over all tokens; all layers share one table of cosines and sines."""
+        attention = self.norm(self.local(tokens)) + self.attention(tokens, tokens, projected=self.key)
+        return attention + (self.norm(self.local(tokens)) + self.mlp(tokens) if has_mlp else 0)
 
     def step_encoding(self, tokens: float) -> float:
         """The other factor of a product with a learned step encoding."""
@@ -213,8 +214,7 @@ class _Sizes:
     def masked_step(self, s: float, *, masks_attention: bool) -> float:
         """A step that computes all tokens and keeps the selected ones."""
         mask = self.element * s * s if masks_attention else 0
-        left_out = 0 if self.steps_have_mlp else self.norm(self.local(s)) + self.mlp(s)
-        computed = self.base_pass(s) - left_out
+        computed = self.base_pass(s, has_mlp=self.steps_have_mlp)
         return self.hidden_states(self.local(s)) + mask + computed + self.step_encoding(self.local(s))
 
 

@@ -67,10 +67,10 @@ def _layer_elements(model: ModelConfig, thinking: ThinkingConfig, selected: list
     attends_all, total, num_stale = thinking.attend == "all", 0, model.seq_length
     for k in selected:
         num_keys = num_stale if attends_all else k
-        norms = 2 * k * h + (2 * num_keys * h if attends_all else 0)
+        norms = (4 if weights.mlp else 2) * k * h + (2 * num_keys * h if attends_all else 0)
         query, keys = k * (h + width), num_keys * (h + key_width)
         projection = k * (width + 2 * h)  # with the residual
-        mlp = k * (2 * h + h + 2 * ffn) + k * 3 * ffn + k * (ffn + 2 * h) if weights.mlp else 0  # with its norm
+        mlp = k * (h + 2 * ffn) + k * 3 * ffn + k * (ffn + 2 * h) if weights.mlp else 0
         total += weights.matrices + norms + query + keys + projection + mlp
         num_stale = model.seq_length if changes_skipped(thinking) else k
     return total

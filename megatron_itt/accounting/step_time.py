@@ -129,12 +129,11 @@ def layer_products(config: RunConfig, *, thinks: bool) -> Iterator[tuple[float, 
         if has_mlp:
             yield from ((micro * tokens, h, 2 * ffn), (micro * tokens, ffn, h))
 
-    steps_have_mlp = thinking.reuse == "layer"
     routed = thinking.nominal_capacity if thinks else ()
     whole = 1 + (len(routed) if computes_all_tokens(thinking) else 0)
     for number in range(whole):
         yield micro * s, h, query + key_value
-        yield from after_attention(s, has_mlp=number == 0 or steps_have_mlp)
+        yield from after_attention(s, has_mlp=number == 0 or thinking.steps_have_mlp)
     num_stale = s
     for share in routed[: 0 if whole > 1 else None]:
         k = count_selected_tokens(thinking, share, s)
@@ -142,7 +141,7 @@ def layer_products(config: RunConfig, *, thinks: bool) -> Iterator[tuple[float, 
             yield micro * k, h, query + key_value
         else:
             yield from ((micro * k, h, query), (micro * num_stale, h, key_value))
-        yield from after_attention(k, has_mlp=steps_have_mlp)
+        yield from after_attention(k, has_mlp=thinking.steps_have_mlp)
         num_stale = s if changes_skipped(thinking) else k
 
 

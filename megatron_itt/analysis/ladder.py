@@ -225,9 +225,8 @@ def ladder_markdown(points: Sequence[Point], fitted: FittedLaw | None) -> str:
         "runs read the same text in the same order. Tokens per parameter: of attention and MLP of the LLaMA.",
         "## Against the three baselines",
         table_of(_DIFFERENCES, rows),
-        "The first two baselines and equal tokens are measured; where no LLaMA spent just as many FLOPs, its loss is "
-        "interpolated between the two next to them in log tokens. "
-        f"{BASELINES[2][0].upper()}{BASELINES[2][1:]} is that of the fitted law, with its 90% interval.",
+        f"The first two baselines and equal tokens are measured; {BASELINES[2]} is that of the fitted law, with its "
+        "90% interval. Where no LLaMA spent just as many FLOPs, its loss is interpolated in log tokens between two.",
     ]
     if fitted is not None:
         parts += ["## The law", _describe_law(fitted), "## Verdicts", *_verdicts(points, rows, fitted)]

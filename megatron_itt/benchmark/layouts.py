@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import psutil
@@ -26,7 +25,7 @@ from megatron_itt.benchmark.machine import (
 )
 from megatron_itt.benchmark.results import Section
 from megatron_itt.benchmark.shapes import Shape, on_one_rank, with_batch
-from megatron_itt.benchmark.steps import train_on_random_tokens
+from megatron_itt.benchmark.steps import measure_steps, train_on_random_tokens
 from megatron_itt.config import RunConfig, load_config
 from megatron_itt.config.environment import process_info
 from megatron_itt.doctor.speed import PROBE_BYTES, measure_gpu, measure_links
@@ -109,22 +108,11 @@ def seconds_of_a_call(config: RunConfig) -> float:
     Nothing but calls takes time in it. It is the difference between steps of several micro-batches and of one, so that
     the optimizer is left out.
     """
-    from megatron_itt.training.trainer import build_trainer
-
     model = replace(config.model, seq_length=FEW_TOKENS)
     short = on_one_rank(replace(config, model=model), replace(config.thinking, recompute="none"))
-    cases = {number: with_batch(short, global_size=number, micro=1) for number in (1, SEVERAL)}
-    place = start_parallel(cases[1])
-    try:
-        steps = {
-            str(number): partial(train_on_random_tokens, build_trainer(case, place)) for number, case in cases.items()
-        }
-        timed = time_interleaved(
-            steps, device=place.device, num_repeats=5, clock=lambda _device: processor_time_per_thread()
-        )
-    finally:
-        stop_parallel()
-    one, several = (statistics.median(timed[str(number)]) for number in cases)
+    cases = {str(number): with_batch(short, global_size=number, micro=1) for number in (1, SEVERAL)}
+    rows, _ = measure_steps(cases, num_repeats=5, clock=lambda _device: processor_time_per_thread())
+    one, several = (row["spread"]["median_s"] for row in rows)
     return max(0.0, several - one) / (SEVERAL - 1) / count_kernels(short)
 
 

@@ -46,15 +46,14 @@ def check_resumable(
             f"the checkpoint is an average of steps {state.averaged_steps}, without optimizer state; start a new run "
             "from it with checkpoint.initial_weights"
         )
-    saved, wanted = state.recipe, dump_config(config)
-    defaults = dump_config(state.config)  # of keys that a checkpoint's version did not have
-    found = _differences({name: {**defaults[name], **saved[name]} for name in _MODEL_KEYS}, wanted)
+    saved, wanted = dump_config(state.config), dump_config(config)  # keys that its version did not have: by default
+    found = _differences(saved, wanted)
     updates = [(name, key) for name in _UPDATE_SECTIONS for key in wanted[name] if key not in _FREE_KEYS.get(name, ())]
     for section, key in (*_ORDER_KEYS, *updates):
-        before, now = saved[section].get(key, defaults[section][key]), wanted[section][key]
+        before, now = saved[section][key], wanted[section][key]
         if before != now:
             found.append((f"{section}.{key}", f"was {before!r} and is now {now!r}"))
-    separate = saved["data"].get("reset_at_document_end", False)
+    separate = saved["data"]["reset_at_document_end"]
     if separate != wanted["data"]["reset_at_document_end"]:
         found.append(("data.reset_at_document_end", f"was {separate!r} and is now {not separate!r}"))
     now = fingerprint_at(state.config.num_training_samples)
@@ -95,8 +94,8 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[st
     """Keys of the model that differ, each with how."""
     found = []
     for section in _MODEL_KEYS:
-        for key in sorted(saved[section].keys() | wanted[section].keys()):
-            before, after = saved[section].get(key), wanted[section].get(key)
+        for key in sorted(wanted[section]):
+            before, after = saved[section][key], wanted[section][key]
             if key == "capacity" and _count_steps(before) != _count_steps(after):
                 change = f"had {_count_steps(before)} routed steps and now has {_count_steps(after)}"
                 found.append(("thinking.capacity", change))

@@ -194,6 +194,11 @@ class ThinkingConfig:
         return self.num_routed_steps + 1
 
     @property
+    def steps_have_mlp(self) -> bool:
+        """Whether a routed step computes the layer's MLP."""
+        return self.reuse == "layer"
+
+    @property
     def alpha_per_step(self) -> tuple[float, ...]:
         """alpha_t for t = 1 .. T-1."""
         return _per_step(self.alpha, self.num_routed_steps)

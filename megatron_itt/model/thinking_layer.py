@@ -61,7 +61,6 @@ class ThinkingLayer(TransformerLayer):
         self.shards = SequenceShards(self.tp_group if config.sequence_parallel else None)
         self.gate = choose("gate", thinking.gate, step_update.GATES)
         self.update = choose("residual", thinking.residual, RESIDUALS)
-        self.has_mlp = choose("reuse", thinking.reuse, HAS_MLP)
         self.attend = choose("attend", thinking.attend, ATTEND)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -140,7 +139,7 @@ class ThinkingLayer(TransformerLayer):
                 if self.switches.attend == "selected":
                     mask = selected_keys_mask(selected, kwargs.get("attention_mask"))
                     step_kwargs = {**kwargs, "attention_mask": mask}
-            compute = self._base_pass if self.has_mlp else self._attention_pass
+            compute = self._base_pass if self.switches.steps_have_mlp else self._attention_pass
             result = compute(hidden_states, step_kwargs)
             scaling = {"step": step, "logits": logits, "temperature": plan.temperature}
             hidden_states = self.update(self, hidden_states, tokens, hidden_states, result, **scaling)
@@ -203,7 +202,7 @@ class ThinkingLayer(TransformerLayer):
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             rows = add(attended, rows, self.hidden_dropout)
-        return self._forward_mlp(rows) if self.has_mlp else rows
+        return self._forward_mlp(rows) if self.switches.steps_have_mlp else rows
 
     def _replace(
         self, hidden_states: Tensor, tokens: SelectedTokens, rows: Tensor, result: Tensor, **_scaling: Any
@@ -258,8 +257,6 @@ class ThinkingLayer(TransformerLayer):
         return hidden_states + 0.0 * unused.to(hidden_states.dtype)
 
 
-# `thinking.reuse`: whether routed steps compute the layer's MLP.
-HAS_MLP = {"layer": True, "attention": False}
 # `thinking.residual`: how a routed step changes the hidden states.
 RESIDUALS: dict[str, Callable[..., Tensor]] = {
     "accumulate": ThinkingLayer._accumulate,

@@ -21,6 +21,7 @@ from megatron_itt.accounting.law import (
     predict,
     read_law,
     shape_of,
+    shipped_law,
 )
 from megatron_itt.analysis.figures import draw_measurement
 from megatron_itt.analysis.ladder import (
@@ -213,6 +214,16 @@ def test_predictions_say_how_far_they_are_extrapolated(fitted: FittedLaw, tmp_pa
         read_law(path)
     with pytest.raises(ConfigError, match="has thinking"):
         run(["study", "predict", "162m/llama"])
+
+
+def test_each_kind_of_routed_step_has_the_law_that_was_fitted_to_it() -> None:
+    for reuse, variant in (("layer", "itt_x4"), ("attention", "itt_x4_attention")):
+        config = load_config("162m/itt_x4", [f"thinking.reuse={reuse}"])
+        law = read_law(shipped_law(config.thinking))
+        assert law is not None and variant in law.variants
+        line = pay_off_line(config)
+        first = predict(law, shape_of(config), float(config.tokens_after(config.schedule.steps)))[0]
+        assert line is not None and f"{first.difference:+.3f} nats" in line
 
 
 def test_a_recipe_without_thinking_has_no_verdict() -> None:
